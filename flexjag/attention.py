@@ -1,0 +1,237 @@
+"""attention() and merge(): check the inputs, choose a backend, run it."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from flexjag import choice
+from flexjag.errors import PlanError, ShapeError, explain_values
+from flexjag.jagged import Jagged, check_same_layout
+from flexjag.masks import Mask, num_mask_heads
+from flexjag.normalizers import Normalizer
+from flexjag.plan import Plan
+from flexjag.plan import plan as make_plan
+from flexjag.scores import Score, num_score_heads
+
+
+def attention(
+    q: Jagged,
+    k: Jagged,
+    v: Jagged,
+    *,
+    mask: Mask | None = None,
+    score: Score | None = None,
+    normalizer: Normalizer | None = None,
+    plan: Plan | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+    validate: bool = False,
+) -> Jagged | tuple[Jagged, Jagged]:
+    """Attention within each segment of a jagged batch.
+
+    Tokens never see another segment; that is not an option. Differentiable in q, k, v and in what the score holds, but for
+    backends that say otherwise. Works inside ``torch.compile(fullgraph=True)``.
+
+    Args:
+        q: Queries, values ``[T_q, H, D]``.
+        k: Keys, values ``[T_kv, G, D]``, ``H % G == 0``; query head h uses key head ``h // (H / G)``.
+        v: Values, ``[T_kv, G, E]``, with k's offsets.
+        mask: Which keys of its own segment a query attends. Default: all.
+        score: What happens to ``scale * q·k`` before the normalizer. Default: nothing.
+        normalizer: Default :class:`~flexjag.normalizers.Softmax`.
+        plan: A plan made before for this layout, instead of `mask`, `score` and `normalizer`. Make one per batch and
+            share it between layers.
+        scale: Factor on ``q·k``. Default ``1 / sqrt(D)``.
+        return_lse: Also return the natural-log sum of exponentials of each row's scores, for :func:`merge`.
+        backend: ``"auto"``, ``"reference"``, ``"tiled"``, ``"segments"``, ``"flex"`` or ``"varlen"``. A named backend that
+            cannot run the plan raises; it never falls back.
+        validate: Check the contents of the offsets (one device sync).
+
+    Returns:
+        Values ``[T_q, H, E]`` on q's offsets; with `return_lse` also the log-sum-exp ``[T_q, H]``. A row without an allowed
+        key gets output 0, log-sum-exp -inf and no gradient.
+
+    Raises:
+        ShapeError: If shapes, dtypes or devices do not fit.
+        LayoutError: If the offsets do not fit.
+        PlanError: If `plan` was made for another layout, or comes with a mask, score or normalizer.
+        BackendError: If the named backend cannot run the plan.
+
+    >>> from flexjag.masks import Causal, Prefix, Window
+    >>> lengths = [3, 0, 5]
+    >>> q, k, v = (Jagged.from_lengths(torch.randn(8, 2, 16), lengths) for _ in range(3))
+    >>> attention(q, k, v, mask=Causal() & (Window(2, 0) | Prefix(1)))
+    Jagged(segments=3, tokens=8, values=[8, 2, 16] float32, device=cpu)
+    """
+    check_inputs(q, k, v)
+    if plan is None:
+        plan = make_plan(q, k, mask=mask, score=score, normalizer=normalizer, validate=validate)
+    elif mask is not None or score is not None or normalizer is not None:
+        raise PlanError(explain_values("plan", "already holds a mask, score and normalizer; pass one or the other", plan=plan))
+    else:
+        check_plan(plan, q, k, validate=validate)
+    heads, groups = q.values.shape[1], k.values.shape[1]
+    for wanted in (num_mask_heads(plan.mask), num_score_heads(plan.score)):
+        if wanted is not None and wanted != heads:
+            raise ShapeError(explain_values("mask, score", "must be made for q's heads", made_for=wanted, heads=heads))
+    scale = 1.0 / math.sqrt(max(1, q.values.shape[2])) if scale is None else float(scale)
+    case = plan.case(
+        tracing=torch.compiler.is_compiling(),
+        dtype=q.values.dtype,
+        grad=torch.is_grad_enabled() and any(x.values.requires_grad for x in (q, k, v)),
+        lse=return_lse,
+        dims=(heads, groups, q.values.shape[2], v.values.shape[2]),
+    )
+    name = choice.pick(backend, case)
+    if q.values.shape[0] == 0 or k.values.shape[0] == 0:
+        out, lse = _nothing(q.values, k.values, v.values)
+    elif name == "reference":
+        reference = importlib.import_module("flexjag.backends.reference")
+        out, lse = reference.run(q.values, k.values, v.values, plan.layout, plan.mask, plan.score, scale)
+    else:
+        out, lse = _runner(name)(q.values, k.values, v.values, plan, scale, return_lse)
+    if not return_lse:
+        return q.with_values(out)
+    assert lse is not None
+    return q.with_values(out), q.with_values(lse)
+
+
+def _runner(name: str):  # type: ignore[no-untyped-def]
+    """A backend's `run`, imported on first use: `import flexjag` must stay light."""
+    if name == "tiled":
+        from flexjag.backends import tiled as module
+    elif name == "segments":
+        from flexjag.backends import segments as module
+    elif name == "flex":
+        from flexjag.backends import flex as module
+    else:
+        from flexjag.backends import varlen as module
+    return module.run
+
+
+def _nothing(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """The result where there is no query or no key: zeros that are still connected to the inputs."""
+    link = sum(x.flatten()[:0].sum() for x in (q, k, v))
+    out = q.new_zeros(q.shape[0], q.shape[1], v.shape[2]) + link
+    return out, q.new_full(q.shape[:2], -torch.inf) + link
+
+
+def check_inputs(q: Jagged, k: Jagged, v: Jagged) -> None:
+    """Check shapes, dtypes and devices of an attention call; metadata only.
+
+    Raises:
+        ShapeError: Naming the argument, the rule and the values.
+        LayoutError: If k and v, or q and k, are not cut alike.
+    """
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Jagged):
+            raise ShapeError(explain_values(name, "must be a flexjag.Jagged", type=type(x).__name__))
+        if x.values.ndim != 3:
+            raise ShapeError(explain_values(name, "values must be [T, heads, dim]", shape=tuple(x.values.shape)))
+        if not x.values.dtype.is_floating_point:
+            raise ShapeError(explain_values(name, "values must be floating point", dtype=x.values.dtype))
+    if not q.values.dtype == k.values.dtype == v.values.dtype:
+        raise ShapeError(
+            explain_values("q, k, v", "must share a dtype", q=q.values.dtype, k=k.values.dtype, v=v.values.dtype)
+        )
+    if not q.values.device == k.values.device == v.values.device:
+        raise ShapeError(
+            explain_values(
+                "q, k, v", "must share a device", q=str(q.values.device), k=str(k.values.device), v=str(v.values.device)
+            )
+        )
+    heads, groups = q.values.shape[1], k.values.shape[1]
+    if heads < 1 or groups < 1 or heads % groups:
+        raise ShapeError(explain_values("k", "q's heads H must be a multiple of k's heads G", H=heads, G=groups))
+    if v.values.shape[1] != groups:
+        raise ShapeError(explain_values("v", "must have as many heads as k", v=v.values.shape[1], k=groups))
+    if q.values.shape[2] != k.values.shape[2]:
+        raise ShapeError(explain_values("k", "must have q's head dim D", q=q.values.shape[2], k=k.values.shape[2]))
+    if v.values.shape[0] != k.values.shape[0]:
+        raise ShapeError(explain_values("v", "must have as many tokens as k", v=v.values.shape[0], k=k.values.shape[0]))
+    check_same_layout(k, v)
+
+
+def check_plan(plan: Plan, q: Jagged, k: Jagged, *, validate: bool = False) -> None:
+    """Check that `plan` was made for the layout of q and k: by shape, and by content on CPU or under `validate`.
+
+    Raises:
+        PlanError: If it was not.
+    """
+    if not isinstance(plan, Plan):
+        raise PlanError(explain_values("plan", "must come from flexjag.plan", type=type(plan).__name__))
+    layout = plan.layout
+    made = (layout.num_q, layout.num_kv, layout.num_segments)
+    seen = (q.values.shape[0], k.values.shape[0], q.num_segments)
+    same = made == seen and k.num_segments == q.num_segments
+    look = validate or (q.offsets.device.type == "cpu" and not torch.compiler.is_compiling())
+    if same and look and q.offsets.device == layout.device:
+        same = bool((q.offsets == layout.q_offsets).all()) and bool((k.offsets == layout.kv_offsets).all())
+    if not same or q.offsets.device != layout.device:
+        raise PlanError(
+            explain_values(
+                "plan",
+                "was made for another layout; make one per batch",
+                plan_tokens=made[:2],
+                plan_segments=made[2],
+                tokens=seen[:2],
+                segments=seen[2],
+                same_shapes=made == seen,
+            )
+        )
+
+
+def merge(parts: Sequence[tuple[Jagged, Jagged]]) -> tuple[Jagged, Jagged]:
+    """Combine attention over disjoint key sets into attention over their union, exactly.
+
+    Args:
+        parts: Pairs ``(out, lse)`` from :func:`attention` with ``return_lse=True``: values ``[T, H, E]`` and ``[T, H]``, the
+            same queries each time.
+
+    Returns:
+        The merged ``(out, lse)``. Rows that no part has a key for stay 0 and -inf. Differentiable.
+
+    Raises:
+        ShapeError: If there is no part or the parts' shapes differ.
+
+    >>> from flexjag.masks import Causal
+    >>> x = Jagged.from_lengths(torch.randn(6, 1, 16), [2, 4])
+    >>> a = attention(x, x, x, mask=Causal(), return_lse=True)
+    >>> b = attention(x, x, x, mask=~Causal(), return_lse=True)
+    >>> whole = attention(x, x, x)
+    >>> torch.allclose(merge([a, b])[0].values, whole.values, atol=1e-6)
+    True
+    """
+    if not parts:
+        raise ShapeError(explain_values("parts", "must hold at least one (out, lse)", parts=parts))
+    first = parts[0][0]
+    for out, lse in parts:
+        if out.values.shape != first.values.shape or lse.values.shape != first.values.shape[:2]:
+            raise ShapeError(
+                explain_values(
+                    "parts",
+                    "every out must be [T, H, E] and every lse [T, H]",
+                    out=tuple(out.values.shape),
+                    lse=tuple(lse.values.shape),
+                    first_out=tuple(first.values.shape),
+                )
+            )
+    lses = torch.stack([lse.values for _, lse in parts])
+    top = lses.detach().amax(0)
+    top = top.masked_fill(top == -torch.inf, 0.0)
+    weights = torch.exp(lses - top)
+    total = weights.sum(0)
+    empty = total == 0
+    total = total.masked_fill(empty, 1.0)
+    outs = torch.stack([out.values for out, _ in parts]).to(weights.dtype)
+    merged = (weights[..., None] * outs).sum(0) / total[..., None]
+    lse = (top + total.log()).masked_fill(empty, -torch.inf)
+    return first.with_values(merged.to(first.values.dtype)), first.with_values(lse)
+
+

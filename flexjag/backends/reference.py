@@ -1,0 +1,228 @@
+"""The oracle: dense attention, one segment at a time, in the inputs' own precision.
+
+It imports nothing of the middle end (spans, tiles, mods), so that it can disagree with it. Clarity over speed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flexjag import masks as m
+from flexjag import scores as s
+from flexjag.dispatch import Interpretation
+from flexjag.layout import Layout
+
+
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """One segment's coordinates.
+
+    Attributes:
+        index: Which segment.
+        heads: H.
+        i: ``[n, 1]`` local query positions.
+        j: ``[1, m]`` local key positions.
+        q_rows: The segment's packed query tokens.
+        kv_rows: The segment's packed key tokens.
+        matrices_before: Entries of packed dense masks that belong to earlier segments.
+    """
+
+    index: int
+    heads: int
+    i: Tensor
+    j: Tensor
+    q_rows: slice
+    kv_rows: slice
+    matrices_before: int
+
+    @property
+    def n(self) -> int:
+        """Number of queries."""
+        return self.i.shape[0]
+
+    @property
+    def m(self) -> int:
+        """Number of keys."""
+        return self.j.shape[1]
+
+
+dense = Interpretation("dense mask")
+"""``dense(mask, segment) -> bool``, something that broadcasts to ``[H, n, m]``."""
+
+
+def _at(bound: m.Bound, seg: Segment) -> int:
+    return int(bound[seg.index]) if isinstance(bound, Tensor) else bound
+
+
+def _lined_up(align: str, seg: Segment) -> Tensor:
+    return seg.i + (seg.m - seg.n if align == "end" else 0)
+
+
+@dense.register(m.Full)
+def _(mask: m.Full, seg: Segment) -> Tensor:
+    return torch.ones(seg.n, seg.m, dtype=torch.bool, device=seg.i.device)
+
+
+@dense.register(m.Causal)
+def _(mask: m.Causal, seg: Segment) -> Tensor:
+    return seg.j <= _lined_up(mask.align, seg)
+
+
+@dense.register(m.Window)
+def _(mask: m.Window, seg: Segment) -> Tensor:
+    at, allowed = _lined_up(mask.align, seg), dense(m.Full(), seg)
+    if mask.left is not None:
+        allowed = allowed & (at - _at(mask.left, seg) <= seg.j)
+    if mask.right is not None:
+        allowed = allowed & (seg.j <= at + _at(mask.right, seg))
+    return allowed
+
+
+@dense.register(m.Prefix)
+def _(mask: m.Prefix, seg: Segment) -> Tensor:
+    return (seg.j < _at(mask.n, seg)).expand(seg.n, seg.m)
+
+
+@dense.register(m.Chunked)
+def _(mask: m.Chunked, seg: Segment) -> Tensor:
+    size = _at(mask.size, seg)
+    return seg.i // size == seg.j // size
+
+
+@dense.register(m.GlobalTokens)
+def _(mask: m.GlobalTokens, seg: Segment) -> Tensor:
+    n = _at(mask.n, seg)
+    return (seg.i < n) | (seg.j < n)
+
+
+@dense.register(m.Rows)
+def _(mask: m.Rows, seg: Segment) -> Tensor:
+    lo, hi = (x.reshape(-1, x.shape[-1])[:, seg.q_rows, None] for x in (mask.lo, mask.hi))
+    return ((lo <= seg.j) & (seg.j < hi)).any(0)
+
+
+@dense.register(m.SameGroup)
+def _(mask: m.SameGroup, seg: Segment) -> Tensor:
+    kv_ids = mask.ids if mask.kv_ids is None else mask.kv_ids
+    return mask.ids[seg.q_rows, None] == kv_ids[None, seg.kv_rows]
+
+
+@dense.register(m.Dense)
+def _(mask: m.Dense, seg: Segment) -> Tensor:
+    if mask.values.ndim == 1:
+        start = seg.matrices_before
+        return mask.values[start : start + seg.n * seg.m].view(seg.n, seg.m)
+    allowed = torch.zeros(seg.n, seg.m, dtype=torch.bool, device=seg.i.device)
+    part = mask.values[: seg.n, : seg.m]
+    allowed[: part.shape[0], : part.shape[1]] = part
+    return allowed
+
+
+@dense.register(m.MaskMod)
+def _(mask: m.MaskMod, seg: Segment) -> Tensor:
+    h = torch.arange(seg.heads, device=seg.i.device)
+    b = torch.tensor(seg.index, device=seg.i.device)
+    return _over_heads_and_positions(mask.fn, 0)(b, h, seg.i[:, 0], seg.j[0])
+
+
+@dense.register(m.PerHead)
+def _(mask: m.PerHead, seg: Segment) -> Tensor:
+    shape = (seg.heads, seg.n, seg.m)
+    return torch.stack([dense(one, seg).expand(shape)[h] for h, one in enumerate(mask.masks)])
+
+
+@dense.register(m.And)
+def _(mask: m.And, seg: Segment) -> Tensor:
+    return dense(mask.left, seg) & dense(mask.right, seg)
+
+
+@dense.register(m.Or)
+def _(mask: m.Or, seg: Segment) -> Tensor:
+    return dense(mask.left, seg) | dense(mask.right, seg)
+
+
+@dense.register(m.Not)
+def _(mask: m.Not, seg: Segment) -> Tensor:
+    return ~dense(mask.mask, seg)
+
+
+def _over_heads_and_positions(fn, scores: int):  # type: ignore[no-untyped-def]
+    """A function of scalars as a function of [H], [n] and [m] (and of [H, n, m] scores), as FlexAttention does."""
+    for axis in (3, 2, 1):  # kv, q, h, innermost first
+        fn = torch.vmap(fn, in_dims=(0,) * scores + tuple(0 if d == axis else None for d in range(4)))
+    return fn
+
+
+rescore = Interpretation("dense score")
+"""``rescore(score, scores [H, n, m], segment) -> scores``."""
+
+
+@rescore.register(s.ScoreMod)
+def _(score: s.ScoreMod, x: Tensor, seg: Segment) -> Tensor:
+    h = torch.arange(seg.heads, device=x.device)
+    b = torch.tensor(seg.index, device=x.device)
+    return _over_heads_and_positions(score.fn, 1)(x, b, h, seg.i[:, 0], seg.j[0])
+
+
+@rescore.register(s.Alibi)
+def _(score: s.Alibi, x: Tensor, seg: Segment) -> Tensor:
+    return x + score.slopes.to(x.dtype)[:, None, None] * (seg.j - seg.i)
+
+
+@rescore.register(s.SoftCap)
+def _(score: s.SoftCap, x: Tensor, seg: Segment) -> Tensor:
+    return score.cap * torch.tanh(x / score.cap)
+
+
+@rescore.register(s.RelativeBias)
+def _(score: s.RelativeBias, x: Tensor, seg: Segment) -> Tensor:
+    reach = score.table.shape[1] // 2
+    return x + score.table.to(x.dtype)[:, (seg.j - seg.i).clamp(-reach, reach) + reach]
+
+
+@rescore.register(s.Then)
+def _(score: s.Then, x: Tensor, seg: Segment) -> Tensor:
+    return rescore(score.second, rescore(score.first, x, seg), seg)
+
+
+def run(
+    q: Tensor, k: Tensor, v: Tensor, layout: Layout, mask: m.Mask, score: s.Score | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Dense attention of ``q [T_q, H, D]``, ``k [T_kv, G, D]``, ``v [T_kv, G, E]``, segment by segment.
+
+    Returns:
+        ``[T_q, H, E]`` and the log-sum-exp ``[T_q, H]``, both in q's dtype.
+    """
+    heads, repeats = q.shape[1], q.shape[1] // k.shape[1]
+    q_ends, kv_ends = layout.q_offsets.tolist(), layout.kv_offsets.tolist()
+    outs, lses, entries = [], [], 0
+    for index in range(layout.num_segments):
+        q_rows, kv_rows = (slice(e[index], e[index + 1]) for e in (q_ends, kv_ends))
+        n, width = q_rows.stop - q_rows.start, kv_rows.stop - kv_rows.start
+        i = torch.arange(n, device=q.device)[:, None]
+        j = torch.arange(width, device=q.device)[None]
+        seg = Segment(index, heads, i, j, q_rows, kv_rows, entries)
+        entries += n * width
+        if n == 0 or width == 0:
+            outs.append(q.new_zeros(n, heads, v.shape[2]))
+            lses.append(q.new_full((n, heads), -torch.inf))
+            continue
+        x, y, z = (t.transpose(0, 1) for t in (q[q_rows], k[kv_rows], v[kv_rows]))
+        y, z = y.repeat_interleave(repeats, 0), z.repeat_interleave(repeats, 0)
+        scores = x @ y.transpose(1, 2) * scale
+        if score is not None:
+            scores = rescore(score, scores, seg)
+        allowed = dense(mask, seg).expand(heads, n, width)
+        has_key = allowed.any(2)
+        scores = scores.masked_fill(~allowed & has_key[..., None], -torch.inf)
+        out = (torch.softmax(scores, 2) @ z).masked_fill(~has_key[..., None], 0.0)
+        lse = torch.logsumexp(scores, 2).masked_fill(~has_key, -torch.inf)
+        outs.append(out.transpose(0, 1))
+        lses.append(lse.transpose(0, 1))
+    spare = q.shape[0] - q_ends[-1]
+    outs.append(q.new_zeros(spare, heads, v.shape[2]))
+    lses.append(q.new_full((spare, heads), -torch.inf))
+    return torch.cat(outs), torch.cat(lses)

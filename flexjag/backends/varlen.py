@@ -1,0 +1,40 @@
+"""``torch.nn.attention.varlen``: the flash-attention kernel for packed batches, when the mask is one it has."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexjag.choice import Case, varlen_has_gqa, varlen_window
+from flexjag.plan import Plan
+
+Pair = tuple[Tensor, Tensor | None]
+
+
+def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, need_lse: bool) -> Pair:
+    """Attention of packed ``q [T_q, H, D]``, ``k [T_kv, G, D]``, ``v [T_kv, G, E]``, float16 or bfloat16.
+
+    Reads the longest lengths from the device once per call.
+
+    Returns:
+        ``[T_q, H, E]`` and, if wanted, the log-sum-exp ``[T_q, H]`` in float32.
+    """
+    from torch.nn.attention.varlen import AuxRequest, varlen_attn
+
+    layout = plan.layout
+    longest = [int((o[1:] - o[:-1]).max()) for o in (layout.q_offsets, layout.kv_offsets)]
+    window = varlen_window(Case(layout, plan.mask, plan.score, plan.normalizer))
+    assert window is not None, "choice.refusal lets no other mask through"
+    keywords: dict[str, Any] = {"scale": scale, "window_size": window}
+    if varlen_has_gqa():
+        keywords["enable_gqa"] = q.shape[1] != k.shape[1]
+    if need_lse:
+        keywords["return_aux"] = AuxRequest(lse=True)
+    got = varlen_attn(q, k, v, layout.q_offsets, layout.kv_offsets, *longest, **keywords)
+    if not need_lse:
+        return got, None
+    out, lse = got
+    lse = lse.transpose(0, 1) if lse.shape[0] == q.shape[1] else lse  # documented [T, H], returned [H, T]
+    return out, lse.masked_fill(lse == torch.inf, -torch.inf)  # its sign for a row without keys is +

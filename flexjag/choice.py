@@ -1,0 +1,192 @@
+"""Who can run what: one rule per backend, and the order in which ``auto`` asks.
+
+A rule returns None if the backend can run the case, else one sentence saying why not. The rules read structure and
+metadata only, so the same ones explain a plan, choose a backend and reject an impossible request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from flexjag import masks as m
+from flexjag import scores as s
+from flexjag.errors import BackendError
+from flexjag.layout import Layout
+from flexjag.normalizers import Normalizer, Softmax
+
+BACKENDS = ("reference", "tiled", "segments", "flex", "varlen")
+SHORT_SEGMENT = 8  # mean tokens per segment under which a host loop over segments loses to tiles
+HALF = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a backend must cope with. None means not known yet.
+
+    Attributes:
+        layout: Where the tokens sit.
+        mask: The mask.
+        score: The score, or None.
+        normalizer: The normalizer.
+        tracing: A graph is being traced.
+        dtype: Of q, k and v.
+        grad: Some input needs a gradient.
+        lse: The log-sum-exp is wanted.
+        dims: ``(H, G, D, E)``.
+    """
+
+    layout: Layout
+    mask: m.Mask
+    score: s.Score | None
+    normalizer: Normalizer
+    tracing: bool = False
+    dtype: torch.dtype | None = None
+    grad: bool | None = None
+    lse: bool = False
+    dims: tuple[int, int, int, int] | None = None
+
+    @property
+    def on_cuda(self) -> bool:
+        """Whether the batch lives on a CUDA (or ROCm) device."""
+        return self.layout.device.type == "cuda"
+
+
+def _reference(case: Case) -> str | None:
+    return "it loops over segments on the host, which cannot be traced" if case.tracing else None
+
+
+def _tiled(case: Case) -> str | None:
+    return None
+
+
+def _segments(case: Case) -> str | None:
+    if case.tracing:
+        return "it loops over segments on the host, which cannot be traced"
+    if not s.is_additive(case.score):
+        return f"scaled_dot_product_attention only adds a bias, and {case.score!r} is more than that"
+    return None
+
+
+def _flex(case: Case) -> str | None:
+    if not case.on_cuda:
+        if case.layout.device.type != "cpu":
+            return f"FlexAttention is not tested on {case.layout.device.type}"
+        if case.grad:
+            return "FlexAttention has no backward on CPU"
+        if case.lse:
+            return "FlexAttention's CPU kernel does not return the log-sum-exp"
+    if case.dtype == torch.float64:
+        return "FlexAttention's kernels have no float64"
+    if case.on_cuda and case.dims is not None and min(case.dims[2:]) < 16:
+        return f"FlexAttention's CUDA kernels need D >= 16 and E >= 16; got D={case.dims[2]}, E={case.dims[3]}"
+    return None
+
+
+def varlen_window(case: Case) -> tuple[int, int] | None:
+    """The mask as ``varlen_attn``'s ``window_size`` (bottom-right, -1 unlimited), or None if it is not one."""
+    window = m.as_window(case.mask)
+    if window is None:
+        return None
+    left, right, align = window
+    if (left, right) != (None, None) and align == "start" and not case.layout.is_self:
+        return None
+    return (-1 if left is None else left, -1 if right is None else right)
+
+
+def _varlen(case: Case) -> str | None:
+    if not case.on_cuda:
+        return "torch.nn.attention.varlen runs on CUDA only"
+    if case.score is not None:
+        return "varlen_attn takes no score function"
+    if varlen_window(case) is None:
+        return f"varlen_attn knows causal masks and windows aligned to the segments' ends, not {case.mask!r}"
+    if case.dtype is not None and case.dtype not in HALF:
+        return f"varlen_attn takes float16 and bfloat16, not {case.dtype}"
+    if case.tracing:
+        return "it needs the longest length on the host, which would compile a graph per batch"
+    if case.layout.has_spare:
+        return "varlen_attn leaves the spare rows of a fixed-capacity plan unwritten"
+    if case.lse and case.grad:
+        return "varlen_attn drops the gradient of its log-sum-exp"
+    if case.dims is not None:
+        heads, groups, d, e = case.dims
+        if d != e or d > 256 or d % 8:
+            return f"varlen_attn needs D == E, a multiple of 8, at most 256; got D={d}, E={e}"
+        if heads != groups and not varlen_has_gqa():
+            return "this torch's varlen_attn has no grouped-query attention"
+    return None
+
+
+def varlen_has_gqa() -> bool:
+    """Whether this torch's ``varlen_attn`` takes ``enable_gqa`` (2.11 does not)."""
+    import inspect
+
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+
+_RULES: dict[str, Callable[[Case], str | None]] = {
+    "reference": _reference,
+    "tiled": _tiled,
+    "segments": _segments,
+    "flex": _flex,
+    "varlen": _varlen,
+}
+
+
+def refusal(backend: str, case: Case) -> str | None:
+    """Why `backend` cannot run the case, or None if it can.
+
+    Raises:
+        BackendError: If there is no such backend.
+    """
+    if backend not in _RULES:
+        raise BackendError(f"backend: must be 'auto' or one of {', '.join(BACKENDS)}; got backend={backend!r}")
+    if not isinstance(case.normalizer, Softmax):
+        return f"it has no case for the normalizer {case.normalizer!r}"
+    return _RULES[backend](case)
+
+
+def choose(case: Case) -> tuple[str, str]:
+    """The backend ``auto`` takes, and why. On CPU it never starts a compiler by itself.
+
+    On CUDA the order is by what the kernels are built for, not yet by a measurement of ours.
+    """
+    if case.on_cuda:
+        if refusal("varlen", case) is None:
+            return "varlen", "the mask is exactly one that the flash-attention kernel of varlen_attn implements"
+        why_not = refusal("flex", case)
+        if why_not is None:
+            return "flex", "one fused FlexAttention kernel runs any mask and score"
+        return "tiled", f"plain torch over the tiles, because of flex: {why_not}"
+    if case.tracing:
+        return "tiled", "a graph is being traced, and on CPU only tiled can be traced with gradients"
+    layout = case.layout
+    longish = layout.num_q >= SHORT_SEGMENT * max(1, layout.num_segments)
+    if case.score is None and m.as_window(case.mask) in SDPA_WINDOWS and longish and refusal("segments", case) is None:
+        return "segments", "SDPA's own CPU kernel does exactly this mask, one call per segment"
+    return "tiled", "plain torch over the tiles: any mask, score and dtype, forward and backward"
+
+
+SDPA_WINDOWS = ((None, None, "start"), (None, None, "end"), (None, 0, "start"))
+"""What ``scaled_dot_product_attention`` does without a mask tensor: all keys, or ``is_causal`` (top-left)."""
+
+
+def pick(backend: str, case: Case) -> str:
+    """Resolve a requested backend: ``"auto"`` by rule, a name only if it can run the case.
+
+    Raises:
+        BackendError: If the named backend cannot run it; the message names one that can.
+    """
+    if backend == "auto":
+        return choose(case)[0]
+    why_not = refusal(backend, case)
+    if why_not is None:
+        return backend
+    able = next((b for b in (choose(case)[0], *BACKENDS) if refusal(b, case) is None), None)
+    hint = f"use backend={able!r} or backend='auto'" if able else "no backend here can"
+    raise BackendError(f"backend: {backend!r} cannot run this plan: {why_not}; {hint}")

@@ -1,0 +1,52 @@
+"""Interpretations: functions on nodes, chosen by the node's type.
+
+A mask or score node says what it *is*. What it *means* for some purpose (its spans, its dense form,
+its FlexAttention mod) is an interpretation: one function per node type, in the file of that purpose.
+A new purpose is a new file; a new node is one class plus its cases.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from flexjag.errors import UnknownNodeError
+
+
+class Interpretation:
+    """A function of a node whose cases are registered by node type.
+
+    ``functools.singledispatch`` would do, but TorchDynamo cannot trace its weak-reference cache, and
+    planning must be traceable.
+
+    Args:
+        name: What the interpretation computes, for error messages.
+
+    >>> size = Interpretation("size")
+    >>> @size.register(int)
+    ... def _(node): return node
+    >>> size(3)
+    3
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.cases: dict[type, Callable[..., Any]] = {}
+
+    def register(self, node_type: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """Register the decorated function as the case of `node_type` and of its subclasses."""
+
+        def decorate(case: Callable[..., Any]) -> Callable[..., Any]:
+            self.cases[node_type] = case
+            return case
+
+        return decorate
+
+    def __call__(self, node: Any, *args: Any) -> Any:
+        for node_type in type(node).__mro__:
+            if node_type in self.cases:
+                return self.cases[node_type](node, *args)
+        raise UnknownNodeError(
+            f"{type(node).__name__}: this node has no {self.name}; got {node!r}. "
+            f"Write the case and register it with @flexjag's `{self.name}.register({type(node).__name__})`."
+        )

@@ -1,0 +1,49 @@
+"""Every exception flexjag raises, and the one way it words them."""
+
+from __future__ import annotations
+
+
+class FlexjagError(Exception):
+    """Base class of every error raised on purpose by flexjag."""
+
+
+class LayoutError(FlexjagError, ValueError):
+    """Offsets or lengths that do not describe a jagged batch, or two layouts that do not fit."""
+
+
+class ShapeError(FlexjagError, ValueError):
+    """Tensors whose shapes, dtypes or devices do not fit together."""
+
+
+class MaskError(FlexjagError, ValueError):
+    """A mask that is malformed, or that does not fit the layout it is compiled for."""
+
+
+class ScoreError(FlexjagError, ValueError):
+    """A score function that is malformed, or that does not fit the heads it is applied to."""
+
+
+class AmbiguousMaskError(FlexjagError, TypeError):
+    """A mask used as a Python truth value, almost always a mistaken ``and``, ``or`` or ``not``."""
+
+
+class PlanError(FlexjagError, ValueError):
+    """A plan used with a layout it was not made for, or bounds that cannot hold."""
+
+
+class BackendError(FlexjagError, RuntimeError):
+    """A backend asked to run what it cannot run. The message names one that can."""
+
+
+class UnknownNodeError(FlexjagError, NotImplementedError):
+    """A mask or score node without a case for some interpretation. The message says what to register."""
+
+
+def explain_values(argument: str, rule: str, **seen: object) -> str:
+    """Word an error as every flexjag error is worded: the argument, the rule, the values.
+
+    >>> explain_values("offsets", "must start at 0", offsets=[1, 3])
+    'offsets: must start at 0; got offsets=[1, 3]'
+    """
+    values = ", ".join(f"{name}={value!r}" for name, value in seen.items())
+    return f"{argument}: {rule}; got {values}" if seen else f"{argument}: {rule}"

@@ -1,0 +1,150 @@
+"""Where each packed token sits: its segment, its position, and its segment's key/value range."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flexjag.errors import LayoutError, PlanError, explain_values
+from flexjag.jagged import Jagged, check_offsets, mark_varying, segment_ids
+
+INT32_MAX = 2**31 - 1
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Per-token coordinates of a query batch and the key/value batch it attends to.
+
+    Everything is per token, so a new number of segments changes no shape that a kernel sees.
+    Query rows behind the last offset (the spare rows of a fixed-capacity batch) belong to segment S
+    and have the empty range ``kv_start == kv_end``.
+
+    Attributes:
+        q_offsets: ``[S+1]`` int32.
+        kv_offsets: ``[S+1]`` int32; the same tensor object as `q_offsets` in self-attention.
+        q_segment: ``[T_q]`` int32.
+        kv_segment: ``[T_kv]`` int32; the same tensor object as `q_segment` in self-attention.
+        q_pos: ``[T_q]`` int32, position inside the segment.
+        kv_start: ``[T_q]`` int32, first packed key of the row's own segment.
+        kv_end: ``[T_q]`` int32, one past its last.
+        is_self: Queries and keys share their offsets.
+        has_spare: T_q may exceed ``q_offsets[-1]``.
+    """
+
+    q_offsets: Tensor
+    kv_offsets: Tensor
+    q_segment: Tensor
+    kv_segment: Tensor
+    q_pos: Tensor
+    kv_start: Tensor
+    kv_end: Tensor
+    is_self: bool
+    has_spare: bool
+
+    @property
+    def num_q(self) -> int:
+        """T_q, the number of packed query tokens."""
+        return self.q_segment.shape[0]
+
+    @property
+    def num_kv(self) -> int:
+        """T_kv, the number of packed key/value tokens."""
+        return self.kv_segment.shape[0]
+
+    @property
+    def num_segments(self) -> int:
+        """S."""
+        return self.q_offsets.shape[0] - 1
+
+    @property
+    def device(self) -> torch.device:
+        """Where the coordinates live."""
+        return self.q_offsets.device
+
+    def q_length(self) -> Tensor:
+        """``[T_q]`` int32: the query length n of each row's segment."""
+        return _gather(self.q_offsets, self.q_segment + 1) - _gather(self.q_offsets, self.q_segment)
+
+    def kv_length(self) -> Tensor:
+        """``[T_q]`` int32: the key length m of each row's segment."""
+        return self.kv_end - self.kv_start
+
+    def per_row(self, per_segment: Tensor) -> Tensor:
+        """Spread one value per segment ``[S]`` to query rows ``[T_q]``; spare rows get 0."""
+        return torch.cat([per_segment, per_segment.new_zeros(1)])[self.q_segment.long()]
+
+
+def _gather(offsets: Tensor, index: Tensor) -> Tensor:
+    return offsets[index.long().clamp(max=offsets.shape[0] - 1)]
+
+
+def build_layout(
+    q: Jagged, k: Jagged, *, max_tokens: int | None = None, max_length: int | None = None, validate: bool = False
+) -> Layout:
+    """Lay out queries `q` against keys `k`. O(T) time and memory; no device sync unless `validate`.
+
+    Args:
+        q: The query batch; only its offsets and its number of tokens matter.
+        k: The key/value batch, with as many segments.
+        max_tokens: The fixed number of query rows; ``q.values`` must have exactly this many, of which
+            the first ``offsets[-1]`` are used.
+        max_length: A bound on every segment's length, checked only under `validate`.
+        validate: Check the contents of the offsets (one device sync).
+
+    Raises:
+        LayoutError: If the numbers of segments or the devices differ, T is over int32, or, under
+            `validate`, the offsets are not offsets.
+        PlanError: If the bounds do not hold.
+    """
+    if q.num_segments != k.num_segments:
+        raise LayoutError(
+            explain_values("k", "must have as many segments as q", q=q.num_segments, k=k.num_segments)
+        )
+    if q.offsets.device != k.offsets.device:
+        raise LayoutError(
+            explain_values("k", "must be on the device of q", q=str(q.offsets.device), k=str(k.offsets.device))
+        )
+    num_q, num_kv = q.values.shape[0], k.values.shape[0]
+    if not torch.compiler.is_compiling() and max(num_q, num_kv) > INT32_MAX - 4096:
+        raise LayoutError(
+            explain_values("q", "packed indices must fit in int32", tokens_q=num_q, tokens_kv=num_kv)
+        )
+    if max_tokens is not None and num_q != max_tokens:
+        raise PlanError(
+            explain_values("max_tokens", "must equal the rows of q.values", max_tokens=max_tokens, rows=num_q)
+        )
+    if validate:
+        for name, x in (("q", q), ("k", k)):
+            total = int(x.offsets[-1]) if max_tokens is not None else x.values.shape[0]
+            check_offsets(x.offsets, total, f"{name}.offsets")
+            if total > x.values.shape[0]:
+                raise LayoutError(
+                    explain_values(f"{name}.offsets", "must not pass max_tokens", last=total, rows=x.values.shape[0])
+                )
+            longest = int(x.lengths.max()) if x.num_segments else 0
+            if max_length is not None and longest > max_length:
+                raise PlanError(
+                    explain_values("max_length", f"must bound every segment of {name}", max_length=max_length, longest=longest)
+                )
+    is_self = q.offsets is k.offsets and num_q == num_kv
+    q_offsets = q.offsets.to(torch.int32)
+    q_segment = segment_ids(q_offsets, num_q).to(torch.int32)
+    kv_offsets = q_offsets if is_self else k.offsets.to(torch.int32)
+    kv_segment = q_segment if is_self else segment_ids(kv_offsets, num_kv).to(torch.int32)
+    token = torch.arange(num_q, device=q_offsets.device, dtype=torch.int32)
+    layout = Layout(
+        q_offsets=q_offsets,
+        kv_offsets=kv_offsets,
+        q_segment=q_segment,
+        kv_segment=kv_segment,
+        q_pos=token - _gather(q_offsets, q_segment),
+        kv_start=_gather(kv_offsets, q_segment),
+        kv_end=_gather(kv_offsets, q_segment + 1),
+        is_self=is_self,
+        has_spare=max_tokens is not None,
+    )
+    for t in (layout.q_offsets, layout.kv_offsets, q_segment, kv_segment, layout.q_pos, layout.kv_start, layout.kv_end):
+        mark_varying(t, 0)
+    return layout

@@ -1,0 +1,422 @@
+"""Mask nodes: which key positions a query position may attend, inside its own segment.
+
+Positions are segment-local: i of n queries, j of m keys. Isolation between segments is not a node: it is
+always on. Nodes are frozen, hold no lengths, and combine with ``&``, ``|`` and ``~``. A bound may be an int
+or a per-segment integer tensor ``[S]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal, TypeVar, dataclass_transform
+
+import torch
+from torch import Tensor
+
+from flexjag.errors import AmbiguousMaskError, MaskError, explain_values
+
+Bound = int | Tensor
+Align = Literal["start", "end"]
+MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+NodeType = TypeVar("NodeType", bound=type)
+
+
+@dataclass_transform(frozen_default=True)
+def node(cls: NodeType) -> NodeType:
+    """Make `cls` a frozen dataclass that compares tensors by identity, so that it has a hash."""
+    return dataclass(frozen=True, eq=False, repr=False)(cls)  # type: ignore[return-value]
+
+
+class Node:
+    """What mask and score nodes share: structural equality, a hash, and their text."""
+
+    def _key(self) -> tuple[Any, ...]:
+        values = (getattr(self, f.name) for f in fields(self))  # type: ignore[arg-type]
+        return (type(self), *(("tensor", id(x)) if isinstance(x, Tensor) else x for x in values))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Node) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    def __repr__(self) -> str:
+        parts: list[str] = []
+        for f in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, f.name)
+            if f.name == "align" and value == "start":
+                continue
+            if isinstance(value, Tensor):
+                text = f"<{str(value.dtype).removeprefix('torch.')}{list(value.shape)}>"
+            elif callable(value):
+                text = getattr(value, "__name__", type(value).__name__)
+            else:
+                text = repr(value)
+            parts.append(f"align={text}" if f.name == "align" else text)
+        return f"{type(self).__name__}({', '.join(parts)})"
+
+
+class Mask(Node):
+    """Base class of every mask node. Subclass it and register its cases to add a node of your own."""
+
+    def __and__(self, other: Mask) -> Mask:
+        return And(self, _check_mask(other, "&"))
+
+    def __or__(self, other: Mask) -> Mask:
+        return Or(self, _check_mask(other, "|"))
+
+    def __invert__(self) -> Mask:
+        return Not(self)
+
+    def __bool__(self) -> bool:
+        raise AmbiguousMaskError(
+            explain_values(
+                "mask", "has no truth value; combine masks with &, | and ~ instead of and, or and not", mask=self
+            )
+        )
+
+
+def _check_mask(other: object, operator: str) -> Mask:
+    if not isinstance(other, Mask):
+        raise MaskError(
+            explain_values("mask", f"both sides of {operator} must be masks", other=type(other).__name__)
+        )
+    return other
+
+
+def _check_bound(name: str, value: object, minimum: int) -> None:
+    if isinstance(value, Tensor):
+        if value.ndim != 1 or value.dtype.is_floating_point or value.dtype == torch.bool:
+            raise MaskError(
+                explain_values(
+                    name, "a per-segment bound must be a 1-D integer tensor [S]", shape=tuple(value.shape), dtype=value.dtype
+                )
+            )
+    elif not isinstance(value, int) or isinstance(value, bool):
+        raise MaskError(explain_values(name, "must be an int or a per-segment integer tensor", value=value))
+    elif value < minimum:
+        hint = "; use None for unlimited" if name in ("left", "right") else ""
+        raise MaskError(explain_values(name, f"must be at least {minimum}{hint}", value=value))
+
+
+def _check_align(align: str) -> None:
+    if align not in ("start", "end"):
+        raise MaskError(explain_values("align", "must be 'start' or 'end'", align=align))
+
+
+@node
+class Full(Mask):
+    """Every key of the own segment.
+
+    >>> Full()
+    Full()
+    """
+
+
+@node
+class Causal(Mask):
+    """Key j for query i when ``j <= i``; with ``align="end"`` when ``j <= i + m - n``.
+
+    Args:
+        align: ``"start"`` counts positions from the segment's start; ``"end"`` lines up the last query
+            with the last key, which varlen kernels call bottom-right.
+
+    >>> Causal() & (Window(256, 0) | Prefix(4))
+    Causal() & (Window(256, 0) | Prefix(4))
+    """
+
+    align: Align = "start"
+
+    def __post_init__(self) -> None:
+        _check_align(self.align)
+
+
+@node
+class Window(Mask):
+    """Key j for query i when ``i - left <= j <= i + right``.
+
+    Args:
+        left: How far back, int or ``[S]``; None is unlimited.
+        right: How far ahead, int or ``[S]``; None is unlimited.
+        align: As in :class:`Causal`.
+
+    Raises:
+        MaskError: If a bound is negative (unlimited is None, not -1).
+    """
+
+    left: Bound | None
+    right: Bound | None
+    align: Align = "start"
+
+    def __post_init__(self) -> None:
+        for name in ("left", "right"):
+            if getattr(self, name) is not None:
+                _check_bound(name, getattr(self, name), 0)
+        _check_align(self.align)
+
+
+@node
+class Prefix(Mask):
+    """The first n keys: ``j < n``. Prefix-LM is ``Causal() | Prefix(n)``; attention sinks are
+    ``Causal() & (Window(w, 0) | Prefix(4))``.
+
+    Args:
+        n: int or ``[S]``.
+    """
+
+    n: Bound
+
+    def __post_init__(self) -> None:
+        _check_bound("n", self.n, 0)
+
+
+@node
+class Chunked(Mask):
+    """Keys of the same chunk: ``i // size == j // size``.
+
+    Args:
+        size: Chunk length, int or ``[S]``, at least 1.
+    """
+
+    size: Bound
+
+    def __post_init__(self) -> None:
+        _check_bound("size", self.size, 1)
+
+
+@node
+class GlobalTokens(Mask):
+    """The first n tokens attend everything and are attended by everything: ``i < n or j < n``
+    (Longformer, arXiv 2004.05150).
+
+    Args:
+        n: int or ``[S]``.
+    """
+
+    n: Bound
+
+    def __post_init__(self) -> None:
+        _check_bound("n", self.n, 0)
+
+
+@node
+class Rows(Mask):
+    """Explicit spans: j for packed query row i when ``lo[k, i] <= j < hi[k, i]`` for some k.
+
+    Args:
+        lo: ``[K, T_q]`` or ``[T_q]`` integers, segment-local, inclusive. Out of range is clipped.
+        hi: The same shape, exclusive.
+    """
+
+    lo: Tensor
+    hi: Tensor
+
+    def __post_init__(self) -> None:
+        if self.lo.shape != self.hi.shape or self.lo.ndim not in (1, 2) or self.lo.dtype.is_floating_point:
+            raise MaskError(
+                explain_values(
+                    "lo, hi",
+                    "must be integer tensors of one shape, [T_q] or [K, T_q]",
+                    lo=tuple(self.lo.shape),
+                    hi=tuple(self.hi.shape),
+                    dtype=self.lo.dtype,
+                )
+            )
+
+
+@node
+class SameGroup(Mask):
+    """Keys whose id equals the query's: a document inside a segment, a round, a window, a bucket.
+
+    Args:
+        ids: ``[T_q]`` integers per packed query token.
+        kv_ids: ``[T_kv]`` per packed key token, when keys are not the queries' tokens.
+    """
+
+    ids: Tensor
+    kv_ids: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        for name, ids in (("ids", self.ids), ("kv_ids", self.kv_ids)):
+            if ids is not None and (ids.ndim != 1 or ids.dtype.is_floating_point):
+                raise MaskError(
+                    explain_values(name, "must be a 1-D integer tensor", shape=tuple(ids.shape), dtype=ids.dtype)
+                )
+
+
+@node
+class Dense(Mask):
+    """The given boolean matrix says so.
+
+    Args:
+        values: ``[N, M]`` bool, shared by every segment and indexed by local positions (positions
+            outside the matrix are not allowed); or ``[sum n_s * m_s]`` bool, every segment's own
+            row-major matrix back to back. :meth:`from_list` makes the second.
+    """
+
+    values: Tensor
+
+    def __post_init__(self) -> None:
+        if self.values.dtype != torch.bool or self.values.ndim not in (1, 2):
+            raise MaskError(
+                explain_values(
+                    "values", "must be boolean, [N, M] or packed 1-D", shape=tuple(self.values.shape), dtype=self.values.dtype
+                )
+            )
+
+    @staticmethod
+    def from_list(matrices: Sequence[Tensor]) -> Dense:
+        """One boolean ``[n_s, m_s]`` matrix per segment.
+
+        >>> Dense.from_list([torch.ones(2, 2, dtype=torch.bool), torch.zeros(1, 3, dtype=torch.bool)])
+        Dense(<bool[7]>)
+        """
+        flat = [m.flatten() for m in matrices]
+        return Dense(torch.cat(flat) if flat else torch.zeros(0, dtype=torch.bool))
+
+
+@node
+class MaskMod(Mask):
+    """A predicate in FlexAttention's own signature, ``fn(b, h, q_pos, kv_pos) -> bool``.
+
+    Positions are segment-local and `b` is the segment, so a mask written for one sequence (any of
+    attention-gym's) works per segment unchanged. Positions outside the segment never reach `fn`.
+    """
+
+    fn: MaskFunction
+
+    def __post_init__(self) -> None:
+        if not callable(self.fn):
+            raise MaskError(explain_values("fn", "must be callable as fn(b, h, q_pos, kv_pos)", fn=self.fn))
+
+
+@node
+class PerHead(Mask):
+    """Another mask for each query head: head h uses ``masks[h]``.
+
+    Args:
+        masks: As many masks as there are query heads.
+    """
+
+    masks: Sequence[Mask]
+
+    def __post_init__(self) -> None:
+        if not self.masks:
+            raise MaskError(explain_values("masks", "must hold one mask per query head", masks=self.masks))
+        object.__setattr__(self, "masks", tuple(_check_mask(m, "PerHead") for m in self.masks))
+
+
+@node
+class And(Mask):
+    """Both masks allow the key: ``left & right``."""
+
+    left: Mask
+    right: Mask
+
+    def __repr__(self) -> str:
+        return f"{_group(self.left, Or)} & {_group(self.right, Or)}"
+
+
+@node
+class Or(Mask):
+    """One of the masks allows the key: ``left | right``."""
+
+    left: Mask
+    right: Mask
+
+    def __repr__(self) -> str:
+        return f"{_group(self.left, And)} | {_group(self.right, And)}"
+
+
+@node
+class Not(Mask):
+    """The mask does not allow the key, within the own segment: ``~mask``."""
+
+    mask: Mask
+
+    def __repr__(self) -> str:
+        return f"~{_group(self.mask, And, Or)}"
+
+
+def _group(mask: Mask, *types: type) -> str:
+    return f"({mask!r})" if isinstance(mask, types) else repr(mask)
+
+
+def at_head(mask: Mask, head: int) -> Mask:
+    """The mask of one query head: every :class:`PerHead` inside replaced by its choice."""
+    match mask:
+        case PerHead():
+            return at_head(mask.masks[head], head)
+        case And():
+            return And(at_head(mask.left, head), at_head(mask.right, head))
+        case Or():
+            return Or(at_head(mask.left, head), at_head(mask.right, head))
+        case Not():
+            return Not(at_head(mask.mask, head))
+        case _:
+            return mask
+
+
+def num_mask_heads(mask: Mask) -> int | None:
+    """How many heads the :class:`PerHead` nodes inside ask for; None without any.
+
+    Raises:
+        MaskError: If two of them disagree.
+    """
+    match mask:
+        case PerHead():
+            counts = {len(mask.masks)} | {num_mask_heads(m) for m in mask.masks}
+        case And() | Or():
+            counts = {num_mask_heads(mask.left), num_mask_heads(mask.right)}
+        case Not():
+            counts = {num_mask_heads(mask.mask)}
+        case _:
+            counts = {None}
+    found = {c for c in counts if c is not None}
+    if len(found) > 1:
+        raise MaskError(explain_values("masks", "every PerHead must have one mask per head", heads=sorted(found)))
+    return found.pop() if found else None
+
+
+def as_window(mask: Mask) -> tuple[int | None, int | None, Align] | None:
+    """The mask as one sliding window ``(left, right, align)`` of ints, or None if it is not one."""
+    match mask:
+        case Full():
+            return None, None, "start"
+        case Causal():
+            return None, 0, mask.align
+        case Window() if not isinstance(mask.left, Tensor) and not isinstance(mask.right, Tensor):
+            return mask.left, mask.right, mask.align
+        case And():
+            a, b = as_window(mask.left), as_window(mask.right)
+            if a is None or b is None:
+                return None
+            if a[:2] == (None, None) or b[:2] == (None, None):
+                return b if a[:2] == (None, None) else a
+            if a[2] != b[2]:
+                return None
+            return _least(a[0], b[0]), _least(a[1], b[1]), a[2]
+        case _:
+            return None
+
+
+def _least(a: int | None, b: int | None) -> int | None:
+    return b if a is None else a if b is None else min(a, b)
+
+
+def keeps_self(mask: Mask) -> bool:
+    """Whether the mask provably lets every token of a self-attention attend itself."""
+    match mask:
+        case Full() | Causal() | Window() | Chunked():
+            return True
+        case SameGroup():
+            return mask.kv_ids is None
+        case And():
+            return keeps_self(mask.left) and keeps_self(mask.right)
+        case Or():
+            return keeps_self(mask.left) or keeps_self(mask.right)
+        case PerHead():
+            return all(keeps_self(m) for m in mask.masks)
+        case _:
+            return False

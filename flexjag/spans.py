@@ -1,0 +1,316 @@
+"""Abstract interpretation of masks: for each query row, which spans of packed keys are allowed.
+
+Every mask lowers to a *sandwich* ``inner ⊆ mask ⊆ outer`` of span sets. Interval masks are exact. No tensor
+here is larger than ``[K, T]`` with a small static K.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from flexjag import masks as m
+from flexjag.dispatch import Interpretation
+from flexjag.errors import MaskError, explain_values
+from flexjag.layout import INT32_MAX, Layout
+
+MAX_SPANS = 8
+
+
+@dataclass(frozen=True, eq=False)
+class Spans:
+    """K disjoint half-open intervals of packed keys for each query row.
+
+    Canonical: ``lo[k] <= hi[k] <= lo[k+1]``; an interval with ``lo == hi`` is empty; two that are not
+    empty never touch.
+
+    Attributes:
+        lo: ``[K, T_q]`` int32.
+        hi: ``[K, T_q]`` int32.
+    """
+
+    lo: Tensor
+    hi: Tensor
+
+    @property
+    def count(self) -> int:
+        """K, static."""
+        return self.lo.shape[0]
+
+
+@dataclass(frozen=True, eq=False)
+class Sandwich:
+    """``mask == outer & rest`` and ``inner ⊆ mask``.
+
+    Attributes:
+        inner: Keys that are certainly allowed.
+        outer: Keys that may be allowed; always inside the row's own segment.
+        rest: What is left to test inside `outer`; None when ``inner == outer`` exactly.
+    """
+
+    inner: Spans
+    outer: Spans
+    rest: m.Mask | None = field(default=None)
+
+    @property
+    def exact(self) -> bool:
+        """Whether the spans say everything."""
+        return self.rest is None
+
+
+@m.node
+class InSpans(m.Mask):
+    """A subtree folded into the spans it was lowered to, in packed key indices."""
+
+    lo: Tensor
+    hi: Tensor
+
+
+def _clip(spans: Spans, lo: Tensor, hi: Tensor) -> Spans:
+    new_lo = spans.lo.clamp(min=lo, max=hi)
+    return Spans(new_lo, torch.maximum(spans.hi.clamp(max=hi), new_lo))
+
+
+def _canonical(lo: Tensor, hi: Tensor, *, widen: bool) -> tuple[Spans, bool]:
+    """Sort, merge and compress K arbitrary intervals per row to at most MAX_SPANS canonical ones.
+
+    Returns the spans and whether K was cut: `widen` then joins the surplus into the last span
+    (for an outer bound) and otherwise drops it (for an inner bound).
+    """
+    count = lo.shape[0]
+    lo, order = torch.where(hi > lo, lo, INT32_MAX).sort(dim=0)
+    hi = torch.where(lo < INT32_MAX, hi.gather(0, order), 0)
+    reach = hi.cummax(dim=0).values
+    # Integers throughout: Inductor's C++ mistypes a boolean that is concatenated or sliced into.
+    starts = torch.cat([torch.ones_like(lo[:1]), (lo[1:] > reach[:-1]).to(lo.dtype)])
+    group = starts.cumsum(dim=0) - 1
+    merged_lo = torch.full_like(lo, INT32_MAX).scatter_reduce(0, group, lo, "amin")
+    merged_hi = torch.zeros_like(hi).scatter_reduce(0, group, hi, "amax")
+    cut = count > MAX_SPANS
+    if cut:
+        if widen:
+            merged_hi[MAX_SPANS - 1] = merged_hi[MAX_SPANS - 1 :].amax(dim=0)
+        merged_lo, merged_hi = merged_lo[:MAX_SPANS], merged_hi[:MAX_SPANS]
+    end = merged_hi.amax(dim=0, keepdim=True)  # where unused slots go, to stay sorted
+    used = merged_lo < INT32_MAX
+    return Spans(torch.where(used, merged_lo, end), torch.where(used, merged_hi, end)), cut
+
+
+def _intersect(a: Spans, b: Spans, *, widen: bool) -> tuple[Spans, bool]:
+    if a.count == 1 or b.count == 1:
+        one, many = (a, b) if a.count == 1 else (b, a)
+        return _clip(many, one.lo[0], one.hi[0]), False
+    lo = torch.maximum(a.lo[:, None], b.lo[None]).flatten(0, 1)
+    hi = torch.minimum(a.hi[:, None], b.hi[None]).flatten(0, 1)
+    spans, _ = _canonical(lo, hi, widen=widen)
+    most = a.count + b.count - 1  # how many of the pairs can be non-empty at once
+    if most < spans.count:
+        spans = Spans(spans.lo[:most], spans.hi[:most])
+    return spans, most > MAX_SPANS
+
+
+def _unite(a: Spans, b: Spans, *, widen: bool) -> tuple[Spans, bool]:
+    return _canonical(torch.cat([a.lo, b.lo]), torch.cat([a.hi, b.hi]), widen=widen)
+
+
+def _complement(a: Spans, layout: Layout) -> Spans:
+    lo = torch.cat([layout.kv_start[None], a.hi])
+    hi = torch.cat([a.lo, layout.kv_end[None]])
+    return Spans(lo, torch.maximum(lo, hi))
+
+
+def _cap(spans: Spans, *, widen: bool) -> tuple[Spans, bool]:
+    return _canonical(spans.lo, spans.hi, widen=widen) if spans.count > MAX_SPANS else (spans, False)
+
+
+def rest_of(s: Sandwich) -> m.Mask:
+    """The mask as something to test: its spans if they are exact, else outer and rest."""
+    outer = InSpans(s.outer.lo, s.outer.hi)
+    return outer if s.rest is None else m.And(outer, s.rest)
+
+
+sandwich = Interpretation("sandwich")
+"""``sandwich(mask, layout) -> Sandwich``. O(K·T); the mask must not hold a PerHead (see `masks.at_head`)."""
+
+
+def _exact(layout: Layout, lo: Tensor, hi: Tensor) -> Sandwich:
+    """Exact single interval of *packed* keys, clipped to the segment."""
+    spans = _clip(Spans(lo.to(torch.int32)[None], hi.to(torch.int32)[None]), layout.kv_start, layout.kv_end)
+    return Sandwich(spans, spans)
+
+
+def _bound(value: m.Bound, layout: Layout, name: str) -> Tensor | int:
+    if isinstance(value, int):
+        return value
+    if value.shape[0] != layout.num_segments or value.device != layout.device:
+        raise MaskError(
+            explain_values(
+                name,
+                "a per-segment bound needs one entry per segment, on the batch's device",
+                entries=value.shape[0],
+                segments=layout.num_segments,
+                device=str(value.device),
+            )
+        )
+    return layout.per_row(value.to(torch.int32))
+
+
+def _diagonal(layout: Layout, align: m.Align) -> Tensor:
+    """The packed key index that each query row lines up with."""
+    at = layout.kv_start + layout.q_pos
+    if align == "end" and not layout.is_self:
+        at = at + (layout.kv_length() - layout.q_length())
+    return at
+
+
+@sandwich.register(m.Full)
+def _(mask: m.Full, layout: Layout) -> Sandwich:
+    return _exact(layout, layout.kv_start, layout.kv_end)
+
+
+@sandwich.register(m.Causal)
+def _(mask: m.Causal, layout: Layout) -> Sandwich:
+    return _exact(layout, layout.kv_start, _diagonal(layout, mask.align) + 1)
+
+
+@sandwich.register(m.Window)
+def _(mask: m.Window, layout: Layout) -> Sandwich:
+    at = _diagonal(layout, mask.align).long()  # long: a window may be as wide as int32 itself
+    lo = layout.kv_start if mask.left is None else at - _bound(mask.left, layout, "left")
+    hi = layout.kv_end if mask.right is None else at + _bound(mask.right, layout, "right") + 1
+    return _exact(layout, lo.clamp(min=-1), hi.clamp(max=INT32_MAX))
+
+
+@sandwich.register(m.Prefix)
+def _(mask: m.Prefix, layout: Layout) -> Sandwich:
+    hi = layout.kv_start.long() + _bound(mask.n, layout, "n")
+    return _exact(layout, layout.kv_start, hi.clamp(max=INT32_MAX))
+
+
+@sandwich.register(m.Chunked)
+def _(mask: m.Chunked, layout: Layout) -> Sandwich:
+    size = _bound(mask.size, layout, "size")
+    if isinstance(size, Tensor):
+        size = size.clamp(min=1).long()  # spare rows hold 0
+    first = torch.div(layout.q_pos.long(), size, rounding_mode="floor") * size + layout.kv_start
+    return _exact(layout, first.clamp(max=INT32_MAX), (first + size).clamp(max=INT32_MAX))
+
+
+@sandwich.register(m.GlobalTokens)
+def _(mask: m.GlobalTokens, layout: Layout) -> Sandwich:
+    n = _bound(mask.n, layout, "n")
+    hi = torch.where(layout.q_pos < n, layout.kv_end.long(), layout.kv_start.long() + n)
+    return _exact(layout, layout.kv_start, hi.clamp(max=INT32_MAX))
+
+
+def _check_rows(name: str, tensor: Tensor, rows: int, layout: Layout) -> None:
+    if tensor.shape[-1] != rows or tensor.device != layout.device:
+        raise MaskError(
+            explain_values(
+                name,
+                "must have one entry per packed token, on the batch's device",
+                entries=tensor.shape[-1],
+                tokens=rows,
+                device=str(tensor.device),
+            )
+        )
+
+
+@sandwich.register(m.Rows)
+def _(mask: m.Rows, layout: Layout) -> Sandwich:
+    _check_rows("lo", mask.lo, layout.num_q, layout)
+    lo, hi = (x if x.ndim == 2 else x[None] for x in (mask.lo, mask.hi))
+    low, high = layout.kv_start.long(), layout.kv_end.long()
+    lo = (lo.long().clamp(-INT32_MAX, INT32_MAX) + low).clamp(min=low, max=high).to(torch.int32)
+    hi = (hi.long().clamp(-INT32_MAX, INT32_MAX) + low).clamp(min=low, max=high).to(torch.int32)
+    outer, cut = _canonical(lo, hi, widen=True)
+    outer = _clip(outer, layout.kv_start, layout.kv_end)
+    if not cut:
+        return Sandwich(outer, outer)
+    inner, _ = _canonical(lo, hi, widen=False)
+    return Sandwich(_clip(inner, layout.kv_start, layout.kv_end), outer, InSpans(lo, torch.maximum(lo, hi)))
+
+
+def _nothing(layout: Layout) -> Spans:
+    return Spans(layout.kv_start[None], layout.kv_start[None])
+
+
+@sandwich.register(m.MaskMod)
+def _(mask: m.MaskMod, layout: Layout) -> Sandwich:
+    return Sandwich(_nothing(layout), Spans(layout.kv_start[None], layout.kv_end[None]), mask)
+
+
+@sandwich.register(m.Dense)
+def _(mask: m.Dense, layout: Layout) -> Sandwich:
+    hi = layout.kv_end
+    if mask.values.device != layout.device:
+        raise MaskError(
+            explain_values("values", "must be on the batch's device", device=str(mask.values.device))
+        )
+    if mask.values.ndim == 2:
+        rows, cols = mask.values.shape
+        hi = torch.minimum(hi, layout.kv_start + torch.where(layout.q_pos < rows, cols, 0))
+    return Sandwich(_nothing(layout), Spans(layout.kv_start[None], hi[None].to(torch.int32)), mask)
+
+
+@sandwich.register(m.SameGroup)
+def _(mask: m.SameGroup, layout: Layout) -> Sandwich:
+    """Outer: first to last key of the group. Inner: the same where the group has no gap."""
+    _check_rows("ids", mask.ids, layout.num_q, layout)
+    kv_ids = mask.ids if mask.kv_ids is None else mask.kv_ids
+    _check_rows("kv_ids" if mask.kv_ids is not None else "ids", kv_ids, layout.num_kv, layout)
+    by_id = torch.argsort(kv_ids, stable=True)
+    order = by_id[torch.argsort(layout.kv_segment[by_id], stable=True)]  # by segment, then id, then index
+    # Ids are replaced by their rank so that (segment, rank) fits one sortable number.
+    values = kv_ids[by_id]
+    span = layout.num_kv + 2
+    rank = torch.searchsorted(values, kv_ids[order].contiguous())
+    key = layout.kv_segment[order].long() * span + rank
+    q_rank = torch.searchsorted(values, mask.ids.to(values.dtype).contiguous())
+    here = values[q_rank.clamp(max=max(layout.num_kv - 1, 0))] == mask.ids if layout.num_kv else q_rank > 0
+    q_key = layout.q_segment.long() * span + torch.where(here, q_rank, layout.num_kv + 1)
+    first = torch.searchsorted(key, q_key)
+    last = torch.searchsorted(key, q_key, right=True)
+    packed = torch.cat([order, order.new_zeros(1)])
+    found = last > first
+    lo = torch.where(found, packed[first], layout.kv_start.long())
+    hi = torch.where(found, packed[(last - 1).clamp(min=0)] + 1, layout.kv_start.long())
+    whole = hi - lo == last - first
+    outer = _clip(Spans(lo[None].to(torch.int32), hi[None].to(torch.int32)), layout.kv_start, layout.kv_end)
+    inner = Spans(outer.lo, torch.where(whole, outer.hi, outer.lo))
+    return Sandwich(inner, outer, mask)
+
+
+@sandwich.register(m.And)
+def _(mask: m.And, layout: Layout) -> Sandwich:
+    a, b = sandwich(mask.left, layout), sandwich(mask.right, layout)
+    outer, cut = _intersect(a.outer, b.outer, widen=True)
+    if a.exact and b.exact and not cut:
+        return Sandwich(outer, outer)
+    inner, _ = _intersect(a.inner, b.inner, widen=False)
+    if cut:
+        return Sandwich(inner, outer, m.And(rest_of(a), rest_of(b)))
+    rests = [x.rest for x in (a, b) if x.rest is not None]
+    return Sandwich(inner, outer, rests[0] if len(rests) == 1 else m.And(*rests))
+
+
+@sandwich.register(m.Or)
+def _(mask: m.Or, layout: Layout) -> Sandwich:
+    a, b = sandwich(mask.left, layout), sandwich(mask.right, layout)
+    outer, cut = _unite(a.outer, b.outer, widen=True)
+    if a.exact and b.exact and not cut:
+        return Sandwich(outer, outer)
+    inner, _ = _unite(a.inner, b.inner, widen=False)
+    return Sandwich(inner, outer, m.Or(rest_of(a), rest_of(b)))
+
+
+@sandwich.register(m.Not)
+def _(mask: m.Not, layout: Layout) -> Sandwich:
+    a = sandwich(mask.mask, layout)
+    outer, cut = _cap(_complement(a.inner, layout), widen=True)
+    if a.exact and not cut:
+        return Sandwich(outer, outer)
+    inner, _ = _cap(_complement(a.outer, layout), widen=False)
+    return Sandwich(inner, outer, m.Not(rest_of(a)))
