@@ -193,18 +193,17 @@ def _head_masks(mask: m.Mask) -> tuple[list[m.Mask], list[int] | None]:
     return distinct, head_of
 
 
-def _capacity(layout: Layout, block: int, max_length: int | None) -> tuple[int, int, int] | None:
-    """Most tiles in a row, in a column, and in all, for segments of at most `max_length`; None without a bound.
+def _capacity(layout: Layout, block: int, max_length: int | None) -> tuple[int, int] | None:
+    """Most tiles in a row or column, and most in all, for segments of at most `max_length`; None without a bound.
 
     In self-attention a tile row meets one stretch of keys: its own tokens and at most a segment to either side.
+    In cross-attention it may meet many segments, each in a stretch of its own, so only the grid bounds it.
     """
     if max_length is None:
         return None
     rows, cols = blocks(layout.num_q, block), blocks(layout.num_kv, block)
-    width = q_width = (2 * max_length + block - 1) // block + 2
-    if not layout.is_self:  # a tile may meet many segments, each in a stretch of its own, so only the grid bounds it
-        width, q_width = cols, rows
-    return width, q_width, max(2, rows * width)
+    width = (2 * max_length + block - 1) // block + 2 if layout.is_self else max(rows, cols)
+    return width, max(2, rows * min(width, cols))
 
 
 def plan(
@@ -263,19 +262,18 @@ def plan(
             mark_varying(t, 1)
     tables = mods.row_tables(layout, block_size)
     capacity = _capacity(layout, block_size, max_length)
-    size = None if capacity is None else capacity[2]
+    width, size = (None, None) if capacity is None else capacity
     lists = [list_tiles(x.outer, x.inner, layout.num_kv, block_size, size) for x in sandwiches]
     if capacity is None and not torch.compiler.is_compiling():
         lists = [
             _refined(tiles, x, tables, layout, block_size, refine_tiles) for tiles, x in zip(lists, sandwiches, strict=True)
         ]
-    widths = (None, None) if capacity is None else capacity[:2]
     heads_tensor = None
     by_head = lists
     if head_of is not None:
         heads_tensor = torch.tensor(head_of, dtype=torch.int32, device=layout.device)
         by_head = [lists[i] for i in head_of]
-    kv_partial, kv_full, q_partial, q_full = build_tables(by_head, layout.num_q, layout.num_kv, block_size, *widths)
+    kv_partial, kv_full, q_partial, q_full = build_tables(by_head, layout.num_q, layout.num_kv, block_size, width)
     if len(lists) == 1:
         union = lists[0]
     else:

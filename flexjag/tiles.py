@@ -177,29 +177,37 @@ def refine(tiles: TileList, allowed: Callable[[Tensor, Tensor], Tensor], num_q: 
     return _unpack(found)
 
 
-def _table(lists: list[TileList], rows: int, cols: int, full: bool, width: int | None) -> TileTable:
-    """BlockMask's table of the FULL or of the other tiles of each row, from lists sorted by row.
+@dataclass(frozen=True, eq=False)
+class _Counted:
+    """The FULL or the other tiles of each row, counted: half of a table."""
 
-    `width` is the most tiles a row may hold, or None to count them at the price of a host sync. Entries out of
-    the grid are the lists' unused ones.
-    """
+    lists: list[TileList]
+    major: list[Tensor]
+    keep: list[Tensor]
+    counts: list[Tensor]
+
+
+def _count(lists: list[TileList], rows: int, full: bool) -> _Counted:
     major = [t.row.clamp(max=rows - 1) for t in lists]  # unused entries may point past the end
     keep = [(t.full == full) & t.live for t in lists]
     counts = [k.new_zeros(rows, dtype=torch.int64).index_add(0, a, k.long()) for a, k in zip(major, keep, strict=True)]
-    if width is None:
-        width = max(2, int(torch.stack(counts).max()))
-    if width == cols:
-        width += 1  # Dynamo guards on whether rows are contiguous, so they never are
-    heads, stride = len(lists), rows * width + cols
+    return _Counted(lists, major, keep, counts)
+
+
+def _table(counted: _Counted, rows: int, cols: int, width: int) -> TileTable:
+    """Scatter the tiles into rows of `width` columns, viewed as rows of `cols`."""
+    heads, stride = len(counted.lists), rows * width + cols
     slots = [
         torch.where(k, h * stride + a * width + k.long().cumsum(0) - 1 - (c.cumsum(0) - c)[a], heads * stride)
-        for h, (a, k, c) in enumerate(zip(major, keep, counts, strict=True))
+        for h, (a, k, c) in enumerate(zip(counted.major, counted.keep, counted.counts, strict=True))
     ]
-    buffer = torch.zeros(heads * stride + 1, dtype=torch.int32, device=major[0].device)
-    buffer = buffer.scatter(0, torch.cat(slots), torch.cat([t.col for t in lists]).to(torch.int32))
-    index = buffer.as_strided((1, heads, rows, cols), (heads * stride, stride, width, 1))
-    count = mark_varying(torch.stack(counts).to(torch.int32)[None], 2)
-    return TileTable(count, mark_varying(index, 2, 3))
+    buffer = torch.zeros(heads * stride + 1, dtype=torch.int32, device=slots[0].device)
+    buffer = buffer.scatter(0, torch.cat(slots), torch.cat([t.col for t in counted.lists]).to(torch.int32))
+    # Dynamo guards on how strides and sizes compare. A size-1 dimension may have any stride: 2 settles at once that
+    # this is not a channels-last tensor, and being constant it equals no other stride by accident.
+    index = buffer.as_strided((1, heads, rows, cols), (2, stride if heads > 1 else 2, width, 1))
+    count = torch.stack(counted.counts).to(torch.int32)[None]
+    return TileTable(mark_varying(count, 2), mark_varying(index, 2, 3))
 
 
 @dataclass(frozen=True, eq=False)
@@ -222,7 +230,7 @@ class Tiles:
 
 
 def build_tables(
-    lists: list[TileList], num_q: int, num_kv: int, block: int, width: int | None, q_width: int | None
+    lists: list[TileList], num_q: int, num_kv: int, block: int, width: int | None
 ) -> tuple[TileTable, TileTable, TileTable, TileTable]:
     """The four tables of a BlockMask from one tile list per mask head, without a dense grid.
 
@@ -231,18 +239,26 @@ def build_tables(
         num_q: T_q.
         num_kv: T_kv.
         block: Tile size.
-        width: The most key tiles a query tile may have, if fixed; else None.
-        q_width: The most query tiles a key tile may have, likewise.
+        width: The most tiles that a row or a column may have, if fixed. Otherwise they are counted, at the
+            price of a host sync; in a traced graph every column is stored.
     """
     rows, cols = max(2, blocks(num_q, block)), max(2, blocks(num_kv, block))
     transposed = [TileList(t.col, t.row, t.full, t.live) for t in lists]
     order = [t.row.argsort(stable=True) for t in transposed]
     transposed = [TileList(t.row[o], t.col[o], t.full[o], t.live[o]) for t, o in zip(transposed, order, strict=True)]
-    if torch.compiler.is_compiling() and width is None:
-        width, q_width = cols, rows  # no host to count on: store every column
-    kv = [_table(lists, rows, cols, full, width) for full in (False, True)]
-    q = [_table(transposed, cols, rows, full, q_width) for full in (False, True)]
-    return kv[0], kv[1], q[0], q[1]
+    kv = [_count(lists, rows, full) for full in (False, True)]
+    q = [_count(transposed, cols, full) for full in (False, True)]
+    if width is None and torch.compiler.is_compiling():
+        width = max(rows, cols)
+    elif width is None:
+        width = max(2, int(torch.stack([c.max() for x in (*kv, *q) for c in x.counts]).max()))
+    # One width for all four tables, and never a table's own number of columns: Dynamo guards on which strides are
+    # equal and on whether rows are contiguous, and would compile anew when that changes.
+    while width in (rows, cols):
+        width += 1
+    kv_tables = [_table(x, rows, cols, width) for x in kv]
+    q_tables = [_table(x, cols, rows, width) for x in q]
+    return kv_tables[0], kv_tables[1], q_tables[0], q_tables[1]
 
 
 def block_mask(tiles: Tiles, mask_mod: Callable[..., Tensor], num_q: int, num_kv: int, block: int) -> BlockMask:
