@@ -35,8 +35,8 @@ def attention(
 ) -> Jagged | tuple[Jagged, Jagged]:
     """Attention within each segment of a jagged batch.
 
-    Tokens never see another segment; that is not an option. Differentiable in q, k, v and in what the score holds, but for
-    backends that say otherwise. Works inside ``torch.compile(fullgraph=True)``.
+    Tokens never see another segment; that is not an option. Differentiable in q, k, v and in what the score holds,
+    but for backends that say otherwise. Works inside ``torch.compile(fullgraph=True)``.
 
     Args:
         q: Queries, values ``[T_q, H, D]``.
@@ -49,13 +49,13 @@ def attention(
             share it between layers.
         scale: Factor on ``q·k``. Default ``1 / sqrt(D)``.
         return_lse: Also return the natural-log sum of exponentials of each row's scores, for :func:`merge`.
-        backend: ``"auto"``, ``"reference"``, ``"tiled"``, ``"segments"``, ``"flex"`` or ``"varlen"``. A named backend that
-            cannot run the plan raises; it never falls back.
+        backend: ``"auto"``, ``"reference"``, ``"tiled"``, ``"segments"``, ``"flex"`` or ``"varlen"``. A named backend
+            that cannot run the plan raises; it never falls back.
         validate: Check the contents of the offsets (one device sync).
 
     Returns:
-        Values ``[T_q, H, E]`` on q's offsets; with `return_lse` also the log-sum-exp ``[T_q, H]``. A row without an allowed
-        key gets output 0, log-sum-exp -inf and no gradient.
+        Values ``[T_q, H, E]`` on q's offsets; with `return_lse` also the log-sum-exp ``[T_q, H]``. A row without an
+        allowed key gets output 0, log-sum-exp -inf and no gradient.
 
     Raises:
         ShapeError: If shapes, dtypes or devices do not fit.
@@ -73,7 +73,9 @@ def attention(
     if plan is None:
         plan = make_plan(q, k, mask=mask, score=score, normalizer=normalizer, validate=validate)
     elif mask is not None or score is not None or normalizer is not None:
-        raise PlanError(explain_values("plan", "already holds a mask, score and normalizer; pass one or the other", plan=plan))
+        raise PlanError(
+            explain_values("plan", "already holds a mask, score and normalizer; pass one or the other", plan=plan)
+        )
     else:
         check_plan(plan, q, k, validate=validate)
     heads, groups = q.values.shape[1], k.values.shape[1]
@@ -191,8 +193,8 @@ def merge(parts: Sequence[tuple[Jagged, Jagged]]) -> tuple[Jagged, Jagged]:
     """Combine attention over disjoint key sets into attention over their union, exactly.
 
     Args:
-        parts: Pairs ``(out, lse)`` from :func:`attention` with ``return_lse=True``: values ``[T, H, E]`` and ``[T, H]``, the
-            same queries each time.
+        parts: Pairs ``(out, lse)`` from :func:`attention` with ``return_lse=True``: values ``[T, H, E]`` and
+            ``[T, H]``, the same queries each time.
 
     Returns:
         The merged ``(out, lse)``. Rows that no part has a key for stay 0 and -inf. Differentiable.
@@ -233,5 +235,3 @@ def merge(parts: Sequence[tuple[Jagged, Jagged]]) -> tuple[Jagged, Jagged]:
     merged = (weights[..., None] * outs).sum(0) / total[..., None]
     lse = (top + total.log()).masked_fill(empty, -torch.inf)
     return first.with_values(merged.to(first.values.dtype)), first.with_values(lse)
-
-

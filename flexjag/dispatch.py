@@ -43,10 +43,15 @@ class Interpretation:
         return decorate
 
     def __call__(self, node: Any, *args: Any) -> Any:
+        """Run the case of the node's type, or of its nearest base class that has one.
+
+        Raises:
+            UnknownNodeError: If there is none.
+        """
         for node_type in type(node).__mro__:
             if node_type in self.cases:
                 return self.cases[node_type](node, *args)
         raise UnknownNodeError(
             f"{type(node).__name__}: this node has no {self.name}; got {node!r}. "
-            f"Write the case and register it with @flexjag's `{self.name}.register({type(node).__name__})`."
+            f"Write one and decorate it with register({type(node).__name__}) of that interpretation."
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 import sys
 from collections.abc import Callable, Sequence
@@ -41,7 +42,7 @@ def check_offsets(offsets: Tensor, total: int, name: str = "offsets") -> None:
     values = offsets.tolist()
     if values[0] != 0:
         raise LayoutError(explain_values(name, "must start at 0", first=values[0]))
-    for s, (lo, hi) in enumerate(zip(values, values[1:], strict=False)):
+    for s, (lo, hi) in enumerate(itertools.pairwise(values)):
         if hi < lo:
             seen = {f"{name}[{s}]": lo, f"{name}[{s + 1}]": hi}
             raise LayoutError(explain_values(name, "must not decrease", **seen))
@@ -72,9 +73,7 @@ def _lengths_tensor(lengths: Tensor | Sequence[int], device: torch.device) -> Te
         lengths = torch.tensor(lengths, dtype=torch.int64, device=device)
     if lengths.dtype not in (torch.int32, torch.int64) or lengths.ndim != 1:
         raise LayoutError(
-            explain_values(
-                "lengths", "must be 1-D int32 or int64", dtype=lengths.dtype, shape=tuple(lengths.shape)
-            )
+            explain_values("lengths", "must be 1-D int32 or int64", dtype=lengths.dtype, shape=tuple(lengths.shape))
         )
     if lengths.device.type == "cpu" and not torch.compiler.is_compiling() and bool((lengths < 0).any()):
         raise LayoutError(explain_values("lengths", "must not be negative", lengths=given))
@@ -114,9 +113,7 @@ class Jagged:
         if self.values.ndim < 1:
             raise ShapeError(explain_values("values", "must have a token dimension", shape=()))
         if self.offsets.dtype not in (torch.int32, torch.int64):
-            raise LayoutError(
-                explain_values("offsets", "must be int32 or int64", dtype=self.offsets.dtype)
-            )
+            raise LayoutError(explain_values("offsets", "must be int32 or int64", dtype=self.offsets.dtype))
         if self.offsets.ndim != 1 or self.offsets.shape[0] < 1:
             raise LayoutError(
                 explain_values("offsets", "must be 1-D with S+1 entries", shape=tuple(self.offsets.shape))

@@ -99,18 +99,14 @@ def build_layout(
         PlanError: If the bounds do not hold.
     """
     if q.num_segments != k.num_segments:
-        raise LayoutError(
-            explain_values("k", "must have as many segments as q", q=q.num_segments, k=k.num_segments)
-        )
+        raise LayoutError(explain_values("k", "must have as many segments as q", q=q.num_segments, k=k.num_segments))
     if q.offsets.device != k.offsets.device:
         raise LayoutError(
             explain_values("k", "must be on the device of q", q=str(q.offsets.device), k=str(k.offsets.device))
         )
     num_q, num_kv = q.values.shape[0], k.values.shape[0]
     if not torch.compiler.is_compiling() and max(num_q, num_kv) > INT32_MAX - 4096:
-        raise LayoutError(
-            explain_values("q", "packed indices must fit in int32", tokens_q=num_q, tokens_kv=num_kv)
-        )
+        raise LayoutError(explain_values("q", "packed indices must fit in int32", tokens_q=num_q, tokens_kv=num_kv))
     if max_tokens is not None and num_q != max_tokens:
         raise PlanError(
             explain_values("max_tokens", "must equal the rows of q.values", max_tokens=max_tokens, rows=num_q)
@@ -126,7 +122,9 @@ def build_layout(
             longest = int(x.lengths.max()) if x.num_segments else 0
             if max_length is not None and longest > max_length:
                 raise PlanError(
-                    explain_values("max_length", f"must bound every segment of {name}", max_length=max_length, longest=longest)
+                    explain_values(
+                        "max_length", f"must bound every segment of {name}", max_length=max_length, longest=longest
+                    )
                 )
     is_self = q.offsets is k.offsets and num_q == num_kv
     q_offsets = q.offsets.to(torch.int32)

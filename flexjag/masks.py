@@ -8,53 +8,17 @@ or a per-segment integer tensor ``[S]``.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, Literal, TypeVar, dataclass_transform
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from flexjag.errors import AmbiguousMaskError, MaskError, explain_values
+from flexjag.nodes import Node, node
 
 Bound = int | Tensor
 Align = Literal["start", "end"]
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-NodeType = TypeVar("NodeType", bound=type)
-
-
-@dataclass_transform(frozen_default=True)
-def node(cls: NodeType) -> NodeType:
-    """Make `cls` a frozen dataclass that compares tensors by identity, so that it has a hash."""
-    return dataclass(frozen=True, eq=False, repr=False)(cls)  # type: ignore[return-value]
-
-
-class Node:
-    """What mask and score nodes share: structural equality, a hash, and their text."""
-
-    def _key(self) -> tuple[Any, ...]:
-        values = (getattr(self, f.name) for f in fields(self))  # type: ignore[arg-type]
-        return (type(self), *(("tensor", id(x)) if isinstance(x, Tensor) else x for x in values))
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Node) and self._key() == other._key()
-
-    def __hash__(self) -> int:
-        return hash(self._key())
-
-    def __repr__(self) -> str:
-        parts: list[str] = []
-        for f in fields(self):  # type: ignore[arg-type]
-            value = getattr(self, f.name)
-            if f.name == "align" and value == "start":
-                continue
-            if isinstance(value, Tensor):
-                text = f"<{str(value.dtype).removeprefix('torch.')}{list(value.shape)}>"
-            elif callable(value):
-                text = getattr(value, "__name__", type(value).__name__)
-            else:
-                text = repr(value)
-            parts.append(f"align={text}" if f.name == "align" else text)
-        return f"{type(self).__name__}({', '.join(parts)})"
 
 
 class Mask(Node):
@@ -79,9 +43,7 @@ class Mask(Node):
 
 def _check_mask(other: object, operator: str) -> Mask:
     if not isinstance(other, Mask):
-        raise MaskError(
-            explain_values("mask", f"both sides of {operator} must be masks", other=type(other).__name__)
-        )
+        raise MaskError(explain_values("mask", f"both sides of {operator} must be masks", other=type(other).__name__))
     return other
 
 
@@ -90,7 +52,10 @@ def _check_bound(name: str, value: object, minimum: int) -> None:
         if value.ndim != 1 or value.dtype.is_floating_point or value.dtype == torch.bool:
             raise MaskError(
                 explain_values(
-                    name, "a per-segment bound must be a 1-D integer tensor [S]", shape=tuple(value.shape), dtype=value.dtype
+                    name,
+                    "a per-segment bound must be a 1-D integer tensor [S]",
+                    shape=tuple(value.shape),
+                    dtype=value.dtype,
                 )
             )
     elif not isinstance(value, int) or isinstance(value, bool):
@@ -158,8 +123,9 @@ class Window(Mask):
 
 @node
 class Prefix(Mask):
-    """The first n keys: ``j < n``. Prefix-LM is ``Causal() | Prefix(n)``; attention sinks are
-    ``Causal() & (Window(w, 0) | Prefix(4))``.
+    """The first n keys: ``j < n``.
+
+    Prefix-LM is ``Causal() | Prefix(n)``; attention sinks are ``Causal() & (Window(w, 0) | Prefix(4))``.
 
     Args:
         n: int or ``[S]``.
@@ -187,8 +153,7 @@ class Chunked(Mask):
 
 @node
 class GlobalTokens(Mask):
-    """The first n tokens attend everything and are attended by everything: ``i < n or j < n``
-    (Longformer, arXiv 2004.05150).
+    """The first n tokens attend and are attended by everything: ``i < n or j < n`` (Longformer, arXiv 2004.05150).
 
     Args:
         n: int or ``[S]``.
@@ -261,7 +226,10 @@ class Dense(Mask):
         if self.values.dtype != torch.bool or self.values.ndim not in (1, 2):
             raise MaskError(
                 explain_values(
-                    "values", "must be boolean, [N, M] or packed 1-D", shape=tuple(self.values.shape), dtype=self.values.dtype
+                    "values",
+                    "must be boolean, [N, M] or packed 1-D",
+                    shape=tuple(self.values.shape),
+                    dtype=self.values.dtype,
                 )
             )
 

@@ -155,7 +155,11 @@ def _(mask: m.Dense, t: RowTables, layout: Layout) -> MaskMod:
     first = torch.cat([n.new_zeros(1), (n * width).cumsum(0)])[:-1]
     row_first = t.padded(layout.per_row(first) + layout.q_pos * layout.kv_length().long())
     packed = torch.cat([mask.values, mask.values.new_zeros(1)])
-    if not torch.compiler.is_compiling() and layout.device.type == "cpu" and int((n * width).sum()) != mask.values.shape[0]:
+    if (
+        not torch.compiler.is_compiling()
+        and layout.device.type == "cpu"
+        and int((n * width).sum()) != mask.values.shape[0]
+    ):
         raise MaskError(
             explain_values(
                 "values",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flexjag.masks import Node, node
+from flexjag.nodes import Node, node
 
 
 class Normalizer(Node):

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from flexjag import choice, mods
+from flexjag import choice, mods, viz
 from flexjag import masks as m
 from flexjag import scores as s
 from flexjag.errors import MaskError, PlanError, ScoreError, ShapeError, explain_values
+from flexjag.explain import explain
 from flexjag.jagged import Jagged, mark_varying
 from flexjag.layout import Layout, build_layout
 from flexjag.normalizers import Normalizer, Softmax
@@ -157,8 +158,6 @@ class Plan:
 
     def explain(self) -> str:
         """What was decided and why, for people: backend, tiles, FLOPs, bytes."""
-        from flexjag.explain import explain
-
         return explain(self)
 
     def show(self, head: int = 0) -> Figure:
@@ -167,9 +166,10 @@ class Plan:
         Args:
             head: Which head to draw, if the mask depends on the head.
         """
-        from flexjag.viz import draw_plan
+        return viz.draw_plan(self, head)
 
-        return draw_plan(self, head)
+    def _repr_html_(self) -> str:
+        return viz.to_html(self)
 
     def __repr__(self) -> str:
         return (
@@ -266,7 +266,8 @@ def plan(
     lists = [list_tiles(x.outer, x.inner, layout.num_kv, block_size, size) for x in sandwiches]
     if capacity is None and not torch.compiler.is_compiling():
         lists = [
-            _refined(tiles, x, tables, layout, block_size, refine_tiles) for tiles, x in zip(lists, sandwiches, strict=True)
+            _refined(tiles, x, tables, layout, block_size, refine_tiles)
+            for tiles, x in zip(lists, sandwiches, strict=True)
         ]
     heads_tensor = None
     by_head = lists

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flexjag.errors import ScoreError, explain_values
-from flexjag.masks import Node, node
+from flexjag.nodes import Node, node
 
 ScoreFunction = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -19,7 +19,7 @@ ScoreFunction = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 class Score(Node):
     """Base class of every score node."""
 
-    def __rshift__(self, other: Score) -> Score:
+    def __rshift__(self, other: object) -> Score:
         if not isinstance(other, Score):
             raise ScoreError(explain_values("score", "both sides of >> must be scores", other=type(other).__name__))
         return Then(self, other)
@@ -79,7 +79,7 @@ class SoftCap(Score):
     cap: float
 
     def __post_init__(self) -> None:
-        if not isinstance(self.cap, (int, float)) or self.cap <= 0:
+        if not self.cap > 0:
             raise ScoreError(explain_values("cap", "must be a positive number", cap=self.cap))
 
 
@@ -97,7 +97,10 @@ class RelativeBias(Score):
         if self.table.ndim != 2 or self.table.shape[1] % 2 != 1 or not self.table.dtype.is_floating_point:
             raise ScoreError(
                 explain_values(
-                    "table", "must be float [H, 2R + 1], an odd width", shape=tuple(self.table.shape), dtype=self.table.dtype
+                    "table",
+                    "must be float [H, 2R + 1], an odd width",
+                    shape=tuple(self.table.shape),
+                    dtype=self.table.dtype,
                 )
             )
 

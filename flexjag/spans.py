@@ -116,6 +116,7 @@ def _unite(a: Spans, b: Spans, *, widen: bool) -> tuple[Spans, bool]:
 
 
 def _complement(a: Spans, layout: Layout) -> Spans:
+    a = _clip(a, layout.kv_start, layout.kv_end)  # a row whose spans are all empty may hold them at 0
     lo = torch.cat([layout.kv_start[None], a.hi])
     hi = torch.cat([a.lo, layout.kv_end[None]])
     return Spans(lo, torch.maximum(lo, hi))
@@ -246,9 +247,7 @@ def _(mask: m.MaskMod, layout: Layout) -> Sandwich:
 def _(mask: m.Dense, layout: Layout) -> Sandwich:
     hi = layout.kv_end
     if mask.values.device != layout.device:
-        raise MaskError(
-            explain_values("values", "must be on the batch's device", device=str(mask.values.device))
-        )
+        raise MaskError(explain_values("values", "must be on the batch's device", device=str(mask.values.device)))
     if mask.values.ndim == 2:
         rows, cols = mask.values.shape
         hi = torch.minimum(hi, layout.kv_start + torch.where(layout.q_pos < rows, cols, 0))

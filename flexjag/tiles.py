@@ -97,7 +97,13 @@ def _unpack(packed: Tensor) -> TileList:
 
 
 def _list_tiles(
-    outer_lo: Tensor, outer_hi: Tensor, inner_lo: Tensor, inner_hi: Tensor, num_kv: int, block: int, capacity: int | None
+    outer_lo: Tensor,
+    outer_hi: Tensor,
+    inner_lo: Tensor,
+    inner_hi: Tensor,
+    num_kv: int,
+    block: int,
+    capacity: int | None,
 ) -> Tensor:
     rows, cols = blocks(outer_lo.shape[1], block), blocks(num_kv, block)
     lo, hi = _by_row(outer_lo, rows, block), _by_row(outer_hi, rows, block)
@@ -117,7 +123,9 @@ def _list_tiles(
     row = torch.where(live, source // lo.shape[1], rows - 1)
     col = torch.where(live, first.flatten()[source] + slot - (ends - counts)[source], cols)
     if capacity is not None:
-        torch._assert_async(ends[-1] <= capacity, "the plan's bounds (max_tokens, max_length) hold fewer tiles than this batch needs")
+        torch._assert_async(  # pyright: ignore[reportPrivateImportUsage]
+            ends[-1] <= capacity, "the plan's bounds (max_tokens, max_length) hold fewer tiles than this batch needs"
+        )
     full = _is_full(row, col, inner_lo, inner_hi, rows, cols, block)
     return torch.stack([row, col, torch.where(live, torch.where(full, FULL, PARTIAL), UNUSED)])
 
@@ -152,7 +160,9 @@ def _(outer_lo: Tensor, outer_hi: Tensor, inner_lo: Tensor, inner_hi: Tensor, nu
     return outer_lo.new_empty((3, allocate_size(shape_env, 2, None)), dtype=torch.int64)
 
 
-def refine(tiles: TileList, allowed: Callable[[Tensor, Tensor], Tensor], num_q: int, num_kv: int, block: int) -> TileList:
+def refine(
+    tiles: TileList, allowed: Callable[[Tensor, Tensor], Tensor], num_q: int, num_kv: int, block: int
+) -> TileList:
     """Classify PARTIAL tiles exactly by evaluating the mask on those tiles alone, in chunks.
 
     Args:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -72,7 +72,7 @@ def _attend(
     return out, aux.lse
 
 
-@lru_cache(maxsize=None)
+@cache
 def _compiled(structure: str) -> Callable[..., Pair]:
     """A compiled `_attend` of its own for each structure.
 
@@ -87,7 +87,9 @@ def _compiled(structure: str) -> Callable[..., Pair]:
 def _structure(plan: Plan) -> str:
     """What a plan *is*, without what it holds: mask and score nodes, span counts, block size."""
     spans = [(x.outer.count, x.exact) for x in plan.sandwiches]
-    code = [getattr(x.fn, "__code__", x.fn) for x in (*_user_masks(plan.mask), *s.parts(plan.score)) if hasattr(x, "fn")]
+    code = [
+        getattr(x.fn, "__code__", x.fn) for x in (*_user_masks(plan.mask), *s.parts(plan.score)) if hasattr(x, "fn")
+    ]
     return f"{plan.mask!r} {plan.score!r} {spans} {code} {plan.block_size} {plan.layout.device.type}"
 
 

@@ -47,7 +47,10 @@ def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, need_lse: boo
         ``[T_q, H, E]`` and the log-sum-exp ``[T_q, H]``, the latter in at least float32.
     """
     layout = plan.layout
-    n, m_ = ([*o.diff().tolist(), total - int(o[-1])] for o, total in ((layout.q_offsets, layout.num_q), (layout.kv_offsets, layout.num_kv)))
+    n, m_ = (
+        [*o.diff().tolist(), total - int(o[-1])]
+        for o, total in ((layout.q_offsets, layout.num_q), (layout.kv_offsets, layout.num_kv))
+    )
     window = m.as_window(plan.mask)
     causal = window == (None, 0, "start") if plan.score is None and window in SDPA_WINDOWS else None
     pieces = Pieces(plan, scale, n, m_, causal)
@@ -89,9 +92,9 @@ def _split(x: Tensor, lengths: list[int], shape: tuple[int, int]) -> tuple[Tenso
     return x.split(lengths, 2)
 
 
-def _grouped(bias: Tensor | None, shape: tuple[int, int]) -> Tensor | None:
-    """[1, H or 1, n, m] as [*shape, n, m], or something that broadcasts to it."""
-    return bias if bias is None or shape[0] == 1 or bias.shape[1] == 1 else bias[0].unflatten(0, shape)
+def _grouped(x: Tensor, shape: tuple[int, int]) -> Tensor:
+    """[1, H or 1, ...] as [*shape, ...], or something that broadcasts to it."""
+    return x if shape[0] == 1 or x.shape[1] == 1 else x[0].unflatten(0, shape)
 
 
 class _Flash(torch.autograd.Function):
@@ -105,20 +108,31 @@ class _Flash(torch.autograd.Function):
         out, lse = torch.zeros_like(q), q.new_full((heads, q.shape[0]), -torch.inf, dtype=acc)
         n, m = pieces.q_lengths, pieces.kv_lengths
         views = zip(
-            _split(q, n, shape), _split(k, m, shape), _split(v, m, shape), _split(out, n, shape), lse.view(*shape, -1).split(n, 2), strict=True
+            _split(q, n, shape),
+            _split(k, m, shape),
+            _split(v, m, shape),
+            _split(out, n, shape),
+            lse.view(*shape, -1).split(n, 2),
+            strict=True,
         )
-        for index, (x, y, z, o, l) in enumerate(views):
+        for index, (x, y, z, o, log_sum) in enumerate(views):
             if x.shape[2] == 0 or y.shape[2] == 0:
                 continue
             bias, no_key = _bias(pieces, index, heads, q.dtype)
             part, log = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                x, y, z, 0.0, bool(pieces.causal), attn_mask=_grouped(bias, shape), scale=pieces.scale
+                x,
+                y,
+                z,
+                0.0,
+                bool(pieces.causal),
+                attn_mask=None if bias is None else _grouped(bias, shape),
+                scale=pieces.scale,
             )
             o.copy_(part)
-            l.copy_(log.view(l.shape))
+            log_sum.copy_(log.view(log_sum.shape))
             if no_key is not None:
-                o.masked_fill_(_grouped(no_key[..., None], shape), 0.0)
-                l.masked_fill_(_grouped(no_key[..., None], shape)[..., 0], -torch.inf)
+                o.masked_fill_(_grouped(no_key, shape)[..., None], 0.0)
+                log_sum.masked_fill_(_grouped(no_key, shape), -torch.inf)
         ctx.pieces, ctx.shape = pieces, shape
         ctx.set_materialize_grads(False)
         lse = lse.t()
@@ -127,8 +141,9 @@ class _Flash(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         pieces, shape = ctx.pieces, ctx.shape
+        grad_out, grad_lse = grad_outputs
         q, k, v, out, lse = ctx.saved_tensors
         heads, groups, dim = q.shape[1], k.shape[1], q.shape[2]
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
@@ -143,15 +158,24 @@ class _Flash(torch.autograd.Function):
         queries = [_split(t, n, shape) for t in (q, grad_out, out, grads[0], lse)]
         keys = [_split(t, m, shape) for t in (k, v)]
         key_grads = [_split(t, m, (1, groups)) for t in grads[1:]]
-        for index, (x, g, o, dx, l, y, z, dy, dz) in enumerate(zip(*queries, *keys, *key_grads, strict=True)):
+        for index, (x, g, o, dx, log_sum, y, z, dy, dz) in enumerate(zip(*queries, *keys, *key_grads, strict=True)):
             if x.shape[2] == 0 or y.shape[2] == 0:
                 continue
             bias, no_key = _bias(pieces, index, heads, q.dtype)
             if no_key is not None:
-                g = g.masked_fill(_grouped(no_key[..., None], shape), 0.0)
-                l = l.masked_fill(_grouped(no_key[..., None], shape)[..., 0], 0.0)
+                g = g.masked_fill(_grouped(no_key, shape)[..., None], 0.0)
+                log_sum = log_sum.masked_fill(_grouped(no_key, shape), 0.0)
             parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                g, x, y, z, o, l.contiguous(), 0.0, bool(pieces.causal), attn_mask=_grouped(bias, shape), scale=pieces.scale
+                g,
+                x,
+                y,
+                z,
+                o,
+                log_sum.contiguous(),
+                0.0,
+                bool(pieces.causal),
+                attn_mask=None if bias is None else _grouped(bias, shape),
+                scale=pieces.scale,
             )
             dx.copy_(parts[0])
             for target, part in ((dy, parts[1]), (dz, parts[2])):
@@ -174,7 +198,9 @@ def _composite(pieces: Pieces, q: Tensor, k: Tensor, v: Tensor, need_lse: bool) 
         x = x.transpose(0, 1)[None]
         y, z = (t.transpose(0, 1)[None].repeat_interleave(repeats, 1) for t in (y, z))
         causal = bool(pieces.causal)
-        o = torch.nn.functional.scaled_dot_product_attention(x, y, z, attn_mask=bias, is_causal=causal, scale=pieces.scale)
+        o = torch.nn.functional.scaled_dot_product_attention(
+            x, y, z, attn_mask=bias, is_causal=causal, scale=pieces.scale
+        )
         outs.append((o if no_key is None else o.masked_fill(no_key[..., None], 0.0))[0].transpose(0, 1))
         if need_lse:
             scores = (x @ y.transpose(2, 3)).to(acc) * pieces.scale

@@ -72,7 +72,14 @@ def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, need_lse: boo
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     tiles = plan.tiles.all_heads
     p = Problem(
-        tiles.row, tiles.col, plan.block_size, plan.layout.num_q, plan.layout.num_kv, scale, plan.mask_mod, plan.score_mod
+        tiles.row,
+        tiles.col,
+        plan.block_size,
+        plan.layout.num_q,
+        plan.layout.num_kv,
+        scale,
+        plan.mask_mod,
+        plan.score_mod,
     )
     q, k, v = q.to(compute), k.to(compute), v.to(compute)
     if torch.compiler.is_compiling():
@@ -125,10 +132,10 @@ def _allowed(p: Problem, row: Tensor, col: Tensor, at: tuple[Tensor, Tensor, Ten
 def _traced(q: Tensor, k: Tensor, v: Tensor, p: Problem) -> Pair:
     # One spare row of blocks, so that no size can be 1: Dynamo would compile that case anew.
     qb, kb, vb = (_to_blocks(x, n + 1, p.block) for x, n in ((q, p.rows), (k, p.cols), (v, p.cols)))
-    b, h, *packed = _indices(p, p.row, p.col, q.shape[1])
-    # A parameter read as table[h] is then expanded by the lookup, whose backward scatters. A broadcast would be undone by
-    # a sum over all tiles, and Inductor's C++ guards on whether such a sum has more than 4096 terms.
-    at = (b, h.expand(p.row.shape[0], -1, -1, -1), *packed)
+    b, h, q_index, kv_index = _indices(p, p.row, p.col, q.shape[1])
+    # A parameter read as table[h] is then expanded by the lookup, whose backward scatters. A broadcast would be undone
+    # by a sum over all tiles, and Inductor's C++ guards on whether such a sum has more than 4096 terms.
+    at = (b, h.expand(p.row.shape[0], -1, -1, -1), q_index, kv_index)
     s = _matmul(qb[p.row], kb[p.col].transpose(2, 3)) * p.scale
     if p.score is not None:
         s = p.score(s, *at)
@@ -194,8 +201,9 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         p: Problem = ctx.problem
+        grad_out, grad_lse = grads
         learned, (q, k, v, out, lse) = ctx.saved_tensors[: ctx.num_learned], ctx.saved_tensors[ctx.num_learned :]
         heads, groups = q.shape[1], k.shape[1]
         qb, kb, vb = (_to_blocks(x, n, p.block) for x, n in ((q, p.rows), (k, p.cols + 1), (v, p.cols + 1)))
@@ -230,8 +238,8 @@ class _Chunked(torch.autograd.Function):
             ds = ds * p.scale
             dq.index_add_(0, row, _matmul(ds, kt))
             dk.index_add_(0, col, _sum_groups(_matmul_heads(ds, qt), groups))
-        grads = (_from_blocks(dq, p.num_q), _from_blocks(dk, p.num_kv), _from_blocks(dv, p.num_kv))
-        return (None, None, *dlearned, *grads)
+        blocks_of = ((dq, p.num_q), (dk, p.num_kv), (dv, p.num_kv))
+        return (None, None, *dlearned, *(_from_blocks(x, n) for x, n in blocks_of))
 
 
 def _matmul_heads(a: Tensor, b: Tensor) -> Tensor:

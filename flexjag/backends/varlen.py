@@ -32,7 +32,7 @@ def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, need_lse: boo
         keywords["enable_gqa"] = q.shape[1] != k.shape[1]
     if need_lse:
         keywords["return_aux"] = AuxRequest(lse=True)
-    got = varlen_attn(q, k, v, layout.q_offsets, layout.kv_offsets, *longest, **keywords)
+    got: Any = varlen_attn(q, k, v, layout.q_offsets, layout.kv_offsets, *longest, **keywords)
     if not need_lse:
         return got, None
     out, lse = got

@@ -1,0 +1,45 @@
+"""What mask, score and normalizer nodes share: frozen fields, structural equality, a hash, and their text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar, dataclass_transform
+
+from torch import Tensor
+
+NodeType = TypeVar("NodeType", bound=type)
+
+
+@dataclass_transform(frozen_default=True)
+def node(cls: NodeType) -> NodeType:
+    """Make `cls` a frozen dataclass that compares tensors by identity, so that it has a hash."""
+    return dataclass(frozen=True, eq=False, repr=False)(cls)  # type: ignore[return-value]
+
+
+class Node:
+    """What mask and score nodes share: structural equality, a hash, and their text."""
+
+    def _key(self) -> tuple[Any, ...]:
+        values = (getattr(self, f.name) for f in fields(self))  # type: ignore[arg-type]
+        return (type(self), *(("tensor", id(x)) if isinstance(x, Tensor) else x for x in values))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Node) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    def __repr__(self) -> str:
+        parts: list[str] = []
+        for f in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, f.name)
+            if f.name == "align" and value == "start":
+                continue
+            if isinstance(value, Tensor):
+                text = f"<{str(value.dtype).removeprefix('torch.')}{list(value.shape)}>"
+            elif callable(value):
+                text = getattr(value, "__name__", type(value).__name__)
+            else:
+                text = repr(value)
+            parts.append(f"align={text}" if f.name == "align" else text)
+        return f"{type(self).__name__}({', '.join(parts)})"
