@@ -29,6 +29,13 @@ class Node:
     def __hash__(self) -> int:
         return hash(self._key())
 
+    def structure(self) -> tuple[Any, ...]:
+        """What the node *is* without what it holds: tensors by rank and dtype, functions by their code.
+
+        Batches with equal structures run the same compiled kernel.
+        """
+        return (type(self), *(_structure(getattr(self, f.name)) for f in fields(self)))  # type: ignore[arg-type]
+
     def __repr__(self) -> str:
         parts: list[str] = []
         for f in fields(self):  # type: ignore[arg-type]
@@ -43,3 +50,13 @@ class Node:
                 text = repr(value)
             parts.append(f"align={text}" if f.name == "align" else text)
         return f"{type(self).__name__}({', '.join(parts)})"
+
+
+def _structure(value: Any) -> Any:
+    if isinstance(value, Node):
+        return value.structure()
+    if isinstance(value, Tensor):
+        return ("tensor", value.ndim, value.dtype)
+    if isinstance(value, tuple):
+        return tuple(_structure(x) for x in value)  # pyright: ignore[reportUnknownVariableType]
+    return getattr(value, "__code__", value)

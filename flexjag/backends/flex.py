@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import cache
 from typing import Any
 
@@ -11,8 +11,6 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
-from flexjag import masks as m
-from flexjag import scores as s
 from flexjag.plan import Plan
 
 Pair = tuple[Tensor, Tensor | None]
@@ -26,7 +24,7 @@ def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, need_lse: boo
     Returns:
         ``[T_q, H, E]`` and, if wanted, the log-sum-exp ``[T_q, H]`` in float32.
     """
-    call = _attend if torch.compiler.is_compiling() else _compiled(_structure(plan))
+    call = _attend if torch.compiler.is_compiling() else _compiled((_structure(plan, q, k, v), need_lse))
     options: dict[str, Any] = {}
     if plan.layout.device.type != "cpu" and plan.rows_have_keys:
         options["ROWS_GUARANTEED_SAFE"] = True
@@ -73,33 +71,20 @@ def _attend(
 
 
 @cache
-def _compiled(structure: str) -> Callable[..., Pair]:
+def _compiled(structure: Hashable) -> Callable[..., Pair]:
     """A compiled `_attend` of its own for each structure.
 
-    Dynamo keeps its graphs by code object and gives up after a few, so structures must not share one:
-    the ninth mask of a session would otherwise be an error.
+    Dynamo keeps its graphs by code object and gives up after a few, so structures must not share one: the ninth mask of
+    a session would otherwise be an error.
     """
     name = f"attend_{abs(hash(structure)):x}"
     own = types.FunctionType(_attend.__code__.replace(co_name=name), _attend.__globals__, name)
     return torch.compile(own, dynamic=True, fullgraph=True)
 
 
-def _structure(plan: Plan) -> str:
-    """What a plan *is*, without what it holds: mask and score nodes, span counts, block size."""
-    spans = [(x.outer.count, x.exact) for x in plan.sandwiches]
-    code = [
-        getattr(x.fn, "__code__", x.fn) for x in (*_user_masks(plan.mask), *s.parts(plan.score)) if hasattr(x, "fn")
-    ]
-    return f"{plan.mask!r} {plan.score!r} {spans} {code} {plan.block_size} {plan.layout.device.type}"
-
-
-def _user_masks(mask: m.Mask) -> list[m.Mask]:
-    match mask:
-        case m.And() | m.Or():
-            return _user_masks(mask.left) + _user_masks(mask.right)
-        case m.Not():
-            return _user_masks(mask.mask)
-        case m.PerHead():
-            return [x for one in mask.masks for x in _user_masks(one)]
-        case _:
-            return [mask]
+def _structure(plan: Plan, *tensors: Tensor) -> Hashable:
+    """What decides the kernel: nodes, span counts, block size, and the tensors' heads, dims and dtypes."""
+    spans = tuple((x.outer.count, x.exact) for x in plan.sandwiches)
+    score = None if plan.score is None else plan.score.structure()
+    shapes = tuple((x.shape[1:], x.dtype, x.device.type, x.requires_grad) for x in tensors)
+    return plan.mask.structure(), score, spans, plan.block_size, plan.layout.is_self, shapes

@@ -141,7 +141,9 @@ class _Flash(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grad_outputs: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         pieces, shape = ctx.pieces, ctx.shape
         grad_out, grad_lse = grad_outputs
         q, k, v, out, lse = ctx.saved_tensors

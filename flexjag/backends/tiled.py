@@ -201,7 +201,9 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Tensor | None, ...]:
         p: Problem = ctx.problem
         grad_out, grad_lse = grads
         learned, (q, k, v, out, lse) = ctx.saved_tensors[: ctx.num_learned], ctx.saved_tensors[ctx.num_learned :]
