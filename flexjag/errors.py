@@ -35,6 +35,38 @@ class BackendError(FlexjagError, RuntimeError):
     """A backend asked to run what it cannot run. The message names one that can."""
 
 
+class LanguageError(FlexjagError, ValueError):
+    """Command-line text for a mask or score that does not parse.
+
+    Args:
+        text: The whole text.
+        column: Where it goes wrong, 0 for the first character.
+        problem: What was expected there.
+
+    >>> print(LanguageError("causal &", 8, "expected a mask, got the end"))
+    expected a mask, got the end
+      causal &
+              ^
+    """
+
+    def __init__(self, text: str, column: int, problem: str) -> None:
+        super().__init__(text, column, problem)
+        self.text, self.column, self.problem = text, column, problem
+
+    def __str__(self) -> str:
+        text = "".join(" " if c.isspace() else c for c in self.text)  # a newline would misplace the caret
+        return f"{self.problem}\n  {text}\n  {' ' * self.column}^"
+
+    @property
+    def line(self) -> str:
+        """The same in one line, the column counted from 1."""
+        return f"{self.problem}, at column {self.column + 1} of {self.text!r}"
+
+
+class CommandError(FlexjagError, ValueError):
+    """A command line that asks for what cannot be done. Told in one line, with exit code 2."""
+
+
 class UnknownNodeError(FlexjagError, NotImplementedError):
     """A mask or score node without a case for some interpretation. The message says what to register."""
 

@@ -16,16 +16,17 @@ from torch.utils import _pytree as pytree
 from flexjag.errors import LayoutError, ShapeError, explain_values
 
 
-def mark_varying(tensor: Tensor, *dims: int) -> Tensor:
+def mark_varying(tensor: Tensor, *dims: int) -> None:
     """Tell TorchDynamo, if it is in use, that these dims change from batch to batch.
 
     Without this the first batch compiles a graph of its own. The mark is weak: a size of 0 or 1 is
     still specialised instead of rejected. Dynamo is never imported for it (that takes a second).
     """
+    if torch.compiler.is_compiling():
+        return
     dynamo = sys.modules.get("torch._dynamo")
-    if dynamo is not None and hasattr(dynamo, "maybe_mark_dynamic") and not torch.compiler.is_compiling():
+    if dynamo is not None and hasattr(dynamo, "maybe_mark_dynamic"):
         dynamo.maybe_mark_dynamic(tensor, list(dims))
-    return tensor
 
 
 def check_offsets(offsets: Tensor, total: int, name: str = "offsets") -> None:

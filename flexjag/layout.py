@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flexjag.errors import LayoutError, PlanError, explain_values
-from flexjag.jagged import Jagged, check_offsets, mark_varying, segment_ids
+from flexjag.jagged import Jagged, check_offsets, segment_ids
 
 INT32_MAX = 2**31 - 1
 
@@ -132,7 +132,7 @@ def build_layout(
     kv_offsets = q_offsets if is_self else k.offsets.to(torch.int32)
     kv_segment = q_segment if is_self else segment_ids(kv_offsets, num_kv).to(torch.int32)
     token = torch.arange(num_q, device=q_offsets.device, dtype=torch.int32)
-    layout = Layout(
+    return Layout(
         q_offsets=q_offsets,
         kv_offsets=kv_offsets,
         q_segment=q_segment,
@@ -143,6 +143,3 @@ def build_layout(
         is_self=is_self,
         has_spare=max_tokens is not None,
     )
-    for t in (layout.q_offsets, layout.kv_offsets, q_segment, kv_segment, layout.q_pos, layout.kv_start, layout.kv_end):
-        mark_varying(t, 0)
-    return layout

@@ -21,10 +21,8 @@ from torch.utils._pytree import tree_leaves
 from flexjag import masks as m
 from flexjag import scores as s
 from flexjag.dispatch import Interpretation
-from flexjag.errors import MaskError, explain_values
-from flexjag.jagged import mark_varying
 from flexjag.layout import Layout
-from flexjag.spans import InSpans, Sandwich
+from flexjag.spans import DenseRows, InSpans, Sandwich
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -70,7 +68,7 @@ def row_tables(layout: Layout, block: int) -> RowTables:
     pad = 0 if layout.device.type == "cpu" else -layout.num_q % block
     last = (layout.kv_length() - 1).clamp(min=0)
     columns = (layout.q_segment, layout.q_pos, layout.kv_start, last, layout.kv_start + layout.q_pos)
-    return RowTables(*(mark_varying(pad_rows(x, pad), 0) for x in columns), pad=pad)
+    return RowTables(*(pad_rows(x, pad) for x in columns), pad=pad)
 
 
 def _elementwise(fn: Callable[..., Tensor], *args: Tensor) -> Tensor:
@@ -137,43 +135,15 @@ def _(mask: m.SameGroup, t: RowTables, layout: Layout) -> MaskMod:
     return same_group
 
 
-@mask_case.register(m.Dense)
-def _(mask: m.Dense, t: RowTables, layout: Layout) -> MaskMod:
-    if mask.values.ndim == 2:
-        shared, (rows, cols) = mask.values.flatten(), mask.values.shape
-        if shared.shape[0] == 0:
-            shared = shared.new_zeros(1)
+@mask_case.register(DenseRows)
+def _(mask: DenseRows, t: RowTables, layout: Layout) -> MaskMod:
+    values, first = mask.values, t.padded(mask.first)
 
-        def shared_matrix(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-            _, q_pos, kv_pos = _local(t, q, kv)
-            inside = (q_pos < rows) & (kv_pos < cols)
-            return inside & shared[torch.where(inside, q_pos.long() * cols + kv_pos, 0)]
-
-        return shared_matrix
-    n = (layout.q_offsets[1:] - layout.q_offsets[:-1]).long()
-    width = (layout.kv_offsets[1:] - layout.kv_offsets[:-1]).long()
-    first = torch.cat([n.new_zeros(1), (n * width).cumsum(0)])[:-1]
-    row_first = t.padded(layout.per_row(first) + layout.q_pos * layout.kv_length().long())
-    packed = torch.cat([mask.values, mask.values.new_zeros(1)])
-    if (
-        not torch.compiler.is_compiling()
-        and layout.device.type == "cpu"
-        and int((n * width).sum()) != mask.values.shape[0]
-    ):
-        raise MaskError(
-            explain_values(
-                "values",
-                "packed matrices must have sum(n_s * m_s) entries",
-                entries=mask.values.shape[0],
-                needed=int((n * width).sum()),
-            )
-        )
-
-    def own_matrix(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+    def matrix(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
         _, _, kv_pos = _local(t, q, kv)
-        return packed[row_first[q] + kv_pos]
+        return values[(first[q] + kv_pos).clamp(max=values.shape[0] - 1)]
 
-    return own_matrix
+    return matrix
 
 
 @mask_case.register(m.And)

@@ -255,11 +255,11 @@ def plan(
     normalizer = Softmax() if normalizer is None else normalizer
     _check_plan(mask, score, normalizer, block_size, max_length)
     layout = build_layout(q, q if k is None else k, max_tokens=max_tokens, max_length=max_length, validate=validate)
+    if max_length is not None:
+        for offsets in (layout.q_offsets, layout.kv_offsets):
+            torch._assert_async((offsets.diff() <= max_length).all(), "max_length: must bound every segment's length")
     head_masks, head_of = _head_masks(mask)
     sandwiches = tuple(sandwich(one, layout) for one in head_masks)
-    for x in sandwiches:
-        for t in (x.outer.lo, x.outer.hi, x.inner.lo, x.inner.hi):
-            mark_varying(t, 1)
     tables = mods.row_tables(layout, block_size)
     capacity = _capacity(layout, block_size, max_length)
     width, size = (None, None) if capacity is None else capacity
@@ -272,7 +272,8 @@ def plan(
     heads_tensor = None
     by_head = lists
     if head_of is not None:
-        heads_tensor = torch.tensor(head_of, dtype=torch.int32, device=layout.device)
+        # Filled on the device: uploading a list would wait for it.
+        heads_tensor = torch.stack([torch.full((), i, dtype=torch.int32, device=layout.device) for i in head_of])
         by_head = [lists[i] for i in head_of]
     kv_partial, kv_full, q_partial, q_full = build_tables(by_head, layout.num_q, layout.num_kv, block_size, width)
     if len(lists) == 1:
@@ -285,7 +286,7 @@ def plan(
     if q.values.ndim == 3 and q.values.dtype.is_floating_point:
         grad = q.values.requires_grad and torch.is_grad_enabled()
         sample = (q.values.shape[1], q.values.shape[2], q.values.dtype, grad)
-    return Plan(
+    made = Plan(
         layout=layout,
         mask=mask,
         score=score,
@@ -297,6 +298,43 @@ def plan(
         tiles=Tiles(union, kv_partial, kv_full, q_partial, q_full),
         sample=sample,
     )
+    mark_plan(made)
+    return made
+
+
+def mark_plan(plan: Plan) -> None:
+    """Tell TorchDynamo, if it is in use, which sizes of the plan's tensors change from batch to batch."""
+    if torch.compiler.is_compiling():
+        return
+    _mark(plan.layout, 0)
+    _mark(plan.tables, 0)
+    _mark(plan.tiles.all_heads, 0)
+    for table in (plan.tiles.kv_partial, plan.tiles.kv_full, plan.tiles.q_partial, plan.tiles.q_full):
+        mark_varying(table.count, 2)
+        mark_varying(table.index, 2, 3)
+    for x in plan.sandwiches:
+        _mark(x.outer, 1)
+        _mark(x.inner, 1)
+    for x in (plan.mask, *(y.rest for y in plan.sandwiches)):
+        _mark_mask(x)
+
+
+def _mark(holder: object, dim: int) -> None:
+    for value in vars(holder).values():
+        if isinstance(value, Tensor):
+            mark_varying(value, dim)
+
+
+def _mark_mask(mask: m.Mask | None) -> None:
+    """The last dimension of a mask's tensors is per token or per segment; only a shared matrix has fixed sizes."""
+    if mask is None or (isinstance(mask, m.Dense) and mask.values.ndim == 2):
+        return
+    for value in vars(mask).values():
+        for x in value if isinstance(value, tuple) else (value,):
+            if isinstance(x, m.Mask):
+                _mark_mask(x)
+            elif isinstance(x, Tensor):
+                mark_varying(x, x.ndim - 1)
 
 
 def _check_plan(mask: object, score: object, normalizer: object, block_size: int, max_length: int | None) -> None:

@@ -15,6 +15,7 @@ from flexjag import masks as m
 from flexjag.dispatch import Interpretation
 from flexjag.errors import MaskError, explain_values
 from flexjag.layout import INT32_MAX, Layout
+from flexjag.nodes import node
 
 MAX_SPANS = 8
 
@@ -60,12 +61,20 @@ class Sandwich:
         return self.rest is None
 
 
-@m.node
+@node
 class InSpans(m.Mask):
     """A subtree folded into the spans it was lowered to, in packed key indices."""
 
     lo: Tensor
     hi: Tensor
+
+
+@node
+class DenseRows(m.Mask):
+    """A :class:`~flexjag.masks.Dense` with the place of each query row's entries in one flat boolean tensor."""
+
+    values: Tensor
+    first: Tensor
 
 
 def _clip(spans: Spans, lo: Tensor, hi: Tensor) -> Spans:
@@ -245,13 +254,23 @@ def _(mask: m.MaskMod, layout: Layout) -> Sandwich:
 
 @sandwich.register(m.Dense)
 def _(mask: m.Dense, layout: Layout) -> Sandwich:
-    hi = layout.kv_end
-    if mask.values.device != layout.device:
-        raise MaskError(explain_values("values", "must be on the batch's device", device=str(mask.values.device)))
-    if mask.values.ndim == 2:
-        rows, cols = mask.values.shape
+    values, hi = mask.values, layout.kv_end
+    if values.device != layout.device:
+        raise MaskError(explain_values("values", "must be on the batch's device", device=str(values.device)))
+    if values.ndim == 2:
+        rows, cols = values.shape
         hi = torch.minimum(hi, layout.kv_start + torch.where(layout.q_pos < rows, cols, 0))
-    return Sandwich(_nothing(layout), Spans(layout.kv_start[None], hi[None].to(torch.int32)), mask)
+        first = layout.q_pos.clamp(max=max(rows - 1, 0)).long() * cols
+    else:
+        areas = layout.q_offsets.diff().long() * layout.kv_offsets.diff()
+        before = areas.cumsum(0) - areas
+        first = layout.per_row(before) + layout.q_pos.long() * layout.kv_length()
+        if not torch.compiler.is_compiling() and layout.device.type == "cpu" and int(areas.sum()) != values.shape[0]:
+            rule = "packed matrices must have sum(n_s * m_s) entries"
+            raise MaskError(explain_values("values", rule, entries=values.shape[0], needed=int(areas.sum())))
+    packed = torch.cat([values.flatten(), values.new_zeros(1)])  # never empty, so that every lookup can be clamped
+    outer = Spans(layout.kv_start[None], hi[None].to(torch.int32))
+    return Sandwich(_nothing(layout), outer, DenseRows(packed, first))
 
 
 @sandwich.register(m.SameGroup)

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from flexjag.jagged import mark_varying
 from flexjag.spans import Spans
 
 if TYPE_CHECKING:
@@ -93,7 +92,7 @@ def list_tiles(outer: Spans, inner: Spans, num_kv: int, block: int, capacity: in
 def _unpack(packed: Tensor) -> TileList:
     """[3, N] rows, columns and kinds to a TileList."""
     row, col, kind = packed.unbind()
-    return TileList(*(mark_varying(x, 0) for x in (row, col, kind == FULL, kind != UNUSED)))
+    return TileList(row, col, kind == FULL, kind != UNUSED)
 
 
 def _list_tiles(
@@ -217,7 +216,7 @@ def _table(counted: _Counted, rows: int, cols: int, width: int) -> TileTable:
     # this is not a channels-last tensor, and being constant it equals no other stride by accident.
     index = buffer.as_strided((1, heads, rows, cols), (2, stride if heads > 1 else 2, width, 1))
     count = torch.stack(counted.counts).to(torch.int32)[None]
-    return TileTable(mark_varying(count, 2), mark_varying(index, 2, 3))
+    return TileTable(count, index)
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,9 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
-from flexjag.plan import Plan
+from flexjag.jagged import mark_varying
+from flexjag.plan import Plan, mark_plan
+from flexjag.upstream import mend_cpu_flex_size_names
 
 Pair = tuple[Tensor, Tensor | None]
+
+mend_cpu_flex_size_names()  # at import, because Dynamo cannot trace it and a graph may be the first to come here
 
 
 def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, need_lse: bool) -> Pair:
@@ -24,50 +28,49 @@ def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, need_lse: boo
     Returns:
         ``[T_q, H, E]`` and, if wanted, the log-sum-exp ``[T_q, H]`` in float32.
     """
-    call = _attend if torch.compiler.is_compiling() else _compiled((_structure(plan, q, k, v), need_lse))
-    options: dict[str, Any] = {}
-    if plan.layout.device.type != "cpu" and plan.rows_have_keys:
-        options["ROWS_GUARANTEED_SAFE"] = True
-    x, y, z = (t.transpose(0, 1)[None] for t in (q, k, v))
-    out, lse = call(x, y, z, plan.score_mod, plan.block_mask, scale, q.shape[1] != k.shape[1], need_lse, options)
-    if torch.compiler.is_compiling() and plan.layout.device.type == "cpu":
-        out = torch.ops.flexjag.fence(out)
-    return out[0].transpose(0, 1), None if lse is None else lse[0].transpose(0, 1)
+    if torch.compiler.is_compiling():
+        return _attend(q, k, v, plan, scale, need_lse)
+    mark_plan(plan)
+    for x in (q, k, v):
+        mark_varying(x, 0)
+    return _compiled((_structure(plan, q, k, v), scale, need_lse))(q, k, v, plan, scale, need_lse)
 
 
 @torch.library.custom_op("flexjag::fence", mutates_args=())
 def fence(x: Tensor) -> Tensor:
-    """A copy that Inductor cannot fuse: its CPU FlexAttention kernel refuses any operation fused behind it."""
-    return x.clone()
+    """A contiguous copy that Inductor cannot see through.
+
+    Its CPU FlexAttention template takes no view of a tensor of another rank, and no operation fused behind it.
+    """
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 @fence.register_fake
 def _(x: Tensor) -> Tensor:
-    return torch.empty_like(x)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    score_mod: Any,
-    block_mask: Any,
-    scale: float,
-    enable_gqa: bool,
-    need_lse: bool,
-    options: dict[str, Any],
-) -> Pair:
+def _attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, need_lse: bool) -> Pair:
+    on_cpu = plan.layout.device.type == "cpu"
     keywords: dict[str, Any] = {
-        "score_mod": score_mod,
-        "block_mask": block_mask,
+        "score_mod": plan.score_mod,
+        "block_mask": plan.block_mask,
         "scale": scale,
-        "enable_gqa": enable_gqa,
-        "kernel_options": options or None,
+        "enable_gqa": q.shape[1] != k.shape[1],
+        "kernel_options": {"ROWS_GUARANTEED_SAFE": True} if plan.rows_have_keys and not on_cpu else None,
     }
-    if not need_lse:
-        return flex_attention(q, k, v, **keywords), None
-    out, aux = flex_attention(q, k, v, return_aux=AuxRequest(lse=True), **keywords)
-    return out, aux.lse
+    x, y, z = (t.transpose(0, 1)[None] for t in (q, k, v))
+    if on_cpu:
+        x, y, z = (torch.ops.flexjag.fence(t) for t in (x, y, z))
+    lse = None
+    if need_lse:
+        out, aux = flex_attention(x, y, z, return_aux=AuxRequest(lse=True), **keywords)
+        lse = aux.lse[0].transpose(0, 1)
+    else:
+        out = flex_attention(x, y, z, **keywords)
+    if on_cpu:
+        out = torch.ops.flexjag.fence(out)
+    return out[0].transpose(0, 1), lse
 
 
 @cache
@@ -79,7 +82,7 @@ def _compiled(structure: Hashable) -> Callable[..., Pair]:
     """
     name = f"attend_{abs(hash(structure)):x}"
     own = types.FunctionType(_attend.__code__.replace(co_name=name), _attend.__globals__, name)
-    return torch.compile(own, dynamic=True, fullgraph=True)
+    return torch.compile(own, fullgraph=True)
 
 
 def _structure(plan: Plan, *tensors: Tensor) -> Hashable:

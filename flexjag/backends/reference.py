@@ -199,6 +199,7 @@ def run(
     heads, repeats = q.shape[1], q.shape[1] // k.shape[1]
     q_ends, kv_ends = layout.q_offsets.tolist(), layout.kv_offsets.tolist()
     outs, lses, entries = [], [], 0
+    link = sum(t.flatten()[:0].sum() for t in (q, k, v))  # 0, and keeps a result without keys differentiable
     for index in range(layout.num_segments):
         q_rows, kv_rows = (slice(e[index], e[index + 1]) for e in (q_ends, kv_ends))
         n, width = q_rows.stop - q_rows.start, kv_rows.stop - kv_rows.start
@@ -207,8 +208,8 @@ def run(
         seg = Segment(index, heads, i, j, q_rows, kv_rows, entries)
         entries += n * width
         if n == 0 or width == 0:
-            outs.append(q.new_zeros(n, heads, v.shape[2]))
-            lses.append(q.new_full((n, heads), -torch.inf))
+            outs.append(q.new_zeros(n, heads, v.shape[2]) + link)
+            lses.append(q.new_full((n, heads), -torch.inf) + link)
             continue
         x, y, z = (t.transpose(0, 1) for t in (q[q_rows], k[kv_rows], v[kv_rows]))
         y, z = y.repeat_interleave(repeats, 0), z.repeat_interleave(repeats, 0)

@@ -1,0 +1,26 @@
+"""Mends for bugs of the PyTorch releases we support: one function per bug, deleted with the fix."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+
+@cache
+def mend_cpu_flex_size_names() -> None:
+    """Inductor's CPU FlexAttention kernels do not compile for some sizes (seen in torch 2.11 and 2.13).
+
+    The template stands for its split sizes by two unbacked symbols, ``ks1`` say, and textually replaces that name in
+    the generated C++, also inside ``ks18``, the size of a captured tensor. Named ``ku1_size``, they are part of no
+    other name. Nothing but the names of size arguments changes, for any kernel.
+    """
+    from torch._inductor.codegen.common import KernelArgs
+
+    plain = KernelArgs.size
+
+    def size(self: Any, name: Any) -> str:
+        if name.name.startswith("u"):
+            return self.sizevars.setdefault(name, f"k{name.name}_size")
+        return plain(self, name)
+
+    KernelArgs.size = size
