@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
@@ -13,17 +15,24 @@ from flexjag.errors import CommandError, LanguageError
 from flexjag.explain import facts
 from flexjag.jagged import Jagged
 from flexjag.language import parse_mask, parse_score
+from flexjag.masks import Mask
 from flexjag.plan import plan
+from flexjag.scores import Score
+
+if TYPE_CHECKING:
+    from flexjag.cli_tools import Commands
 
 MOST_TOKENS = 2**24  # a plan takes about 200 bytes a token
 MOST_SEGMENTS = 2**20
+
+Node = TypeVar("Node", Mask, Score)
 
 _GENERATOR = re.compile(r"(?P<name>[a-z]+):(?P<numbers>[^x]*)x(?P<count>\d{1,9})")
 _GENERATORS = {"constant": ("N", 1), "uniform": ("LOW,HIGH", 2), "lognormal": ("MEAN,SIGMA", 2)}
 _FORMS = ", ".join(["N,N,...", *(f"{name}:{numbers}xCOUNT" for name, (numbers, _) in _GENERATORS.items())])
 
 
-def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_command(commands: Commands) -> None:
     """Register the command and its options."""
     parser = commands.add_parser(
         "explain",
@@ -39,7 +48,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser.add_argument("--seed", type=whole(0), default=0, help="for random lengths (default 0)")
     parser.add_argument("--mask", default="full", help='for instance "causal & window(256)" (default full)')
     parser.add_argument("--score", help='for instance "alibi >> softcap(30)" (default none)')
-    parser.add_argument("--heads", type=whole(1, 2**16), default=8, help="query heads H (default 8)")
+    parser.add_argument("--heads", type=whole(1, 1024), default=8, help="query heads H (default 8)")
     parser.add_argument("--dim", type=whole(1, 2**16), default=64, help="head dimension D (default 64)")
     parser.add_argument("--block", type=whole(16, 2**16), default=128, help="tile size, a power of two (default 128)")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
@@ -55,19 +64,23 @@ def run(args: argparse.Namespace) -> int:
     """
     lengths = parse_lengths(args.lengths, args.seed, "--lengths")
     kv_lengths = parse_lengths(args.kv_lengths, args.seed + 1, "--kv-lengths") if args.kv_lengths is not None else None
-    try:
-        option, mask = "--mask", parse_mask(args.mask)
-        option, score = "--score", None if args.score is None else parse_score(args.score, args.heads)
-    except LanguageError as error:
-        raise CommandError(f"{option}: {error.line}") from error
+    mask = _read("--mask", parse_mask, args.mask)
+    score = None if args.score is None else _read("--score", parse_score, args.score, args.heads)
     with progress(1, quiet=args.json) as say:
         say(f"planning {sum(lengths)} tokens")
         q = _batch(lengths, args.heads, args.dim)
         k = None if kv_lengths is None else _batch(kv_lengths, args.heads, args.dim)
         made = plan(q, k, mask=mask, score=score, block_size=args.block)
-        found = facts(made)
-    print(json.dumps(found) if args.json else made.explain())
+        text = json.dumps(facts(made)) if args.json else made.explain()
+    print(text)
     return 0
+
+
+def _read(option: str, parse: Callable[..., Node], *given: object) -> Node:
+    try:
+        return parse(*given)
+    except LanguageError as error:
+        raise CommandError(f"{option}: {error.line}") from error
 
 
 def _batch(lengths: list[int], heads: int, dim: int) -> Jagged:

@@ -6,10 +6,13 @@ import argparse
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 PATIENCE = 2.0  # seconds of work before anything is shown
 
 Say = Callable[[str], None]
+if TYPE_CHECKING:
+    Commands = argparse._SubParsersAction[Any]  # of whatever parser class
 
 
 @contextmanager
@@ -68,6 +71,21 @@ def whole(low: int, high: int = 2**31 - 1) -> Callable[[str], int]:
         return value
 
     return convert
+
+
+def gigabytes(text: str) -> float:
+    """An argparse type: a size in GB, 0 or more.
+
+    >>> gigabytes("4")
+    4.0
+    """
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not value >= 0:
+        raise argparse.ArgumentTypeError(f"expected a number of GB, 0 or more, got {text!r}")
+    return value
 
 
 def human_bytes(count: float) -> str:

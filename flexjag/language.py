@@ -51,7 +51,7 @@ _KINDS = {  # kind of parameter: the types it takes, and how to say so
     "number": ((int, float), "a number"),
 }
 _PYTHON_WORDS = {"and": "&", "or": "|", "not": "~", "!": "~"}
-_NEED_TENSORS = ("rows", "samegroup", "dense", "maskmod", "perhead", "scoremod", "relativebias")
+_PYTHON_ONLY = ("rows", "samegroup", "dense", "maskmod", "perhead", "scoremod", "relativebias")
 
 NodeType = TypeVar("NodeType", m.Mask, s.Score)
 
@@ -110,8 +110,8 @@ def _score_forms(heads: int) -> dict[str, _Form]:
 def parse_mask(text: str) -> m.Mask:
     """Read a mask.
 
-    The names are ``full``, ``causal``, ``window``, ``prefix``, ``chunked`` and ``global``. ``~`` binds tighter than ``&``,
-    and ``&`` tighter than ``|``, as in Python. A single number means what users of sliding windows expect:
+    The names are ``full``, ``causal``, ``window``, ``prefix``, ``chunked`` and ``global``. ``~`` binds tighter than
+    ``&``, and ``&`` tighter than ``|``, as in Python. A single number means what users of sliding windows expect:
     ``window(256)`` is ``Window(256, 0)``, that is up to 256 tokens back and none ahead.
 
     Args:
@@ -255,8 +255,8 @@ class _Parser:
             raise self.error(f"{name}: {error}", token) from error
 
     def unknown(self, name: str) -> str:
-        if name.lower() in _NEED_TENSORS:
-            return f"{name!r} holds tensors or functions and has no text; build it in Python. Known: {', '.join(self.shown)}"
+        if name.lower() in _PYTHON_ONLY:
+            return f"{name!r} can only be built in Python; known: {', '.join(self.shown)}"
         close = difflib.get_close_matches(name.lower(), self.shown, 1, 0.5)
         hint = f"did you mean {close[0]!r}? " if close else ""
         return f"unknown {self.kind} {name!r}; {hint}known: {', '.join(self.shown)}"

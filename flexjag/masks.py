@@ -371,20 +371,3 @@ def as_window(mask: Mask) -> tuple[int | None, int | None, Align] | None:
 
 def _least(a: int | None, b: int | None) -> int | None:
     return b if a is None else a if b is None else min(a, b)
-
-
-def keeps_self(mask: Mask) -> bool:
-    """Whether the mask provably lets every token of a self-attention attend itself."""
-    match mask:
-        case Full() | Causal() | Window() | Chunked():
-            return True
-        case SameGroup():
-            return mask.kv_ids is None
-        case And():
-            return keeps_self(mask.left) and keeps_self(mask.right)
-        case Or():
-            return keeps_self(mask.left) or keeps_self(mask.right)
-        case PerHead():
-            return all(keeps_self(m) for m in mask.masks)
-        case _:
-            return False

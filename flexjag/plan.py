@@ -81,16 +81,6 @@ class Plan:
         return all(x.exact for x in self.sandwiches)
 
     @property
-    def rows_have_keys(self) -> bool:
-        """Whether it is proven, without looking at data, that every query row has a key."""
-        return (
-            self.layout.is_self
-            and not self.layout.has_spare
-            and m.keeps_self(self.mask)
-            and not any(isinstance(x, s.ScoreMod) for x in s.parts(self.score))
-        )
-
-    @property
     def num_tiles(self) -> int:
         """Non-empty tiles, all heads' masks united. Reads the device."""
         return int(self.tiles.all_heads.live.sum())

@@ -173,6 +173,8 @@ def refine(
     """
     some, every = tiles.live.clone(), tiles.full.clone()
     unsure = torch.nonzero(tiles.live & ~tiles.full)[:, 0]
+    if not unsure.shape[0]:
+        return tiles
     step = torch.arange(block, device=tiles.row.device)
     for part in unsure.split(max(1, REFINE_CHUNK // block**2)):
         q = (tiles.row[part, None] * block + step)[:, :, None]
@@ -260,7 +262,7 @@ def build_tables(
     if width is None and torch.compiler.is_compiling():
         width = max(rows, cols)
     elif width is None:
-        width = max(2, int(torch.stack([c.max() for x in (*kv, *q) for c in x.counts]).max()))
+        width = max(3, int(torch.stack([c.max() for x in (*kv, *q) for c in x.counts]).max()))
     # One width for all four tables, and never a table's own number of columns: Dynamo guards on which strides are
     # equal and on whether rows are contiguous, and would compile anew when that changes.
     while width in (rows, cols):

@@ -57,7 +57,6 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, need_lse:
         "block_mask": plan.block_mask,
         "scale": scale,
         "enable_gqa": q.shape[1] != k.shape[1],
-        "kernel_options": {"ROWS_GUARANTEED_SAFE": True} if plan.rows_have_keys and not on_cpu else None,
     }
     x, y, z = (t.transpose(0, 1)[None] for t in (q, k, v))
     if on_cpu:

@@ -215,7 +215,7 @@ def run(
         y, z = y.repeat_interleave(repeats, 0), z.repeat_interleave(repeats, 0)
         scores = x @ y.transpose(1, 2) * scale
         if score is not None:
-            scores = rescore(score, scores, seg)
+            scores = rescore(score, scores, seg).to(q.dtype)  # its tensors may be wider than q
         allowed = dense(mask, seg).expand(heads, n, width)
         has_key = allowed.any(2)
         scores = scores.masked_fill(~allowed & has_key[..., None], -torch.inf)

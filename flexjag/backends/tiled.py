@@ -79,7 +79,7 @@ def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, need_lse: boo
         plan.layout.num_kv,
         scale,
         plan.mask_mod,
-        plan.score_mod,
+        _in_dtype(plan.score_mod),
     )
     q, k, v = q.to(compute), k.to(compute), v.to(compute)
     if torch.compiler.is_compiling():
@@ -88,6 +88,11 @@ def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, need_lse: boo
         learned = mods.learned_tensors(plan.score, compute, q.device)
         out, lse = _Chunked.apply(p, len(learned), *learned, q, k, v)  # type: ignore[misc]
     return out.to(dtype), lse
+
+
+def _in_dtype(score: Callable[..., Tensor] | None) -> Callable[..., Tensor] | None:
+    """The score, kept in the dtype it is given: its tensors may be wider than the inputs."""
+    return None if score is None else lambda s, *at: score(s, *at).to(s.dtype)
 
 
 def _to_blocks(x: Tensor, count: int, block: int) -> Tensor:
@@ -230,6 +235,8 @@ class _Chunked(torch.autograd.Function):
             e = e.masked_fill_(~_allowed(p, row, col, at), 0.0)
             dv.index_add_(0, col, _sum_groups(_matmul_heads(e, gt), groups))
             ds = _matmul(gt, vb[col].transpose(2, 3)).sub_(delta[row]).mul_(e)
+            if p.score is not None and not modified.requires_grad:
+                continue  # a score that ignores q·k and learns nothing
             if p.score is not None:
                 ds, *more = torch.autograd.grad(modified, (s, *learned), ds, allow_unused=True)
                 for total, part in zip(dlearned, more, strict=True):

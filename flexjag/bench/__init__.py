@@ -1,0 +1,5 @@
+"""Benchmarks beside what a user would use instead: ``python -m flexjag.bench``."""
+
+from flexjag.bench.cli import main
+
+__all__ = ["main"]

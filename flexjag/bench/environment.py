@@ -1,0 +1,104 @@
+"""What a measurement ran on, without names of hosts, users or paths; and how much memory is free."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def describe(device: str) -> dict[str, Any]:
+    """Device, versions, threads, commit and date of a run on `device` (``"cpu"`` or ``"cuda"``)."""
+    facts: dict[str, Any] = {
+        "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "device": device,
+        "device_name": torch.cuda.get_device_name() if device == "cuda" else None,
+        "cpu": cpu_model(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_bytes": _physical_memory(),
+        "load_before": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "attn_gym": _version("attn_gym"),
+        "commit": _commit(),
+    }
+    if device == "cuda":
+        facts["capability"] = ".".join(map(str, torch.cuda.get_device_capability()))
+        facts["cuda"] = torch.version.cuda or torch.version.hip
+    return facts
+
+
+def free_memory(device: str) -> int | None:
+    """Bytes that can still be allocated on `device`; None if the system does not say."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    known = [x for x in (_meminfo("MemAvailable"), _cgroup_free()) if x is not None]
+    return min(known) if known else None
+
+
+def cpu_model() -> str:
+    """The processor's name, as the system reports it."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _meminfo(key: str) -> int | None:
+    info = Path("/proc/meminfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith(key + ":"):
+                return int(line.split()[1]) * 1024
+    return None
+
+
+def _physical_memory() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def _cgroup_free() -> int | None:
+    """What a container's own limit leaves, if it has one."""
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if not limit.exists() or not used.exists() or not limit.read_text().strip().isdigit():
+        return None
+    return int(limit.read_text()) - int(used.read_text())
+
+
+def _version(package: str) -> str | None:
+    from importlib import metadata
+
+    try:
+        return metadata.version(package.replace("_", "-"))
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit of the checkout this package lies in, marked if files differ; None outside of one."""
+    here = Path(__file__).parent
+
+    def git(*args: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", str(here), *args], capture_output=True, text=True, check=False)
+        except OSError:
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    if git("ls-files", "--error-unmatch", "environment.py") is None:
+        return None  # an installed package inside somebody else's checkout
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", "..")
+    return f"{git('rev-parse', 'HEAD')}{' with changes' if changed else ''}"

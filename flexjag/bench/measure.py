@@ -1,0 +1,249 @@
+"""Time and memory of a case's arms, after a check that each of them is right."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexjag.bench.environment import free_memory
+from flexjag.bench.registry import Arm, ArmResult, Case, CaseResult, Options, Suite, Tell, Trial
+
+RESULTS = ("output", "dq", "dk", "dv")
+FREE_SHARE = 0.6
+LEAST_SAMPLES = 3
+SLOW_FIRST_CALL = 2.0  # seconds; such an arm's check was warm-up enough
+
+
+def run_suite(suite: Suite, options: Options, tell: Tell) -> list[CaseResult]:
+    """Measure every case of a suite.
+
+    Args:
+        suite: Which.
+        options: How.
+        tell: Called with what is being measured now.
+    """
+    results = []
+    for case in suite.cases(options):
+        facts = dict(case.facts)
+        if isinstance(case, Trial):
+            arms = case.run(lambda text, name=case.name: tell(f"{suite.name}: {name}: {text}"))
+        else:
+            arms = run_case(suite.name, case, options, tell)
+        results.append(CaseResult(case.name, facts, arms))
+        gc.collect()
+    return results
+
+
+@dataclass
+class _Live:
+    """An arm that passed its check and is being timed."""
+
+    arm: Arm
+    call: Callable[[], Any]
+    first_seconds: float
+    seconds: list[float] = field(default_factory=list)
+
+    def done(self, options: Options) -> bool:
+        enough = min(LEAST_SAMPLES, options.rounds)
+        slow = sum(self.seconds) > options.seconds_per_arm
+        return len(self.seconds) >= options.rounds or (slow and len(self.seconds) >= enough)
+
+
+def run_case(suite: str, case: Case, options: Options, tell: Tell) -> list[ArmResult]:
+    """Check all arms, time those that are right, interleaved, and measure their memory.
+
+    Each round times every arm once, in an order that is shuffled from a fixed seed, so that a slow minute of the
+    machine or the cache of a neighbour falls on all arms alike.
+    """
+    results: dict[str, ArmResult] = {}
+    live: list[_Live] = []
+    arms = list(case.arms())
+    for arm in arms:
+        tell(f"{suite}: {case.name}: checking {arm.name}")
+        outcome = _admit(arm, options)
+        if isinstance(outcome, _Live):
+            live.append(outcome)
+        else:
+            results[arm.name] = outcome
+    order = random.Random(0)
+    while running := [x for x in live if not x.done(options)]:
+        order.shuffle(running)
+        gc.collect()
+        for x in running:
+            tell(f"{suite}: {case.name}: timing {x.arm.name}, sample {len(x.seconds) + 1}")
+            x.seconds.append(_timed(x.call, options.device)[0])
+    for x in live:
+        results[x.arm.name] = ArmResult(x.arm.name, "ok", seconds=x.seconds, first_seconds=x.first_seconds)
+    live.clear()
+    if options.memory:
+        for arm in arms:
+            if results[arm.name].status == "ok" and arm.memory:
+                tell(f"{suite}: {case.name}: memory of {arm.name}")
+                results[arm.name] = _with_memory(results[arm.name], suite, case, arm, options)
+    return [results[arm.name] for arm in arms]
+
+
+def _admit(arm: Arm, options: Options) -> _Live | ArmResult:
+    """Run an arm for the first time: is it possible, does it work, is it right?"""
+    if arm.absent is not None:
+        return ArmResult(arm.name, "skipped", arm.absent)
+    free = free_memory(options.device)
+    if free is not None and arm.needs > FREE_SHARE * free:
+        why = f"needs about {arm.needs / 1e9:.1f} GB, over {FREE_SHARE:.0%} of the {free / 1e9:.1f} GB that are free"
+        return ArmResult(arm.name, "skipped", why)
+    try:
+        call = arm.make()
+        seconds, result = _timed(call, options.device)
+        wrong = arm.check(result)
+        if wrong is not None:
+            return ArmResult(arm.name, "wrong", wrong)
+        del result
+        if seconds < SLOW_FIRST_CALL:
+            call()
+    except (RuntimeError, MemoryError, NotImplementedError, ImportError) as e:
+        return ArmResult(arm.name, "failed", describe_error(e))
+    return _Live(arm, call, seconds)
+
+
+def describe_error(error: BaseException) -> str:
+    """An exception in one line: its type and the start of its message, at most 200 characters."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
+
+
+def _timed(call: Callable[[], Any], device: str) -> tuple[float, Any]:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    result = call()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start, result
+
+
+def _with_memory(result: ArmResult, suite: str, case: Case, arm: Arm, options: Options) -> ArmResult:
+    if options.device == "cuda":
+        gc.collect()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        arm.make()()
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated() - before
+        return replace(result, memory_bytes=peak, memory_method="CUDA allocator peak")
+    try:
+        found = peak_in_subprocess(suite, case.name, arm.name, options)
+    except RuntimeError as e:
+        return replace(result, extra={**result.extra, "memory_failed": str(e)})
+    return replace(result, memory_bytes=found["bytes"], memory_method=found["method"])
+
+
+def peak_in_subprocess(suite: str, case: str, arm: str, options: Options) -> dict[str, Any]:
+    """Peak resident memory of one arm above its inputs, in a fresh Python process.
+
+    Raises:
+        RuntimeError: If the process fails.
+    """
+    command = [sys.executable, "-m", "flexjag.bench.peak", suite, case, arm, str(torch.get_num_threads())]
+    root = str(Path(__file__).parents[2])
+    paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+    done = subprocess.run(
+        [*command, "--quick"] if options.quick else command,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+    )
+    if done.returncode != 0:
+        last = done.stderr.strip().splitlines()[-1:] or ["no message"]
+        raise RuntimeError(f"exit status {done.returncode}: {last[0]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def disagreement(
+    got: Sequence[Tensor], exact: Sequence[Tensor], rounded: Sequence[Tensor], names: Sequence[str] = RESULTS
+) -> str | None:
+    """What is wrong with `got`, or None.
+
+    The tolerance is derived, not chosen: the largest error against the float64 result may be twice that of a plain
+    computation in the same precision and a rounding of the largest value.
+
+    Args:
+        got: An arm's output and gradients.
+        exact: The same in float64.
+        rounded: The same from a plain computation in `got`'s precision.
+        names: What the tensors are called.
+    """
+    if len(got) != len(exact):
+        return f"{len(got)} results instead of {len(exact)}"
+    for name, x, want, plain in zip(names, got, exact, rounded, strict=False):
+        if x.shape != want.shape:
+            return f"{name} has shape {tuple(x.shape)} instead of {tuple(want.shape)}"
+        error = _largest(x.double() - want)
+        allowed = 2 * (_largest(plain.double() - want) + torch.finfo(x.dtype).eps * _largest(want))
+        if not error <= allowed:  # also when it is NaN
+            return f"{name} is off by {error:.2e}, more than the {allowed:.2e} that rounding explains"
+    return None
+
+
+def _largest(x: Tensor) -> float:
+    return float(x.abs().max()) if x.numel() else 0.0
+
+
+def median(seconds: Sequence[float]) -> float:
+    """The middle sample."""
+    return statistics.median(seconds)
+
+
+def quartiles(seconds: Sequence[float]) -> tuple[float, float]:
+    """The first and the third quartile: the spread between them holds half of the samples.
+
+    >>> quartiles([1.0, 2.0, 3.0, 4.0, 5.0])
+    (2.0, 4.0)
+    """
+    if len(seconds) < 2:
+        return seconds[0], seconds[0]
+    low, _, high = statistics.quantiles(seconds, n=4, method="inclusive")
+    return low, high
+
+
+class Results:
+    """Look up a suite's results by case and arm, for its figures."""
+
+    def __init__(self, cases: Sequence[CaseResult]) -> None:
+        self._arms = {(case.name, arm.name): arm for case in cases for arm in case.arms}
+
+    def seconds(self, case: str, arm: str) -> float | None:
+        """An arm's median, or None if it has no samples."""
+        found = self._arms.get((case, arm))
+        return median(found.seconds) if found is not None and found.seconds else None
+
+    def memory(self, case: str, arm: str) -> float | None:
+        """An arm's peak memory in bytes, or None if it was not measured."""
+        found = self._arms.get((case, arm))
+        return None if found is None or found.memory_bytes is None else float(found.memory_bytes)
+
+    def extra(self, case: str, arm: str, key: str) -> Any:
+        """Another value that the arm recorded, or None."""
+        found = self._arms.get((case, arm))
+        return None if found is None else found.extra.get(key)
+
+
+def ratio(a: float | None, b: float | None) -> float | None:
+    """a / b, or None if one is missing or b is 0.
+
+    >>> ratio(3.0, 2.0), ratio(None, 2.0)
+    (1.5, None)
+    """
+    return None if a is None or not b else a / b

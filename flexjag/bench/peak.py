@@ -1,0 +1,77 @@
+"""Peak resident memory of one arm, to be run in a process of its own: ``python -m flexjag.bench.peak``.
+
+The code is loaded first, by the same arm on small inputs. Then the real inputs are made, the baseline is taken, and
+the arm runs once from `make` to its result.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flexjag.bench.registry import Arm, Case, Options, find
+
+
+def main(argv: list[str]) -> int:
+    """Print the figures of SUITE CASE ARM THREADS [--quick] as JSON."""
+    suite, name, arm, threads = argv[:4]
+    torch.set_num_threads(int(threads))
+    options = Options(quick="--quick" in argv[4:], device="cpu")
+    case = next(c for c in find(suite).cases(options) if c.name == name)
+    assert isinstance(case, Case)
+    _named(case.small(), arm).make()()
+    gc.collect()
+    chosen = _named(case.arms(), arm)
+    gc.collect()
+    print(json.dumps(measure_peak(lambda: chosen.make()())))
+    return 0
+
+
+def _named(arms: Sequence[Arm], name: str) -> Arm:
+    return next(x for x in arms if x.name == name)
+
+
+def measure_peak(call: Callable[[], object]) -> dict[str, Any]:
+    """Run `call` once and say by how much resident memory rose at most.
+
+    Linux forgets its high-water mark on request. Where it does not, the mark itself is the baseline, and what `call` takes
+    below an earlier peak goes unseen.
+
+    Returns:
+        ``bytes``, and ``method``, how they were read.
+    """
+    before, method = _mark(), "growth of the peak RSS (a lower bound)"
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+        before, method = _status("VmRSS"), "peak RSS above the RSS before"
+    result = call()
+    rise = _mark() - before
+    del result
+    return {"bytes": max(0, rise), "method": method}
+
+
+def _mark() -> int:
+    """The highest resident size of this process since the mark was last reset, in bytes."""
+    if Path("/proc/self/status").exists():
+        return _status("VmHWM")
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _status(key: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {key}")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

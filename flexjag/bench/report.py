@@ -1,0 +1,168 @@
+"""Results as tables on a terminal and as a Markdown page. Reads the JSON form only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flexjag.bench.measure import median, quartiles
+
+COMMAND = "python -m flexjag.bench"
+ARM_COLUMNS = ("arm", "median", "quartiles", "samples", "first call", "peak memory", "remarks")
+WIDTH = 140  # where there is no terminal to ask
+FIGURE_COLUMNS = ("figure", "value", "limit", "met")
+
+Row = tuple[str, ...]
+
+
+def duration(seconds: float) -> str:
+    """Seconds with three significant digits, in the unit that fits.
+
+    >>> duration(0.01234), duration(2.5), duration(0.00012345)
+    ('12.3 ms', '2.50 s', '123 µs')
+    """
+    for unit, scale in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)):
+        if seconds * scale >= 1 or unit == "µs":
+            return f"{_digits(seconds * scale)} {unit}"
+    raise AssertionError
+
+
+def size(count: float) -> str:
+    """Bytes in MB or GB.
+
+    >>> size(12_345_678), size(9_876_543_210)
+    ('12.3 MB', '9.88 GB')
+    """
+    return f"{_digits(count / 1e9)} GB" if count >= 1e9 else f"{_digits(count / 1e6)} MB"
+
+
+def _digits(x: float) -> str:
+    """Three significant digits without an exponent, and never fewer than the whole part."""
+    return f"{x:.{max(0, 2 - len(str(int(x))) + 1)}f}"
+
+
+def figure_rows(suite: dict[str, Any]) -> list[Row]:
+    """A suite's figures as rows of :data:`FIGURE_COLUMNS`."""
+    rows = []
+    for f in suite["figures"]:
+        value = "not measured" if f["value"] is None else _value(f["value"], f["unit"])
+        met = {True: "yes", False: "no", None: ""}[f["met"]]
+        rows.append((f["text"], value, f["limit"] or "", met))
+    return rows
+
+
+def _value(value: float, unit: str) -> str:
+    if unit == "s":
+        return duration(value)
+    number = f"{value:.3g}" if value < 100 else f"{value:.0f}"
+    return f"{number}×" if unit == "x" else f"{number} {unit}"
+
+
+def arm_rows(case: dict[str, Any]) -> list[Row]:
+    """A case's arms as rows of :data:`ARM_COLUMNS`."""
+    return [_arm_row(arm) for arm in case["arms"]]
+
+
+def _arm_row(arm: dict[str, Any]) -> Row:
+    remarks = [f"{k.replace('_', ' ')}: {_extra(v)}" for k, v in arm["extra"].items()]
+    if arm["status"] != "ok":
+        remarks.insert(0, f"{arm['status']}: {arm['reason']}")
+    memory = "" if arm["memory_bytes"] is None else size(arm["memory_bytes"])
+    first = "" if arm["first_seconds"] is None else duration(arm["first_seconds"])
+    if not arm["seconds"]:
+        return arm["name"], "", "", "", first, memory, "; ".join(remarks)
+    spread = " to ".join(duration(x) for x in quartiles(arm["seconds"]))
+    count = str(len(arm["seconds"]))
+    return arm["name"], duration(median(arm["seconds"])), spread, count, first, memory, "; ".join(remarks)
+
+
+def _extra(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{v} {k}" for k, v in value.items())
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _facts(facts: dict[str, Any]) -> str:
+    parts = []
+    for key, value in facts.items():
+        if value is not None:
+            text = size(value) if key.endswith("_bytes") else _extra(value)
+            parts.append(f"{key.removesuffix('_bytes').replace('_', ' ')} {text}")
+    return ", ".join(parts)
+
+
+def _used(columns: Row, rows: list[Row]) -> list[int]:
+    """The columns that say anything."""
+    return [i for i in range(len(columns)) if i == 0 or any(row[i] for row in rows)]
+
+
+def print_results(results: dict[str, Any]) -> None:
+    """Print one results file's tables."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=WIDTH)
+
+    def show(title: str, columns: Row, rows: list[Row]) -> None:
+        used = _used(columns, rows)
+        table = Table(title=title, title_justify="left")
+        for i in used:
+            text = columns[i] in ("arm", "figure", "remarks")
+            table.add_column(columns[i], justify="left" if text else "right", no_wrap=columns[i] != "remarks")
+        for row in rows:
+            table.add_row(*(row[i] for i in used))
+        console.print(table)
+
+    console.print(_facts(results["environment"]), highlight=False)
+    if results["quick"]:
+        console.print("A quick run: it shows that the suites work, not how fast anything is.")
+    for suite in results["suites"]:
+        for case in suite["cases"]:
+            show(f"{suite['name']}: {case['name']} ({_facts(case['facts'])})", ARM_COLUMNS, arm_rows(case))
+        if suite["figures"]:
+            show(f"{suite['name']}: figures", FIGURE_COLUMNS, figure_rows(suite))
+
+
+def to_markdown(results: list[dict[str, Any]]) -> str:
+    """The page ``docs/performance.md`` from results files, in the order given."""
+    lines = [
+        "# Performance",
+        "",
+        f"This page is made by `{COMMAND} report RESULTS.json… --write PAGE` from the files that `{COMMAND} --out DIR` writes.",
+        "Do not edit it.",
+        "",
+        "How it is measured: all arms of a case run in one process on the same inputs. Every arm is checked before it is timed;",
+        "one that is wrong is listed as wrong and has no time. Each round then runs every arm once, in a shuffled order. Times are",
+        "medians of the samples. The first call is listed apart, because it also loads and compiles. Peak memory is what an",
+        "arm takes above its inputs, with the plan or the padding mask that it makes once per batch: on a CPU the peak resident",
+        "memory of a fresh process that runs this arm alone, on CUDA the allocator's peak.",
+        "",
+    ]
+    for one in results:
+        lines += _one_run(one)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _one_run(results: dict[str, Any]) -> list[str]:
+    environment = results["environment"]
+    lines = [f"## {environment['device_name'] or environment['cpu']}, {environment['date'][:10]}", ""]
+    if results["quick"]:
+        lines += ["**A quick run: it shows that the suites work, not how fast anything is.**", ""]
+    lines += [_facts(environment) + ".", ""]
+    for suite in results["suites"]:
+        lines += [f"### {suite['name']}", "", suite["about"], ""]
+        if suite["figures"]:
+            lines += _markdown_table(FIGURE_COLUMNS, figure_rows(suite))
+        for case in suite["cases"]:
+            lines += [f"**{case['name']}** ({_facts(case['facts'])})", "", *_markdown_table(ARM_COLUMNS, arm_rows(case))]
+    return lines
+
+
+def _markdown_table(columns: Row, rows: list[Row]) -> list[str]:
+    used = _used(columns, rows)
+
+    def line(cells: Row) -> str:
+        return "| " + " | ".join(cells[i].replace("|", "\\|") for i in used) + " |"
+
+    return [line(columns), "|" + "---|" * len(used), *(line(row) for row in rows), ""]

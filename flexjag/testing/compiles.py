@@ -1,0 +1,140 @@
+"""The assertion that batches of different sizes share one compiled graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+BACKENDS = ("inductor", "aot_eager")
+
+
+@dataclass(frozen=True, eq=False)
+class Graphs:
+    """At which batch each graph was compiled.
+
+    Attributes:
+        forward: Batch indices, one per graph that saves something for a backward.
+        backward: One per backward graph.
+        inference: One per graph of a call without gradients.
+    """
+
+    forward: list[int] = field(default_factory=list)
+    backward: list[int] = field(default_factory=list)
+    inference: list[int] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        rows = (("forward", self.forward), ("backward", self.backward), ("inference", self.inference))
+        return ", ".join(f"{len(at)} {name} graph{'s' * (len(at) != 1)} (batches {at})" for name, at in rows if at) or "no graph"
+
+
+class _Counter:
+    """Compiles with Inductor or AOTAutograd, and notes the batch each graph is made for."""
+
+    def __init__(self) -> None:
+        self.graphs = Graphs()
+        self.batch = 0
+
+    def note(self, kind: str) -> None:
+        getattr(self.graphs, kind).append(self.batch)
+
+    def inductor(self, module: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+
+        def inner(graph: torch.fx.GraphModule, example: Any, **keywords: Any) -> Any:
+            kinds = {"is_backward": "backward", "is_inference": "inference"}
+            self.note(next((kind for flag, kind in kinds.items() if keywords.get(flag)), "forward"))
+            return compile_fx_inner(graph, example, **keywords)
+
+        return compile_fx(module, inputs, inner_compile=inner)
+
+    def aot_eager(self, module: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        from functorch.compile import make_boxed_func
+        from torch._dynamo.backends.common import aot_autograd
+
+        def compiler(kind: str) -> Callable[..., Any]:
+            def compile_graph(graph: torch.fx.GraphModule, example: Any) -> Any:
+                self.note(kind)
+                return make_boxed_func(graph.forward)
+
+            return compile_graph
+
+        kinds = {"fw_compiler": "forward", "bw_compiler": "backward", "inference_compiler": "inference"}
+        return aot_autograd(**{name: compiler(kind) for name, kind in kinds.items()})(module, inputs)
+
+
+def assert_compiles(
+    fn: Callable[..., Any],
+    batches: Iterable[tuple[Any, ...]],
+    *,
+    max_graphs: int = 1,
+    backward: bool = True,
+    backend: str = "inductor",
+    after_each: Callable[[int, Any], None] | None = None,
+) -> Graphs:
+    """Assert that `fn` compiles into one piece, and into few graphs for all batches together.
+
+    ``torch.compile(fn, fullgraph=True)`` runs on every batch, and a backward of the sum of its float outputs after each, so
+    gradients accumulate in the leaves' ``grad``. Resets TorchDynamo first and afterwards.
+
+    Args:
+        fn: A function or module.
+        batches: The arguments of each call.
+        max_graphs: The most graphs allowed in each direction (forward, backward, inference). Sizes 0 and 1 always are
+            graphs of their own in PyTorch, so batches that have them need one more.
+        backward: Whether to run backwards. Otherwise the calls run under ``torch.no_grad()``.
+        backend: ``"inductor"``, or ``"aot_eager"`` to trace both directions without generating code, which is much faster.
+        after_each: Called with the index and the outputs after each batch, to check them.
+
+    Returns:
+        At which batch each graph was compiled.
+
+    Raises:
+        AssertionError: As soon as one direction has too many graphs, naming the batch of each; or if nothing was compiled.
+
+    >>> assert_compiles(lambda x: x.sin(), [(torch.randn(n),) for n in (5, 5)], backward=False, backend="aot_eager")
+    Graphs(forward=[], backward=[], inference=[0])
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: must be one of {', '.join(BACKENDS)}; got backend={backend!r}")
+    import torch._dynamo
+    import torch._functorch.config
+
+    counter = _Counter()
+    torch._dynamo.reset()
+    compiled = torch.compile(fn, fullgraph=True, backend=getattr(counter, backend))
+    # A cached graph would never reach the counter, and Dynamo's own limit would hide how many there are.
+    caches = torch._functorch.config.patch(enable_autograd_cache=False)
+    limits = torch._dynamo.config.patch(recompile_limit=max(8, max_graphs + 1), accumulated_recompile_limit=10_000)
+    try:
+        with caches, limits:
+            for index, batch in enumerate(batches):
+                counter.batch = index
+                with torch.set_grad_enabled(backward):
+                    out = compiled(*batch)
+                if backward:
+                    _backward(out, index)
+                _check(counter.graphs, max_graphs, index)
+                if after_each is not None:
+                    after_each(index, out)
+    finally:
+        torch._dynamo.reset()
+    if not counter.graphs.forward and not counter.graphs.inference:
+        raise AssertionError("nothing was compiled: there were no batches, or the function does not use torch")
+    return counter.graphs
+
+
+def _backward(out: Any, index: int) -> None:
+    leaves = [x for x in tree_leaves(out) if isinstance(x, Tensor) and x.requires_grad]
+    if not leaves:
+        raise AssertionError(f"backward: no output of batch {index} needs a gradient; pass backward=False")
+    torch.stack([x.float().sum() for x in leaves]).sum().backward()
+
+
+def _check(graphs: Graphs, most: int, index: int) -> None:
+    if max(len(graphs.forward), len(graphs.backward), len(graphs.inference)) > most:
+        raise AssertionError(f"{graphs} after batch {index}, but at most {most} allowed in each direction")

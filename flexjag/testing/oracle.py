@@ -1,0 +1,153 @@
+"""The assertion that a backend computes what the dense float64 reference computes, up to rounding."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flexjag import masks as m
+from flexjag import mods
+from flexjag import scores as s
+from flexjag.attention import attention
+from flexjag.choice import HALF
+from flexjag.jagged import Jagged
+from flexjag.plan import Plan
+from flexjag.plan import plan as make_plan
+from flexjag.testing.rounding import rounding_bounds
+
+@dataclass(frozen=True, eq=False)
+class _Result:
+    out: Tensor
+    lse: Tensor
+    grads: list[Tensor]
+
+
+def _run(
+    backend: str, inputs: tuple[Jagged, Jagged, Jagged], dtype: torch.dtype, plan: Plan, scale: float, learned: Sequence[Tensor],
+    weights: tuple[Tensor, Tensor], want: tuple[bool, bool],
+) -> _Result:  # fmt: skip
+    """Run one backend in one precision; `weights` flow back into the output and the log-sum-exp."""
+    lse_wanted, backward = want
+    leaves = [x.values.detach().to(dtype).requires_grad_(backward) for x in inputs]
+    q, k, v = (x.with_values(t) for x, t in zip(inputs, leaves, strict=True))
+    got = attention(q, k, v, plan=plan, scale=scale, return_lse=lse_wanted, backend=backend)
+    out, lse = got if isinstance(got, tuple) else (got, None)  # None if it is not wanted
+    grads: list[Tensor] = []
+    if backward:
+        loss = (out.values * weights[0].to(dtype)).sum()
+        if lse is not None:
+            finite = torch.where(torch.isfinite(lse.values), lse.values, 0.0)
+            loss = loss + (finite * weights[1].to(finite.dtype)).sum()
+        found = torch.autograd.grad(loss, [*leaves, *learned], allow_unused=True, materialize_grads=True)
+        grads = [x.detach() for x in found]
+    nothing = out.values.new_zeros(0)
+    return _Result(out.values.detach(), nothing if lse is None else lse.values.detach(), grads)
+
+
+def assert_matches_reference(
+    q: Jagged,
+    k: Jagged,
+    v: Jagged,
+    *,
+    mask: m.Mask | None = None,
+    score: s.Score | None = None,
+    plan: Plan | None = None,
+    backend: str = "auto",
+    scale: float | None = None,
+    learned: Sequence[Tensor] | None = None,
+    lse: bool = True,
+    backward: bool = True,
+    seed: int = 0,
+) -> dict[str, float]:
+    """Assert that a backend agrees with the dense reference in float64, forward and backward, up to rounding.
+
+    For each tensor the allowed error is ``2 * (worst error of the reference in the same precision + rounding)``, elementwise;
+    the rounding term is :func:`~flexjag.testing.rounding.rounding_bounds`, an error analysis of the very problem.
+
+    Args:
+        q: ``[T_q, H, D]``, in the precision to test.
+        k: ``[T_kv, G, D]``.
+        v: ``[T_kv, G, E]``.
+        mask: The mask. Default: all.
+        score: The score. Default: none.
+        plan: A plan made before, instead of mask and score.
+        backend: What to test.
+        scale: Factor on ``q·k``. Default ``1 / sqrt(D)``.
+        learned: The tensors in the score whose gradients are compared. Default: those found in it.
+        lse: Compare the log-sum-exp, too.
+        backward: Compare the gradients of q, k, v and `learned`, too.
+        seed: For the weights of the loss.
+
+    Returns:
+        The largest ratio of error to allowed error for each tensor compared: ``out``, ``lse``, ``grad_q``, ...
+
+    Raises:
+        AssertionError: Naming every tensor that is off, the error, what was allowed and where.
+
+    >>> x = Jagged.from_lengths(torch.randn(8, 2, 16, dtype=torch.float64), [3, 0, 5])
+    >>> sorted(assert_matches_reference(x, x, x, mask=m.Causal(), backend="tiled"))
+    ['grad_k', 'grad_q', 'grad_v', 'lse', 'out']
+    """
+    plan = make_plan(q, k, mask=mask, score=score) if plan is None else plan
+    scale = 1.0 / math.sqrt(max(1, q.values.shape[2])) if scale is None else scale
+    dtype, device = q.values.dtype, q.values.device
+    learned = mods.learned_tensors(plan.score, dtype, device) if learned is None else learned
+    g = torch.Generator().manual_seed(seed)
+    shape = (*q.values.shape[:2], v.values.shape[2])
+    weights = tuple(torch.randn(n, generator=g).to(device, dtype) for n in (shape, shape[:2]))
+    want = (lse, backward)
+    inputs = (q, k, v)
+    exact = _run("reference", inputs, torch.float64, plan, scale, learned, weights, want)
+    same = exact if dtype == torch.float64 else _run("reference", inputs, dtype, plan, scale, learned, weights, want)
+    got = _run(backend, inputs, dtype, plan, scale, learned, weights, want)
+    bounds = rounding_bounds(
+        *(x.values for x in inputs), plan.layout, plan.mask, plan.score,
+        scale=scale, grad_out=weights[0], grad_lse=weights[1] * lse, dtype=dtype, compute=_compute(backend, dtype), learned=learned,
+    )  # fmt: skip
+    rows = [("out", exact.out, same.out, got.out, bounds.out)]
+    if lse:
+        rows.append(("lse", exact.lse, same.lse, got.lse, bounds.lse))
+    if backward:
+        names = ["grad_q", "grad_k", "grad_v", *(f"grad_learned[{i}]" for i in range(len(learned)))]
+        limits = [bounds.q, bounds.k, bounds.v, *bounds.learned]
+        rows += zip(names, exact.grads, same.grads, got.grads, limits, strict=True)
+    ratios, faults = {}, []
+    for name, *tensors in rows:
+        ratios[name], fault = _compare(name, *tensors)
+        faults += [fault] if fault else []
+    if faults:
+        where = f"q_lengths={q.lengths.tolist()}, kv_lengths={k.lengths.tolist()}, backend={backend!r}, {dtype}, plan={plan!r}"
+        raise AssertionError("differs from the reference by more than rounding: " + "; ".join(faults) + f"; {where}")
+    return ratios
+
+
+def _compute(backend: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a backend's intermediates."""
+    return torch.float32 if backend == "tiled" and dtype in HALF else dtype
+
+
+def _compare(name: str, exact: Tensor, same: Tensor, got: Tensor, rounding: Tensor | float) -> tuple[float, str | None]:
+    """The worst ratio of error to allowed error, and what is wrong if it is over 1."""
+    if got.shape != exact.shape:
+        return torch.inf, f"{name} has shape {list(got.shape)} instead of {list(exact.shape)}"
+    if not exact.numel():
+        return 0.0, None
+    exact, same, got = exact.double(), same.double(), got.double()
+    infinite = torch.isinf(exact)
+    noise = (same - exact).masked_fill(infinite, 0.0).abs().max()
+    allowed = (2 * (noise + rounding)).expand(exact.shape) + torch.finfo(torch.float64).tiny
+    error = torch.where(infinite & (got == exact), 0.0, (got - exact).abs())
+    ratio = (error / allowed).nan_to_num(nan=torch.inf, posinf=torch.inf)
+    worst = int(ratio.argmax())
+    if not ratio.flatten()[worst] > 1:
+        return float(ratio.max()), None
+    at = [int(x) for x in torch.unravel_index(torch.tensor(worst), exact.shape)]
+    values = f"{got.flatten()[worst]:.9g} instead of {exact.flatten()[worst]:.9g}"
+    return float(ratio.max()), (
+        f"{name}{at} is {values} (error {error.flatten()[worst]:.3g}, allowed {allowed.flatten()[worst]:.3g}, "
+        f"{int((ratio > 1).sum())} of {ratio.numel()} off)"
+    )

@@ -1,0 +1,247 @@
+"""How far rounding alone may move an attention result: a running error analysis next to a dense float64 calculation.
+
+Each intermediate carries a bound on its error. Three units count: `stored`, the machine epsilon of the dtype a backend computes
+in, for every value it may write down; `summed`, the epsilon of the accumulator (float32 for half precision), once per term of a
+sum, whatever its order; and `result`, the epsilon of the dtype it returns. The bounds are first order, so callers double them.
+Nothing is fitted to a backend. (N. Higham, *Accuracy and Stability of Numerical Algorithms*, chapters 3 and 4.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flexjag import masks as m
+from flexjag import scores as s
+from flexjag.backends.reference import Segment, dense, rescore
+from flexjag.layout import Layout
+
+FEW = 2.0  # stored values between two that are named here take 4 roundings at most, and one epsilon is two roundings
+MOST_LOG = 30.0  # errors of an exponent are capped here; e**30 allows anything anyway
+
+
+@dataclass(frozen=True, eq=False)
+class Bounds:
+    """First-order bounds on rounding errors, elementwise, in float64.
+
+    Attributes:
+        out: ``[T_q, H, E]``.
+        lse: ``[T_q, H]``.
+        q: The gradient of q, ``[T_q, H, D]``.
+        k: Of k, ``[T_kv, G, D]``.
+        v: Of v, ``[T_kv, G, E]``.
+        learned: Of each learned tensor, one number for all of its entries.
+    """
+
+    out: Tensor
+    lse: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    learned: list[float]
+
+
+@dataclass(frozen=True, eq=False)
+class _Units:
+    stored: float
+    summed: float
+    result: float
+    tiny: float
+
+    @staticmethod
+    def of(dtype: torch.dtype, compute: torch.dtype) -> _Units:
+        accumulator = torch.float64 if dtype == torch.float64 else torch.float32
+        stored, summed, result = (torch.finfo(d).eps for d in (compute, accumulator, dtype))
+        return _Units(FEW * stored, summed, result, torch.finfo(dtype).tiny)
+
+
+@dataclass(frozen=True, eq=False)
+class _Scores:
+    """Modified scores ``[H, n, m]``, their derivatives, and the errors of both."""
+
+    value: Tensor
+    error: Tensor
+    slope: Tensor  # by the raw score
+    slope_error: Tensor
+    learned: list[tuple[Tensor, Tensor]]  # by each learned tensor: sum over its entries, and error
+
+
+def segments_of(layout: Layout, heads: int) -> list[Segment]:
+    """The coordinates of every segment, as the reference's interpretations want them."""
+    q_ends, kv_ends = layout.q_offsets.tolist(), layout.kv_offsets.tolist()
+    found, entries = [], 0
+    for index in range(layout.num_segments):
+        q_rows, kv_rows = (slice(e[index], e[index + 1]) for e in (q_ends, kv_ends))
+        i = torch.arange(q_rows.stop - q_rows.start, device=layout.device)[:, None]
+        j = torch.arange(kv_rows.stop - kv_rows.start, device=layout.device)[None]
+        found.append(Segment(index, heads, i, j, q_rows, kv_rows, entries))
+        entries += i.shape[0] * j.shape[1]
+    return found
+
+
+def _grad(y: Tensor, x: Tensor) -> Tensor:
+    """The elementwise derivative of y by x; y[i] depends on x[i] alone."""
+    if not y.requires_grad:
+        return torch.zeros_like(x)
+    got = torch.autograd.grad(y.sum(), x, create_graph=True, allow_unused=True, materialize_grads=True)[0]
+    return got
+
+
+def _by_tensor(y: Tensor, tensor: Tensor) -> Tensor:
+    """The derivative of each y along all ones in `tensor`: by differentiating the (linear) backward once more."""
+    weights = torch.ones_like(y, requires_grad=True)
+    if not y.requires_grad:
+        return torch.zeros_like(y)
+    back = torch.autograd.grad(y, tensor, weights, create_graph=True, allow_unused=True)[0]
+    if back is None or not back.requires_grad:
+        return torch.zeros_like(y)
+    return torch.autograd.grad(back, weights, torch.ones_like(back), create_graph=True)[0].to(y.dtype)
+
+
+def _apply_part(part: s.Score, old: _Scores, seg: Segment, learned: Sequence[Tensor], unit: _Units) -> _Scores:
+    """One score of the chain: its value and derivatives, and how errors pass through it."""
+    x = old.value.detach().requires_grad_()
+    y = rescore(part, x, seg)
+    slope = _grad(y, x)
+    bend = _grad(slope, x).detach().abs()
+    direct = [_by_tensor(y, t) for t in learned]
+    bends = [_grad(d, x).detach().abs() for d in direct]
+    y, slope = y.detach(), slope.detach()
+    error = slope.abs() * old.error + unit.stored * (x.detach().abs() + y.abs())
+    own_slope_error = bend * old.error + unit.stored * (1 + slope.abs())
+    carried = []
+    for (was, was_error), d, b in zip(old.learned, direct, bends, strict=True):
+        d = d.detach()
+        spread = was_error * slope.abs() + was.abs() * own_slope_error + b * old.error + unit.stored * d.abs()
+        carried.append((was * slope + d, spread))
+    return _Scores(
+        value=y,
+        error=error,
+        slope=old.slope * slope,
+        slope_error=old.slope_error * slope.abs() + old.slope.abs() * own_slope_error,
+        learned=carried,
+    )
+
+
+def _scores(
+    x: Tensor, y: Tensor, seg: Segment, score: s.Score | None, scale: float, learned: Sequence[Tensor], unit: _Units
+) -> _Scores:
+    raw = x @ y.transpose(1, 2) * scale
+    size = x.abs() @ y.abs().transpose(1, 2) * abs(scale)
+    zero, one = torch.zeros_like(raw), torch.ones_like(raw)
+    error = (x.shape[2] * unit.summed + unit.stored) * size
+    state = _Scores(raw, error, one, zero, [(zero, zero) for _ in learned])
+    with torch.enable_grad():
+        for part in s.parts(score):
+            state = _apply_part(part, state, seg, learned, unit)
+    return state
+
+
+def rounding_bounds(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: Layout,
+    mask: m.Mask,
+    score: s.Score | None,
+    *,
+    scale: float,
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    dtype: torch.dtype,
+    compute: torch.dtype | None = None,
+    learned: Sequence[Tensor] = (),
+) -> Bounds:
+    """Bound the rounding errors of attention and of its gradients.
+
+    The derivatives of a score by a learned tensor are taken along all ones, so a score should read each tensor's entries
+    with one sign (as a lookup or a product does).
+
+    Args:
+        q: ``[T_q, H, D]``, any dtype.
+        k: ``[T_kv, G, D]``.
+        v: ``[T_kv, G, E]``.
+        layout: Where the tokens sit.
+        mask: The mask.
+        score: The score, or None.
+        scale: Factor on ``q·k``.
+        grad_out: ``[T_q, H, E]``, what flows back into the output.
+        grad_lse: ``[T_q, H]``, what flows back into the log-sum-exp; ignored where that is -inf.
+        dtype: Of the inputs and results.
+        compute: Of the intermediates. Default: `dtype`. A backend that computes half precision in float32 errs less.
+        learned: The tensors in `score` whose gradients count.
+
+    Returns:
+        The bounds. Zero where there is nothing to round.
+    """
+    q, k, v, grad_out, grad_lse = (t.detach().double() for t in (q, k, v, grad_out, grad_lse))
+    unit = _Units.of(dtype, compute or dtype)
+    heads, repeats = q.shape[1], q.shape[1] // k.shape[1]
+    out, lse = grad_out.new_zeros(grad_out.shape), grad_lse.new_zeros(grad_lse.shape)
+    q_bound, k_bound, v_bound = (torch.zeros_like(t) for t in (q, k, v))
+    learned_bound = [0.0 for _ in learned]
+    for seg in segments_of(layout, heads):
+        if seg.n == 0 or seg.m == 0:
+            continue
+        x, g = (t[seg.q_rows].transpose(0, 1) for t in (q, grad_out))
+        y, z = (t[seg.kv_rows].transpose(0, 1).repeat_interleave(repeats, 0) for t in (k, v))
+        state = _scores(x, y, seg, score, scale, learned, unit)
+        allowed = dense(mask, seg).expand(heads, seg.n, seg.m)
+        one = _segment_bounds(x, y, z, g, grad_lse[seg.q_rows].t()[..., None], state, allowed, scale, unit)
+        out[seg.q_rows], lse[seg.q_rows] = one.out.transpose(0, 1), one.lse[..., 0].t()
+        q_bound[seg.q_rows] = one.q.transpose(0, 1)
+        k_bound[seg.kv_rows] = one.k.unflatten(0, (-1, repeats)).sum(1).transpose(0, 1)
+        v_bound[seg.kv_rows] = one.v.unflatten(0, (-1, repeats)).sum(1).transpose(0, 1)
+        learned_bound = [a + b for a, b in zip(learned_bound, one.learned, strict=True)]
+    # Partial sums of a learned gradient may be stored once per segment.
+    learned_bound = [b * max(1, layout.num_segments) for b in learned_bound]
+    return Bounds(out, lse, q_bound, k_bound, v_bound, learned_bound)
+
+
+def _segment_bounds(
+    x: Tensor, y: Tensor, z: Tensor, g: Tensor, g_lse: Tensor, state: _Scores, allowed: Tensor, scale: float, unit: _Units
+) -> Bounds:
+    """The bounds of one segment, every tensor ``[H, n or m, ...]``."""
+    n, width, stored = x.shape[1], y.shape[1], unit.stored
+    keys, queries = width * unit.summed, n * x.shape[0] * unit.summed
+    has_key = allowed.any(2, keepdim=True)
+    value = state.value.masked_fill(~allowed, -torch.inf)
+    lse = value.logsumexp(2, keepdim=True).masked_fill(~has_key, 0.0)
+    value, error = state.value.masked_fill(~allowed, 0.0), state.error.masked_fill(~allowed, 0.0)
+    p = torch.exp(value - lse).masked_fill(~allowed, 0.0)
+    top = (value.abs() * allowed).amax(2, keepdim=True)
+    lse_error = (p * error).sum(2, keepdim=True) + (keys + stored + (stored + unit.result) * (top + lse.abs())) * has_key
+    log_error = error + lse_error + keys + stored * (1 + value.abs() + lse.abs())
+    p_error = (p * torch.expm1(log_error.clamp(max=MOST_LOG)) + unit.tiny) * allowed
+    out = p @ z
+    out_error = (p_error + (keys + stored) * p) @ z.abs() + stored * out.abs()
+
+    by_p, size = g @ z.transpose(1, 2), g.abs() @ z.abs().transpose(1, 2)
+    delta = (g * out).sum(2, keepdim=True)
+    dims = z.shape[2] * unit.summed + stored
+    delta_error = (g.abs() * (out_error + (dims + unit.result) * out.abs())).sum(2, keepdim=True)
+    delta_error = delta_error + (keys + dims) * (p * size).sum(2, keepdim=True)
+    through = by_p - delta + g_lse
+    through_error = dims * size + delta_error + stored * (size + delta.abs() + g_lse.abs())
+    ds = p * through
+    ds_error = p_error * through.abs() + (p + p_error) * through_error
+    raw = ds * state.slope
+    raw_error = ds_error * (state.slope.abs() + state.slope_error) + ds.abs() * state.slope_error + stored * raw.abs()
+
+    scale = abs(scale)
+    size = raw.abs()
+    tokens = n * x.shape[0] * width * unit.summed + stored + unit.result
+    learned = [
+        float((ds_error * (j.abs() + e) + ds.abs() * (e + tokens * j.abs())).sum()) for j, e in state.learned
+    ]
+    return Bounds(
+        out=out_error + unit.result * out.abs(),
+        lse=lse_error,
+        q=scale * (raw_error + (keys + stored + unit.result) * size) @ y.abs(),
+        k=scale * (raw_error + (queries + stored + unit.result) * size).transpose(1, 2) @ x.abs(),
+        v=(p_error + (queries + stored + unit.result) * p).transpose(1, 2) @ g.abs(),
+        learned=learned,
+    )

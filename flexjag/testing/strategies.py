@@ -1,0 +1,350 @@
+"""Hypothesis strategies: jagged batches, masks and scores, small and full of edge cases.
+
+Structure (lengths, heads, nodes) is drawn piece by piece, so that it shrinks; tensor data comes from one drawn seed, so that
+an example costs milliseconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from flexjag import masks as m
+from flexjag import scores as s
+from flexjag.jagged import Jagged
+from flexjag.plan import Plan
+from flexjag.plan import plan as make_plan
+
+SEEDS = st.integers(0, 2**16)
+TILES = (16, 32)
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def lengths(
+    *, min_segments: int = 0, max_segments: int = 5, max_total: int = 100, tile: int = 16
+) -> st.SearchStrategy[list[int]]:
+    """Segment lengths, often 0, 1, and one less than, equal to and one more than a tile.
+
+    Args:
+        min_segments: The least S.
+        max_segments: The most S.
+        max_total: The most T; segments that would pass it are cut.
+        tile: The tile size whose neighbours are interesting.
+
+    >>> from hypothesis import find
+    >>> find(lengths(), lambda n: sum(n) > 10 and 0 in n)
+    [0, 11]
+    """
+    edges = st.sampled_from([0, 1, 2, tile - 1, tile, tile + 1, 2 * tile])
+    length = st.one_of(st.integers(1, 2 * tile + 8), edges)
+
+    def cut(drawn: list[int]) -> list[int]:
+        kept: list[int] = []
+        for n in drawn:
+            kept.append(min(n, max_total - sum(kept)))
+        return kept
+
+    # A drawn size, because lists of a drawn length are empty too often to be worth an example.
+    sizes = st.sampled_from(range(min_segments, max_segments + 1))
+    return sizes.flatmap(lambda n: st.lists(length, min_size=n, max_size=n)).map(cut)
+
+
+def _jagged(total: int, shape: tuple[int, ...], offsets: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Jagged:
+    values = torch.randn((total, *shape), generator=generator, dtype=torch.float64)
+    return Jagged(values.to(dtype), offsets)
+
+
+@st.composite
+def jagged_batches(
+    draw: st.DrawFn,
+    *,
+    q_lengths: Sequence[int] | None = None,
+    kv_lengths: Sequence[int] | None = None,
+    dtype: torch.dtype = torch.float64,
+    max_total: int = 100,
+    tile: int = 16,
+) -> tuple[Jagged, Jagged, Jagged]:
+    """``(q, k, v)``: self- or cross-attention, grouped heads (H = G, 2G, 3G), E equal to D or not.
+
+    Args:
+        q_lengths: Fix the query lengths.
+        kv_lengths: Fix the key lengths. Default: the queries' own (then q, k and v share one offsets tensor), or others.
+        dtype: Of the values, standard normal.
+        max_total: The most packed tokens on either side.
+        tile: Passed to :func:`lengths`.
+    """
+    if q_lengths is None:
+        q_lengths = draw(lengths(max_total=max_total, tile=tile))
+    if kv_lengths is None and draw(st.booleans()):
+        size = len(q_lengths)
+        kv_lengths = draw(lengths(min_segments=size, max_segments=size, max_total=max_total, tile=tile))
+    groups, repeats = draw(st.sampled_from([(1, 1), (2, 1), (1, 2), (2, 2), (1, 3)]))
+    dim, value_dim = draw(st.sampled_from([(8, 8), (16, 16), (4, 16), (16, 4), (1, 1), (8, 24)]))
+    g = _generator(draw(SEEDS))
+    q_offsets = torch.tensor([0, *q_lengths]).cumsum(0)
+    kv_offsets = q_offsets if kv_lengths is None else torch.tensor([0, *kv_lengths]).cumsum(0)
+    q_total, kv_total = int(q_offsets[-1]), int(kv_offsets[-1])
+    q = _jagged(q_total, (groups * repeats, dim), q_offsets, dtype, g)
+    k = _jagged(kv_total, (groups, dim), kv_offsets, dtype, g)
+    return q, k, _jagged(kv_total, (groups, value_dim), kv_offsets, dtype, g)
+
+
+def _dilated(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+    return (q - kv).abs() % 3 == 0
+
+
+def _by_head(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+    return (q + kv) % 3 <= h % 3
+
+
+def _by_segment(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+    return (kv - q) % (b + 2) == 0
+
+
+def _nothing(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+    return kv < kv - q * 0  # False, as a tensor
+
+
+@dataclass(frozen=True)
+class _Nodes:
+    """Draws mask nodes for given lengths."""
+
+    q_lengths: Sequence[int]
+    kv_lengths: Sequence[int]
+    heads: int
+    portable: bool
+    interval: bool
+
+    def bound(self, draw: st.DrawFn, least: int) -> int | Tensor:
+        """An int bound, sometimes one per segment; small and large ones."""
+        value = st.one_of(st.integers(least, 6), st.sampled_from([15, 16, 17, 200, 2**31 - 1]))
+        if self.portable or draw(st.integers(0, 2)):
+            return draw(value)
+        count = len(self.q_lengths)
+        dtype = draw(st.sampled_from([torch.int32, torch.int64]))
+        return torch.randint(least, 20, (count,), generator=_generator(draw(SEEDS)), dtype=dtype)
+
+    def leaf(self, draw: st.DrawFn) -> m.Mask:
+        """One node without parts."""
+        kinds = ["full", "causal", "window", "prefix", "chunked", "global"]
+        kinds += [] if self.portable else ["rows"]
+        kinds += [] if self.interval else ["dense", "mod"] if self.portable else ["dense", "mod", "group", "packed"]
+        align = st.sampled_from(["start", "end"])
+        match draw(st.sampled_from(kinds)):
+            case "full":
+                return m.Full()
+            case "causal":
+                return m.Causal(draw(align))
+            case "window":
+                sides = [None if draw(st.integers(0, 3)) == 0 else self.bound(draw, 0) for _ in range(2)]
+                return m.Window(*sides, align=draw(align))
+            case "prefix":
+                return m.Prefix(self.bound(draw, 0))
+            case "chunked":
+                return m.Chunked(self.bound(draw, 1))
+            case "global":
+                return m.GlobalTokens(self.bound(draw, 0))
+            case "mod":
+                mods = [_dilated, _by_head, _nothing] if self.portable else [_dilated, _by_head, _nothing, _by_segment]
+                return m.MaskMod(draw(st.sampled_from(mods)))
+            case kind:
+                return self.data(draw, kind)
+
+    def data(self, draw: st.DrawFn, kind: str) -> m.Mask:
+        """One node that holds data per token."""
+        g = _generator(draw(SEEDS))
+        q_total, kv_total = sum(self.q_lengths), sum(self.kv_lengths)
+        longest = max([0, *self.kv_lengths])
+        match kind:
+            case "rows":
+                count = draw(st.sampled_from([None, 1, 2, 3, 10]))
+                shape = (q_total,) if count is None else (count, q_total)
+                lo = torch.randint(-2, longest + 3, shape, generator=g)
+                return m.Rows(lo, lo + torch.randint(-1, 5, shape, generator=g))
+            case "group":
+                groups = draw(st.integers(1, 4))
+                ids = torch.randint(-1, groups, (q_total,), generator=g)
+                own = self.q_lengths is self.kv_lengths and draw(st.booleans())
+                kv_ids = None if own else torch.randint(-1, groups, (kv_total,), generator=g)
+                if draw(st.booleans()):  # documents in a row instead of scattered
+                    ids, kv_ids = ids.sort().values, None if kv_ids is None else kv_ids.sort().values
+                return m.SameGroup(ids, kv_ids)
+            case "dense":
+                rows, cols = draw(st.sampled_from([(0, 0), (1, 3), (16, 17), (40, 40)]))
+                return m.Dense(torch.rand(rows, cols, generator=g) < draw(st.sampled_from([0.1, 0.5, 1.0])))
+            case _:
+                each = zip(self.q_lengths, self.kv_lengths, strict=True)
+                return m.Dense.from_list([torch.rand(n, w, generator=g) < 0.5 for n, w in each])
+
+    def tree(self, draw: st.DrawFn, depth: int) -> m.Mask:
+        """A node with at most `depth` operators above any leaf."""
+        kinds = ["leaf", "and", "or", "not"] + ["heads"] * (self.heads > 1)
+        match draw(st.sampled_from(kinds)) if depth else "leaf":
+            case "and":
+                return self.tree(draw, depth - 1) & self.tree(draw, depth - 1)
+            case "or":
+                return self.tree(draw, depth - 1) | self.tree(draw, depth - 1)
+            case "not":
+                return ~self.tree(draw, depth - 1)
+            case "heads":
+                return m.PerHead([self.tree(draw, min(1, depth - 1)) for _ in range(self.heads)])
+            case _:
+                return self.leaf(draw)
+
+
+@st.composite
+def masks(
+    draw: st.DrawFn,
+    q_lengths: Sequence[int],
+    kv_lengths: Sequence[int] | None = None,
+    *,
+    heads: int = 1,
+    depth: int = 4,
+    portable: bool = False,
+    interval: bool = False,
+) -> m.Mask:
+    """Masks over the whole node set, nested with ``&``, ``|`` and ``~``.
+
+    Args:
+        q_lengths: The query lengths that tensors in the mask must fit.
+        kv_lengths: The key lengths. Default: the queries' own, which also allows ``SameGroup(ids)`` without `kv_ids`.
+        heads: H; PerHead is drawn if it is over 1.
+        depth: The most operators above a leaf.
+        portable: Only nodes that hold nothing per segment or per token, so that the mask fits any batch.
+        interval: Only nodes that are spans exactly.
+    """
+    nodes = _Nodes(q_lengths, q_lengths if kv_lengths is None else kv_lengths, heads, portable, interval)
+    return nodes.tree(draw, depth)
+
+
+@st.composite
+def scores(
+    draw: st.DrawFn,
+    num_heads: int,
+    *,
+    dtype: torch.dtype = torch.float64,
+    additive: bool = False,
+    portable: bool = False,
+    learned: bool = True,
+) -> tuple[s.Score | None, list[Tensor]]:
+    """A chain of up to three scores, or None, and the tensors in it that need gradients.
+
+    Args:
+        num_heads: H.
+        dtype: Of the tensors.
+        additive: Only scores that add a bias, which is what ``backend="segments"`` takes.
+        portable: Only scores that do not look at the segment's index, so that a segment may stand alone.
+        learned: Let tensors need gradients.
+    """
+    g = _generator(draw(SEEDS))
+    leaves: list[Tensor] = []
+
+    def tensor(*shape: int) -> Tensor:
+        out = torch.rand(shape, generator=g, dtype=torch.float64).to(dtype)
+        if learned and draw(st.booleans()):
+            leaves.append(out.requires_grad_())
+        return out
+
+    kinds = ["alibi", "bias"] if additive else ["alibi", "bias", "cap", "temperature", "replace"]
+    kinds += [] if additive or portable else ["by segment"]
+    chain: s.Score | None = None
+    for kind in [draw(st.sampled_from(kinds)) for _ in range(draw(st.sampled_from([0, 1, 2, 3])))]:
+        if kind == "alibi":
+            one: s.Score = s.Alibi(tensor(num_heads))
+        elif kind == "bias":
+            one = s.RelativeBias(tensor(num_heads, 2 * draw(st.integers(0, 3)) + 1))
+        elif kind == "cap":
+            one = s.SoftCap(draw(st.sampled_from([1, 2.5, 30.0])))
+        else:
+            one = _user_score(kind, tensor(num_heads))
+        chain = one if chain is None else chain >> one
+    return chain, leaves
+
+
+def _user_score(kind: str, table: Tensor) -> s.ScoreMod:
+    """A score function as a user writes one, around a tensor ``[H]``."""
+
+    def temperature(x: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        return x * (0.5 + table[h])
+
+    def by_segment(x: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        return x + table[h] * ((q - kv) % (b + 2))
+
+    def replace(x: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        return (table[h] * ((q + kv) % 5)).to(x.dtype)
+
+    return s.ScoreMod({"temperature": temperature, "by segment": by_segment, "replace": replace}[kind])
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """One attention problem.
+
+    Attributes:
+        q: ``[T_q, H, D]``.
+        k: ``[T_kv, G, D]``.
+        v: ``[T_kv, G, E]``.
+        mask: Fits the batch.
+        score: Fits the heads, or None.
+        learned: The tensors in `score` that need gradients.
+        block_size: Tile size.
+    """
+
+    q: Jagged
+    k: Jagged
+    v: Jagged
+    mask: m.Mask
+    score: s.Score | None
+    learned: list[Tensor]
+    block_size: int
+
+    @property
+    def heads(self) -> int:
+        """H."""
+        return self.q.values.shape[1]
+
+    def plan(self) -> Plan:
+        """The plan of this problem."""
+        return make_plan(self.q, self.k, mask=self.mask, score=self.score, block_size=self.block_size)
+
+    def __repr__(self) -> str:
+        return (
+            f"Problem(q_lengths={self.q.lengths.tolist()}, kv_lengths={self.k.lengths.tolist()}, "
+            f"q={list(self.q.values.shape)}, v={list(self.v.values.shape)}, self={self.q.offsets is self.k.offsets}, "
+            f"mask={self.mask!r}, score={self.score!r}, block_size={self.block_size})"
+        )
+
+
+@st.composite
+def problems(
+    draw: st.DrawFn,
+    *,
+    dtype: torch.dtype = torch.float64,
+    depth: int = 4,
+    portable: bool = False,
+    interval: bool = False,
+    score: bool = True,
+    additive: bool = False,
+    max_total: int = 100,
+) -> Problem:
+    """A whole :class:`Problem`; the arguments are those of :func:`jagged_batches`, :func:`masks` and :func:`scores`.
+
+    >>> from hypothesis import find
+    >>> find(problems(), lambda p: p.q.num_segments == 2 and p.heads > 1).q.num_segments
+    2
+    """
+    tile = draw(st.sampled_from(TILES))
+    q, k, v = draw(jagged_batches(dtype=dtype, max_total=max_total, tile=tile))
+    q_lengths, heads = q.lengths.tolist(), q.values.shape[1]
+    kv_lengths = None if q.offsets is k.offsets else k.lengths.tolist()
+    mask = draw(masks(q_lengths, kv_lengths, heads=heads, depth=depth, portable=portable, interval=interval))
+    wide = torch.promote_types(dtype, torch.float32)  # as in mixed precision: parameters stay float32
+    chain, learned = draw(scores(heads, dtype=wide, additive=additive, portable=portable)) if score else (None, [])
+    return Problem(q, k, v, mask, chain, learned, tile)
