@@ -105,7 +105,7 @@ def parse_lengths(text: str, seed: int, option: str = "lengths") -> list[int]:
     """
     lengths = _generate(text, seed, option) if ":" in text else _list(text, option)
     if sum(lengths) > MOST_TOKENS:
-        raise CommandError(f"{option}: at most {MOST_TOKENS} tokens, got {sum(lengths)} from {text!r}")
+        raise CommandError(f"{option}: expected at most {MOST_TOKENS} tokens in all, got more from {text!r}")
     return lengths
 
 

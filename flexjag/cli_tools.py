@@ -39,7 +39,7 @@ def progress(total: int, *, quiet: bool) -> Iterator[Say]:
 
     def show() -> None:
         with lock:
-            if not closed.is_set():
+            if bar.console.is_terminal and not closed.is_set():  # elsewhere rich prints an empty line
                 bar.start()
 
     timer = threading.Timer(PATIENCE, show)
@@ -51,7 +51,8 @@ def progress(total: int, *, quiet: bool) -> Iterator[Say]:
         timer.cancel()
         with lock:
             closed.set()
-            bar.stop()
+            if bar.live.is_started:
+                bar.stop()
 
 
 def whole(low: int, high: int = 2**31 - 1) -> Callable[[str], int]:

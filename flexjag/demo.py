@@ -111,12 +111,12 @@ def run(args: argparse.Namespace) -> int:
         inputs = make_inputs(packed.bytes)
         made = plan(inputs.q, inputs.k, mask=MASK)
         seen = attend(inputs, made)
+        if args.picture:  # before the long part, so that a folder that is not there is told at once
+            say("drawing")
+            _draw(made, args.picture)
         say("checking against the reference")
         checks = check(inputs, seen)
         results = _compare(packed.bytes, inputs, args.budget, say)
-        say("drawing")
-        if args.picture:
-            _draw(made, args.picture)
     passed = all(c.passed for c in checks.values())
     if args.json:
         print(json.dumps(_report(args, packed, made, checks, results)))
@@ -336,10 +336,13 @@ def _print(
     print()
     Console(width=None if os.isatty(1) else 120).print(_table(results))
     print(
-        f"Medians of {len(results[0].seconds)} interleaved runs on {torch.get_num_threads()} threads; "
+        f"Medians of {len(results[0].seconds)} interleaved runs, threads: {torch.get_num_threads()}; "
         "flexjag's include planning,\nthe others' neither padding nor building the mask. "
         "Memory is the peak above the inputs, in a process of its own.\nDifference: the largest, from flexjag's output."
     )
+    for r in results:
+        if r.skipped:
+            print(f"{r.title} is skipped: {r.skipped}")
     if args.picture:
         print(f"\nThe mask's tiles are drawn in {args.picture}")
 
@@ -352,7 +355,7 @@ def _table(results: list[Result]) -> Table:
     for r in results:
         times = r.to_json()["seconds"]
         if not isinstance(times, dict) or not isinstance(ours, dict):
-            table.add_row(r.title, f"skipped: {r.skipped}")
+            table.add_row(r.title, "skipped")
             continue
         memory, ratio = "unknown", ""
         if r.extra_bytes is not None:

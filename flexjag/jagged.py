@@ -248,7 +248,7 @@ class Jagged:
 
     def to_list(self) -> list[Tensor]:
         """The S segments as views of `values`, each ``[n_s, ...]``."""
-        return list(self.values.split(self.lengths.tolist()))
+        return [self.values[lo:hi] for lo, hi in itertools.pairwise(self.offsets.tolist())]
 
     def to_padded(self, fill: float = 0.0, max_length: int | None = None) -> Tensor:
         """A dense ``[S, N, ...]`` tensor with `fill` behind each segment's end.

@@ -41,10 +41,11 @@ _TOKEN = re.compile(
 _WORDS = {"none": None, "start": "start", "end": "end"}
 _UNKNOWN_WORD = object()
 _KINDS = {  # kind of parameter: the types it takes, and how to say so
-    "bound": ((int, torch.Tensor), "an integer or a list of one integer per segment such as [1, 2, 3]"),
+    "size": ((int, torch.Tensor), "an integer of at least 1, or a list of one per segment such as [1, 2, 3]"),
+    "bound": ((int, torch.Tensor), "an integer, or a list of one per segment such as [1, 2, 3]"),
     "limit": (
         (int, NoneType, torch.Tensor),
-        "an integer, none, or a list of one integer per segment such as [1, 2, 3]",
+        "an integer, none, or a list of one per segment such as [1, 2, 3]",
     ),
     "align": ((str,), "start or end"),
     "integer": ((int,), "an integer"),
@@ -88,7 +89,7 @@ _MASKS = {
     "causal": _Form({"align": "align"}, 0, m.Causal),
     "window": _Form({"left": "limit", "right": "limit", "align": "align"}, 1, _window),
     "prefix": _Form({"n": "bound"}, 1, m.Prefix),
-    "chunked": _Form({"size": "bound"}, 1, m.Chunked),
+    "chunked": _Form({"size": "size"}, 1, m.Chunked),
     "global": _Form({"n": "bound"}, 1, m.GlobalTokens),
 }
 
@@ -292,6 +293,10 @@ class _Parser:
         types, words = _KINDS[kind]
         if not isinstance(value, types):
             raise self.error(f"expected {parameter} to be {words}, got {token.text!r}", token)
+        if isinstance(value, torch.Tensor) and int(value.min()) < (
+            kind == "size"
+        ):  # nodes look at no tensor's contents
+            raise self.error(f"expected {parameter} to be at least {int(kind == 'size')} everywhere", token)
         return value
 
     def literal(self) -> Any:

@@ -58,6 +58,8 @@ def _check_bound(name: str, value: object, minimum: int) -> None:
                     dtype=value.dtype,
                 )
             )
+        if value.device.type == "cpu" and not torch.compiler.is_compiling() and bool((value < minimum).any()):
+            raise MaskError(explain_values(name, f"must be at least {minimum} everywhere", least=int(value.min())))
     elif not isinstance(value, int) or isinstance(value, bool):
         raise MaskError(explain_values(name, "must be an int or a per-segment integer tensor", value=value))
     elif value < minimum:

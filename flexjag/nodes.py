@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import Field, dataclass, fields, is_dataclass
 from typing import Any, TypeVar, dataclass_transform
 
 from torch import Tensor
@@ -16,11 +16,15 @@ def node(cls: NodeType) -> NodeType:
     return dataclass(frozen=True, eq=False, repr=False)(cls)  # type: ignore[return-value]
 
 
+def _fields(value: Any) -> tuple[Field[Any], ...]:
+    return fields(value) if is_dataclass(value) else ()  # a user's node may forget the decorator
+
+
 class Node:
     """What mask and score nodes share: structural equality, a hash, and their text."""
 
     def _key(self) -> tuple[Any, ...]:
-        values = (getattr(self, f.name) for f in fields(self))  # type: ignore[arg-type]
+        values = (getattr(self, f.name) for f in _fields(self))
         return (type(self), *(("tensor", id(x)) if isinstance(x, Tensor) else x for x in values))
 
     def __eq__(self, other: object) -> bool:
@@ -34,11 +38,11 @@ class Node:
 
         Batches with equal structures run the same compiled kernel.
         """
-        return (type(self), *(_structure(getattr(self, f.name)) for f in fields(self)))  # type: ignore[arg-type]
+        return (type(self), *(_structure(getattr(self, f.name)) for f in _fields(self)))
 
     def __repr__(self) -> str:
         parts: list[str] = []
-        for f in fields(self):  # type: ignore[arg-type]
+        for f in _fields(self):
             value = getattr(self, f.name)
             if f.name == "align" and value == "start":
                 continue

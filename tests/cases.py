@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 import flexjag as fj
 
 TILE = 16
+
+CUDA_ONLY = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+    # Inductor and Triton warn about themselves (deprecated imports, TF32 advice); errors here are ours.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+]
 
 EDGE_LENGTHS: dict[str, list[int]] = {
     "no_segments": [],
@@ -64,11 +74,16 @@ def double(x: fj.Jagged) -> fj.Jagged:
     return x.with_values(x.values.detach().double())
 
 
-def check_error(got: torch.Tensor, same: torch.Tensor, exact: torch.Tensor, name: str = "result") -> None:
+def check_error(
+    got: torch.Tensor, same: torch.Tensor, exact: torch.Tensor, name: str = "result", products: int = 0
+) -> None:
     """Assert that `got` is about as close to `exact` as the reference in the same precision is.
 
     The bound is twice the reference's error plus one rounding of the largest value: both algorithms make the same
     number of roundings, in another order. Rows without a key (-inf) must be the same rows.
+
+    `products` is for gradients that are differences of sums of that many products of numbers of about 1, which the
+    reference may get exactly right by never forming them: such sums are kept in float32 and lose its rounding per term.
     """
     assert got.dtype == same.dtype, (name, got.dtype, same.dtype)
     eps = torch.finfo(got.dtype).eps
@@ -77,5 +92,11 @@ def check_error(got: torch.Tensor, same: torch.Tensor, exact: torch.Tensor, name
     if not exact.numel():
         return
     error, own = (got - exact).abs().max(), (same - exact).abs().max()
-    limit = 2 * (own + eps * exact.abs().max().clamp(min=1.0))
+    limit = 2 * (own + eps * exact.abs().max().clamp(min=1.0) + products * torch.finfo(torch.float32).eps)
     assert error <= limit, f"{name}: error {error:.3g} over {limit:.3g}, the reference's own is {own:.3g}"
+
+
+def on_gpu(*batches: fj.Jagged) -> tuple[fj.Jagged, ...]:
+    """The batches on the GPU; those that share an offsets tensor go on sharing it."""
+    offsets = {id(x.offsets): x.offsets.cuda() for x in batches}
+    return tuple(fj.Jagged(x.values.cuda(), offsets[id(x.offsets)]) for x in batches)

@@ -4,11 +4,26 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cases import check_error, double, jagged, make_qkv, needing_gradients
 
 import flexjag as fj
-from cases import check_error, double, jagged, make_qkv, needing_gradients
-from flexjag import Alibi, Causal, Chunked, Dense, Full, GlobalTokens, MaskMod, PerHead, Prefix, RelativeBias, Rows
-from flexjag import SameGroup, ScoreMod, SoftCap, Window
+from flexjag import (
+    Alibi,
+    Causal,
+    Chunked,
+    Dense,
+    Full,
+    GlobalTokens,
+    MaskMod,
+    PerHead,
+    Prefix,
+    RelativeBias,
+    Rows,
+    SameGroup,
+    ScoreMod,
+    SoftCap,
+    Window,
+)
 from flexjag.errors import PlanError, ShapeError
 
 LENGTHS = [40, 7, 0, 33]
@@ -78,7 +93,9 @@ def test_scores(name: str, backend: str) -> None:
 
 
 @BACKENDS
-@pytest.mark.parametrize("mask", [Full(), Causal(), PerHead([Causal(), Full()] * 2)], ids=["full", "causal", "per_head"])
+@pytest.mark.parametrize(
+    "mask", [Full(), Causal(), PerHead([Causal(), Full()] * 2)], ids=["full", "causal", "per_head"]
+)
 @pytest.mark.parametrize(("groups", "dim", "value_dim"), [(1, 16, 16), (2, 16, 24), (4, 8, 3), (2, 5, 16), (4, 1, 1)])
 def test_shapes(mask: fj.Mask, groups: int, dim: int, value_dim: int, backend: str) -> None:
     q, k, v = make_qkv(LENGTHS, heads=4, groups=groups, dim=dim, value_dim=value_dim)
@@ -98,7 +115,9 @@ def test_query_heads_share_the_key_head_of_their_group() -> None:
 
 
 @BACKENDS
-@pytest.mark.parametrize("mask", [Full(), Causal(), Causal("end"), Window(3, 1, "end"), ~Causal("end"), Prefix(3)], ids=repr)
+@pytest.mark.parametrize(
+    "mask", [Full(), Causal(), Causal("end"), Window(3, 1, "end"), ~Causal("end"), Prefix(3)], ids=repr
+)
 @pytest.mark.parametrize("kv_lengths", [[50, 20, 3, 1], [3, 0, 5, 40], [40, 7, 0, 33]], ids=str)
 def test_cross_attention(mask: fj.Mask, kv_lengths: list[int], backend: str) -> None:
     q, k, v = make_qkv(LENGTHS, kv_lengths, heads=4, groups=2, value_dim=8)
@@ -127,7 +146,13 @@ def test_gradcheck(backend: str) -> None:
     def run(x, y, z, slopes):  # type: ignore[no-untyped-def]
         score = Alibi(slopes) >> SoftCap(2.0) if backend == "tiled" else Alibi(slopes)
         out, lse = fj.attention(
-            q.with_values(x), k.with_values(y), k.with_values(z), mask=Causal("end"), score=score, return_lse=True, backend=backend
+            q.with_values(x),
+            k.with_values(y),
+            k.with_values(z),
+            mask=Causal("end"),
+            score=score,
+            return_lse=True,
+            backend=backend,
         )
         return out.values, lse.values.masked_fill(lse.values == -torch.inf, 0.0)
 
@@ -302,5 +327,7 @@ def test_merge_refuses_what_does_not_fit() -> None:
     other = fj.attention(*make_qkv([5]), return_lse=True)
     with pytest.raises(ShapeError, match=r"parts: must hold at least one \(out, lse\); got parts=\[\]"):
         fj.merge([])
-    with pytest.raises(ShapeError, match=r"parts: every out must be \[T, H, E\].*out=\(5, 2, 16\).*first_out=\(4, 2, 16\)"):
+    with pytest.raises(
+        ShapeError, match=r"parts: every out must be \[T, H, E\].*out=\(5, 2, 16\).*first_out=\(4, 2, 16\)"
+    ):
         fj.merge([part, other])

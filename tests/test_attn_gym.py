@@ -6,14 +6,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from cases import jagged, make_qkv
 from torch.nn.attention.flex_attention import create_mask
 
 import flexjag as fj
-from cases import jagged, make_qkv
 
 pytest.importorskip("attn_gym", reason="attention-gym is not installed")
 
-from attn_gym.masks import (  # noqa: E402
+from attn_gym.masks import (
     causal_mask,
     generate_dilated_sliding_window,
     generate_natten,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cases import jagged, make_qkv
 
 import flexjag as fj
-from cases import jagged, make_qkv
 from flexjag import Causal, Full, Jagged, PerHead
 from flexjag.errors import FlexjagError, LayoutError, PlanError, ShapeError
 
@@ -18,27 +18,95 @@ def offsets(*numbers: int) -> torch.Tensor:
 
 
 CONSTRUCTORS = [
-    (lambda: Jagged(VALUES, torch.tensor([0.0, 5.0])), LayoutError, r"offsets: must be int32 or int64; got dtype=torch.float32"),
-    (lambda: Jagged(VALUES, torch.tensor([False, True])), LayoutError, r"offsets: must be int32 or int64; got dtype=torch.bool"),
-    (lambda: Jagged(VALUES, offsets(0, 5).to("meta")), LayoutError, r"offsets: must be on the device of values; got offsets='meta', values='cpu'"),
-    (lambda: Jagged(VALUES, offsets(0, 5)[None]), LayoutError, r"offsets: must be 1-D with S\+1 entries; got shape=\(1, 2\)"),
+    (
+        lambda: Jagged(VALUES, torch.tensor([0.0, 5.0])),
+        LayoutError,
+        r"offsets: must be int32 or int64; got dtype=torch.float32",
+    ),
+    (
+        lambda: Jagged(VALUES, torch.tensor([False, True])),
+        LayoutError,
+        r"offsets: must be int32 or int64; got dtype=torch.bool",
+    ),
+    (
+        lambda: Jagged(VALUES, offsets(0, 5).to("meta")),
+        LayoutError,
+        r"offsets: must be on the device of values; got offsets='meta', values='cpu'",
+    ),
+    (
+        lambda: Jagged(VALUES, offsets(0, 5)[None]),
+        LayoutError,
+        r"offsets: must be 1-D with S\+1 entries; got shape=\(1, 2\)",
+    ),
     (lambda: Jagged(VALUES, offsets()), LayoutError, r"offsets: must be"),
-    (lambda: Jagged(torch.tensor(3.0), offsets(0, 1)), ShapeError, r"values: must have a token dimension; got shape=\(\)"),
+    (
+        lambda: Jagged(torch.tensor(3.0), offsets(0, 1)),
+        ShapeError,
+        r"values: must have a token dimension; got shape=\(\)",
+    ),
     (lambda: Jagged(VALUES, offsets(1, 5)).validate(), LayoutError, r"offsets: must start at 0; got first=1"),
-    (lambda: Jagged(VALUES, offsets(0, 4, 3, 5)).validate(), LayoutError, r"offsets: must not decrease; got offsets\[1\]=4, offsets\[2\]=3"),
-    (lambda: Jagged(VALUES, offsets(0, 4)).validate(), LayoutError, r"offsets: must end at the number of packed tokens; got last=4, tokens=5"),
-    (lambda: Jagged(VALUES, offsets(0, 6)).validate(), LayoutError, r"offsets: must end at the number of packed tokens; got last=6, tokens=5"),
-    (lambda: Jagged.from_lengths(VALUES, [2, 2]), LayoutError, r"lengths: must sum to the number of packed tokens; got sum=4, tokens=5"),
-    (lambda: Jagged.from_lengths(VALUES, [6, -1]), LayoutError, r"lengths: must not be negative; got lengths=\[6, -1\]"),
-    (lambda: Jagged.from_lengths(VALUES, [2.5, 2.5]), LayoutError, r"lengths: must be integers; got lengths=\[2.5, 2.5\]"),
-    (lambda: Jagged.from_lengths(VALUES, torch.ones(5)), LayoutError, r"lengths: must be 1-D int32 or int64; got dtype=torch.float32, shape=\(5,\)"),
-    (lambda: Jagged.from_lengths(VALUES, torch.tensor([[5]])), LayoutError, r"lengths: must be 1-D int32 or int64.*shape=\(1, 1\)"),
-    (lambda: Jagged.from_list([VALUES, VALUES[:, :1]]), ShapeError, r"tensors\[1\]: must agree with tensors\[0\].*shape=\(5, 1, 16\).*first_shape=\(5, 2, 16\)"),
-    (lambda: Jagged.from_list([VALUES, VALUES.double()]), ShapeError, r"tensors\[1\]: must agree.*dtype=torch.float64.*first_dtype=torch.float32"),
-    (lambda: Jagged.from_padded(VALUES, [1, 2]), LayoutError, r"lengths: must have one entry per row of dense; got lengths=\(2,\), dense=\(5, 2, 16\)"),
-    (lambda: Jagged.from_padded(VALUES, [1, 2, 3, 0, 0]), LayoutError, r"lengths: must not exceed the padded length; got longest=3, padded=2"),
+    (
+        lambda: Jagged(VALUES, offsets(0, 4, 3, 5)).validate(),
+        LayoutError,
+        r"offsets: must not decrease; got offsets\[1\]=4, offsets\[2\]=3",
+    ),
+    (
+        lambda: Jagged(VALUES, offsets(0, 4)).validate(),
+        LayoutError,
+        r"offsets: must end at the number of packed tokens; got last=4, tokens=5",
+    ),
+    (
+        lambda: Jagged(VALUES, offsets(0, 6)).validate(),
+        LayoutError,
+        r"offsets: must end at the number of packed tokens; got last=6, tokens=5",
+    ),
+    (
+        lambda: Jagged.from_lengths(VALUES, [2, 2]),
+        LayoutError,
+        r"lengths: must sum to the number of packed tokens; got sum=4, tokens=5",
+    ),
+    (
+        lambda: Jagged.from_lengths(VALUES, [6, -1]),
+        LayoutError,
+        r"lengths: must not be negative; got lengths=\[6, -1\]",
+    ),
+    (
+        lambda: Jagged.from_lengths(VALUES, [2.5, 2.5]),
+        LayoutError,
+        r"lengths: must be integers; got lengths=\[2.5, 2.5\]",
+    ),
+    (
+        lambda: Jagged.from_lengths(VALUES, torch.ones(5)),
+        LayoutError,
+        r"lengths: must be 1-D int32 or int64; got dtype=torch.float32, shape=\(5,\)",
+    ),
+    (
+        lambda: Jagged.from_lengths(VALUES, torch.tensor([[5]])),
+        LayoutError,
+        r"lengths: must be 1-D int32 or int64.*shape=\(1, 1\)",
+    ),
+    (
+        lambda: Jagged.from_list([VALUES, VALUES[:, :1]]),
+        ShapeError,
+        r"tensors\[1\]: must agree with tensors\[0\].*shape=\(5, 1, 16\).*first_shape=\(5, 2, 16\)",
+    ),
+    (
+        lambda: Jagged.from_list([VALUES, VALUES.double()]),
+        ShapeError,
+        r"tensors\[1\]: must agree.*dtype=torch.float64.*first_dtype=torch.float32",
+    ),
+    (
+        lambda: Jagged.from_padded(VALUES, [1, 2]),
+        LayoutError,
+        r"lengths: must have one entry per row of dense; got lengths=\(2,\), dense=\(5, 2, 16\)",
+    ),
+    (
+        lambda: Jagged.from_padded(VALUES, [1, 2, 3, 0, 0]),
+        LayoutError,
+        r"lengths: must not exceed the padded length; got longest=3, padded=2",
+    ),
     (lambda: jagged([5]).to_padded(max_length=-1), ShapeError, r"max_length: must not be negative; got max_length=-1"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("make", "error", "message"), CONSTRUCTORS, ids=[x[2][:45] for x in CONSTRUCTORS])
@@ -49,7 +117,9 @@ def test_constructors(make, error: type[Exception], message: str) -> None:  # ty
     assert isinstance(caught.value, ValueError)
 
 
-def batch(*shape: int, lengths: tuple[int, ...] = (2, 3), dtype: torch.dtype = torch.float32, device: str = "cpu") -> Jagged:
+def batch(
+    *shape: int, lengths: tuple[int, ...] = (2, 3), dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> Jagged:
     ends = [sum(lengths[:s]) for s in range(len(lengths) + 1)]
     return Jagged(torch.zeros(shape, dtype=dtype, device=device), torch.tensor(ends, device=device))
 
@@ -64,22 +134,54 @@ CALLS = [
     ({"q": batch(5, 64)}, ShapeError, r"q: values must be \[T, heads, dim\]; got shape=\(5, 64\)"),
     ({"k": batch(1, 5, 4, 16)}, ShapeError, r"k: values must be \[T, heads, dim\]; got shape=\(1, 5, 4, 16\)"),
     ({"v": batch(5, 4, 16, dtype=torch.int64)}, ShapeError, r"v: values must be floating point; got dtype=torch.int64"),
-    ({"q": batch(5, 4, 16, dtype=torch.float64)}, ShapeError, r"q, k, v: must share a dtype; got q=torch.float64, k=torch.float32, v=torch.float32"),
+    (
+        {"q": batch(5, 4, 16, dtype=torch.float64)},
+        ShapeError,
+        r"q, k, v: must share a dtype; got q=torch.float64, k=torch.float32, v=torch.float32",
+    ),
     ({"v": batch(5, 4, 16, dtype=torch.bfloat16)}, ShapeError, r"q, k, v: must share a dtype; got .*v=torch.bfloat16"),
-    ({"q": batch(5, 4, 16, device="meta")}, ShapeError, r"q, k, v: must share a device; got q='meta', k='cpu', v='cpu'"),
-    ({"v": batch(5, 4, 16, device="meta")}, ShapeError, r"q, k, v: must share a device; got q='cpu', k='cpu', v='meta'"),
-    ({"k": batch(5, 3, 16), "v": batch(5, 3, 16)}, ShapeError, r"k: q's heads H must be a multiple of k's heads G; got H=4, G=3"),
-    ({"k": batch(5, 8, 16), "v": batch(5, 8, 16)}, ShapeError, r"k: q's heads H must be a multiple of k's heads G; got H=4, G=8"),
+    (
+        {"q": batch(5, 4, 16, device="meta")},
+        ShapeError,
+        r"q, k, v: must share a device; got q='meta', k='cpu', v='cpu'",
+    ),
+    (
+        {"v": batch(5, 4, 16, device="meta")},
+        ShapeError,
+        r"q, k, v: must share a device; got q='cpu', k='cpu', v='meta'",
+    ),
+    (
+        {"k": batch(5, 3, 16), "v": batch(5, 3, 16)},
+        ShapeError,
+        r"k: q's heads H must be a multiple of k's heads G; got H=4, G=3",
+    ),
+    (
+        {"k": batch(5, 8, 16), "v": batch(5, 8, 16)},
+        ShapeError,
+        r"k: q's heads H must be a multiple of k's heads G; got H=4, G=8",
+    ),
     ({"k": batch(5, 0, 16), "v": batch(5, 0, 16)}, ShapeError, r"k: q's heads H must be a multiple.*got H=4, G=0"),
     ({"v": batch(5, 2, 16)}, ShapeError, r"v: must have as many heads as k; got v=2, k=4"),
     ({"k": batch(5, 4, 8)}, ShapeError, r"k: must have q's head dim D; got q=16, k=8"),
     ({"v": batch(6, 4, 16, lengths=(3, 3))}, ShapeError, r"v: must have as many tokens as k; got v=6, k=5"),
     ({"v": batch(5, 4, 16, lengths=(3, 2))}, LayoutError, r"must have the same offsets.*Jagged\(segments=2, tokens=5"),
-    ({"k": batch(5, 4, 16, lengths=(1, 1, 3)), "v": batch(5, 4, 16, lengths=(1, 1, 3))}, LayoutError, r"k: must have as many segments as q; got q=2, k=3"),
-    ({"mask": PerHead([Causal(), Full()])}, ShapeError, r"mask, score: must be made for q's heads; got made_for=2, heads=4"),
-    ({"score": fj.Alibi.from_heads(3)}, ShapeError, r"mask, score: must be made for q's heads; got made_for=3, heads=4"),
+    (
+        {"k": batch(5, 4, 16, lengths=(1, 1, 3)), "v": batch(5, 4, 16, lengths=(1, 1, 3))},
+        LayoutError,
+        r"k: must have as many segments as q; got q=2, k=3",
+    ),
+    (
+        {"mask": PerHead([Causal(), Full()])},
+        ShapeError,
+        r"mask, score: must be made for q's heads; got made_for=2, heads=4",
+    ),
+    (
+        {"score": fj.Alibi.from_heads(3)},
+        ShapeError,
+        r"mask, score: must be made for q's heads; got made_for=3, heads=4",
+    ),
     ({"plan": "plan"}, PlanError, r"plan: must come from flexjag.plan; got type='str'"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("changed", "error", "message"), CALLS, ids=[x[2][:45] for x in CALLS])

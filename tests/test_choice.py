@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from cases import make_qkv
 
 import flexjag as fj
-from cases import make_qkv
 from flexjag import Causal, Full, Prefix, SoftCap, Window
 from flexjag.choice import BACKENDS, Case, choose, pick, refusal, varlen_has_gqa
 from flexjag.errors import BackendError

@@ -55,7 +55,9 @@ def test_attention_in_eager_mode_starts_no_compiler() -> None:
     assert not loaded_after("import flexjag as fj" + ATTEND, "torch._inductor.compile_fx")
 
 
-@pytest.mark.parametrize("missing", [["triton"], ["attn_gym"], ["triton", "attn_gym", "matplotlib", "rich", "hypothesis"]], ids=str)
+@pytest.mark.parametrize(
+    "missing", [["triton"], ["attn_gym"], ["triton", "attn_gym", "matplotlib", "rich", "hypothesis"]], ids=str
+)
 def test_works_without(missing: list[str]) -> None:
     """None in sys.modules makes `import x` raise, as if it were not installed."""
     block = f"import sys\nfor name in {missing!r}:\n    sys.modules[name] = None\n"

@@ -7,10 +7,10 @@ import operator
 
 import pytest
 import torch
+from cases import EDGE_LENGTHS, jagged
 from torch.utils import _pytree as pytree
 
 import flexjag as fj
-from cases import EDGE_LENGTHS, jagged
 from flexjag.errors import LayoutError, ShapeError
 
 LENGTHS = pytest.mark.parametrize("lengths", EDGE_LENGTHS.values(), ids=EDGE_LENGTHS.keys())

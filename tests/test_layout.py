@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cases import EDGE_LENGTHS, jagged
 
 import flexjag as fj
-from cases import EDGE_LENGTHS, jagged
 from flexjag.errors import LayoutError, PlanError
 from flexjag.layout import build_layout
 

@@ -4,11 +4,24 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cases import jagged
 
 import flexjag as fj
-from cases import jagged
-from flexjag import Alibi, Causal, Chunked, Dense, Full, MaskMod, PerHead, Prefix, RelativeBias, SameGroup, SoftCap, Window
-from flexjag import mods
+from flexjag import (
+    Alibi,
+    Causal,
+    Chunked,
+    Dense,
+    Full,
+    MaskMod,
+    PerHead,
+    Prefix,
+    RelativeBias,
+    SameGroup,
+    SoftCap,
+    Window,
+    mods,
+)
 from flexjag.errors import MaskError
 
 LENGTHS = [3, 0, 4]
@@ -16,7 +29,7 @@ TOTAL = sum(LENGTHS)
 SEGMENT = torch.tensor([0, 0, 0, 2, 2, 2, 2])
 POS = torch.tensor([0, 1, 2, 0, 1, 2, 3])
 SAME = SEGMENT[:, None] == SEGMENT[None]
-I, J = POS[:, None], POS[None]
+QI, KJ = POS[:, None], POS[None]
 MATRIX = torch.tensor([[1, 0, 1], [1, 1, 0], [0, 0, 1]]).bool()
 BIG = torch.zeros(4, 4, dtype=torch.bool)
 BIG[:3, :3] = MATRIX
@@ -24,13 +37,13 @@ IDS = torch.tensor([4, 5, 4, 4, 4, 5, 5])
 
 MASKS = [
     (Full(), SAME),
-    (Causal() & Window(1, 0), SAME & (J <= I) & (I - 1 <= J)),
-    (~Causal() | Prefix(1), SAME & ((J > I) | (J < 1))),
-    (MaskMod(lambda b, h, q, kv: (q + kv + b) % 2 == 0), SAME & ((I + J + SEGMENT[:, None]) % 2 == 0)),
+    (Causal() & Window(1, 0), SAME & (KJ <= QI) & (QI - 1 <= KJ)),
+    (~Causal() | Prefix(1), SAME & ((KJ > QI) | (KJ < 1))),
+    (MaskMod(lambda b, h, q, kv: (q + kv + b) % 2 == 0), SAME & ((QI + KJ + SEGMENT[:, None]) % 2 == 0)),
     (SameGroup(IDS), SAME & (IDS[:, None] == IDS[None])),
-    (Dense(MATRIX), SAME & BIG[I, J]),
-    (Dense.from_list([MATRIX, torch.zeros(0, 0).bool(), BIG]), SAME & BIG[I, J]),
-    (~SameGroup(IDS) & ~Dense(MATRIX), SAME & (IDS[:, None] != IDS[None]) & ~BIG[I, J]),
+    (Dense(MATRIX), SAME & BIG[QI, KJ]),
+    (Dense.from_list([MATRIX, torch.zeros(0, 0).bool(), BIG]), SAME & BIG[QI, KJ]),
+    (~SameGroup(IDS) & ~Dense(MATRIX), SAME & (IDS[:, None] != IDS[None]) & ~BIG[QI, KJ]),
 ]
 
 
@@ -54,7 +67,7 @@ def test_mask_mod_broadcasts_any_rank() -> None:
     got = mod(torch.zeros((), dtype=torch.int64), h, q, kv)
     assert got.shape == (2, TOTAL, 1, TOTAL)
     for head in range(2):
-        expected = SAME & (J <= I) & ((I + head) % 2 == J % 2)
+        expected = SAME & (KJ <= QI) & ((QI + head) % 2 == KJ % 2)
         assert torch.equal(got[head, :, 0], expected)
 
 
@@ -99,7 +112,7 @@ def test_per_head() -> None:
     assert plan.head_of is not None
     assert plan.head_of.tolist() == [0, 1, 0]
     assert len(plan.sandwiches) == 2  # equal heads share one
-    causal, full = SAME & (J <= I) & (J >= 1), SAME & (J >= 1)
+    causal, full = SAME & (KJ <= QI) & (KJ >= 1), SAME & (KJ >= 1)
     assert torch.equal(plan.to_dense(), torch.stack([causal, full, causal]))
     assert torch.equal(evaluate(plan.mask_mod, 3), plan.to_dense())
 
@@ -119,7 +132,9 @@ def test_no_score_is_no_mod() -> None:
 
 
 def test_packed_matrices_must_fill_the_segments() -> None:
-    with pytest.raises(MaskError, match=r"values: packed matrices must have sum\(n_s \* m_s\) entries.*entries=9, needed=25"):
+    with pytest.raises(
+        MaskError, match=r"values: packed matrices must have sum\(n_s \* m_s\) entries.*entries=9, needed=25"
+    ):
         fj.plan(jagged(LENGTHS), mask=Dense.from_list([MATRIX])).mask_mod  # noqa: B018
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cases import EDGE_LENGTHS, jagged, make_qkv
 
 import flexjag as fj
-from cases import EDGE_LENGTHS, jagged, make_qkv
-from flexjag import Causal, Chunked, Full, MaskMod, PerHead, Prefix, Window
+from flexjag import Causal, Full, MaskMod, PerHead, Prefix, Window
 from flexjag.errors import MaskError, PlanError, ScoreError, ShapeError
 
 
@@ -31,7 +31,9 @@ def test_nothing_to_do() -> None:
 def test_density_is_the_share_of_tiles_with_an_allowed_pair(lengths: list[int]) -> None:
     plan = fj.plan(jagged(lengths), mask=Causal(), block_size=16)
     rows, cols = plan.grid
-    dense = torch.nn.functional.pad(plan.to_dense(), (0, cols * 16 - plan.layout.num_kv, 0, rows * 16 - plan.layout.num_q))
+    dense = torch.nn.functional.pad(
+        plan.to_dense(), (0, cols * 16 - plan.layout.num_kv, 0, rows * 16 - plan.layout.num_q)
+    )
     live = dense.view(rows, 16, cols, 16).any(3).any(1)
     assert plan.num_tiles == int(live.sum())
     assert plan.density == pytest.approx(float(live.float().mean()))
@@ -64,16 +66,6 @@ EXACT = [
 def test_exact(mask: fj.Mask, exact: bool) -> None:
     assert fj.plan(jagged([5])).exact
     assert fj.plan(jagged([5]), mask=mask).exact is exact
-
-
-def test_rows_have_keys_is_proven_by_structure_only() -> None:
-    x = jagged([5, 3])
-    assert fj.plan(x, mask=Causal() & Chunked(2)).rows_have_keys
-    assert not fj.plan(x, mask=Prefix(1)).rows_have_keys
-    assert not fj.plan(x, jagged([5, 3]), mask=Causal()).rows_have_keys  # other offsets might be other lengths
-    assert not fj.plan(x, mask=Causal(), max_tokens=8).rows_have_keys  # spare rows have none
-    minus_inf = fj.ScoreMod(lambda s, b, h, q, kv: s - torch.inf)
-    assert not fj.plan(x, mask=Causal(), score=minus_inf).rows_have_keys
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -139,7 +131,13 @@ def test_planning_can_be_traced() -> None:
     def traced(x: fj.Jagged) -> tuple[torch.Tensor, ...]:
         plan = fj.plan(x, mask=Causal() & (Window(20, 0) | Prefix(2)), block_size=16)
         tiles = plan.tiles
-        return tiles.all_heads.row, tiles.all_heads.col, tiles.all_heads.full, tiles.kv_partial.count, tiles.q_full.count
+        return (
+            tiles.all_heads.row,
+            tiles.all_heads.col,
+            tiles.all_heads.full,
+            tiles.kv_partial.count,
+            tiles.q_full.count,
+        )
 
     for lengths in ([40, 7, 33], [3, 90, 0, 17]):
         x = jagged(lengths)

@@ -182,7 +182,7 @@ TABLE = torch.tensor([[0.1, -0.2, 0.3], [0.0, 0.5, -0.4]], dtype=torch.float64)
 @pytest.mark.parametrize("learned", [False, True], ids=["fixed", "learned"])
 def test_gradcheck(backend: str, groups: int, learned: bool) -> None:
     """The analytic gradients, the log-sum-exp's included, are those of finite differences."""
-    lengths, mask = [3, 0, 2], fj.Causal() & fj.Window(1, 0) | fj.Prefix(1)
+    lengths, mask = [3, 0, 2], (fj.Causal() & fj.Window(1, 0)) | fj.Prefix(1)
     tensors = [torch.randn(5, n, d, dtype=torch.float64) for n, d in ((2, 3), (groups, 3), (groups, 2))]
     tensors += [SLOPES.clone(), TABLE.clone()] if learned else []
 

@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
+from cases import make_qkv
 
 import flexjag as fj
-from cases import make_qkv
 from flexjag import Alibi, RelativeBias, ScoreMod, SoftCap
 from flexjag import scores as s
 from flexjag.errors import ScoreError
@@ -23,7 +23,7 @@ def times_two(score, b, h, q, kv):  # type: ignore[no-untyped-def]
 
 
 def scores_of(score: fj.Score, lengths: list[int], heads: int = 2, backend: str = "reference") -> torch.Tensor:
-    """The modified scores of zero queries, ``[H, T, T]``: v is a one-hot basis, so out is the weights, and lse undoes them."""
+    """The modified scores of zero queries, ``[H, T, T]``: with v = I the output is the weights, which lse undoes."""
     total = sum(lengths)
     q = fj.Jagged.from_lengths(torch.zeros(total, heads, 1, dtype=torch.float64), lengths)
     basis = torch.eye(total, dtype=torch.float64)[:, None].expand(total, heads, total)

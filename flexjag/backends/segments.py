@@ -28,8 +28,8 @@ class Pieces:
     Attributes:
         plan: The plan.
         scale: Factor on ``q·k``.
-        q_lengths: Queries of each segment, and the spare rows.
-        kv_lengths: Keys of each segment, and a 0.
+        q_lengths: Queries of each segment, the spare rows, and a 0.
+        kv_lengths: Keys of each segment, a 0, and the spare rows.
         causal: SDPA's own causal flag does the mask; None if it takes a mask tensor.
     """
 
@@ -47,10 +47,9 @@ def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, need_lse: boo
         ``[T_q, H, E]`` and the log-sum-exp ``[T_q, H]``, the latter in at least float32.
     """
     layout = plan.layout
-    n, m_ = (
-        [*o.diff().tolist(), total - int(o[-1])]
-        for o, total in ((layout.q_offsets, layout.num_q), (layout.kv_offsets, layout.num_kv))
-    )
+    # The spare rows of either side are a piece of their own, which meets nothing.
+    n = [*layout.q_offsets.diff().tolist(), layout.num_q - int(layout.q_offsets[-1]), 0]
+    m_ = [*layout.kv_offsets.diff().tolist(), 0, layout.num_kv - int(layout.kv_offsets[-1])]
     window = m.as_window(plan.mask)
     causal = window == (None, 0, "start") if plan.score is None and window in SDPA_WINDOWS else None
     pieces = Pieces(plan, scale, n, m_, causal)

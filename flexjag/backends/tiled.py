@@ -82,11 +82,12 @@ def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, need_lse: boo
         _in_dtype(plan.score_mod),
     )
     q, k, v = q.to(compute), k.to(compute), v.to(compute)
-    if torch.compiler.is_compiling():
-        out, lse = _traced(q, k, v, p)
-    else:
-        learned = mods.learned_tensors(plan.score, compute, q.device)
-        out, lse = _Chunked.apply(p, len(learned), *learned, q, k, v)  # type: ignore[misc]
+    with torch.autocast(q.device.type, enabled=False):  # the dtype was chosen above
+        if torch.compiler.is_compiling():
+            out, lse = _traced(q, k, v, p)
+        else:
+            learned = mods.learned_tensors(plan.score, compute, q.device)
+            out, lse = _Chunked.apply(p, len(learned), *learned, q, k, v)  # type: ignore[misc]
     return out.to(dtype), lse
 
 
@@ -209,46 +210,50 @@ class _Chunked(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *grads: Tensor
     ) -> tuple[Tensor | None, ...]:
-        p: Problem = ctx.problem
-        grad_out, grad_lse = grads
-        learned, (q, k, v, out, lse) = ctx.saved_tensors[: ctx.num_learned], ctx.saved_tensors[ctx.num_learned :]
-        heads, groups = q.shape[1], k.shape[1]
-        qb, kb, vb = (_to_blocks(x, n, p.block) for x, n in ((q, p.rows), (k, p.cols + 1), (v, p.cols + 1)))
-        gb = _to_blocks(grad_out, p.rows, p.block)
-        # d lse adds to every score's gradient in proportion to its weight, as the -delta term does.
-        delta = _to_blocks(((grad_out * out).sum(2) - grad_lse)[..., None], p.rows, p.block)
-        lse = lse.masked_fill(lse == -torch.inf, 0.0)
-        lb = _to_blocks(lse[..., None], p.rows, p.block)
-        dq, dk, dv = torch.zeros_like(qb), torch.zeros_like(kb), torch.zeros_like(vb)
-        dlearned = [torch.zeros_like(x) for x in learned]
-        for start, end in _chunks(p, heads):
-            row, col = p.row[start:end], p.col[start:end]
-            at = _indices(p, row, col, heads)
-            qt, kt, gt = qb[row], kb[col], gb[row]
-            s = _matmul(qt * p.scale, kt.transpose(2, 3))
-            modified = s
-            if p.score is not None:
-                with torch.enable_grad():
-                    s = s.requires_grad_()
-                    modified = p.score(s, *at)
-            e = torch.exp(modified.detach() - lb[row])
-            e = e.masked_fill_(~_allowed(p, row, col, at), 0.0)
-            dv.index_add_(0, col, _sum_groups(_matmul_heads(e, gt), groups))
-            ds = _matmul(gt, vb[col].transpose(2, 3)).sub_(delta[row]).mul_(e)
-            if p.score is not None and not modified.requires_grad:
-                continue  # a score that ignores q·k and learns nothing
-            if p.score is not None:
-                ds, *more = torch.autograd.grad(modified, (s, *learned), ds, allow_unused=True)
-                for total, part in zip(dlearned, more, strict=True):
-                    if part is not None:
-                        total += part
-            if ds is None:
-                continue  # a score that ignores q·k
-            ds = ds * p.scale
-            dq.index_add_(0, row, _matmul(ds, kt))
-            dk.index_add_(0, col, _sum_groups(_matmul_heads(ds, qt), groups))
-        blocks_of = ((dq, p.num_q), (dk, p.num_kv), (dv, p.num_kv))
-        return (None, None, *dlearned, *(_from_blocks(x, n) for x, n in blocks_of))
+        with torch.autocast(grads[0].device.type, enabled=False):
+            return _backward(ctx, *grads)
+
+
+def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+    p: Problem = ctx.problem
+    learned, (q, k, v, out, lse) = ctx.saved_tensors[: ctx.num_learned], ctx.saved_tensors[ctx.num_learned :]
+    heads, groups = q.shape[1], k.shape[1]
+    qb, kb, vb = (_to_blocks(x, n, p.block) for x, n in ((q, p.rows), (k, p.cols + 1), (v, p.cols + 1)))
+    gb = _to_blocks(grad_out, p.rows, p.block)
+    # d lse adds to every score's gradient in proportion to its weight, as the -delta term does.
+    delta = _to_blocks(((grad_out * out).sum(2) - grad_lse)[..., None], p.rows, p.block)
+    lse = lse.masked_fill(lse == -torch.inf, 0.0)
+    lb = _to_blocks(lse[..., None], p.rows, p.block)
+    dq, dk, dv = torch.zeros_like(qb), torch.zeros_like(kb), torch.zeros_like(vb)
+    dlearned = [torch.zeros_like(x) for x in learned]
+    for start, end in _chunks(p, heads):
+        row, col = p.row[start:end], p.col[start:end]
+        at = _indices(p, row, col, heads)
+        qt, kt, gt = qb[row], kb[col], gb[row]
+        s = _matmul(qt * p.scale, kt.transpose(2, 3))
+        modified = s
+        if p.score is not None:
+            with torch.enable_grad():
+                s = s.requires_grad_()
+                modified = p.score(s, *at)
+        e = torch.exp(modified.detach() - lb[row])
+        e = e.masked_fill_(~_allowed(p, row, col, at), 0.0)
+        dv.index_add_(0, col, _sum_groups(_matmul_heads(e, gt), groups))
+        ds = _matmul(gt, vb[col].transpose(2, 3)).sub_(delta[row]).mul_(e)
+        if p.score is not None and not modified.requires_grad:
+            continue  # a score that ignores q·k and learns nothing
+        if p.score is not None:
+            ds, *more = torch.autograd.grad(modified, (s, *learned), ds, allow_unused=True)
+            for total, part in zip(dlearned, more, strict=True):
+                if part is not None:
+                    total += part
+        if ds is None:
+            continue  # a score that ignores q·k
+        ds = ds * p.scale
+        dq.index_add_(0, row, _matmul(ds, kt))
+        dk.index_add_(0, col, _sum_groups(_matmul_heads(ds, qt), groups))
+    blocks_of = ((dq, p.num_q), (dk, p.num_kv), (dv, p.num_kv))
+    return (None, None, *dlearned, *(_from_blocks(x, n) for x, n in blocks_of))
 
 
 def _matmul_heads(a: Tensor, b: Tensor) -> Tensor:

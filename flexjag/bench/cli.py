@@ -7,7 +7,7 @@ import json
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -40,15 +40,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: list[str]) -> int:
     parser = _Parser("flexjag bench", description="Measure what flexjag claims, beside what it replaces.")
-    parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"default all: {', '.join(load())}; or: report FILE…")
+    parser.add_argument(
+        "suites", nargs="*", metavar="SUITE", help=f"default all: {', '.join(load())}; or: report FILE…"
+    )
     parser.add_argument("--out", type=Path, metavar="DIR", help="write the results there, as one JSON file")
     parser.add_argument("--json", action="store_true", help="print the results as JSON instead of as tables")
     parser.add_argument("--quick", action="store_true", help="small sizes: does it work, not how fast is it")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     parser.add_argument("--no-memory", action="store_true", help="leave out peak memory, which takes a process per arm")
+    parser.add_argument("--seed", type=int, default=0, help="what lengths and values are drawn from; default 0")
     args = parser.parse_args(argv)
     suites = [find(name) for name in args.suites or load()]
-    options = _options(args.quick, args.device, not args.no_memory)
+    options = _options(args)
     results = _measure(suites, options, args.out)
     if args.json:
         print(json.dumps(results, indent=1))
@@ -59,13 +62,14 @@ def _run(argv: list[str]) -> int:
     return 0
 
 
-def _options(quick: bool, device: str | None, memory: bool) -> Options:
+def _options(args: argparse.Namespace) -> Options:
     import torch
 
-    if device == "cuda" and not torch.cuda.is_available():
+    if args.device == "cuda" and not torch.cuda.is_available():
         raise BenchError("--device: no CUDA device is available here; got device='cuda'")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return Options(quick, device, memory=memory, **({"rounds": 2} if quick else {}))
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    options = Options(args.quick, device, memory=not args.no_memory, seed=args.seed)
+    return replace(options, rounds=2) if args.quick else options
 
 
 def _measure(suites: list[Any], options: Options, out: Path | None) -> dict[str, Any]:
@@ -106,7 +110,9 @@ def _file_name(results: dict[str, Any]) -> str:
 def _report(argv: list[str]) -> int:
     parser = _Parser("flexjag bench report", description="Tables or a page from results files.")
     parser.add_argument("files", nargs="+", type=Path, metavar="RESULTS.json")
-    parser.add_argument("--write", type=Path, metavar="PAGE.md", help="write a Markdown page instead of printing tables")
+    parser.add_argument(
+        "--write", type=Path, metavar="PAGE.md", help="write a Markdown page instead of printing tables"
+    )
     args = parser.parse_args(argv)
     from flexjag.bench.report import print_results, to_markdown
 

@@ -20,10 +20,10 @@ from flexjag.bench.registry import Arm, Case, Options, find
 
 
 def main(argv: list[str]) -> int:
-    """Print the figures of SUITE CASE ARM THREADS [--quick] as JSON."""
-    suite, name, arm, threads = argv[:4]
+    """Print the figures of SUITE CASE ARM THREADS OPTIONS as JSON; the options are JSON too."""
+    suite, name, arm, threads, asked = argv
     torch.set_num_threads(int(threads))
-    options = Options(quick="--quick" in argv[4:], device="cpu")
+    options = Options(**json.loads(asked))
     case = next(c for c in find(suite).cases(options) if c.name == name)
     assert isinstance(case, Case)
     _named(case.small(), arm).make()()
@@ -41,8 +41,8 @@ def _named(arms: Sequence[Arm], name: str) -> Arm:
 def measure_peak(call: Callable[[], object]) -> dict[str, Any]:
     """Run `call` once and say by how much resident memory rose at most.
 
-    Linux forgets its high-water mark on request. Where it does not, the mark itself is the baseline, and what `call` takes
-    below an earlier peak goes unseen.
+    Linux forgets its high-water mark on request. Where it does not, the mark itself is the baseline, and what
+    `call` takes below an earlier peak goes unseen.
 
     Returns:
         ``bytes``, and ``method``, how they were read.

@@ -33,13 +33,15 @@ class Options:
         rounds: How often each arm is timed at most.
         seconds_per_arm: An arm that has used this much time is timed no more, once it has three samples.
         memory: Whether peak memory is measured.
+        seed: What lengths and values are drawn from.
     """
 
     quick: bool = False
     device: str = "cpu"
-    rounds: int = 15
+    rounds: int = 11
     seconds_per_arm: float = 30.0
     memory: bool = True
+    seed: int = 0
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ def _value(value: float, unit: str) -> str:
     if unit == "s":
         return duration(value)
     number = f"{value:.3g}" if value < 100 else f"{value:.0f}"
-    return f"{number}×" if unit == "x" else f"{number} {unit}"
+    return f"{number}{unit}" if unit == "x" else f"{number} {unit}"
 
 
 def arm_rows(case: dict[str, Any]) -> list[Row]:
@@ -124,21 +124,25 @@ def print_results(results: dict[str, Any]) -> None:
             show(f"{suite['name']}: figures", FIGURE_COLUMNS, figure_rows(suite))
 
 
+PREAMBLE = f"""\
+# Performance
+
+This page is made by `{COMMAND} report RESULTS.json… --write PAGE.md` from the files that
+`{COMMAND} --out DIR` writes. Do not edit it.
+
+How it is measured: all arms of a case run in one process on the same inputs. Every arm is checked before it is timed;
+one that is wrong is listed as wrong and has no time. Each round then runs every arm once, in a shuffled order. Times
+are medians of the samples. The first call is listed apart, because it also loads code. Peak memory is what an arm takes
+above its inputs, with the plan or the padding mask that it makes once per batch: on a CPU the peak resident memory of a
+fresh process that runs this arm alone, on CUDA the allocator's peak. A plan and a padding mask are made before the
+clock starts, except where the arm's name says otherwise. The compile suite runs each batch once, compiled and eager in
+turn, and checks the results at the end.
+"""
+
+
 def to_markdown(results: list[dict[str, Any]]) -> str:
     """The page ``docs/performance.md`` from results files, in the order given."""
-    lines = [
-        "# Performance",
-        "",
-        f"This page is made by `{COMMAND} report RESULTS.json… --write PAGE` from the files that `{COMMAND} --out DIR` writes.",
-        "Do not edit it.",
-        "",
-        "How it is measured: all arms of a case run in one process on the same inputs. Every arm is checked before it is timed;",
-        "one that is wrong is listed as wrong and has no time. Each round then runs every arm once, in a shuffled order. Times are",
-        "medians of the samples. The first call is listed apart, because it also loads and compiles. Peak memory is what an",
-        "arm takes above its inputs, with the plan or the padding mask that it makes once per batch: on a CPU the peak resident",
-        "memory of a fresh process that runs this arm alone, on CUDA the allocator's peak.",
-        "",
-    ]
+    lines = [PREAMBLE]
     for one in results:
         lines += _one_run(one)
     return "\n".join(lines).rstrip() + "\n"
@@ -155,7 +159,11 @@ def _one_run(results: dict[str, Any]) -> list[str]:
         if suite["figures"]:
             lines += _markdown_table(FIGURE_COLUMNS, figure_rows(suite))
         for case in suite["cases"]:
-            lines += [f"**{case['name']}** ({_facts(case['facts'])})", "", *_markdown_table(ARM_COLUMNS, arm_rows(case))]
+            lines += [
+                f"**{case['name']}** ({_facts(case['facts'])})",
+                "",
+                *_markdown_table(ARM_COLUMNS, arm_rows(case)),
+            ]
     return lines
 
 

@@ -19,7 +19,6 @@ from flexjag.masks import Causal, Mask, Prefix, Window
 from flexjag.plan import plan
 from flexjag.scores import Alibi
 
-SEED = 0
 LOCATION, SIGMA = 5.0, 0.9
 
 LOOP = "SDPA loop over segments"
@@ -46,9 +45,9 @@ FULL_SIZES = Sizes(32, 1024, 4, 64)
 QUICK_SIZES = Sizes(6, 96, 2, 16)
 
 
-def lognormal_lengths(sizes: Sizes) -> list[int]:
+def lognormal_lengths(sizes: Sizes, seed: int) -> list[int]:
     """Log-normal(5, 0.9) lengths between 1 and the cap, seeded."""
-    generator = torch.Generator().manual_seed(SEED)
+    generator = torch.Generator().manual_seed(seed)
     draws = torch.empty(sizes.segments).log_normal_(LOCATION, SIGMA, generator=generator)
     return draws.long().clamp(1, sizes.longest).tolist()
 
@@ -60,18 +59,18 @@ class Batch:
         sizes: How large.
         windowed: Whether the mask is ``Window(128, 0) | Prefix(4)`` with ALiBi; otherwise it is causal.
         backward: Whether gradients are computed too.
-        device: Where.
+        options: Device and seed.
     """
 
-    def __init__(self, sizes: Sizes, windowed: bool, backward: bool, device: str) -> None:
-        self.lengths = lognormal_lengths(sizes)
-        self.windowed, self.backward, self.device = windowed, backward, device
+    def __init__(self, sizes: Sizes, windowed: bool, backward: bool, options: Options) -> None:
+        self.lengths = lognormal_lengths(sizes, options.seed)
+        self.windowed, self.backward, self.device = windowed, backward, options.device
         self.tokens, self.longest = sum(self.lengths), max(self.lengths)
-        generator = torch.Generator().manual_seed(SEED)
+        generator = torch.Generator().manual_seed(options.seed)
         shape = (self.tokens, sizes.heads, sizes.dim)
-        self.q, self.k, self.v, self.grad = (torch.randn(shape, generator=generator).to(device) for _ in range(4))
+        self.q, self.k, self.v, self.grad = (torch.randn(shape, generator=generator).to(self.device) for _ in range(4))
         self.mask: Mask = Window(128, 0) | Prefix(4) if windowed else Causal()
-        self.score = Alibi.from_heads(sizes.heads, device) if windowed else None
+        self.score = Alibi.from_heads(sizes.heads, self.device) if windowed else None
         self.heads, self.dim = sizes.heads, sizes.dim
         if backward:
             for x in (self.q, self.k, self.v):
@@ -88,7 +87,9 @@ class Batch:
         ]
         for backend in ("auto", "tiled", "segments"):
             arms.append(self._arm(f"flexjag {backend}", partial(self._flexjag, backend, ready=True)))
-            planned = self._arm(f"flexjag {backend}{WITH_PLAN}", partial(self._flexjag, backend, ready=False), memory=False)
+            planned = self._arm(
+                f"flexjag {backend}{WITH_PLAN}", partial(self._flexjag, backend, ready=False), memory=False
+            )
             arms.append(planned)
         return arms
 
@@ -122,7 +123,7 @@ class Batch:
         for dtype in (torch.float64, self.q.dtype):
             q, k, v = (x.detach().to(dtype).requires_grad_() for x in (self.q, self.k, self.v))
             x, y, z = (Jagged.from_lengths(t, self.lengths) for t in (q, k, v))
-            out = attention(x, y, z, mask=self.mask, score=self.score, backend="reference").values
+            out = _values(attention(x, y, z, mask=self.mask, score=self.score, backend="reference"))
             grads = torch.autograd.grad(out, (q, k, v), self.grad.to(dtype)) if self.backward else ()
             found.append((out.detach(), *grads))
         return found[0], found[1]
@@ -131,17 +132,18 @@ class Batch:
         q = Jagged.from_lengths(self.q, self.lengths)
         k, v = q.with_values(self.k), q.with_values(self.v)
         if not ready:
-            return lambda: attention(q, k, v, mask=self.mask, score=self.score, backend=backend).values
+            return lambda: _values(attention(q, k, v, mask=self.mask, score=self.score, backend=backend))
         made = plan(q, k, mask=self.mask, score=self.score)
-        return lambda: attention(q, k, v, plan=made, backend=backend).values
+        return lambda: _values(attention(q, k, v, plan=made, backend=backend))
 
     def _loop(self) -> Callable[[], Tensor]:
+        def one(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            x, y, z = (t.transpose(0, 1)[None] for t in (q, k, v))
+            return scaled_dot_product_attention(x, y, z, is_causal=True)[0].transpose(0, 1)
+
         def forward() -> Tensor:
-            pieces = zip(*(x.split(self.lengths) for x in (self.q, self.k, self.v)), strict=True)
-            outs = [
-                scaled_dot_product_attention(*(t.transpose(0, 1)[None] for t in piece), is_causal=True) for piece in pieces
-            ]
-            return torch.cat([o[0].transpose(0, 1) for o in outs])
+            q, k, v = (x.split(self.lengths) for x in (self.q, self.k, self.v))
+            return torch.cat([one(*piece) for piece in zip(q, k, v, strict=True)])
 
         return forward
 
@@ -157,9 +159,9 @@ class Batch:
         return torch.cat(rows).to(self.device)
 
     def _allowed(self) -> Tensor:
-        """bool ``[N, N]``: the mask by position."""
-        i = torch.arange(self.longest, device=self.device)[:, None]
-        j = i.T
+        """Boolean ``[1, 1, N, N]``: the mask by position. With fewer dimensions SDPA leaves its fast path."""
+        i = torch.arange(self.longest, device=self.device)[None, None, :, None]
+        j = i.transpose(2, 3)
         return ((i - 128 <= j) & (j <= i)) | (j < 4) if self.windowed else j <= i
 
     def _with_score(self, allowed: Tensor) -> Tensor:
@@ -171,11 +173,11 @@ class Batch:
         return bias.masked_fill(~allowed, -torch.inf)
 
     def _mask_per_segment(self) -> Tensor:
-        """bool or float ``[S, H or 1, N, N]``. Rows of padding attend key 0, so that they are not NaN."""
+        """Boolean or float ``[S, H or 1, N, N]``. Rows of padding attend key 0, so that they are not NaN."""
         allowed = self._allowed()
-        each = torch.zeros(len(self.lengths), 1, *allowed.shape, dtype=torch.bool, device=self.device)
+        each = torch.zeros(len(self.lengths), 1, *allowed.shape[2:], dtype=torch.bool, device=self.device)
         for s, n in enumerate(self.lengths):
-            each[s, 0, :n, :n] = allowed[:n, :n]
+            each[s, 0, :n, :n] = allowed[0, 0, :n, :n]
             each[s, 0, n:, 0] = True
         return self._with_score(each)
 
@@ -189,7 +191,8 @@ class Batch:
             options = {"attn_mask": self._with_score(self._allowed())}
 
         def forward() -> Tensor:
-            out = scaled_dot_product_attention(*(self._pad(index, x) for x in (self.q, self.k, self.v)), **options)
+            q, k, v = (self._pad(index, x) for x in (self.q, self.k, self.v))
+            out = scaled_dot_product_attention(q, k, v, **options)
             return out.transpose(1, 2).flatten(0, 1).index_select(0, index)
 
         return forward
@@ -207,6 +210,11 @@ class Batch:
             return out.transpose(1, 2).flatten(0, 1).index_select(0, index)
 
         return forward
+
+
+def _values(out: Jagged | tuple[Jagged, Jagged]) -> Tensor:
+    assert isinstance(out, Jagged)
+    return out.values
 
 
 def _name(windowed: bool, backward: bool) -> str:
@@ -233,7 +241,7 @@ def _figures(options: Options, cases: list[CaseResult]) -> list[Figure]:
                     figures.append(Figure(f"{case}: time of {arm} / {other}", ratio(ours, theirs), "x", limit))
                 else:
                     figures.append(Figure(f"{case}: time of {other} / {arm}", ratio(theirs, ours), "x", limit))
-            for other in (SHARED, SOFTMAX):
+            for other in (SHARED, SOFTMAX) if arm == AUTO else ():
                 figures.append(Figure(f"{case}: time of {other} / {arm}", ratio(found.seconds(case, other), ours), "x"))
         share = ratio(found.memory(case, AUTO), found.memory(case, PADDED))
         figures.append(Figure(f"{case}: memory of {AUTO} / {PADDED}", share, "x"))
@@ -245,17 +253,17 @@ def _figures(options: Options, cases: list[CaseResult]) -> list[Figure]:
 def cases(options: Options) -> list[Case]:
     """Both masks, forward and forward + backward."""
     sizes = QUICK_SIZES if options.quick else FULL_SIZES
-    lengths = lognormal_lengths(sizes)
+    lengths = lognormal_lengths(sizes, options.seed)
     fill = sum(lengths) / (len(lengths) * max(lengths))
     facts = {"segments": len(lengths), "tokens": sum(lengths), "longest": max(lengths), "fill": fill}
-    facts |= {"heads": sizes.heads, "dim": sizes.dim, "dtype": "float32", "seed": SEED}
+    facts |= {"heads": sizes.heads, "dim": sizes.dim, "dtype": "float32", "seed": options.seed}
     out = []
     for windowed in (False, True):
         for backward in (False, True):
-            arms, small = (partial(_arms, x, windowed, backward, options.device) for x in (sizes, QUICK_SIZES))
+            arms, small = (partial(_arms, x, windowed, backward, options) for x in (sizes, QUICK_SIZES))
             out.append(Case(_name(windowed, backward), facts, arms, small))
     return out
 
 
-def _arms(sizes: Sizes, windowed: bool, backward: bool, device: str) -> list[Arm]:
-    return Batch(sizes, windowed, backward, device).arms()
+def _arms(sizes: Sizes, windowed: bool, backward: bool, options: Options) -> list[Arm]:
+    return Batch(sizes, windowed, backward, options).arms()

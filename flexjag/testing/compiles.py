@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch._dynamo  # here, not when called: batches made before Dynamo is imported are not marked as varying in size
+import torch._functorch.config
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -84,8 +86,8 @@ def assert_compiles(
     Args:
         fn: A function or module.
         batches: The arguments of each call.
-        max_graphs: The most graphs allowed in each direction (forward, backward, inference). Sizes 0 and 1 always are
-            graphs of their own in PyTorch, so batches that have them need one more.
+        max_graphs: The most graphs allowed in each direction (forward, backward, inference). In PyTorch a size of 0 and a
+            size of 1 are each a graph of its own, so batches of T = 0 or T = 1 need one more each.
         backward: Whether to run backwards. Otherwise the calls run under ``torch.no_grad()``.
         backend: ``"inductor"``, or ``"aot_eager"`` to trace both directions without generating code, which is much faster.
         after_each: Called with the index and the outputs after each batch, to check them.
@@ -101,9 +103,6 @@ def assert_compiles(
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend: must be one of {', '.join(BACKENDS)}; got backend={backend!r}")
-    import torch._dynamo
-    import torch._functorch.config
-
     counter = _Counter()
     torch._dynamo.reset()
     compiled = torch.compile(fn, fullgraph=True, backend=getattr(counter, backend))

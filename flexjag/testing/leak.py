@@ -16,7 +16,7 @@ Attend = Callable[[Jagged, Jagged, Jagged], Any]
 
 def _bits(x: Tensor) -> Tensor:
     """The tensor's bytes, one row per token: -0.0 differs from 0.0, and NaN equals itself."""
-    return x.detach().contiguous().view(x.shape[0], -1).view(torch.uint8)
+    return x.detach().contiguous().flatten().view(torch.uint8).view(x.shape[0], -1)
 
 
 def _outputs(attend: Attend, q: Jagged, k: Jagged, v: Jagged) -> list[Jagged]:
