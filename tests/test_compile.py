@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 
 import pytest
 import torch
@@ -15,20 +16,18 @@ HEADS, DIM = 2, 8
 WIDTH = HEADS * DIM
 MASK = fj.Causal() & (fj.Window(20, 0) | fj.Prefix(2))
 NUM_BATCHES = 50
-AT_MOST = 2  # one for all sizes but 0 and 1, one for those
+AT_MOST = 2  # one for all sizes but 1, one for T = 1, which PyTorch always specialises
+EPS = torch.finfo(torch.float32).eps
 
 
-def batches() -> list[list[int]]:
-    """Fifty lists of lengths, S from 1 to 8, with empty segments, S = 1, T = 1 and T a multiple of the tile among them."""
+def fifty_batches() -> list[fj.Jagged]:
+    """S from 1 to 8, with empty segments, S = 1, T = 1 and T a multiple of the tile among them."""
     g = torch.Generator().manual_seed(1)
-    found = []
-    for _ in range(NUM_BATCHES):
-        size = int(torch.randint(2, 9, (), generator=g))
-        found.append(torch.randint(0, 90, (size,), generator=g).tolist())
-    # Totals stay under 4096: Inductor's C++ adds up a Linear's bias gradient in another way from there on.
-    assert max(map(sum, found)) < 4096
+    found = [torch.randint(0, 90, (int(torch.randint(2, 9, (), generator=g)),), generator=g).tolist() for _ in range(NUM_BATCHES)]
     found[10], found[20], found[30], found[40] = [57], [1], [0, 1, 0], [32, 32]
-    return found
+    # Inductor's C++ adds up a Linear's bias gradient in another way from 4096 terms on, and guards on it.
+    assert max(map(sum, found)) < 4096
+    return [fj.Jagged.from_lengths(torch.randn(sum(n), WIDTH, generator=g), n) for n in found]
 
 
 class Layer(nn.Module):
@@ -41,8 +40,7 @@ class Layer(nn.Module):
         self.backend = backend
 
     def forward(self, x: fj.Jagged, plan: fj.Plan | None) -> fj.Jagged:
-        parts = self.project(x.values).unflatten(1, (3, HEADS, DIM)).unbind(1)
-        q, k, v = (x.with_values(t) for t in parts)
+        q, k, v = (x.with_values(t) for t in self.project(x.values).unflatten(1, (3, HEADS, DIM)).unbind(1))
         if plan is None:
             out = fj.attention(q, k, v, mask=MASK, score=fj.Alibi(self.slopes), backend=self.backend)
         else:
@@ -55,50 +53,209 @@ class Model(nn.Module):
 
     def __init__(self, backend: str = "auto") -> None:
         super().__init__()
-        self.layers = nn.ModuleList([Layer(backend) for _ in range(2)])
+        self.first, self.second = Layer(backend), Layer(backend)
         self.slopes = nn.Parameter(torch.rand(HEADS))
 
     def forward(self, x: fj.Jagged, plan: fj.Plan | None = None) -> Tensor:
-        for layer in self.layers:
-            x = layer(x, plan)
-        return x.values
+        return self.second(self.first(x, plan), plan).values
+
+    def arguments(self, x: fj.Jagged, with_plan: bool) -> tuple:
+        """What to call the model with."""
+        return (x, fj.plan(x, mask=MASK, score=fj.Alibi(self.slopes), block_size=32)) if with_plan else (x,)
 
     def gradients(self) -> dict[str, Tensor]:
         """The gradients, which are then cleared."""
-        found = {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in self.named_parameters()}
+        found = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in self.named_parameters()}
         self.zero_grad()
         return found
 
 
-def arguments(model: Model, with_plan: bool, learned: bool = True) -> list[tuple]:
-    found = []
-    for lengths in batches():
-        x = fj.Jagged.from_lengths(torch.randn(sum(lengths), WIDTH), lengths)
-        score = fj.Alibi(model.slopes if learned else model.slopes.detach())
-        found.append((x, fj.plan(x, mask=MASK, score=score, block_size=32)) if with_plan else (x,))
-    return found
-
-
-def assert_same_as_eager(model: Model, args: tuple, out: Tensor, backward: bool = True) -> None:
-    """Up to float32's rounding: sums over at most 720 tokens and 20 keys, through two layers."""
-    tolerance = {"rtol": 1e-4, "atol": 1e-4 * max(1.0, float(out.detach().abs().sum()) / WIDTH ** 2)}
+def eagerly(model: Model, x: fj.Jagged, with_plan: bool, backward: bool) -> dict[str, Tensor]:
+    """Output and gradients without a compiler, by the tiled backend."""
+    for layer in (model.first, model.second):
+        layer.backend = "tiled"
+    with torch.set_grad_enabled(backward):
+        out = model(*model.arguments(x, with_plan))
     if backward:
-        found = model.gradients()
-        wanted_out = model(*args)
-        wanted_out.sum().backward()
-        for name, wanted in model.gradients().items():
-            torch.testing.assert_close(found[name], wanted, **tolerance, msg=lambda text, name=name: f"{name}: {text}")
-    else:
-        wanted_out = model(*args)
-    torch.testing.assert_close(out, wanted_out, rtol=1e-4, atol=1e-5)
+        out.sum().backward()
+    return {"out": out.detach(), **(model.gradients() if backward else {})}
+
+
+def checker(model: Model, given: list[fj.Jagged], with_plan: bool, backward: bool) -> Callable[[int, Tensor], None]:
+    """Compares each compiled result with eager float64, allowing twice eager float32's own error and rounding."""
+    single, double = deepcopy(model), deepcopy(model).double()
+
+    def check(index: int, out: Tensor) -> None:
+        x = given[index]
+        found = {"out": out.detach(), **(model.gradients() if backward else {})}
+        same = eagerly(single, x, with_plan, backward)
+        exact = eagerly(double, x.with_values(x.values.double()), with_plan, backward)
+        terms = x.values.shape[0] + WIDTH  # the longest sum: over tokens, or over features
+        largest = max(float(t.abs().max()) for t in exact.values())
+        for name, wanted in exact.items():
+            error, noise = ((t.double() - wanted).abs().max() for t in (found[name], same[name]))
+            assert error <= 2 * (noise + terms * EPS * largest), f"batch {index}, {name}: {error:.3g}, eager {noise:.3g}"
+
+    return check
+
+
+def compile_all(model: Model, with_plan: bool, backward: bool) -> Graphs:
+    given = fifty_batches()
+    return assert_compiles(
+        model,
+        [model.arguments(x, with_plan) for x in given],
+        max_graphs=AT_MOST,
+        backward=backward,
+        after_each=checker(model, given, with_plan, backward),
+    )
 
 
 @pytest.mark.parametrize("with_plan", [True, False], ids=["plan outside", "plan inside"])
 def test_fifty_batches_share_a_graph_forward_and_backward(with_plan: bool) -> None:
-    model = Model()
-    given = arguments(model, with_plan)
-    graphs = assert_compiles(
-        model, given, max_graphs=AT_MOST, after_each=lambda i, out: assert_same_as_eager(model, given[i], out)
-    )
-    assert graphs.forward[0] == 0
+    graphs = compile_all(Model(), with_plan, backward=True)
+    assert graphs.forward == graphs.backward == [0, 20]
     assert not graphs.inference
+
+
+def test_fifty_batches_share_an_inference_graph_of_flex() -> None:
+    graphs = compile_all(Model("flex"), with_plan=True, backward=False)
+    assert graphs.inference == [0, 20]
+
+
+def test_no_tokens_and_one_token_take_a_graph_each() -> None:
+    """T = 0 launches nothing and T = 1 is specialised by PyTorch, so these are all the graphs there can be."""
+    model = Model()
+    sizes = [[5, 9], [0, 0], [1], [0, 1], [0], [3, 2, 30], [0, 0, 0], [40]]
+    given = [fj.Jagged.from_lengths(torch.randn(sum(n), WIDTH), n) for n in sizes]
+    graphs = assert_compiles(model, [model.arguments(x, False) for x in given], max_graphs=3, backend="aot_eager")
+    assert graphs.forward == [0, 1, 2]
+
+
+def varying(tensor: Tensor, dim: int = 0) -> Tensor:
+    """An input whose size changes from batch to batch."""
+    torch._dynamo.maybe_mark_dynamic(tensor, dim)
+    return tensor
+
+
+def ids(lengths: list[int]) -> Tensor:
+    return varying(torch.randint(0, 3, (sum(lengths),)))
+
+
+def rows(lengths: list[int]) -> Tensor:
+    return varying(torch.randint(0, 9, (3, sum(lengths))), 1)
+
+
+def per_segment(lengths: list[int]) -> Tensor:
+    return varying(torch.arange(1, len(lengths) + 1))
+
+
+def matrices(lengths: list[int]) -> Tensor:
+    return varying(torch.cat([torch.rand(n * n) < 0.5 for n in lengths]))
+
+
+def shared_matrix(lengths: list[int]) -> Tensor:
+    return torch.rand(20, 30, generator=torch.Generator().manual_seed(3)) < 0.5
+
+
+def nothing(lengths: list[int]) -> Tensor:
+    return torch.zeros(2)
+
+
+def dilated(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+    return ((q - kv).abs() % 2 == 0) & (h + b >= 0)
+
+
+MASKS: dict[str, tuple[Callable[[list[int]], Tensor], Callable[[Tensor], fj.Mask]]] = {
+    "full": (nothing, lambda data: fj.Full()),
+    "causal, end": (nothing, lambda data: fj.Causal("end")),
+    "window": (nothing, lambda data: fj.Window(5, 2)),
+    "window per segment": (per_segment, lambda data: fj.Window(data, None)),
+    "prefix per segment": (per_segment, lambda data: fj.Causal() | fj.Prefix(data)),
+    "chunked": (nothing, lambda data: fj.Chunked(7)),
+    "chunked per segment": (per_segment, lambda data: fj.Chunked(data)),
+    "global tokens": (nothing, lambda data: fj.GlobalTokens(2)),
+    "rows": (rows, lambda data: fj.Rows(data, data + 4)),
+    "same group": (ids, lambda data: fj.SameGroup(data)),
+    "dense, shared": (shared_matrix, lambda data: fj.Dense(data)),
+    "dense, packed": (matrices, lambda data: fj.Dense(data)),
+    "mask mod": (nothing, lambda data: fj.MaskMod(dilated)),
+    "per head": (nothing, lambda data: fj.PerHead([fj.Causal(), fj.Window(3, 3) & fj.MaskMod(dilated)])),
+    "nested": (ids, lambda data: ~(fj.Window(2, 2) & fj.Causal()) & (fj.SameGroup(data) | ~fj.MaskMod(dilated))),
+}
+
+
+def equal_to_eager(fn: Callable[..., Tensor], given: list[tuple]) -> Callable[[int, Tensor], None]:
+    """Float64, so that only a wrong result can differ by more than 1e-12 of standard-normal values."""
+
+    def check(index: int, out: Tensor) -> None:
+        torch.testing.assert_close(out, fn(*given[index]), rtol=0, atol=1e-12)
+
+    return check
+
+
+def three_batches(make: Callable[[list[int]], Tensor]) -> list[tuple[fj.Jagged, Tensor]]:
+    found = []
+    for n in ([9, 0, 23], [40, 3, 5, 8, 0], [17, 50]):
+        values = torch.randn(sum(n), HEADS, DIM, dtype=torch.float64, requires_grad=True)
+        found.append((fj.Jagged.from_lengths(values, n), make(n)))
+    return found
+
+
+@pytest.mark.parametrize("family", MASKS)
+def test_every_mask_is_planned_and_attended_in_one_graph(family: str) -> None:
+    make, mask = MASKS[family]
+
+    def attend(x: fj.Jagged, data: Tensor) -> Tensor:
+        return fj.attention(x, x, x, mask=mask(data)).values
+
+    given = three_batches(make)
+    assert_compiles(attend, given, backend="aot_eager", after_each=equal_to_eager(attend, given))
+
+
+TABLE = torch.rand(HEADS, 5, dtype=torch.float64, requires_grad=True)
+SCORES: dict[str, Callable[[], fj.Score]] = {
+    "alibi": lambda: fj.Alibi(TABLE[:, 0]),
+    "soft cap": lambda: fj.SoftCap(2.0),
+    "relative bias": lambda: fj.RelativeBias(TABLE),
+    "score mod": lambda: fj.ScoreMod(lambda s, b, h, q, kv: s * TABLE[h, 1] + b * TABLE[h, (q + kv) % 5]),
+    "chain": lambda: fj.RelativeBias(TABLE) >> fj.SoftCap(3.0) >> fj.ScoreMod(lambda s, b, h, q, kv: s * TABLE[h, 2]),
+}
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_every_score_is_traced_with_its_gradients(name: str) -> None:
+    def attend(x: fj.Jagged, data: Tensor) -> Tensor:
+        return fj.attention(x, x, x, mask=fj.Causal(), score=SCORES[name]()).values
+
+    given = three_batches(nothing)
+    same = equal_to_eager(attend, given)
+
+    def check(index: int, out: Tensor) -> None:
+        same(index, out)
+        leaves = [given[index][0].values, TABLE]
+        found = [x.grad for x in leaves]
+        for x in leaves:
+            x.grad = None
+        attend(*given[index]).sum().backward()
+        for got, leaf in zip(found, leaves, strict=True):
+            torch.testing.assert_close(got, leaf.grad, rtol=0, atol=1e-11)  # sums of up to 67 * 67 float64 terms
+            leaf.grad = None
+
+    assert_compiles(attend, given, backend="aot_eager", after_each=check)
+
+
+def test_no_segment_leaks_through_flex() -> None:
+    q, k, v = (fj.Jagged.from_lengths(torch.randn(61, HEADS, DIM), [9, 0, 31, 1, 20]) for _ in range(3))
+    plan = fj.plan(q, mask=MASK, score=fj.Alibi(torch.rand(HEADS)), block_size=32)
+    with torch.no_grad():
+        assert_no_leak("flex", q, k, v, plan=plan, return_lse=False)
+
+
+def test_no_segment_leaks_through_a_traced_graph() -> None:
+    q, k, v = (fj.Jagged.from_lengths(torch.randn(61, HEADS, DIM), [9, 0, 31, 1, 20]) for _ in range(3))
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def attend(q: fj.Jagged, k: fj.Jagged, v: fj.Jagged) -> tuple[fj.Jagged, ...]:
+        return fj.attention(q, k, v, mask=MASK | fj.MaskMod(dilated), return_lse=True)
+
+    assert_no_leak(attend, q, k, v)

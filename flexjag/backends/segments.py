@@ -1,4 +1,4 @@
-"""``scaled_dot_product_attention`` once per segment: no tile waste, one call's overhead per segment.
+"""``scaled_dot_product_attention`` per segment, or per run of a segment's queries and the keys they can reach.
 
 On CPU it calls ATen's flash kernel itself, forward and backward, straight into the packed outputs. That saves the
 copies and the autograd nodes of a loop in user code, and gives the log-sum-exp that SDPA keeps to itself.
@@ -6,6 +6,7 @@ copies and the autograd nodes of a loop in user code, and gives the log-sum-exp 
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,27 +17,32 @@ from torch.autograd.function import once_differentiable
 from flexjag import masks as m
 from flexjag import mods
 from flexjag.choice import SDPA_WINDOWS
+from flexjag.layout import INT32_MAX
 from flexjag.plan import Plan
 
+ROWS = 256  # queries per call where a mask tensor is needed: bounds the mask, and lets a window skip keys
+
 Pair = tuple[Tensor, Tensor]
+Range = tuple[int, int]
 
 
 @dataclass(frozen=True, eq=False)
 class Pieces:
-    """The segments of a plan on the host, and each one's mask and bias.
+    """A plan cut into calls of SDPA, on the host.
 
     Attributes:
         plan: The plan.
         scale: Factor on ``q·k``.
-        q_lengths: Queries of each segment, the spare rows, and a 0.
-        kv_lengths: Keys of each segment, a 0, and the spare rows.
-        causal: SDPA's own causal flag does the mask; None if it takes a mask tensor.
+        q_ranges: Packed query rows of each call: all rows, in order, the spare ones last.
+        kv_ranges: Packed keys of each call; empty if its rows attend nothing.
+        causal: SDPA's own causal flag does the mask, a call is a whole segment, and all keys come in order;
+            None if the calls take a mask tensor.
     """
 
     plan: Plan
     scale: float
-    q_lengths: list[int]
-    kv_lengths: list[int]
+    q_ranges: list[Range]
+    kv_ranges: list[Range]
     causal: bool | None
 
 
@@ -46,13 +52,9 @@ def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, need_lse: boo
     Returns:
         ``[T_q, H, E]`` and the log-sum-exp ``[T_q, H]``, the latter in at least float32.
     """
-    layout = plan.layout
-    # The spare rows of either side are a piece of their own, which meets nothing.
-    n = [*layout.q_offsets.diff().tolist(), layout.num_q - int(layout.q_offsets[-1]), 0]
-    m_ = [*layout.kv_offsets.diff().tolist(), 0, layout.num_kv - int(layout.kv_offsets[-1])]
     window = m.as_window(plan.mask)
     causal = window == (None, 0, "start") if plan.score is None and window in SDPA_WINDOWS else None
-    pieces = Pieces(plan, scale, n, m_, causal)
+    pieces = _whole_segments(plan, scale, causal) if causal is not None else _runs(plan, scale)
     e = v.shape[2]
     wide = max(q.shape[2], e)  # the kernels want D == E; zeros change nothing
     q, k, v = (torch.nn.functional.pad(x, (0, wide - x.shape[2])) if x.shape[2] < wide else x for x in (q, k, v))
@@ -63,6 +65,29 @@ def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, need_lse: boo
     return out[..., :e], lse
 
 
+def _whole_segments(plan: Plan, scale: float, causal: bool) -> Pieces:
+    layout = plan.layout
+    q, kv = layout.q_offsets.tolist(), layout.kv_offsets.tolist()
+    # The spare rows of either side are pieces of their own, which meet nothing.
+    q_ranges = [*itertools.pairwise(q), (q[-1], layout.num_q), (layout.num_q, layout.num_q)]
+    kv_ranges = [*itertools.pairwise(kv), (kv[-1], kv[-1]), (kv[-1], layout.num_kv)]
+    return Pieces(plan, scale, q_ranges, kv_ranges, causal)
+
+
+def _runs(plan: Plan, scale: float) -> Pieces:
+    """Runs of at most ROWS queries of one segment, each with the keys between its first and its last allowed one."""
+    layout = plan.layout
+    ends = layout.q_offsets.tolist()
+    q_ranges = [(at, min(at + ROWS, end)) for start, end in itertools.pairwise(ends) for at in range(start, end, ROWS)]
+    q_ranges.append((ends[-1], layout.num_q))
+    lo = torch.cat([torch.where(x.outer.hi > x.outer.lo, x.outer.lo, INT32_MAX) for x in plan.sandwiches]).amin(0)
+    hi = torch.cat([torch.where(x.outer.hi > x.outer.lo, x.outer.hi, 0) for x in plan.sandwiches]).amax(0)
+    run = torch.repeat_interleave(torch.tensor([b - a for a, b in q_ranges], device=lo.device))
+    first = lo.new_full((len(q_ranges),), INT32_MAX).scatter_reduce(0, run, lo, "amin").tolist()
+    last = hi.new_zeros(len(q_ranges)).scatter_reduce(0, run, hi, "amax").tolist()
+    return Pieces(plan, scale, q_ranges, [(a, b) if a < b else (0, 0) for a, b in zip(first, last, strict=True)], None)
+
+
 def _bias(pieces: Pieces, index: int, heads: int, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
     """The additive bias ``[1, H or 1, n, m]``, -inf where masked, and ``[1, H or 1, n]`` which rows have no key.
 
@@ -71,24 +96,23 @@ def _bias(pieces: Pieces, index: int, heads: int, dtype: torch.dtype) -> tuple[T
     if pieces.causal is not None:
         return None, None
     plan, device = pieces.plan, pieces.plan.layout.device
-    q0, k0 = sum(pieces.q_lengths[:index]), sum(pieces.kv_lengths[:index])
-    q = torch.arange(q0, q0 + pieces.q_lengths[index], device=device)[None, :, None]
-    kv = torch.arange(k0, k0 + pieces.kv_lengths[index], device=device)[None, None]
+    q = torch.arange(*pieces.q_ranges[index], device=device)[None, :, None]
+    kv = torch.arange(*pieces.kv_ranges[index], device=device)[None, None]
     h = torch.arange(heads, device=device)[:, None, None]
     allowed = plan.mask_mod(h.new_zeros(()), h, q, kv).expand(-1, q.shape[1], kv.shape[2])
     no_key = ~allowed.any(2)
-    bias = torch.zeros_like(allowed, dtype=dtype)
+    bias = torch.zeros((), dtype=dtype, device=device)
     if plan.score_mod is not None:
-        bias = plan.score_mod(bias[:1, :1, :1].expand(1, *bias.shape[1:]), h.new_zeros(()), h, q, kv).to(dtype)
-    return bias.masked_fill(~(allowed | no_key[..., None]), -torch.inf)[None], no_key[None]
+        bias = plan.score_mod(bias.expand(1, *allowed.shape[1:]), h.new_zeros(()), h, q, kv).to(dtype)
+    return torch.where(allowed | no_key[..., None], bias, -torch.inf)[None], no_key[None]
 
 
-def _split(x: Tensor, lengths: list[int], shape: tuple[int, int]) -> tuple[Tensor, ...]:
-    """[T, H, ...] as one view per segment, [*shape, n, ...]; `shape` is (1, H), or (G, H / G) to share keys."""
+def _cut(x: Tensor, ranges: list[Range], shape: tuple[int, int], in_order: bool) -> tuple[Tensor, ...]:
+    """[T, H, ...] as one view per range, [*shape, n, ...]; `shape` is (1, H), or (G, H / G) to share keys."""
     heads = x.shape[1]
     x = x.transpose(0, 1)
     x = x.unflatten(0, (shape[0], -1)) if heads == shape[0] * shape[1] else x[:, None].expand(*shape, *x.shape[1:])
-    return x.split(lengths, 2)
+    return x.split([b - a for a, b in ranges], 2) if in_order else tuple(x[:, :, a:b] for a, b in ranges)
 
 
 def _grouped(x: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -105,16 +129,9 @@ class _Flash(torch.autograd.Function):
         shape = (1, heads) if heads == groups else (groups, heads // groups)
         acc = torch.float64 if q.dtype == torch.float64 else torch.float32
         out, lse = torch.zeros_like(q), q.new_full((heads, q.shape[0]), -torch.inf, dtype=acc)
-        n, m = pieces.q_lengths, pieces.kv_lengths
-        views = zip(
-            _split(q, n, shape),
-            _split(k, m, shape),
-            _split(v, m, shape),
-            _split(out, n, shape),
-            lse.view(*shape, -1).split(n, 2),
-            strict=True,
-        )
-        for index, (x, y, z, o, log_sum) in enumerate(views):
+        queries = [_cut(t, pieces.q_ranges, shape, True) for t in (q, out, lse.t())]
+        keys = [_cut(t, pieces.kv_ranges, shape, pieces.causal is not None) for t in (k, v)]
+        for index, (x, o, log_sum, y, z) in enumerate(zip(*queries, *keys, strict=True)):
             if x.shape[2] == 0 or y.shape[2] == 0:
                 continue
             bias, no_key = _bias(pieces, index, heads, q.dtype)
@@ -155,10 +172,10 @@ class _Flash(torch.autograd.Function):
             out = torch.cat([out, -grad_lse.to(out.dtype)[..., None]], 2)
             grad_out = torch.nn.functional.pad(grad_out, (0, 1), value=1.0)
         grads = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        n, m = pieces.q_lengths, pieces.kv_lengths
-        queries = [_split(t, n, shape) for t in (q, grad_out, out, grads[0], lse)]
-        keys = [_split(t, m, shape) for t in (k, v)]
-        key_grads = [_split(t, m, (1, groups)) for t in grads[1:]]
+        once = pieces.causal is not None  # every key belongs to one piece
+        queries = [_cut(t, pieces.q_ranges, shape, True) for t in (q, grad_out, out, grads[0], lse)]
+        keys = [_cut(t, pieces.kv_ranges, shape, once) for t in (k, v)]
+        key_grads = [_cut(t, pieces.kv_ranges, (1, groups), once) for t in grads[1:]]
         for index, (x, g, o, dx, log_sum, y, z, dy, dz) in enumerate(zip(*queries, *keys, *key_grads, strict=True)):
             if x.shape[2] == 0 or y.shape[2] == 0:
                 continue
@@ -180,7 +197,8 @@ class _Flash(torch.autograd.Function):
             )
             dx.copy_(parts[0])
             for target, part in ((dy, parts[1]), (dz, parts[2])):
-                target.copy_(part if heads == groups else part.sum(1)[None])
+                part = part if heads == groups else part.sum(1)[None]
+                target.copy_(part) if once else target.add_(part)
         return None, *(g[..., :dim] for g in grads)
 
 
@@ -188,9 +206,10 @@ def _composite(pieces: Pieces, q: Tensor, k: Tensor, v: Tensor, need_lse: bool) 
     """SDPA by its public door: any device, and gradients for a learned bias."""
     heads, repeats = q.shape[1], q.shape[1] // k.shape[1]
     acc = torch.float64 if q.dtype == torch.float64 else torch.float32
-    n, m = pieces.q_lengths, pieces.kv_lengths
     outs, lses = [], []
-    for index, (x, y, z) in enumerate(zip(q.split(n), k.split(m), v.split(m), strict=True)):
+    queries = q.split([b - a for a, b in pieces.q_ranges])
+    keys = [[t[a:b] for a, b in pieces.kv_ranges] for t in (k, v)]
+    for index, (x, y, z) in enumerate(zip(queries, *keys, strict=True)):
         if x.shape[0] == 0 or y.shape[0] == 0:
             outs.append(q.new_zeros(x.shape))
             lses.append(q.new_full(x.shape[:2], -torch.inf, dtype=acc))

@@ -63,7 +63,7 @@ class Counter:
     """
 
     generate: bool
-    graphs: dict[str, int] = field(default_factory=lambda: {"forward": 0, "backward": 0, "inference": 0})
+    graphs: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SHORT.values(), 0))
     seconds: float = 0.0
 
     def backend(self, graph: Any, inputs: Any) -> Any:
@@ -149,45 +149,69 @@ def _trial(count: int, layers: int, training: bool, options: Options) -> Callabl
     return run
 
 
+@dataclass
+class _Record:
+    """What one arm has done so far."""
+
+    call: Callable[..., Jagged]
+    backend: str
+    counter: Counter | None = None
+    seconds: list[float] = field(default_factory=list)
+    results: list[tuple[Tensor, ...]] = field(default_factory=list)
+    compiling: float = 0.0
+    usual: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SHORT.values(), 0))
+    failed: str | None = None
+
+    def step(self, model: Model, x: Jagged, training: bool) -> None:
+        """Run and time one batch; keep its result."""
+        before = {} if self.counter is None else dict(self.counter.graphs)
+        start = time.perf_counter()
+        try:
+            self.results.append(_Step(model, self.call, x, training, self.backend).run())
+            if x.values.is_cuda:
+                torch.cuda.synchronize()
+        except Exception as e:  # whatever a compiler throws is a result here
+            self.failed = f"batch {len(self.seconds) + 1}: {describe_error(e)}"
+            return
+        self.seconds.append(time.perf_counter() - start)
+        if self.counter is None or self.counter.graphs == before:
+            return
+        self.compiling += self.seconds[-1]
+        if x.values.shape[0] > 1:
+            self.usual = {k: n + self.counter.graphs[k] - before[k] for k, n in self.usual.items()}
+
+    def extra(self) -> dict[str, Any]:
+        """What the tables say besides the samples."""
+        found: dict[str, Any] = {"total_seconds": sum(self.seconds)}
+        if self.counter is not None:
+            found["graphs"] = {k: n for k, n in self.counter.graphs.items() if n}
+            found["graphs_but_for_0_or_1_tokens"] = {k: n for k, n in self.usual.items() if n}
+            found["seconds_of_batches_that_compiled"] = self.compiling
+            found["seconds_in_inductor"] = self.counter.seconds
+        return found
+
+
 def _measure(model: Model, batches: list[Jagged], training: bool, counter: Counter, tell: Tell) -> list[ArmResult]:
     """Both arms, batch by batch, in turn the one and the other first. Results are kept and checked afterwards."""
     compiled = torch.compile(model, fullgraph=True, backend=counter.backend)
-    calls = {COMPILED: (compiled, "auto" if training else "flex"), EAGER: (model, "auto")}
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    results: dict[str, list[tuple[Tensor, ...]]] = {name: [] for name in calls}
-    failed: dict[str, str] = {}
-    compiling = 0.0
+    records = {
+        COMPILED: _Record(compiled, "auto" if training else "flex", counter),
+        EAGER: _Record(model, "auto"),
+    }
     for i, x in enumerate(batches):
         tell(f"batch {i + 1} of {len(batches)}")
-        for name in sorted(calls, reverse=i % 2 == 0):
-            if name in failed:
-                continue
-            call, backend = calls[name]
-            graphs, start = sum(counter.graphs.values()), time.perf_counter()
-            try:
-                results[name].append(_Step(model, call, x, training, backend).run())
-            except Exception as e:  # whatever a compiler throws is a result here
-                failed[name] = f"batch {i + 1}: {describe_error(e)}"
-                continue
-            if x.values.is_cuda:
-                torch.cuda.synchronize()
-            seconds[name].append(time.perf_counter() - start)
-            if sum(counter.graphs.values()) > graphs:
-                compiling += seconds[name][-1]
+        for name in sorted(records, reverse=i % 2 == 0):
+            if records[name].failed is None:
+                records[name].step(model, x, training)
     tell("checking")
-    wrong = {name: _first_wrong(model, batches, training, results[name]) for name in calls if name not in failed}
     out = []
-    for name in calls:
-        if name in failed or wrong[name] is not None:
-            status = "failed" if name in failed else "wrong"
-            out.append(ArmResult(name, status, failed.get(name) or wrong[name]))
-            continue
-        extra: dict[str, Any] = {"total_seconds": sum(seconds[name])}
-        if name == COMPILED:
-            extra["graphs"] = {k: n for k, n in counter.graphs.items() if n}
-            extra["seconds_of_batches_that_compiled"] = compiling
-            extra["seconds_in_inductor"] = counter.seconds
-        out.append(ArmResult(name, "ok", seconds=seconds[name], first_seconds=seconds[name][0], extra=extra))
+    for name, record in records.items():
+        wrong = None if record.failed else _first_wrong(model, batches, training, record.results)
+        if record.failed or wrong:
+            out.append(ArmResult(name, "failed" if record.failed else "wrong", record.failed or wrong))
+        else:
+            first = record.seconds[0]
+            out.append(ArmResult(name, "ok", seconds=record.seconds, first_seconds=first, extra=record.extra()))
     return out
 
 
@@ -209,14 +233,16 @@ def _figures(options: Options, cases: list[CaseResult]) -> list[Figure]:
     limit = None if options.quick else "<= 2"
     figures = []
     for case, directions in ((TRAINING, ("forward", "backward")), (INFERENCE, ("inference",))):
-        graphs = found.extra(case, COMPILED, "graphs") or {}
+        every, usual = (found.extra(case, COMPILED, k) for k in ("graphs", "graphs_but_for_0_or_1_tokens"))
         for direction in directions:
-            figures.append(Figure(f"{case}: {direction} graphs", graphs.get(direction), "graphs", limit))
+            for text, graphs in (("", every), (", but for batches of 0 or 1 tokens", usual)):
+                count = None if graphs is None else graphs.get(direction, 0)
+                figures.append(Figure(f"{case}: {direction} graphs{text}", count, "graphs", limit))
         total = found.extra(case, COMPILED, "total_seconds")
         figures.append(Figure(f"{case}: all batches, compiling included", total, "s"))
         figures.append(Figure(f"{case}: all batches, eager", found.extra(case, EAGER, "total_seconds"), "s"))
-        usual = ratio(found.seconds(case, EAGER), found.seconds(case, COMPILED))
-        figures.append(Figure(f"{case}: time of eager / compiled, median batch", usual, "x"))
+        faster = ratio(found.seconds(case, EAGER), found.seconds(case, COMPILED))
+        figures.append(Figure(f"{case}: time of eager / compiled, median batch", faster, "x"))
     return figures
 
 
