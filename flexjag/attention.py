@@ -14,8 +14,7 @@ from flexjag.errors import PlanError, ShapeError, explain_values
 from flexjag.jagged import Jagged, check_same_layout
 from flexjag.masks import Mask, num_mask_heads
 from flexjag.normalizers import Normalizer
-from flexjag.plan import Plan
-from flexjag.plan import plan as make_plan
+from flexjag.plan import Plan, outline, with_tiles
 from flexjag.scores import Score, num_score_heads
 
 
@@ -71,7 +70,7 @@ def attention(
     """
     check_inputs(q, k, v)
     if plan is None:
-        plan = make_plan(q, k, mask=mask, score=score, normalizer=normalizer, validate=validate)
+        plan = outline(q, k, mask, score, normalizer, validate=validate)
     elif mask is not None or score is not None or normalizer is not None:
         raise PlanError(
             explain_values("plan", "already holds a mask, score and normalizer; pass one or the other", plan=plan)
@@ -91,6 +90,8 @@ def attention(
         dims=(heads, groups, q.values.shape[2], v.values.shape[2]),
     )
     name = choice.pick(backend, case)
+    if plan.made_tiles is None and name in ("tiled", "flex"):
+        plan = with_tiles(plan)
     if q.values.shape[0] == 0 or k.values.shape[0] == 0:
         out, lse = _nothing(q.values, k.values, v.values)
     elif name == "reference":

@@ -65,7 +65,7 @@ def _bytes(plan: Plan) -> int:
             for name in x.__dataclass_fields__:  # type: ignore[attr-defined]
                 visit(getattr(x, name))
 
-    visit((plan.layout, plan.sandwiches, plan.tables, plan.tiles, plan.head_of))
+    visit((plan.layout, plan.sandwiches, plan.tables, plan.made_tiles, plan.head_of))
     return sum(storages.values())
 
 
@@ -106,8 +106,8 @@ def explain(plan: Plan) -> str:
         share = flops / max(1, padded)
         lines.append(f"compute   {_si(flops, 'FLOP')} forward; padded {_si(padded, 'FLOP')} ({share:.0%})")
     lines.append(f"backend   {f['backend']}: {f['backend_reason']}")
-    for name in choice.BACKENDS:
-        why = choice.refusal(name, plan.case())
-        if why is not None:
-            lines.append(f"  not     {name}: {why}")
+    able = [b for b in choice.BACKENDS if b != f["backend"] and b not in f["not"]]
+    if able:
+        lines.append(f"  also    {', '.join(able)} can run it")
+    lines += [f"  not     {name}: {why}" for name, why in f["not"].items()]
     return "\n".join(lines)

@@ -219,6 +219,48 @@ class Jagged:
         """S, known on the host without a sync."""
         return self.offsets.shape[0] - 1
 
+    @property
+    def segment_ids(self) -> Tensor:
+        """``[T]`` int64: the segment of each token.
+
+        >>> Jagged.from_lengths(torch.zeros(5), [2, 0, 3]).segment_ids.tolist()
+        [0, 0, 2, 2, 2]
+        """
+        return segment_ids(self.offsets, self.values.shape[0])
+
+    @property
+    def positions(self) -> Tensor:
+        """``[T]`` int64: the position of each token in its segment, as positional embeddings want it.
+
+        >>> Jagged.from_lengths(torch.zeros(5), [2, 0, 3]).positions.tolist()
+        [0, 1, 0, 1, 2]
+        """
+        token = torch.arange(self.values.shape[0], device=self.offsets.device)
+        return token - self.offsets[self.segment_ids].long()
+
+    @property
+    def device(self) -> torch.device:
+        """Where values and offsets live."""
+        return self.values.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the values."""
+        return self.values.dtype
+
+    def to(self, *args: Any, **kwargs: Any) -> Jagged:
+        """The batch on another device or with values of another dtype; arguments as for ``Tensor.to``."""
+        values = self.values.to(*args, **kwargs)
+        return Jagged(values, self.offsets.to(values.device))
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> Jagged:
+        """Apply `fn` to the values; it must keep the number of tokens.
+
+        >>> Jagged.from_lengths(torch.ones(3, 2), [1, 2]).map(lambda v: v.sum(-1)).to_list()
+        [tensor([2.]), tensor([2., 2.])]
+        """
+        return self.with_values(fn(self.values))
+
     def with_values(self, values: Tensor) -> Jagged:
         """The same layout around other `values` ``[T, ...]``.
 
@@ -282,30 +324,38 @@ class Jagged:
         if isinstance(other, Jagged):
             check_same_layout(self, other)
             other = other.values
+        elif isinstance(other, Tensor):  # Dynamo cannot trace it, so eager mode does not offer it either
+            raise ShapeError(
+                explain_values(
+                    "other",
+                    "must be a Jagged or a number; use x.map(lambda v: ...) for tensors",
+                    shape=tuple(other.shape),
+                )
+            )
         return self.with_values(fn(self.values, other))
 
-    def __add__(self, other: Jagged | Tensor | float) -> Jagged:
+    def __add__(self, other: Jagged | float) -> Jagged:
         return self._combine(other, operator.add)
 
-    def __sub__(self, other: Jagged | Tensor | float) -> Jagged:
+    def __sub__(self, other: Jagged | float) -> Jagged:
         return self._combine(other, operator.sub)
 
-    def __mul__(self, other: Jagged | Tensor | float) -> Jagged:
+    def __mul__(self, other: Jagged | float) -> Jagged:
         return self._combine(other, operator.mul)
 
-    def __truediv__(self, other: Jagged | Tensor | float) -> Jagged:
+    def __truediv__(self, other: Jagged | float) -> Jagged:
         return self._combine(other, operator.truediv)
 
-    def __radd__(self, other: Tensor | float) -> Jagged:
+    def __radd__(self, other: float) -> Jagged:
         return self._combine(other, operator.add)
 
-    def __rmul__(self, other: Tensor | float) -> Jagged:
+    def __rmul__(self, other: float) -> Jagged:
         return self._combine(other, operator.mul)
 
-    def __rsub__(self, other: Tensor | float) -> Jagged:
+    def __rsub__(self, other: float) -> Jagged:
         return self._combine(other, lambda a, b: b - a)
 
-    def __rtruediv__(self, other: Tensor | float) -> Jagged:
+    def __rtruediv__(self, other: float) -> Jagged:
         return self._combine(other, lambda a, b: b / a)
 
     def __neg__(self) -> Jagged:

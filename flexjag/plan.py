@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -40,7 +40,7 @@ class Plan:
         sandwiches: The mask's spans, one entry per distinct head mask.
         head_of: ``[H]`` int32, which entry each query head uses; None if there is one for all.
         tables: Per-row tensors that the mods read.
-        tiles: Tile lists and tables.
+        made_tiles: Tile lists and tables; None in an outline, which only some backends can run.
         sample: ``(H, D, dtype, grad)`` of the q that was planned for, if it had heads.
     """
 
@@ -52,8 +52,14 @@ class Plan:
     sandwiches: tuple[Sandwich, ...]
     head_of: Tensor | None
     tables: mods.RowTables
-    tiles: Tiles
+    made_tiles: Tiles | None
     sample: tuple[int, int, torch.dtype, bool] | None
+
+    @property
+    def tiles(self) -> Tiles:
+        """Tile lists and tables."""
+        assert self.made_tiles is not None, "an outline never leaves attention()"
+        return self.made_tiles
 
     @property
     def mask_mod(self) -> Callable[..., Tensor]:
@@ -177,9 +183,10 @@ def _head_masks(mask: m.Mask) -> tuple[list[m.Mask], list[int] | None]:
     head_of: list[int] = []
     for h in range(heads):
         one = m.at_head(mask, h)
-        if one not in distinct:
+        known = [i for i, seen in enumerate(distinct) if seen == one]  # Dynamo cannot trace distinct.index(one)
+        head_of.append(known[0] if known else len(distinct))
+        if not known:
             distinct.append(one)
-        head_of.append(distinct.index(one))
     return distinct, head_of
 
 
@@ -217,7 +224,7 @@ def plan(
         q: The query batch. Only its layout is used, so ``[T]`` token ids do as well as ``[T, H, D]``.
         k: The key/value batch, if its offsets differ from q's (cross- and target attention).
         mask: Default :class:`~flexjag.masks.Full`. Isolation between segments is always on.
-        score: Default none.
+        score: Default none. It is kept, not copied: a plan made once sees a parameter's later values.
         normalizer: Default :class:`~flexjag.normalizers.Softmax`.
         block_size: Tile size, a power of two of at least 16; 128 is what GPU kernels like.
         max_tokens: The fixed number of rows of ``q.values``, of which the first ``offsets[-1]`` are used;
@@ -241,53 +248,70 @@ def plan(
     >>> p.num_tiles, p.num_full, p.grid
     (20, 3, (8, 8))
     """
+    return with_tiles(
+        outline(q, k, mask, score, normalizer, block_size, max_tokens, max_length, validate), max_length, refine_tiles
+    )
+
+
+def outline(
+    q: Jagged,
+    k: Jagged | None,
+    mask: m.Mask | None,
+    score: s.Score | None,
+    normalizer: Normalizer | None,
+    block_size: int = 128,
+    max_tokens: int | None = None,
+    max_length: int | None = None,
+    validate: bool = False,
+) -> Plan:
+    """The part of :func:`plan` that is linear in the tokens: everything but the tiles."""
     mask = m.Full() if mask is None else mask
     normalizer = Softmax() if normalizer is None else normalizer
     _check_plan(mask, score, normalizer, block_size, max_length)
     layout = build_layout(q, q if k is None else k, max_tokens=max_tokens, max_length=max_length, validate=validate)
-    if max_length is not None:
-        for offsets in (layout.q_offsets, layout.kv_offsets):
-            torch._assert_async((offsets.diff() <= max_length).all(), "max_length: must bound every segment's length")
     head_masks, head_of = _head_masks(mask)
-    sandwiches = tuple(sandwich(one, layout) for one in head_masks)
-    tables = mods.row_tables(layout, block_size)
-    capacity = _capacity(layout, block_size, max_length)
-    width, size = (None, None) if capacity is None else capacity
-    lists = [list_tiles(x.outer, x.inner, layout.num_kv, block_size, size) for x in sandwiches]
-    if capacity is None and not torch.compiler.is_compiling():
-        lists = [
-            _refined(tiles, x, tables, layout, block_size, refine_tiles)
-            for tiles, x in zip(lists, sandwiches, strict=True)
-        ]
-    heads_tensor = None
-    by_head = lists
-    if head_of is not None:
-        # Filled on the device: uploading a list would wait for it.
-        heads_tensor = torch.stack([torch.full((), i, dtype=torch.int32, device=layout.device) for i in head_of])
-        by_head = [lists[i] for i in head_of]
-    kv_partial, kv_full, q_partial, q_full = build_tables(by_head, layout.num_q, layout.num_kv, block_size, width)
-    if len(lists) == 1:
-        union = lists[0]
-    else:
-        lo, hi = (torch.cat([getattr(x.outer, end) for x in sandwiches]) for end in ("lo", "hi"))
-        nothing = Spans(layout.kv_start[None], layout.kv_start[None])
-        union = list_tiles(Spans(lo, hi), nothing, layout.num_kv, block_size, size)
+    heads = None
+    if head_of is not None:  # filled on the device: uploading a list would wait for it
+        heads = torch.stack([torch.full((), i, dtype=torch.int32, device=layout.device) for i in head_of])
     sample = None
     if q.values.ndim == 3 and q.values.dtype.is_floating_point:
         grad = q.values.requires_grad and torch.is_grad_enabled()
         sample = (q.values.shape[1], q.values.shape[2], q.values.dtype, grad)
-    made = Plan(
+    return Plan(
         layout=layout,
         mask=mask,
         score=score,
         normalizer=normalizer,
         block_size=block_size,
-        sandwiches=sandwiches,
-        head_of=heads_tensor,
-        tables=tables,
-        tiles=Tiles(union, kv_partial, kv_full, q_partial, q_full),
+        sandwiches=tuple(sandwich(one, layout) for one in head_masks),
+        head_of=heads,
+        tables=mods.row_tables(layout, block_size),
+        made_tiles=None,
         sample=sample,
     )
+
+
+def with_tiles(plan: Plan, max_length: int | None = None, refine_tiles: bool | None = None) -> Plan:
+    """An outlined plan with its tiles; the arguments are those of :func:`plan`."""
+    layout, block, sandwiches = plan.layout, plan.block_size, plan.sandwiches
+    if max_length is not None:
+        for offsets in (layout.q_offsets, layout.kv_offsets):
+            torch._assert_async((offsets.diff() <= max_length).all(), "max_length: must bound every segment's length")
+    capacity = _capacity(layout, block, max_length)
+    width, size = (None, None) if capacity is None else capacity
+    lists = [list_tiles(x.outer, x.inner, layout.num_kv, block, size) for x in sandwiches]
+    if capacity is None and not torch.compiler.is_compiling():
+        tables = plan.tables
+        lists = [_refined(t, x, tables, layout, block, refine_tiles) for t, x in zip(lists, sandwiches, strict=True)]
+    union, by_head = lists[0], lists
+    if plan.head_of is not None:
+        by_head = [lists[i] for i in _head_masks(plan.mask)[1] or ()]
+    if len(lists) > 1:
+        lo, hi = (torch.cat([getattr(x.outer, end) for x in sandwiches]) for end in ("lo", "hi"))
+        nothing = Spans(layout.kv_start[None], layout.kv_start[None])
+        union = list_tiles(Spans(lo, hi), nothing, layout.num_kv, block, size)
+    tables = build_tables(by_head, layout.num_q, layout.num_kv, block, width)
+    made = replace(plan, made_tiles=Tiles(union, *tables))
     mark_plan(made)
     return made
 

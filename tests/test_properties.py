@@ -152,7 +152,9 @@ HARD = {
     "a token over whole tiles": lambda p: p.q.values.shape[0] == 2 * p.block_size + 1,
     "a segment over several tiles": lambda p: max([0, *p.q.lengths.tolist()]) > 2 * p.block_size,
     "differing offsets": lambda p: not torch.equal(p.q.offsets, p.k.offsets),
-    "grouped heads and E over D": lambda p: p.heads > p.k.values.shape[1] > 1 and p.v.values.shape[2] > p.q.values.shape[2],
+    "grouped heads and E over D": lambda p: (
+        p.heads > p.k.values.shape[1] > 1 and p.v.values.shape[2] > p.q.values.shape[2]
+    ),
     "a mask of depth 4": lambda p: _depth(p.mask) == 4,
     "another mask per head": lambda p: m.num_mask_heads(p.mask) is not None,
     "a bound per segment": lambda p: isinstance(p.mask, m.Window) and isinstance(p.mask.left, torch.Tensor),

@@ -128,11 +128,13 @@ class _Flash(torch.autograd.Function):
         heads, groups = q.shape[1], k.shape[1]
         shape = (1, heads) if heads == groups else (groups, heads // groups)
         acc = torch.float64 if q.dtype == torch.float64 else torch.float32
-        out, lse = torch.zeros_like(q), q.new_full((heads, q.shape[0]), -torch.inf, dtype=acc)
+        out, lse = torch.empty_like(q), q.new_empty((heads, q.shape[0]), dtype=acc)
         queries = [_cut(t, pieces.q_ranges, shape, True) for t in (q, out, lse.t())]
         keys = [_cut(t, pieces.kv_ranges, shape, pieces.causal is not None) for t in (k, v)]
         for index, (x, o, log_sum, y, z) in enumerate(zip(*queries, *keys, strict=True)):
             if x.shape[2] == 0 or y.shape[2] == 0:
+                o.zero_()
+                log_sum.fill_(-torch.inf)
                 continue
             bias, no_key = _bias(pieces, index, heads, q.dtype)
             part, log = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
@@ -164,20 +166,23 @@ class _Flash(torch.autograd.Function):
         grad_out, grad_lse = grad_outputs
         q, k, v, out, lse = ctx.saved_tensors
         heads, groups, dim = q.shape[1], k.shape[1], q.shape[2]
-        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+        grad_out = torch.zeros_like(out) if grad_out is None else grad_out.contiguous()
         if grad_lse is not None:
             # The kernel subtracts delta = sum(grad_out * out) from each score's gradient; d lse has to be added.
             # One more feature, 0 in q, k, v, 1 in grad_out and -grad_lse in out, makes delta do both.
             q, k, v = (torch.nn.functional.pad(x, (0, 1)) for x in (q, k, v))
             out = torch.cat([out, -grad_lse.to(out.dtype)[..., None]], 2)
             grad_out = torch.nn.functional.pad(grad_out, (0, 1), value=1.0)
-        grads = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
         once = pieces.causal is not None  # every key belongs to one piece
+        new = torch.empty_like if once else torch.zeros_like
+        grads = torch.empty_like(q), new(k), new(v)
         queries = [_cut(t, pieces.q_ranges, shape, True) for t in (q, grad_out, out, grads[0], lse)]
         keys = [_cut(t, pieces.kv_ranges, shape, once) for t in (k, v)]
         key_grads = [_cut(t, pieces.kv_ranges, (1, groups), once) for t in grads[1:]]
         for index, (x, g, o, dx, log_sum, y, z, dy, dz) in enumerate(zip(*queries, *keys, *key_grads, strict=True)):
             if x.shape[2] == 0 or y.shape[2] == 0:
+                for unmet in (dx, dy, dz) if once else (dx,):
+                    unmet.zero_()
                 continue
             bias, no_key = _bias(pieces, index, heads, q.dtype)
             if no_key is not None:

@@ -31,7 +31,10 @@ class Graphs:
 
     def __str__(self) -> str:
         rows = (("forward", self.forward), ("backward", self.backward), ("inference", self.inference))
-        return ", ".join(f"{len(at)} {name} graph{'s' * (len(at) != 1)} (batches {at})" for name, at in rows if at) or "no graph"
+        return (
+            ", ".join(f"{len(at)} {name} graph{'s' * (len(at) != 1)} (batches {at})" for name, at in rows if at)
+            or "no graph"
+        )
 
 
 class _Counter:

@@ -62,7 +62,9 @@ def assert_no_leak(attend: Attend | str, q: Jagged, k: Jagged, v: Jagged, *, see
         after = _outputs(call, *changed)
         first, end = q.offsets[segment : segment + 2].tolist()
         for index, (a, b) in enumerate(zip(before, after, strict=True)):
-            differs = (_bits(a.values) != _bits(b.values)).any(1) if a.values.numel() else torch.zeros(0, dtype=torch.bool)
+            differs = (
+                (_bits(a.values) != _bits(b.values)).any(1) if a.values.numel() else torch.zeros(0, dtype=torch.bool)
+            )
             differs[first:end] = False
             if bool(differs.any()):
                 token = int(torch.nonzero(differs)[0])

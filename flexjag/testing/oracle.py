@@ -19,6 +19,7 @@ from flexjag.plan import Plan
 from flexjag.plan import plan as make_plan
 from flexjag.testing.rounding import rounding_bounds
 
+
 @dataclass(frozen=True, eq=False)
 class _Result:
     out: Tensor

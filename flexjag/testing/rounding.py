@@ -202,7 +202,15 @@ def rounding_bounds(
 
 
 def _segment_bounds(
-    x: Tensor, y: Tensor, z: Tensor, g: Tensor, g_lse: Tensor, state: _Scores, allowed: Tensor, scale: float, unit: _Units
+    x: Tensor,
+    y: Tensor,
+    z: Tensor,
+    g: Tensor,
+    g_lse: Tensor,
+    state: _Scores,
+    allowed: Tensor,
+    scale: float,
+    unit: _Units,
 ) -> Bounds:
     """The bounds of one segment, every tensor ``[H, n or m, ...]``."""
     n, width, stored = x.shape[1], y.shape[1], unit.stored
@@ -213,7 +221,9 @@ def _segment_bounds(
     value, error = state.value.masked_fill(~allowed, 0.0), state.error.masked_fill(~allowed, 0.0)
     p = torch.exp(value - lse).masked_fill(~allowed, 0.0)
     top = (value.abs() * allowed).amax(2, keepdim=True)
-    lse_error = (p * error).sum(2, keepdim=True) + (keys + stored + (stored + unit.result) * (top + lse.abs())) * has_key
+    lse_error = (p * error).sum(2, keepdim=True) + (
+        keys + stored + (stored + unit.result) * (top + lse.abs())
+    ) * has_key
     log_error = error + lse_error + keys + stored * (1 + value.abs() + lse.abs())
     p_error = (p * torch.expm1(log_error.clamp(max=MOST_LOG)) + unit.tiny) * allowed
     out = p @ z
@@ -234,9 +244,7 @@ def _segment_bounds(
     scale = abs(scale)
     size = raw.abs()
     tokens = n * x.shape[0] * width * unit.summed + stored + unit.result
-    learned = [
-        float((ds_error * (j.abs() + e) + ds.abs() * (e + tokens * j.abs())).sum()) for j, e in state.learned
-    ]
+    learned = [float((ds_error * (j.abs() + e) + ds.abs() * (e + tokens * j.abs())).sum()) for j, e in state.learned]
     return Bounds(
         out=out_error + unit.result * out.abs(),
         lse=lse_error,

@@ -56,7 +56,9 @@ def lengths(
     return sizes.flatmap(lambda n: st.lists(length, min_size=n, max_size=n)).map(cut)
 
 
-def _jagged(total: int, shape: tuple[int, ...], offsets: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Jagged:
+def _jagged(
+    total: int, shape: tuple[int, ...], offsets: Tensor, dtype: torch.dtype, generator: torch.Generator
+) -> Jagged:
     values = torch.randn((total, *shape), generator=generator, dtype=torch.float64)
     return Jagged(values.to(dtype), offsets)
 

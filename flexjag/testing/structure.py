@@ -55,7 +55,9 @@ def _check_canonical(name: str, spans: Spans) -> None:
         raise AssertionError(f"{name}: {spans.count} spans per row, unsorted or more than {MAX_SPANS}")
 
 
-def assert_sandwich(mask: m.Mask, q: Jagged, k: Jagged | None = None, *, heads: int | None = None, block_size: int = 16) -> Plan:
+def assert_sandwich(
+    mask: m.Mask, q: Jagged, k: Jagged | None = None, *, heads: int | None = None, block_size: int = 16
+) -> Plan:
     """Assert that a mask's spans bound it: ``inner ⊆ mask ⊆ outer`` on every head, and that the plan's mask is the mask.
 
     A mask made of interval nodes alone must be exactly its spans.
@@ -142,7 +144,9 @@ def tile_kinds(block_mask: object, rows: int, cols: int) -> Tensor:
     return inside
 
 
-def assert_tiles(mask: m.Mask, q: Jagged, k: Jagged | None = None, *, heads: int | None = None, block_size: int = 16) -> Plan:
+def assert_tiles(
+    mask: m.Mask, q: Jagged, k: Jagged | None = None, *, heads: int | None = None, block_size: int = 16
+) -> Plan:
     """Assert that a plan's tiles are those that ``create_block_mask`` finds in the dense mask.
 
     Exactly those, on both sides of the BlockMask, for masks made of interval nodes. For others, whose tiles may be unproven:
