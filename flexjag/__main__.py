@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from flexjag import __version__, cli_explain, demo
+from flexjag import __version__, bench, cli_explain, demo
 from flexjag.errors import FlexjagError, LanguageError
 
 WRONG_USE, INTERRUPTED, PIPE_CLOSED = 2, 130, 141
@@ -28,6 +28,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
     demo.add_command(commands)
     cli_explain.add_command(commands)
+    commands.add_parser("bench", help="measure, beside what one would use instead; has its own --help")
     return parser
 
 
@@ -46,8 +47,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names and dashes, on whatever the terminal can do
+    arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        args = _parser().parse_args(argv)
+        if arguments[:1] == ["bench"]:
+            return bench.main(arguments[1:])
+        args = _parser().parse_args(arguments)
         code = args.run(args)
         sys.stdout.flush()
     except SystemExit as stop:  # argparse: --help, --version and errors

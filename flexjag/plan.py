@@ -18,7 +18,7 @@ from flexjag.jagged import Jagged, mark_varying
 from flexjag.layout import Layout, build_layout
 from flexjag.normalizers import Normalizer, Softmax
 from flexjag.spans import Sandwich, Spans, sandwich
-from flexjag.tiles import TileList, Tiles, block_mask, blocks, build_tables, list_tiles, refine
+from flexjag.tiles import TileList, Tiles, assert_on_device, block_mask, blocks, build_tables, list_tiles, refine
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -246,7 +246,7 @@ def plan(
     >>> x = Jagged.from_lengths(torch.zeros(1000, 2, 16), [400, 0, 600])
     >>> p = plan(x, mask=m.Causal() & m.Window(256, 0))
     >>> p.num_tiles, p.num_full, p.grid
-    (20, 3, (8, 8))
+    (20, 4, (8, 8))
     """
     return with_tiles(
         outline(q, k, mask, score, normalizer, block_size, max_tokens, max_length, validate), max_length, refine_tiles
@@ -296,7 +296,7 @@ def with_tiles(plan: Plan, max_length: int | None = None, refine_tiles: bool | N
     layout, block, sandwiches = plan.layout, plan.block_size, plan.sandwiches
     if max_length is not None:
         for offsets in (layout.q_offsets, layout.kv_offsets):
-            torch._assert_async((offsets.diff() <= max_length).all(), "max_length: must bound every segment's length")
+            assert_on_device((offsets.diff() <= max_length).all(), "max_length: must bound every segment's length")
     capacity = _capacity(layout, block, max_length)
     width, size = (None, None) if capacity is None else capacity
     lists = [list_tiles(x.outer, x.inner, layout.num_kv, block, size) for x in sandwiches]

@@ -62,6 +62,11 @@ def blocks(tokens: int, block: int) -> int:
     return (tokens + block - 1) // block or 1  # not max(): a traced size stays a plain quotient
 
 
+def assert_on_device(holds: Tensor, message: str) -> None:
+    """Fail if a boolean scalar is False, without waiting for the device: a later call reports it there."""
+    torch._assert_async(holds, message)  # pyright: ignore[reportPrivateImportUsage]
+
+
 def _by_row(x: Tensor, rows: int, block: int) -> Tensor:
     """[K, T] to [rows, K * block], padded with 0."""
     x = torch.nn.functional.pad(x, (0, rows * block - x.shape[1]))
@@ -122,9 +127,7 @@ def _list_tiles(
     row = torch.where(live, source // lo.shape[1], rows - 1)
     col = torch.where(live, first.flatten()[source] + slot - (ends - counts)[source], cols)
     if capacity is not None:
-        torch._assert_async(  # pyright: ignore[reportPrivateImportUsage]
-            ends[-1] <= capacity, "the plan's bounds (max_tokens, max_length) hold fewer tiles than this batch needs"
-        )
+        assert_on_device(ends[-1] <= capacity, "max_length: its bound holds fewer tiles than this batch needs")
     full = _is_full(row, col, inner_lo, inner_hi, rows, cols, block)
     return torch.stack([row, col, torch.where(live, torch.where(full, FULL, PARTIAL), UNUSED)])
 

@@ -63,7 +63,7 @@ def draw(axes: Axes, plan: Plan, head: int = 0) -> None:
     layout, block = plan.layout, plan.block_size
     num_q, num_kv = max(1, layout.num_q), max(1, layout.num_kv)
     rows, cols = plan.grid
-    look = {"interpolation": "nearest", "aspect": "auto"}
+    look: dict[str, Any] = {"interpolation": "nearest", "aspect": "auto"}
     colors = ListedColormap(["white", PARTIAL_COLOR, FULL_COLOR])
     kinds = _kinds(plan, head)
     axes.imshow(kinds, cmap=colors, vmin=0, vmax=2, extent=(0, cols * block, rows * block, 0), **look)

@@ -124,7 +124,11 @@ CHOICES = [
     (case(Full()), "segments"),
     (case(tokens=20), "tiled"),  # two tokens per segment
     (case(tracing=True), "tiled"),
-    (case(Causal() & Prefix(3)), "tiled"),
+    (case(Causal() & Prefix(3)), "segments"),
+    (case(Causal() & Prefix(3), score=ALIBI), "segments"),
+    (case(Causal() & Prefix(3), tokens=10 * 5000), "tiled"),  # a mask with gaps over long segments
+    (case(Causal() & fj.Window(9, 0), tokens=10 * 5000), "segments"),
+    (case(score=fj.Alibi(torch.ones(2, requires_grad=True))), "tiled"),
     (case(score=ALIBI >> SoftCap(1.0)), "tiled"),
 ]
 

@@ -156,8 +156,6 @@ def test_arithmetic(op) -> None:  # type: ignore[no-untyped-def]
     assert torch.equal(op(x, y).values, op(x.values, y.values))
     assert torch.equal(op(x, 3.0).values, op(x.values, 3.0))
     assert torch.equal(op(3.0, x).values, op(3.0, x.values))
-    row = torch.arange(1.0, 5.0)
-    assert torch.equal(op(x, row).values, op(x.values, row))
     assert op(x, y).offsets is x.offsets
 
 
@@ -176,7 +174,26 @@ def test_result_that_loses_tokens_raises() -> None:
     with pytest.raises(ShapeError, match=r"values: must keep the number of tokens; got shape=\(4,\), tokens=3"):
         jagged([2, 1]).with_values(torch.zeros(4))
     with pytest.raises(ShapeError, match="values: must keep the number of tokens"):
-        jagged([1]) + torch.zeros(3)
+        jagged([1]).map(lambda v: v.repeat(2))
+
+
+@pytest.mark.parametrize("swap", [False, True])
+def test_arithmetic_with_a_tensor_says_what_to_do(swap: bool) -> None:
+    x, row = jagged([2, 1], 4), torch.ones(4)
+    with pytest.raises(ShapeError, match=r"other: must be a Jagged or a number; use x\.map.*shape=\(4,\)"):
+        row + x if swap else x + row
+
+
+def test_coordinates_and_moves() -> None:
+    x = jagged([2, 0, 3], 4)
+    assert x.positions.tolist() == [0, 1, 0, 1, 2]
+    assert x.segment_ids.tolist() == [0, 0, 2, 2, 2]
+    moved = x.to("meta")
+    assert moved.device.type == moved.offsets.device.type == "meta"
+    half = x.to(torch.bfloat16)
+    assert half.dtype == torch.bfloat16
+    assert half.offsets is x.offsets
+    assert torch.equal(x.map(lambda v: v + 1).values, x.values + 1)
 
 
 def test_validate_returns_the_batch() -> None:

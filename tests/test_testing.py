@@ -151,8 +151,7 @@ def _spans(lo: int, hi: int):  # type: ignore[no-untyped-def]
     """A sandwich of Causal that is off by some keys at the start and the end."""
 
     def case(mask: fj.Mask, layout) -> spans.Sandwich:  # type: ignore[no-untyped-def]
-        found = spans._exact(layout, layout.kv_start + lo, layout.kv_start + layout.q_pos + 1 + hi)
-        return found
+        return spans._exact(layout, layout.kv_start + lo, layout.kv_start + layout.q_pos + 1 + hi)
 
     return mock.patch.dict(spans.sandwich.cases, {fj.Causal: case})
 
@@ -230,7 +229,7 @@ def test_no_leak_wants_jagged_results_and_no_stray_keywords() -> None:
     x = batch()
     with pytest.raises(AssertionError, match="must return Jagged"):
         assert_no_leak(lambda q, k, v: q.values, x, x, x)
-    with pytest.raises(TypeError, match="backend's name only.*mask"):
+    with pytest.raises(TypeError, match=r"backend's name only.*mask"):
         assert_no_leak(leaky, x, x, x, mask=fj.Causal())
 
 

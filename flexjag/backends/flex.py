@@ -64,6 +64,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, need_lse:
     lse = None
     if need_lse:
         out, aux = flex_attention(x, y, z, return_aux=AuxRequest(lse=True), **keywords)
+        assert aux.lse is not None
         lse = aux.lse[0].transpose(0, 1)
     else:
         out = flex_attention(x, y, z, **keywords)

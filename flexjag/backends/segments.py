@@ -212,12 +212,13 @@ def _composite(pieces: Pieces, q: Tensor, k: Tensor, v: Tensor, need_lse: bool) 
     heads, repeats = q.shape[1], q.shape[1] // k.shape[1]
     acc = torch.float64 if q.dtype == torch.float64 else torch.float32
     outs, lses = [], []
+    link = sum(t.flatten()[:0].sum() for t in (q, k, v))  # 0, and keeps a result without keys differentiable
     queries = q.split([b - a for a, b in pieces.q_ranges])
     keys = [[t[a:b] for a, b in pieces.kv_ranges] for t in (k, v)]
     for index, (x, y, z) in enumerate(zip(queries, *keys, strict=True)):
         if x.shape[0] == 0 or y.shape[0] == 0:
-            outs.append(q.new_zeros(x.shape))
-            lses.append(q.new_full(x.shape[:2], -torch.inf, dtype=acc))
+            outs.append(q.new_zeros(x.shape) + link)
+            lses.append(q.new_full(x.shape[:2], -torch.inf, dtype=acc) + link)
             continue
         bias, no_key = _bias(pieces, index, heads, q.dtype)
         x = x.transpose(0, 1)[None]
@@ -234,5 +235,6 @@ def _composite(pieces: Pieces, q: Tensor, k: Tensor, v: Tensor, need_lse: bool) 
                 scores = scores.masked_fill(later, -torch.inf)
             one = (scores if bias is None else scores + bias).logsumexp(3)
             lses.append((one if no_key is None else one.masked_fill(no_key, -torch.inf))[0].transpose(0, 1))
-    lse = torch.cat(lses) if need_lse else q.new_full(q.shape[:2], -torch.inf, dtype=acc)
-    return torch.cat(outs), lse
+    link = q[:0].sum() + k[:0].sum() + v[:0].sum()  # 0, and differentiable even if no piece has a key
+    lse = torch.cat(lses) + link if need_lse else q.new_full(q.shape[:2], -torch.inf, dtype=acc)
+    return torch.cat(outs) + link, lse

@@ -1,7 +1,7 @@
 """What flexjag tests itself with, for testing masks, scores and models of your own.
 
-The hypothesis strategies live in :mod:`flexjag.testing.strategies` and need hypothesis (the ``test`` extra); the assertions
-need torch alone.
+The hypothesis strategies live in :mod:`flexjag.testing.strategies` and need hypothesis (the ``test`` extra); the
+assertions need torch alone.
 """
 
 from flexjag.testing.compiles import Graphs, assert_compiles

@@ -47,7 +47,7 @@ class _Counter:
     def note(self, kind: str) -> None:
         getattr(self.graphs, kind).append(self.batch)
 
-    def inductor(self, module: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+    def inductor(self, module: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
         from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
         def inner(graph: torch.fx.GraphModule, example: Any, **keywords: Any) -> Any:
@@ -58,8 +58,8 @@ class _Counter:
         return compile_fx(module, inputs, inner_compile=inner)
 
     def aot_eager(self, module: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
-        from functorch.compile import make_boxed_func
         from torch._dynamo.backends.common import aot_autograd
+        from torch._functorch._aot_autograd.utils import make_boxed_func
 
         def compiler(kind: str) -> Callable[..., Any]:
             def compile_graph(graph: torch.fx.GraphModule, example: Any) -> Any:
@@ -83,23 +83,24 @@ def assert_compiles(
 ) -> Graphs:
     """Assert that `fn` compiles into one piece, and into few graphs for all batches together.
 
-    ``torch.compile(fn, fullgraph=True)`` runs on every batch, and a backward of the sum of its float outputs after each, so
-    gradients accumulate in the leaves' ``grad``. Resets TorchDynamo first and afterwards.
+    ``torch.compile(fn, fullgraph=True)`` runs on every batch, and a backward of the sum of its outputs after each,
+    so gradients accumulate in the leaves' ``grad``. Resets TorchDynamo first and afterwards.
 
     Args:
         fn: A function or module.
         batches: The arguments of each call.
-        max_graphs: The most graphs allowed in each direction (forward, backward, inference). In PyTorch a size of 0 and a
-            size of 1 are each a graph of its own, so batches of T = 0 or T = 1 need one more each.
+        max_graphs: The most graphs allowed in each direction (forward, backward, inference). In PyTorch a size of 0 and
+            a size of 1 are each a graph of its own, so batches of T = 0 or T = 1 need one more each.
         backward: Whether to run backwards. Otherwise the calls run under ``torch.no_grad()``.
-        backend: ``"inductor"``, or ``"aot_eager"`` to trace both directions without generating code, which is much faster.
+        backend: ``"inductor"``, or ``"aot_eager"`` to trace both directions without generating code, which is faster.
         after_each: Called with the index and the outputs after each batch, to check them.
 
     Returns:
         At which batch each graph was compiled.
 
     Raises:
-        AssertionError: As soon as one direction has too many graphs, naming the batch of each; or if nothing was compiled.
+        AssertionError: As soon as one direction has too many graphs, naming the batch of each; or if nothing was
+            compiled.
 
     >>> assert_compiles(lambda x: x.sin(), [(torch.randn(n),) for n in (5, 5)], backward=False, backend="aot_eager")
     Graphs(forward=[], backward=[], inference=[0])

@@ -40,7 +40,8 @@ def assert_no_leak(attend: Attend | str, q: Jagged, k: Jagged, v: Jagged, *, see
         k: ``[T_kv, ...]``.
         v: ``[T_kv, ...]``.
         seed: For the other values.
-        **keywords: Passed to :func:`flexjag.attention` if `attend` names a backend (mask, score, plan, scale, return_lse).
+        **keywords: Passed to :func:`flexjag.attention` if `attend` names a backend (mask, score, plan, scale,
+            return_lse).
 
     Raises:
         AssertionError: Naming the segment changed and the first token that changed with it.

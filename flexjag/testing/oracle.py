@@ -19,6 +19,24 @@ from flexjag.plan import Plan
 from flexjag.plan import plan as make_plan
 from flexjag.testing.rounding import rounding_bounds
 
+_Row = tuple[str, Tensor, Tensor, Tensor, Tensor | float]
+
+
+@dataclass(frozen=True, eq=False)
+class _Trial:
+    """What every run has in common."""
+
+    q: Jagged
+    k: Jagged
+    v: Jagged
+    plan: Plan
+    scale: float
+    learned: Sequence[Tensor]
+    grad_out: Tensor
+    grad_lse: Tensor
+    lse: bool
+    backward: bool
+
 
 @dataclass(frozen=True, eq=False)
 class _Result:
@@ -27,26 +45,21 @@ class _Result:
     grads: list[Tensor]
 
 
-def _run(
-    backend: str, inputs: tuple[Jagged, Jagged, Jagged], dtype: torch.dtype, plan: Plan, scale: float, learned: Sequence[Tensor],
-    weights: tuple[Tensor, Tensor], want: tuple[bool, bool],
-) -> _Result:  # fmt: skip
-    """Run one backend in one precision; `weights` flow back into the output and the log-sum-exp."""
-    lse_wanted, backward = want
-    leaves = [x.values.detach().to(dtype).requires_grad_(backward) for x in inputs]
+def _run(backend: str, dtype: torch.dtype, trial: _Trial) -> _Result:
+    """Run one backend in one precision, and differentiate a loss that weighs all that it returns."""
+    inputs = (trial.q, trial.k, trial.v)
+    leaves = [x.values.detach().to(dtype).requires_grad_(trial.backward) for x in inputs]
     q, k, v = (x.with_values(t) for x, t in zip(inputs, leaves, strict=True))
-    got = attention(q, k, v, plan=plan, scale=scale, return_lse=lse_wanted, backend=backend)
-    out, lse = got if isinstance(got, tuple) else (got, None)  # None if it is not wanted
+    got = attention(q, k, v, plan=trial.plan, scale=trial.scale, return_lse=trial.lse, backend=backend)
+    out, lse = (x.values for x in got) if isinstance(got, tuple) else (got.values, got.values.new_zeros(0))
     grads: list[Tensor] = []
-    if backward:
-        loss = (out.values * weights[0].to(dtype)).sum()
-        if lse is not None:
-            finite = torch.where(torch.isfinite(lse.values), lse.values, 0.0)
-            loss = loss + (finite * weights[1].to(finite.dtype)).sum()
-        found = torch.autograd.grad(loss, [*leaves, *learned], allow_unused=True, materialize_grads=True)
+    if trial.backward:
+        loss = (out * trial.grad_out.to(dtype)).sum()
+        if trial.lse:
+            loss = loss + (torch.where(torch.isfinite(lse), lse, 0.0) * trial.grad_lse.to(lse.dtype)).sum()
+        found = torch.autograd.grad(loss, [*leaves, *trial.learned], allow_unused=True, materialize_grads=True)
         grads = [x.detach() for x in found]
-    nothing = out.values.new_zeros(0)
-    return _Result(out.values.detach(), nothing if lse is None else lse.values.detach(), grads)
+    return _Result(out.detach(), lse.detach(), grads)
 
 
 def assert_matches_reference(
@@ -66,8 +79,8 @@ def assert_matches_reference(
 ) -> dict[str, float]:
     """Assert that a backend agrees with the dense reference in float64, forward and backward, up to rounding.
 
-    For each tensor the allowed error is ``2 * (worst error of the reference in the same precision + rounding)``, elementwise;
-    the rounding term is :func:`~flexjag.testing.rounding.rounding_bounds`, an error analysis of the very problem.
+    For each tensor the allowed error is ``2 * (worst error of the reference in the same precision + rounding)``. The
+    rounding term is elementwise: :func:`~flexjag.testing.rounding.rounding_bounds`, an error analysis of the problem.
 
     Args:
         q: ``[T_q, H, D]``, in the precision to test.
@@ -99,17 +112,26 @@ def assert_matches_reference(
     learned = mods.learned_tensors(plan.score, dtype, device) if learned is None else learned
     g = torch.Generator().manual_seed(seed)
     shape = (*q.values.shape[:2], v.values.shape[2])
-    weights = tuple(torch.randn(n, generator=g).to(device, dtype) for n in (shape, shape[:2]))
-    want = (lse, backward)
-    inputs = (q, k, v)
-    exact = _run("reference", inputs, torch.float64, plan, scale, learned, weights, want)
-    same = exact if dtype == torch.float64 else _run("reference", inputs, dtype, plan, scale, learned, weights, want)
-    got = _run(backend, inputs, dtype, plan, scale, learned, weights, want)
+    grad_out, grad_lse = (torch.randn(n, generator=g).to(device, dtype) for n in (shape, shape[:2]))
+    trial = _Trial(q, k, v, plan, scale, learned, grad_out, grad_lse * lse, lse, backward)
+    exact = _run("reference", torch.float64, trial)
+    same = exact if dtype == torch.float64 else _run("reference", dtype, trial)
+    got = _run(backend, dtype, trial)
     bounds = rounding_bounds(
-        *(x.values for x in inputs), plan.layout, plan.mask, plan.score,
-        scale=scale, grad_out=weights[0], grad_lse=weights[1] * lse, dtype=dtype, compute=_compute(backend, dtype), learned=learned,
-    )  # fmt: skip
-    rows = [("out", exact.out, same.out, got.out, bounds.out)]
+        q.values,
+        k.values,
+        v.values,
+        plan.layout,
+        plan.mask,
+        plan.score,
+        scale=scale,
+        grad_out=trial.grad_out,
+        grad_lse=trial.grad_lse,
+        dtype=dtype,
+        compute=_compute(backend, dtype),
+        learned=learned,
+    )
+    rows: list[_Row] = [("out", exact.out, same.out, got.out, bounds.out)]
     if lse:
         rows.append(("lse", exact.lse, same.lse, got.lse, bounds.lse))
     if backward:
@@ -117,12 +139,15 @@ def assert_matches_reference(
         limits = [bounds.q, bounds.k, bounds.v, *bounds.learned]
         rows += zip(names, exact.grads, same.grads, got.grads, limits, strict=True)
     ratios, faults = {}, []
-    for name, *tensors in rows:
-        ratios[name], fault = _compare(name, *tensors)
+    for row in rows:
+        ratios[row[0]], fault = _compare(*row)
         faults += [fault] if fault else []
     if faults:
-        where = f"q_lengths={q.lengths.tolist()}, kv_lengths={k.lengths.tolist()}, backend={backend!r}, {dtype}, plan={plan!r}"
-        raise AssertionError("differs from the reference by more than rounding: " + "; ".join(faults) + f"; {where}")
+        where = f"q_lengths={q.lengths.tolist()}, kv_lengths={k.lengths.tolist()}"
+        raise AssertionError(
+            f"backend={backend!r} differs from the reference by more than rounding in {dtype}: {'; '.join(faults)}; "
+            f"{where}, plan={plan!r}"
+        )
     return ratios
 
 

@@ -1,9 +1,10 @@
 """How far rounding alone may move an attention result: a running error analysis next to a dense float64 calculation.
 
-Each intermediate carries a bound on its error. Three units count: `stored`, the machine epsilon of the dtype a backend computes
-in, for every value it may write down; `summed`, the epsilon of the accumulator (float32 for half precision), once per term of a
-sum, whatever its order; and `result`, the epsilon of the dtype it returns. The bounds are first order, so callers double them.
-Nothing is fitted to a backend. (N. Higham, *Accuracy and Stability of Numerical Algorithms*, chapters 3 and 4.)
+Each intermediate carries a bound on its error. Three units count: `stored`, the machine epsilon of the dtype a backend
+computes in, for every value it may write down; `summed`, the epsilon of the accumulator (float32 for half precision),
+once per term of a sum, whatever its order; and `result`, the epsilon of the dtype it returns. The bounds are first
+order, so callers double them. Nothing is fitted to a backend. (N. Higham, *Accuracy and Stability of Numerical Algorithms*,
+chapters 3 and 4.)
 """
 
 from __future__ import annotations
@@ -86,8 +87,7 @@ def _grad(y: Tensor, x: Tensor) -> Tensor:
     """The elementwise derivative of y by x; y[i] depends on x[i] alone."""
     if not y.requires_grad:
         return torch.zeros_like(x)
-    got = torch.autograd.grad(y.sum(), x, create_graph=True, allow_unused=True, materialize_grads=True)[0]
-    return got
+    return torch.autograd.grad(y.sum(), x, create_graph=True, allow_unused=True, materialize_grads=True)[0]
 
 
 def _by_tensor(y: Tensor, tensor: Tensor) -> Tensor:
@@ -157,8 +157,8 @@ def rounding_bounds(
 ) -> Bounds:
     """Bound the rounding errors of attention and of its gradients.
 
-    The derivatives of a score by a learned tensor are taken along all ones, so a score should read each tensor's entries
-    with one sign (as a lookup or a product does).
+    The derivatives of a score by a learned tensor are taken along all ones, so a score should read each tensor's
+    entries with one sign (as a lookup or a product does).
 
     Args:
         q: ``[T_q, H, D]``, any dtype.

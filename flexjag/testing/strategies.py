@@ -1,7 +1,7 @@
 """Hypothesis strategies: jagged batches, masks and scores, small and full of edge cases.
 
-Structure (lengths, heads, nodes) is drawn piece by piece, so that it shrinks; tensor data comes from one drawn seed, so that
-an example costs milliseconds.
+Structure (lengths, heads, nodes) is drawn piece by piece, so that it shrinks; tensor data comes from one drawn seed, so
+that an example costs milliseconds.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def lengths(
         tile: The tile size whose neighbours are interesting.
 
     >>> from hypothesis import find
-    >>> find(lengths(), lambda n: sum(n) > 10 and 0 in n)
-    [0, 11]
+    >>> 0 in find(lengths(), lambda n: sum(n) > 10 and 0 in n)
+    True
     """
     edges = st.sampled_from([0, 1, 2, tile - 1, tile, tile + 1, 2 * tile])
     length = st.one_of(st.integers(1, 2 * tile + 8), edges)
@@ -64,7 +64,7 @@ def _jagged(
 
 
 @st.composite
-def jagged_batches(
+def jagged_batches(  # noqa: D417 (callers do not pass `draw`)
     draw: st.DrawFn,
     *,
     q_lengths: Sequence[int] | None = None,
@@ -77,7 +77,8 @@ def jagged_batches(
 
     Args:
         q_lengths: Fix the query lengths.
-        kv_lengths: Fix the key lengths. Default: the queries' own (then q, k and v share one offsets tensor), or others.
+        kv_lengths: Fix the key lengths. Default: the queries' own (then q, k and v share one offsets tensor), or
+            others.
         dtype: Of the values, standard normal.
         max_total: The most packed tokens on either side.
         tile: Passed to :func:`lengths`.
@@ -138,7 +139,7 @@ class _Nodes:
         kinds = ["full", "causal", "window", "prefix", "chunked", "global"]
         kinds += [] if self.portable else ["rows"]
         kinds += [] if self.interval else ["dense", "mod"] if self.portable else ["dense", "mod", "group", "packed"]
-        align = st.sampled_from(["start", "end"])
+        align: st.SearchStrategy[m.Align] = st.sampled_from(("start", "end"))
         match draw(st.sampled_from(kinds)):
             case "full":
                 return m.Full()
@@ -202,7 +203,7 @@ class _Nodes:
 
 
 @st.composite
-def masks(
+def masks(  # noqa: D417 (callers do not pass `draw`)
     draw: st.DrawFn,
     q_lengths: Sequence[int],
     kv_lengths: Sequence[int] | None = None,
@@ -227,7 +228,7 @@ def masks(
 
 
 @st.composite
-def scores(
+def scores(  # noqa: D417 (callers do not pass `draw`)
     draw: st.DrawFn,
     num_heads: int,
     *,

@@ -58,7 +58,7 @@ def _check_canonical(name: str, spans: Spans) -> None:
 def assert_sandwich(
     mask: m.Mask, q: Jagged, k: Jagged | None = None, *, heads: int | None = None, block_size: int = 16
 ) -> Plan:
-    """Assert that a mask's spans bound it: ``inner ⊆ mask ⊆ outer`` on every head, and that the plan's mask is the mask.
+    """Assert that a mask's spans bound it, ``inner ⊆ mask ⊆ outer`` on every head, and that its plan's mask is it.
 
     A mask made of interval nodes alone must be exactly its spans.
 
@@ -149,8 +149,8 @@ def assert_tiles(
 ) -> Plan:
     """Assert that a plan's tiles are those that ``create_block_mask`` finds in the dense mask.
 
-    Exactly those, on both sides of the BlockMask, for masks made of interval nodes. For others, whose tiles may be unproven:
-    no tile called EMPTY holds an allowed pair and none called FULL lacks one.
+    Exactly those, on both sides of the BlockMask, for masks made of interval nodes. For others, whose tiles may be
+    unproven: no tile called EMPTY holds an allowed pair and none called FULL lacks one.
 
     Args:
         mask: The mask.
