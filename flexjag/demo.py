@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import sysconfig
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -34,6 +35,7 @@ HEADS, DIM, WINDOW, SEED = 4, 32, 256, 0
 MASK = Causal() & Window(WINDOW, 0)
 LONGEST = 4096  # the check against the reference is dense, so it bounds what a segment may be
 SAMPLES = 3
+NOT_LIBRARY = {"site-packages", "test", "tests", "idlelib", "lib2to3"}
 
 
 def add_command(commands: Commands) -> None:
@@ -134,7 +136,8 @@ def find_files(paths: Iterable[str]) -> Iterator[Path]:
     paths = list(paths)
     if not paths:
         library = Path(sysconfig.get_path("stdlib") or os.path.dirname(os.__file__))
-        sources = sorted(library.glob("*.py"))
+        sources = sorted(f for f in library.rglob("*.py") if not NOT_LIBRARY & set(f.relative_to(library).parts))
+        random.Random(SEED).shuffle(sources)  # sorted, the first few would all be long
         if not sources:
             raise CommandError(f"PATH: no sources of the standard library in {str(library)!r}; name files or folders")
         yield from sources

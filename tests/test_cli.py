@@ -240,8 +240,10 @@ def test_files_are_walked_in_order_and_packed_to_the_budget(folder):
 def test_the_default_is_the_standard_library():
     files = list(demo.find_files([]))
     assert Path(os.__file__).resolve() in [f.resolve() for f in files]
-    assert files == sorted(files)
-    assert {f.parent for f in files} == {Path(sysconfig.get_path("stdlib"))}
+    assert files == list(demo.find_files([]))  # shuffled, always in the same way
+    library = Path(sysconfig.get_path("stdlib"))
+    assert all(f.is_relative_to(library) and "site-packages" not in f.parts for f in files)
+    assert len({f.parent for f in files}) > 10
 
 
 def attended():

@@ -91,7 +91,8 @@ def _runs(plan: Plan, scale: float) -> Pieces:
 def _bias(pieces: Pieces, index: int, heads: int, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
     """The additive bias ``[1, H or 1, n, m]``, -inf where masked, and ``[1, H or 1, n]`` which rows have no key.
 
-    A row without keys attends everything for the kernel's sake; the caller zeroes it.
+    A row without keys attends everything for the kernel's sake; the caller zeroes it. None for the second if all
+    rows have one.
     """
     if pieces.causal is not None:
         return None, None
@@ -101,10 +102,12 @@ def _bias(pieces: Pieces, index: int, heads: int, dtype: torch.dtype) -> tuple[T
     h = torch.arange(heads, device=device)[:, None, None]
     allowed = plan.mask_mod(h.new_zeros(()), h, q, kv).expand(-1, q.shape[1], kv.shape[2])
     no_key = ~allowed.any(2)
+    some = bool(no_key.any())
     bias = torch.zeros((), dtype=dtype, device=device)
     if plan.score_mod is not None:
         bias = plan.score_mod(bias.expand(1, *allowed.shape[1:]), h.new_zeros(()), h, q, kv).to(dtype)
-    return torch.where(allowed | no_key[..., None], bias, -torch.inf)[None], no_key[None]
+    bias = torch.where(allowed | no_key[..., None] if some else allowed, bias, -torch.inf)
+    return bias[None], no_key[None] if some else None
 
 
 def _cut(x: Tensor, ranges: list[Range], shape: tuple[int, int], in_order: bool) -> tuple[Tensor, ...]:

@@ -1,10 +1,10 @@
 """How far rounding alone may move an attention result: a running error analysis next to a dense float64 calculation.
 
-Each intermediate carries a bound on its error. Three units count: `stored`, the machine epsilon of the dtype a backend
-computes in, for every value it may write down; `summed`, the epsilon of the accumulator (float32 for half precision),
-once per term of a sum, whatever its order; and `result`, the epsilon of the dtype it returns. The bounds are first
-order, so callers double them. Nothing is fitted to a backend. (N. Higham, *Accuracy and Stability of Numerical Algorithms*,
-chapters 3 and 4.)
+Each intermediate carries a bound on its error. Three units count: `stored`, the machine epsilon of the dtype a
+backend computes in, for every value it may write down; `summed`, the epsilon of the accumulator (float32 for half
+precision), once per term of a sum, whatever its order; and `result`, the epsilon of the dtype it returns. The bounds
+are first order, so callers double them. Nothing is fitted to a backend. (N. Higham, *Accuracy and Stability of
+Numerical Algorithms*, chapters 3 and 4.)
 """
 
 from __future__ import annotations
