@@ -22,7 +22,10 @@ MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 class Mask(Node):
-    """Base class of every mask node. Subclass it and register its cases to add a node of your own."""
+    """Base class of every mask node. Subclass it and register its cases to add a node of your own.
+
+    Dynamo cannot trace ``~mask`` inside a compiled function: build masks outside, or write ``masks.Not(mask)``.
+    """
 
     def __and__(self, other: Mask) -> Mask:
         return And(self, _check_mask(other, "&"))

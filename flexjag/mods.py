@@ -208,7 +208,8 @@ def _(score: s.ScoreMod, t: RowTables) -> ScoreMod:
 @score_case.register(s.Alibi)
 def _(score: s.Alibi, t: RowTables) -> ScoreMod:
     slopes = score.slopes
-    return lambda x, b, h, q, kv: x + slopes[h] * (kv - t.shift[q])
+    # In the scores' dtype: a half-precision slope times a distance loses whole units.
+    return lambda x, b, h, q, kv: x + slopes[h].to(x.dtype) * (kv - t.shift[q])
 
 
 @score_case.register(s.SoftCap)

@@ -124,15 +124,11 @@ def _unite(a: Spans, b: Spans, *, widen: bool) -> tuple[Spans, bool]:
     return _canonical(torch.cat([a.lo, b.lo]), torch.cat([a.hi, b.hi]), widen=widen)
 
 
-def _complement(a: Spans, layout: Layout) -> Spans:
+def _complement(a: Spans, layout: Layout, *, widen: bool) -> tuple[Spans, bool]:
     a = _clip(a, layout.kv_start, layout.kv_end)  # a row whose spans are all empty may hold them at 0
     lo = torch.cat([layout.kv_start[None], a.hi])
     hi = torch.cat([a.lo, layout.kv_end[None]])
-    return Spans(lo, torch.maximum(lo, hi))
-
-
-def _cap(spans: Spans, *, widen: bool) -> tuple[Spans, bool]:
-    return _canonical(spans.lo, spans.hi, widen=widen) if spans.count > MAX_SPANS else (spans, False)
+    return _canonical(lo, hi, widen=widen)  # an empty span of `a` in mid-segment leaves two that touch
 
 
 def rest_of(s: Sandwich) -> m.Mask:
@@ -327,8 +323,8 @@ def _(mask: m.Or, layout: Layout) -> Sandwich:
 @sandwich.register(m.Not)
 def _(mask: m.Not, layout: Layout) -> Sandwich:
     a = sandwich(mask.mask, layout)
-    outer, cut = _cap(_complement(a.inner, layout), widen=True)
+    outer, cut = _complement(a.inner, layout, widen=True)
     if a.exact and not cut:
         return Sandwich(outer, outer)
-    inner, _ = _cap(_complement(a.outer, layout), widen=False)
+    inner, _ = _complement(a.outer, layout, widen=False)
     return Sandwich(inner, outer, m.Not(rest_of(a)))

@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, settings
 # Drawing a problem takes milliseconds; the first one also imports half of torch.
 COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow], "print_blob": True}
 settings.register_profile("dev", max_examples=20, **COMMON)
-settings.register_profile("ci", max_examples=300, derandomize=True, **COMMON)
-settings.register_profile("nightly", max_examples=3000, **COMMON)
+settings.register_profile("ci", max_examples=150, derandomize=True, **COMMON)
+settings.register_profile("nightly", max_examples=1500, **COMMON)
 settings.register_profile("find", max_examples=20_000, derandomize=True, **COMMON)  # stops at the first hit
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 

@@ -206,3 +206,50 @@ def test_gradcheck_of_rows_without_keys(backend: str) -> None:
         return fj.attention(q, k, v, mask=~fj.Causal(), backend=backend).values
 
     assert torch.autograd.gradcheck(run, tensors)
+
+
+BACKENDS = ["tiled", "segments", "reference"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_without_keys_take_no_part_however_steep_the_bias(backend: str) -> None:
+    x = fj.Jagged.from_lengths(torch.randn(200, 1, 8), [200])
+    mask = fj.Causal() & ~fj.Prefix(3)  # the first rows would meet a bias of e**338 at the last key
+    assert_matches_reference(x, x, x, mask=mask, score=fj.Alibi(torch.tensor([1.7])), backend=backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_queries_without_any_keys_have_zero_gradients(backend: str) -> None:
+    slopes = torch.rand(1, dtype=torch.float64, requires_grad=True)
+    q = fj.Jagged.from_lengths(torch.randn(2, 1, 8, dtype=torch.float64), [2, 0])
+    k = fj.Jagged.from_lengths(torch.randn(3, 1, 8, dtype=torch.float64), [0, 3])
+    assert_matches_reference(q, k, k, score=fj.Alibi(slopes), learned=[slopes], backend=backend)
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_a_score_may_ignore_the_product(learned: bool) -> None:
+    x, table = (
+        fj.Jagged.from_lengths(torch.randn(9, 2, 8, dtype=torch.float64), [9]),
+        torch.rand(2, dtype=torch.float64),
+    )
+    table.requires_grad_(learned)
+    score = fj.ScoreMod(lambda s, b, h, q, kv: table[h] * (q - kv))
+    assert_matches_reference(x, x, x, score=score, learned=[table] * learned, backend="tiled")
+
+
+@pytest.mark.parametrize("backend", ["tiled", "reference"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_score_may_hold_wider_tensors_than_the_inputs(backend: str, dtype: torch.dtype) -> None:
+    x, table = fj.Jagged.from_lengths(torch.randn(9, 2, 8, dtype=dtype), [9]), torch.rand(2, dtype=torch.float64)
+    score = fj.ScoreMod(lambda s, b, h, q, kv: s + table[h]) >> fj.Alibi(table)
+    assert_matches_reference(x, x, x, score=score, backend=backend)
+
+
+@pytest.mark.parametrize("mask", [~(~fj.Full() & fj.Full() & fj.Causal()), ~(~fj.Full() & fj.Causal())], ids=repr)
+def test_the_complement_of_an_empty_span_is_whole(mask: fj.Mask) -> None:
+    assert assert_tiles(mask, fj.Jagged.from_lengths(torch.zeros(16), [16])).num_full == 1
+
+
+def test_a_head_with_no_matching_predicate_leaves_nothing_to_refine() -> None:
+    empty = fj.MaskMod(lambda b, h, q, kv: q > kv) & fj.Dense(torch.zeros(0, 0, dtype=torch.bool))
+    assert_tiles(fj.PerHead([fj.Full(), empty]), fj.Jagged.from_lengths(torch.zeros(1), [1]))

@@ -190,7 +190,9 @@ class _Flash(torch.autograd.Function):
             bias, no_key = _bias(pieces, index, heads, q.dtype)
             if no_key is not None:
                 g = g.masked_fill(_grouped(no_key, shape)[..., None], 0.0)
-                log_sum = log_sum.masked_fill(_grouped(no_key, shape), 0.0)
+                log_sum = log_sum.masked_fill(
+                    _grouped(no_key, shape), torch.inf
+                )  # their weights are 0 and cannot overflow
             parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 g,
                 x,
