@@ -15,7 +15,8 @@ from flexjag.jagged import Jagged, check_same_layout
 from flexjag.masks import Mask, num_mask_heads
 from flexjag.normalizers import Normalizer
 from flexjag.plan import Plan, outline, with_tiles
-from flexjag.scores import Score, num_score_heads
+from flexjag.scores import Score, num_score_heads, tensors
+from flexjag.tiles import assert_on_device
 
 
 def attention(
@@ -81,11 +82,17 @@ def attention(
     for wanted in (num_mask_heads(plan.mask), num_score_heads(plan.score)):
         if wanted is not None and wanted != heads:
             raise ShapeError(explain_values("mask, score", "must be made for q's heads", made_for=wanted, heads=heads))
+    if isinstance(scale, Tensor):
+        raise ShapeError(
+            explain_values("scale", "must be a number; multiply q by a learned one", shape=tuple(scale.shape))
+        )
     scale = 1.0 / math.sqrt(max(1, q.values.shape[2])) if scale is None else float(scale)
     case = plan.case(
         tracing=torch.compiler.is_compiling(),
         dtype=q.values.dtype,
-        grad=torch.is_grad_enabled() and any(x.values.requires_grad for x in (q, k, v)),
+        grad=torch.is_grad_enabled()
+        and any(x.requires_grad for x in (q.values, k.values, v.values, *tensors(plan.score))),
+        scale=scale,
         lse=return_lse,
         dims=(heads, groups, q.values.shape[2], v.values.shape[2]),
     )
@@ -158,7 +165,7 @@ def check_inputs(q: Jagged, k: Jagged, v: Jagged) -> None:
         raise ShapeError(explain_values("k", "must have q's head dim D", q=q.values.shape[2], k=k.values.shape[2]))
     if v.values.shape[0] != k.values.shape[0]:
         raise ShapeError(explain_values("v", "must have as many tokens as k", v=v.values.shape[0], k=k.values.shape[0]))
-    check_same_layout(k, v)
+    check_same_layout(k, v, "v", "must have the offsets of k")
 
 
 def check_plan(plan: Plan, q: Jagged, k: Jagged, *, validate: bool = False) -> None:
@@ -172,22 +179,22 @@ def check_plan(plan: Plan, q: Jagged, k: Jagged, *, validate: bool = False) -> N
     layout = plan.layout
     made = (layout.num_q, layout.num_kv, layout.num_segments)
     seen = (q.values.shape[0], k.values.shape[0], q.num_segments)
-    same = made == seen and k.num_segments == q.num_segments
-    look = validate or (q.offsets.device.type == "cpu" and not torch.compiler.is_compiling())
-    if same and look and q.offsets.device == layout.device:
-        same = bool((q.offsets == layout.q_offsets).all()) and bool((k.offsets == layout.kv_offsets).all())
-    if not same or q.offsets.device != layout.device:
-        raise PlanError(
-            explain_values(
-                "plan",
-                "was made for another layout; make one per batch",
-                plan_tokens=made[:2],
-                plan_segments=made[2],
-                tokens=seen[:2],
-                segments=seen[2],
-                same_shapes=made == seen,
-            )
-        )
+    same = made == seen and k.num_segments == q.num_segments and q.offsets.device == layout.device
+    pairs = [(q.offsets, layout.q_offsets), (k.offsets, layout.kv_offsets)]
+    difference = None
+    if same and torch.compiler.is_compiling():
+        if layout.device.type == "cpu":
+            alike = (q.offsets == layout.q_offsets).all() & (k.offsets == layout.kv_offsets).all()
+            assert_on_device(alike, "plan: was made for another layout; make one per batch")
+    elif same and (validate or layout.device.type == "cpu"):
+        for name, (given, planned) in zip(("q", "k"), pairs, strict=True):
+            if difference is None and not torch.equal(given.to(torch.int32), planned):
+                at = int((given != planned).nonzero()[0])
+                difference = {f"{name}.offsets[{at}]": int(given[at]), f"plan's offsets[{at}]": int(planned[at])}
+    if not same or difference is not None:
+        rule = "was made for another layout; make one per batch, with flexjag.plan(q, k) if their offsets differ"
+        values = {"plan_tokens": made[:2], "plan_segments": made[2], "tokens": seen[:2], "segments": seen[2]}
+        raise PlanError(explain_values("plan", rule, **(difference or values)))
 
 
 def merge(parts: Sequence[tuple[Jagged, Jagged]]) -> tuple[Jagged, Jagged]:
@@ -215,6 +222,8 @@ def merge(parts: Sequence[tuple[Jagged, Jagged]]) -> tuple[Jagged, Jagged]:
         raise ShapeError(explain_values("parts", "must hold at least one (out, lse)", parts=parts))
     first = parts[0][0]
     for out, lse in parts:
+        for part in (out, lse):
+            check_same_layout(first, part, "parts", "must all have the same offsets")
         if out.values.shape != first.values.shape or lse.values.shape != first.values.shape[:2]:
             raise ShapeError(
                 explain_values(

@@ -21,6 +21,7 @@ BACKENDS = ("reference", "tiled", "segments", "flex", "varlen")
 # On CPU, SDPA's kernel takes about a fifth of `tiled`'s time per score, but a call per run of queries, and all the keys
 # between a run's first and last.
 SHORT_SEGMENT = 8  # mean queries per segment under which the calls cost more than that saves
+LONG_LEARNED = 16384  # keys over which a learned bias, a gradient of all keys per call, wastes more than that
 LONG_SEGMENT = 4096  # mean keys per segment over which a mask with gaps wastes more than that
 HALF = (torch.float16, torch.bfloat16)
 
@@ -39,6 +40,8 @@ class Case:
         grad: Some input needs a gradient.
         lse: The log-sum-exp is wanted.
         dims: ``(H, G, D, E)``.
+        scale: Factor on ``q·k``.
+        block_size: Tile size.
     """
 
     layout: Layout
@@ -50,6 +53,8 @@ class Case:
     grad: bool | None = None
     lse: bool = False
     dims: tuple[int, int, int, int] | None = None
+    scale: float = 1.0
+    block_size: int = 128
 
     @property
     def on_cuda(self) -> bool:
@@ -83,6 +88,8 @@ def _flex(case: Case) -> str | None:
             return "FlexAttention's CPU kernel does not return the log-sum-exp"
     if case.dtype == torch.float64:
         return "FlexAttention's kernels have no float64"
+    if case.on_cuda and case.block_size % 128:
+        return f"FlexAttention's CUDA kernels work in tiles of 128; got block_size={case.block_size}"
     if case.on_cuda and case.dims is not None and min(case.dims[2:]) < 16:
         return f"FlexAttention's CUDA kernels need D >= 16 and E >= 16; got D={case.dims[2]}, E={case.dims[3]}"
     return None
@@ -108,6 +115,8 @@ def _varlen(case: Case) -> str | None:
         return f"varlen_attn knows causal masks and windows aligned to the segments' ends, not {case.mask!r}"
     if case.dtype is not None and case.dtype not in HALF:
         return f"varlen_attn takes float16 and bfloat16, not {case.dtype}"
+    if case.scale <= 0:
+        return f"the flash kernel masks before it scales, so it needs scale > 0; got {case.scale}"
     if case.tracing:
         return "it needs the longest length on the host, which would compile a graph per batch"
     if case.layout.has_spare:
@@ -173,12 +182,16 @@ def choose(case: Case) -> tuple[str, str]:
     long_enough = layout.num_q >= SHORT_SEGMENT * segments
     short_enough = m.as_window(case.mask) is not None or layout.num_kv <= LONG_SEGMENT * segments
     learned = torch.is_grad_enabled() and any(t.requires_grad for t in s.tensors(case.score))
-    if long_enough and short_enough and not learned and refusal("segments", case) is None:
+    short_enough = short_enough and not (learned and layout.num_kv > LONG_LEARNED)
+    if long_enough and short_enough and refusal("segments", case) is None:
         return (
             "segments",
             "SDPA's CPU kernel takes the mask and score as a bias, a run of one segment's queries at a time",
         )
-    return "tiled", "plain torch over the tiles: any mask, score and dtype, forward and backward"
+    why = refusal("segments", case)
+    if why is None:
+        why = "segments are short" if not long_enough else "they are too long for its mask or its learned bias"
+    return "tiled", f"plain torch over the tiles, because of segments: {why}"
 
 
 SDPA_WINDOWS = ((None, None, "start"), (None, None, "end"), (None, 0, "start"))

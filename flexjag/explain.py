@@ -104,7 +104,7 @@ def explain(plan: Plan) -> str:
     if plan.sample is not None:
         flops, padded = f["flops"], f["padded_flops"]
         share = flops / max(1, padded)
-        lines.append(f"compute   {_si(flops, 'FLOP')} forward; padded {_si(padded, 'FLOP')} ({share:.0%})")
+        lines.append(f"compute   {_si(flops, 'FLOP')} forward in tiles; padded {_si(padded, 'FLOP')} ({share:.0%})")
     lines.append(f"backend   {f['backend']}: {f['backend_reason']}")
     able = [b for b in choice.BACKENDS if b != f["backend"] and b not in f["not"]]
     if able:

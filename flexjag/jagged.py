@@ -109,6 +109,10 @@ class Jagged:
     offsets: Tensor
 
     def __post_init__(self) -> None:
+        for name in ("values", "offsets"):
+            if type(getattr(self, name)) in (list, tuple):
+                rule = "must be a tensor; Jagged.from_list and Jagged.from_lengths take Python lists"
+                raise LayoutError(explain_values(name, rule, type=type(getattr(self, name)).__name__))
         if not isinstance(self.values, Tensor) or not isinstance(self.offsets, Tensor):
             return  # pytree transformations put placeholders here
         if self.values.ndim < 1:
@@ -165,6 +169,8 @@ class Jagged:
             return Jagged(torch.zeros(0), torch.zeros(1, dtype=torch.int64))
         first = tensors[0]
         for s, t in enumerate(tensors):
+            if not isinstance(t, Tensor):
+                raise ShapeError(explain_values(f"tensors[{s}]", "must be a tensor", type=type(t).__name__))
             if t.ndim < 1 or t.shape[1:] != first.shape[1:] or t.dtype != first.dtype:
                 raise ShapeError(
                     explain_values(
@@ -362,17 +368,25 @@ class Jagged:
         return self.with_values(-self.values)
 
 
-def check_same_layout(a: Jagged, b: Jagged) -> None:
-    """Check that two batches are cut alike: by identity, by shape, and on CPU by content."""
+def check_same_layout(
+    a: Jagged, b: Jagged, name: str = "other", rule: str = "must have the same offsets for elementwise arithmetic"
+) -> None:
+    """Check that two batches are cut alike: by identity, by shape, and on CPU by content.
+
+    Raises:
+        LayoutError: Naming `name`, `rule` and what differs.
+    """
     if a.offsets is b.offsets:
         return
-    same = a.offsets.shape == b.offsets.shape and a.values.shape[0] == b.values.shape[0]
-    if same and a.offsets.device.type == "cpu" and not torch.compiler.is_compiling():
-        same = bool((a.offsets == b.offsets).all())
-    if not same:
-        raise LayoutError(
-            explain_values("other", "must have the same offsets for elementwise arithmetic", left=a, right=b)
-        )
+    seen: dict[str, object] = {"left": a, "right": b}
+    if a.offsets.shape != b.offsets.shape or a.values.shape[0] != b.values.shape[0]:
+        raise LayoutError(explain_values(name, rule, **seen))
+    if a.offsets.device.type == "cpu" and not torch.compiler.is_compiling():
+        differs = (a.offsets != b.offsets).nonzero()
+        if differs.numel():
+            at = int(differs[0])
+            seen |= {f"left.offsets[{at}]": int(a.offsets[at]), f"right.offsets[{at}]": int(b.offsets[at])}
+            raise LayoutError(explain_values(name, rule, **seen))
 
 
 pytree.register_pytree_node(

@@ -13,6 +13,11 @@ from flexjag.jagged import Jagged, check_offsets, segment_ids
 INT32_MAX = 2**31 - 1
 
 
+def blocks(tokens: int, block: int) -> int:
+    """How many tiles cover this many tokens; at least one."""
+    return (tokens + block - 1) // block or 1  # not max(): a traced size stays a plain quotient
+
+
 @dataclass(frozen=True, eq=False)
 class Layout:
     """Per-token coordinates of a query batch and the key/value batch it attends to.
@@ -80,6 +85,12 @@ def _gather(offsets: Tensor, index: Tensor) -> Tensor:
     return offsets[index.long().clamp(max=offsets.shape[0] - 1)]
 
 
+def _are_offsets(offsets: Tensor, total: int) -> bool:
+    """Whether they start at 0, never decrease and end at `total`."""
+    ends = int(offsets[0]) == 0 and int(offsets[-1]) == total
+    return ends and bool((offsets[1:] >= offsets[:-1]).all())
+
+
 def build_layout(
     q: Jagged, k: Jagged, *, max_tokens: int | None = None, max_length: int | None = None, validate: bool = False
 ) -> Layout:
@@ -91,13 +102,16 @@ def build_layout(
         max_tokens: The fixed number of query rows; ``q.values`` must have exactly this many, of which
             the first ``offsets[-1]`` are used.
         max_length: A bound on every segment's length, checked only under `validate`.
-        validate: Check the contents of the offsets (one device sync).
+        validate: Check the contents of the offsets (one device sync). On CPU they are always checked.
 
     Raises:
         LayoutError: If the numbers of segments or the devices differ, T is over int32, or, under
             `validate`, the offsets are not offsets.
         PlanError: If the bounds do not hold.
     """
+    for name, x in (("q", q), ("k", k)):
+        if not isinstance(x, Jagged):
+            raise LayoutError(explain_values(name, "must be a flexjag.Jagged", type=type(x).__name__))
     if q.num_segments != k.num_segments:
         raise LayoutError(explain_values("k", "must have as many segments as q", q=q.num_segments, k=k.num_segments))
     if q.offsets.device != k.offsets.device:
@@ -111,6 +125,9 @@ def build_layout(
         raise PlanError(
             explain_values("max_tokens", "must equal the rows of q.values", max_tokens=max_tokens, rows=num_q)
         )
+    on_host = q.offsets.device.type == "cpu" and not torch.compiler.is_compiling()
+    if on_host and max_tokens is None and not validate:  # looking is free, so look
+        validate = not all(_are_offsets(x.offsets, x.values.shape[0]) for x in ((q,) if q is k else (q, k)))
     if validate:
         for name, x in (("q", q), ("k", k)):
             total = int(x.offsets[-1]) if max_tokens is not None else x.values.shape[0]

@@ -183,7 +183,13 @@ class Rows(Mask):
     hi: Tensor
 
     def __post_init__(self) -> None:
-        if self.lo.shape != self.hi.shape or self.lo.ndim not in (1, 2) or self.lo.dtype.is_floating_point:
+        floating = self.lo.dtype.is_floating_point or self.hi.dtype.is_floating_point
+        if (
+            self.lo.shape != self.hi.shape
+            or self.lo.ndim not in (1, 2)
+            or floating
+            or self.lo.shape[0] == 0 < self.lo.ndim - 1
+        ):
             raise MaskError(
                 explain_values(
                     "lo, hi",

@@ -10,18 +10,19 @@ written for scalars, so on tensors it is vmapped.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from flexjag import masks as m
 from flexjag import scores as s
 from flexjag.dispatch import Interpretation
-from flexjag.layout import Layout
+from flexjag.errors import FlexjagError, MaskError, ScoreError, explain_values
+from flexjag.layout import Layout, blocks
 from flexjag.spans import DenseRows, InSpans, Sandwich
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -38,7 +39,6 @@ class RowTables:
         kv_start: ``[T']`` int32.
         kv_last: ``[T']`` int32, local position of the segment's last key (at least 0).
         shift: ``[T']`` int32, ``kv_start + q_pos``: ``kv - shift[q]`` is the relative position.
-        pad: T' - T, rows added.
     """
 
     segment: Tensor
@@ -46,16 +46,14 @@ class RowTables:
     kv_start: Tensor
     kv_last: Tensor
     shift: Tensor
-    pad: int
 
     def padded(self, x: Tensor) -> Tensor:
-        """Pad the last dimension of a per-row tensor like the tables here."""
-        return pad_rows(x, self.pad)
+        """Pad the last dimension of a per-row tensor like the tables here.
 
-
-def pad_rows(x: Tensor, pad: int) -> Tensor:
-    """Pad the last dimension with zeros."""
-    return x if isinstance(pad, int) and pad == 0 else torch.nn.functional.pad(x, (0, pad))
+        On CUDA even by nothing: whether the padding is 0 would else be a property of the compiled graph.
+        """
+        rows = self.segment.shape[0]
+        return x if x.device.type == "cpu" else _pad_rows(x, rows)
 
 
 def row_tables(layout: Layout, block: int) -> RowTables:
@@ -65,10 +63,19 @@ def row_tables(layout: Layout, block: int) -> RowTables:
     CPU kernels never do, and Inductor's C++ breaks on captured tensors of any other length than T
     (it renames the size symbol ``ks1`` inside ``ks18``), so there nothing is padded.
     """
-    pad = 0 if layout.device.type == "cpu" else -layout.num_q % block
+    segment, q_pos = layout.q_segment, layout.q_pos
+    if layout.has_spare:  # spare rows belong to no segment; what user functions are told must still be in range
+        spare = segment >= layout.num_segments
+        segment, q_pos = segment.masked_fill(spare, 0), q_pos.masked_fill(spare, 0)
     last = (layout.kv_length() - 1).clamp(min=0)
-    columns = (layout.q_segment, layout.q_pos, layout.kv_start, last, layout.kv_start + layout.q_pos)
-    return RowTables(*(pad_rows(x, pad) for x in columns), pad=pad)
+    columns = (segment, q_pos, layout.kv_start, last, layout.kv_start + q_pos)
+    rows = layout.num_q if layout.device.type == "cpu" else blocks(layout.num_q, block) * block
+    return RowTables(*(_pad_rows(x, rows) for x in columns))
+
+
+def _pad_rows(x: Tensor, rows: int) -> Tensor:
+    """Pad the last dimension with zeros to this many rows."""
+    return torch.nn.functional.pad(x, (0, rows - x.shape[-1]))
 
 
 def _elementwise(fn: Callable[..., Tensor], *args: Tensor) -> Tensor:
@@ -252,6 +259,18 @@ class _Watch(TorchFunctionMode):
         return out
 
 
+class Substitute(TorchFunctionMode):
+    """Torch functions that are given one of `old` get its counterpart in `new` instead."""
+
+    def __init__(self, old: Sequence[Tensor], new: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.new = {id(x): y for x, y in zip(old, new, strict=True)}
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        args, kwargs = tree_map(lambda x: self.new.get(id(x), x), (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
 def depends_on_head(mask: m.Mask, device: torch.device) -> bool:
     """Whether a user's predicate in the mask looks at its `h`, found by calling it once and watching."""
     match mask:
@@ -265,7 +284,45 @@ def depends_on_head(mask: m.Mask, device: torch.device) -> bool:
                 mask.fn(*zero)
             return id(zero[1]) in watch.given
         case _:
-            return False
+            return not type(mask).__module__.startswith("flexjag.")  # a user's node may look at it
+
+
+def check_functions(mask: m.Mask, score: s.Score | None, device: torch.device) -> None:
+    """Call every user's function once, as a backend will, to tell mistakes in it by its name.
+
+    Raises:
+        MaskError: If a mask's function fails or does not return one bool.
+        ScoreError: If a score's function fails or does not return one float.
+    """
+    zero, one = torch.zeros(1, dtype=torch.int32, device=device), torch.zeros(1, device=device)
+    found: list[tuple[type[FlexjagError], Callable[..., Tensor], tuple[Tensor, ...], str]] = []
+    found += [(MaskError, fn, (zero,) * 4, "(b, h, q_pos, kv_pos) -> bool") for fn in _functions(mask)]
+    for part in s.parts(score):
+        if isinstance(part, s.ScoreMod):
+            found.append((ScoreError, part.fn, (one, *(zero,) * 4), "(score, b, h, q_pos, kv_pos) -> float"))
+    for error, fn, args, signature in found:
+        name = getattr(fn, "__name__", type(fn).__name__)
+        rule = f"{name} must be {signature} in tensor operations: & | ~ and torch.where, not and, or, not, if"
+        try:
+            out = torch.vmap(fn)(*args)
+        except (RuntimeError, ValueError, TypeError, IndexError) as reason:
+            raise error(explain_values("fn", rule, error=str(reason).split("\n")[0])) from reason
+        if (out.dtype == torch.bool) != (error is MaskError) or out.shape != (1,):
+            raise error(explain_values("fn", rule, dtype=out.dtype, shape=tuple(out.shape[1:])))
+
+
+def _functions(mask: m.Mask) -> list[Callable[..., Tensor]]:
+    match mask:
+        case m.MaskMod():
+            return [mask.fn]
+        case m.And() | m.Or():
+            return _functions(mask.left) + _functions(mask.right)
+        case m.Not():
+            return _functions(mask.mask)
+        case m.PerHead():
+            return [fn for one in mask.masks for fn in _functions(one)]
+        case _:
+            return []
 
 
 def learned_tensors(score: s.Score | None, dtype: torch.dtype, device: torch.device) -> list[Tensor]:

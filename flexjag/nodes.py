@@ -63,4 +63,11 @@ def _structure(value: Any) -> Any:
         return ("tensor", value.ndim, value.dtype)
     if isinstance(value, tuple):
         return tuple(_structure(x) for x in value)  # pyright: ignore[reportUnknownVariableType]
-    return getattr(value, "__code__", value)
+    if isinstance(value, int):
+        return int  # bounds end up in the spans, which are data
+    if callable(value):  # a function, a functools.partial, or an object with __call__
+        function: Any = getattr(value, "func", value)
+        kind: Any = type(function)  # pyright: ignore[reportUnknownVariableType]
+        call: Any = getattr(kind, "__call__", None)  # noqa: B004
+        return getattr(function, "__code__", None) or getattr(call, "__code__", kind)
+    return value

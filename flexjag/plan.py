@@ -15,10 +15,10 @@ from flexjag import scores as s
 from flexjag.errors import MaskError, PlanError, ScoreError, ShapeError, explain_values
 from flexjag.explain import explain
 from flexjag.jagged import Jagged, mark_varying
-from flexjag.layout import Layout, build_layout
+from flexjag.layout import Layout, blocks, build_layout
 from flexjag.normalizers import Normalizer, Softmax
 from flexjag.spans import Sandwich, Spans, sandwich
-from flexjag.tiles import TileList, Tiles, assert_on_device, block_mask, blocks, build_tables, list_tiles, refine
+from flexjag.tiles import TileList, Tiles, assert_on_device, block_mask, build_tables, list_tiles, refine
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -41,6 +41,7 @@ class Plan:
         head_of: ``[H]`` int32, which entry each query head uses; None if there is one for all.
         tables: Per-row tensors that the mods read.
         made_tiles: Tile lists and tables; None in an outline, which only some backends can run.
+        max_length: The bound that was given, or None.
         sample: ``(H, D, dtype, grad)`` of the q that was planned for, if it had heads.
     """
 
@@ -53,6 +54,7 @@ class Plan:
     head_of: Tensor | None
     tables: mods.RowTables
     made_tiles: Tiles | None
+    max_length: int | None
     sample: tuple[int, int, torch.dtype, bool] | None
 
     @property
@@ -131,6 +133,7 @@ class Plan:
         if not known and self.sample is not None:
             heads, dim, dtype, grad = self.sample
             known = {"dtype": dtype, "grad": grad, "dims": (heads, heads, dim, dim)}
+        known["block_size"] = self.block_size
         return choice.Case(self.layout, self.mask, self.score, self.normalizer, **known)  # type: ignore[arg-type]
 
     def to_dense(self, heads: int | None = None) -> Tensor:
@@ -249,7 +252,7 @@ def plan(
     (20, 4, (8, 8))
     """
     return with_tiles(
-        outline(q, k, mask, score, normalizer, block_size, max_tokens, max_length, validate), max_length, refine_tiles
+        outline(q, k, mask, score, normalizer, block_size, max_tokens, max_length, validate), refine_tiles
     )
 
 
@@ -269,6 +272,8 @@ def outline(
     normalizer = Softmax() if normalizer is None else normalizer
     _check_plan(mask, score, normalizer, block_size, max_length)
     layout = build_layout(q, q if k is None else k, max_tokens=max_tokens, max_length=max_length, validate=validate)
+    if not torch.compiler.is_compiling():
+        mods.check_functions(mask, score, layout.device)
     head_masks, head_of = _head_masks(mask)
     heads = None
     if head_of is not None:  # filled on the device: uploading a list would wait for it
@@ -287,13 +292,14 @@ def outline(
         head_of=heads,
         tables=mods.row_tables(layout, block_size),
         made_tiles=None,
+        max_length=max_length,
         sample=sample,
     )
 
 
-def with_tiles(plan: Plan, max_length: int | None = None, refine_tiles: bool | None = None) -> Plan:
-    """An outlined plan with its tiles; the arguments are those of :func:`plan`."""
-    layout, block, sandwiches = plan.layout, plan.block_size, plan.sandwiches
+def with_tiles(plan: Plan, refine_tiles: bool | None = None) -> Plan:
+    """An outlined plan with its tiles; `refine_tiles` as in :func:`plan`."""
+    layout, block, sandwiches, max_length = plan.layout, plan.block_size, plan.sandwiches, plan.max_length
     if max_length is not None:
         for offsets in (layout.q_offsets, layout.kv_offsets):
             assert_on_device((offsets.diff() <= max_length).all(), "max_length: must bound every segment's length")
@@ -358,10 +364,10 @@ def _check_plan(mask: object, score: object, normalizer: object, block_size: int
         raise ScoreError(explain_values("score", "must be a flexjag score; wrap a function in ScoreMod", score=score))
     if not isinstance(normalizer, Normalizer):
         raise PlanError(explain_values("normalizer", "must be a flexjag normalizer", normalizer=normalizer))
-    if block_size < 16 or block_size & (block_size - 1):
+    if not isinstance(block_size, int) or block_size < 16 or block_size & (block_size - 1):
         raise PlanError(explain_values("block_size", "must be a power of two of at least 16", block_size=block_size))
-    if max_length is not None and max_length < 0:
-        raise PlanError(explain_values("max_length", "must not be negative", max_length=max_length))
+    if max_length is not None and (not isinstance(max_length, int) or max_length < 0):
+        raise PlanError(explain_values("max_length", "must be an int of at least 0", max_length=max_length))
     heads = {h for h in (m.num_mask_heads(mask), s.num_score_heads(score)) if h is not None}
     if len(heads) > 1:
         raise ShapeError(explain_values("mask, score", "must agree on the number of heads", heads=sorted(heads)))

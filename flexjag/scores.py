@@ -79,7 +79,7 @@ class SoftCap(Score):
     cap: float
 
     def __post_init__(self) -> None:
-        if not self.cap > 0:
+        if not 0 < self.cap < float("inf"):
             raise ScoreError(explain_values("cap", "must be a positive number", cap=self.cap))
 
 

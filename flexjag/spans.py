@@ -160,7 +160,7 @@ def _bound(value: m.Bound, layout: Layout, name: str) -> Tensor | int:
                 device=str(value.device),
             )
         )
-    return layout.per_row(value.to(torch.int32))
+    return layout.per_row(value.clamp(max=INT32_MAX).to(torch.int32))
 
 
 def _diagonal(layout: Layout, align: m.Align) -> Tensor:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from flexjag.layout import blocks
 from flexjag.spans import Spans
 
 if TYPE_CHECKING:
@@ -55,11 +56,6 @@ class TileTable:
 
     count: Tensor
     index: Tensor
-
-
-def blocks(tokens: int, block: int) -> int:
-    """How many tiles cover this many tokens; at least one."""
-    return (tokens + block - 1) // block or 1  # not max(): a traced size stays a plain quotient
 
 
 def assert_on_device(holds: Tensor, message: str) -> None:

@@ -128,7 +128,8 @@ CHOICES = [
     (case(Causal() & Prefix(3), score=ALIBI), "segments"),
     (case(Causal() & Prefix(3), tokens=10 * 5000), "tiled"),  # a mask with gaps over long segments
     (case(Causal() & fj.Window(9, 0), tokens=10 * 5000), "segments"),
-    (case(score=fj.Alibi(torch.ones(2, requires_grad=True))), "tiled"),
+    (case(score=fj.Alibi(torch.ones(2, requires_grad=True))), "segments"),
+    (case(score=fj.Alibi(torch.ones(2, requires_grad=True)), tokens=20_000), "tiled"),
     (case(score=ALIBI >> SoftCap(1.0)), "tiled"),
 ]
 

@@ -108,7 +108,7 @@ BAD = [
     ({"normalizer": "softmax"}, PlanError, r"normalizer: must be a flexjag normalizer; got normalizer='softmax'"),
     ({"block_size": 100}, PlanError, r"block_size: must be a power of two of at least 16; got block_size=100"),
     ({"block_size": 8}, PlanError, r"block_size: must be a power of two of at least 16; got block_size=8"),
-    ({"max_length": -1}, PlanError, r"max_length: must not be negative; got max_length=-1"),
+    ({"max_length": -1}, PlanError, r"max_length: must be an int of at least 0; got max_length=-1"),
     ({"max_tokens": 4}, PlanError, r"max_tokens: must equal the rows of q.values; got max_tokens=4, rows=5"),
     (
         {"mask": PerHead([Causal()] * 3), "score": fj.Alibi.from_heads(2)},

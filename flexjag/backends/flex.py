@@ -57,6 +57,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, need_lse:
         "block_mask": plan.block_mask,
         "scale": scale,
         "enable_gqa": q.shape[1] != k.shape[1],
+        # Fewer than 128 queries would else go to another kernel, by a guard: a second graph.
+        "kernel_options": None if on_cpu else {"BACKEND": "TRITON"},
     }
     x, y, z = (t.transpose(0, 1)[None] for t in (q, k, v))
     if on_cpu:

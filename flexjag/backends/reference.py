@@ -194,12 +194,14 @@ def run(
     """Dense attention of ``q [T_q, H, D]``, ``k [T_kv, G, D]``, ``v [T_kv, G, E]``, segment by segment.
 
     Returns:
-        ``[T_q, H, E]`` and the log-sum-exp ``[T_q, H]``, both in q's dtype.
+        ``[T_q, H, E]`` in q's dtype and the log-sum-exp ``[T_q, H]``, float32 or float64. Half precision is computed in
+        float32.
     """
-    heads, repeats = q.shape[1], q.shape[1] // k.shape[1]
+    dtype, heads, repeats = q.dtype, q.shape[1], q.shape[1] // k.shape[1]
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    q, k, v = q.to(compute), k.to(compute), v.to(compute)
     q_ends, kv_ends = layout.q_offsets.tolist(), layout.kv_offsets.tolist()
     outs, lses, entries = [], [], 0
-    link = sum(t.flatten()[:0].sum() for t in (q, k, v))  # 0, and keeps a result without keys differentiable
     for index in range(layout.num_segments):
         q_rows, kv_rows = (slice(e[index], e[index + 1]) for e in (q_ends, kv_ends))
         n, width = q_rows.stop - q_rows.start, kv_rows.stop - kv_rows.start
@@ -208,8 +210,8 @@ def run(
         seg = Segment(index, heads, i, j, q_rows, kv_rows, entries)
         entries += n * width
         if n == 0 or width == 0:
-            outs.append(q.new_zeros(n, heads, v.shape[2]) + link)
-            lses.append(q.new_full((n, heads), -torch.inf) + link)
+            outs.append(q.new_zeros(n, heads, v.shape[2]))
+            lses.append(q.new_full((n, heads), -torch.inf))
             continue
         x, y, z = (t.transpose(0, 1) for t in (q[q_rows], k[kv_rows], v[kv_rows]))
         y, z = y.repeat_interleave(repeats, 0), z.repeat_interleave(repeats, 0)
@@ -226,4 +228,5 @@ def run(
     spare = q.shape[0] - q_ends[-1]
     outs.append(q.new_zeros(spare, heads, v.shape[2]))
     lses.append(q.new_full((spare, heads), -torch.inf))
-    return torch.cat(outs), torch.cat(lses)
+    link = q[:0].sum() + k[:0].sum() + v[:0].sum()  # 0, and differentiable even if no query meets a key
+    return (torch.cat(outs) + link).to(dtype), torch.cat(lses) + link

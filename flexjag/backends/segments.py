@@ -53,7 +53,9 @@ def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, need_lse: boo
         ``[T_q, H, E]`` and the log-sum-exp ``[T_q, H]``, the latter in at least float32.
     """
     window = m.as_window(plan.mask)
-    causal = window == (None, 0, "start") if plan.score is None and window in SDPA_WINDOWS else None
+    # The kernel masks before it scales: with a scale of 0 or less, -inf turns into NaN or +inf.
+    own = plan.score is None and window in SDPA_WINDOWS and scale > 0
+    causal = window == (None, 0, "start") if own else None
     pieces = _whole_segments(plan, scale, causal) if causal is not None else _runs(plan, scale)
     e = v.shape[2]
     wide = max(q.shape[2], e)  # the kernels want D == E; zeros change nothing
@@ -88,7 +90,7 @@ def _runs(plan: Plan, scale: float) -> Pieces:
     return Pieces(plan, scale, q_ranges, [(a, b) if a < b else (0, 0) for a, b in zip(first, last, strict=True)], None)
 
 
-def _bias(pieces: Pieces, index: int, heads: int, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+def _bias(pieces: Pieces, index: int, heads: int, acc: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
     """The additive bias ``[1, H or 1, n, m]``, -inf where masked, and ``[1, H or 1, n]`` which rows have no key.
 
     A row without keys attends everything for the kernel's sake; the caller zeroes it. None for the second if all
@@ -103,9 +105,9 @@ def _bias(pieces: Pieces, index: int, heads: int, dtype: torch.dtype) -> tuple[T
     allowed = plan.mask_mod(h.new_zeros(()), h, q, kv).expand(-1, q.shape[1], kv.shape[2])
     no_key = ~allowed.any(2)
     some = bool(no_key.any())
-    bias = torch.zeros((), dtype=dtype, device=device)
+    bias = torch.zeros((), dtype=acc, device=device)  # not in half precision: a bias may be hundreds
     if plan.score_mod is not None:
-        bias = plan.score_mod(bias.expand(1, *allowed.shape[1:]), h.new_zeros(()), h, q, kv).to(dtype)
+        bias = plan.score_mod(bias.expand(1, *allowed.shape[1:]), h.new_zeros(()), h, q, kv).to(acc)
     bias = torch.where(allowed | no_key[..., None] if some else allowed, bias, -torch.inf)
     return bias[None], no_key[None] if some else None
 
@@ -139,7 +141,7 @@ class _Flash(torch.autograd.Function):
                 o.zero_()
                 log_sum.fill_(-torch.inf)
                 continue
-            bias, no_key = _bias(pieces, index, heads, q.dtype)
+            bias, no_key = _bias(pieces, index, heads, acc)
             part, log = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
                 x,
                 y,
@@ -169,8 +171,11 @@ class _Flash(torch.autograd.Function):
         grad_out, grad_lse = grad_outputs
         q, k, v, out, lse = ctx.saved_tensors
         heads, groups, dim = q.shape[1], k.shape[1], q.shape[2]
-        grad_out = torch.zeros_like(out) if grad_out is None else grad_out.contiguous()
+        acc = lse.dtype
+        no_keys = lse == -torch.inf  # what flows back into those rows may be NaN, as 0 · -inf
+        grad_out = torch.zeros_like(out) if grad_out is None else grad_out.masked_fill(no_keys[..., None], 0.0)
         if grad_lse is not None:
+            grad_lse = grad_lse.masked_fill(no_keys, 0.0)
             # The kernel subtracts delta = sum(grad_out * out) from each score's gradient; d lse has to be added.
             # One more feature, 0 in q, k, v, 1 in grad_out and -grad_lse in out, makes delta do both.
             q, k, v = (torch.nn.functional.pad(x, (0, 1)) for x in (q, k, v))
@@ -187,7 +192,7 @@ class _Flash(torch.autograd.Function):
                 for unmet in (dx, dy, dz) if once else (dx,):
                     unmet.zero_()
                 continue
-            bias, no_key = _bias(pieces, index, heads, q.dtype)
+            bias, no_key = _bias(pieces, index, heads, acc)
             if no_key is not None:
                 g = g.masked_fill(_grouped(no_key, shape)[..., None], 0.0)
                 log_sum = log_sum.masked_fill(
@@ -214,8 +219,10 @@ class _Flash(torch.autograd.Function):
 
 def _composite(pieces: Pieces, q: Tensor, k: Tensor, v: Tensor, need_lse: bool) -> Pair:
     """SDPA by its public door: any device, and gradients for a learned bias."""
-    heads, repeats = q.shape[1], q.shape[1] // k.shape[1]
-    acc = torch.float64 if q.dtype == torch.float64 else torch.float32
+    dtype, heads, repeats = q.dtype, q.shape[1], q.shape[1] // k.shape[1]
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    if pieces.causal is None:  # SDPA wants the bias in q's dtype, and half precision is too coarse for one
+        q, k, v = q.to(acc), k.to(acc), v.to(acc)
     outs, lses = [], []
     link = sum(t.flatten()[:0].sum() for t in (q, k, v))  # 0, and keeps a result without keys differentiable
     queries = q.split([b - a for a, b in pieces.q_ranges])
@@ -225,7 +232,7 @@ def _composite(pieces: Pieces, q: Tensor, k: Tensor, v: Tensor, need_lse: bool) 
             outs.append(q.new_zeros(x.shape) + link)
             lses.append(q.new_full(x.shape[:2], -torch.inf, dtype=acc) + link)
             continue
-        bias, no_key = _bias(pieces, index, heads, q.dtype)
+        bias, no_key = _bias(pieces, index, heads, acc)
         x = x.transpose(0, 1)[None]
         y, z = (t.transpose(0, 1)[None].repeat_interleave(repeats, 1) for t in (y, z))
         causal = bool(pieces.causal)
@@ -242,4 +249,4 @@ def _composite(pieces: Pieces, q: Tensor, k: Tensor, v: Tensor, need_lse: bool) 
             lses.append((one if no_key is None else one.masked_fill(no_key, -torch.inf))[0].transpose(0, 1))
     link = q[:0].sum() + k[:0].sum() + v[:0].sum()  # 0, and differentiable even if no piece has a key
     lse = torch.cat(lses) + link if need_lse else q.new_full(q.shape[:2], -torch.inf, dtype=acc)
-    return torch.cat(outs) + link, lse
+    return (torch.cat(outs) + link).to(dtype), lse

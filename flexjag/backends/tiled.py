@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from flexjag import mods
+from flexjag.layout import blocks
 from flexjag.plan import Plan
-from flexjag.tiles import blocks
 
 CHUNK_SCORES = 2**20  # scores held at once: about what a CPU core's L2 cache holds
 
@@ -201,7 +201,7 @@ class _Chunked(torch.autograd.Function):
             out[r0:r1].index_add_(0, local, _matmul(e, vb[col])).div_(total[..., None])
             lse[r0:r1] = (best + total.log()).masked_fill_(empty, -torch.inf)
         out, lse = _from_blocks(out, p.num_q).contiguous(), _from_blocks(lse, p.num_q).contiguous()
-        ctx.problem, ctx.num_learned = p, num_learned
+        ctx.problem, ctx.num_learned, ctx.originals = p, num_learned, tensors[:num_learned]
         ctx.save_for_backward(*tensors, out, lse)
         return out, lse
 
@@ -216,13 +216,19 @@ class _Chunked(torch.autograd.Function):
 
 def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
     p: Problem = ctx.problem
-    learned, (q, k, v, out, lse) = ctx.saved_tensors[: ctx.num_learned], ctx.saved_tensors[ctx.num_learned :]
+    saved = ctx.saved_tensors  # once: checkpointing recomputes the forward at each reading
+    learned, (q, k, v, out, lse) = saved[: ctx.num_learned], saved[ctx.num_learned :]
+    # Leaves of their own: one learned tensor may have been computed from another.
+    learned = tuple(x.detach().requires_grad_() for x in learned)
     heads, groups = q.shape[1], k.shape[1]
     qb, kb, vb = (_to_blocks(x, n, p.block) for x, n in ((q, p.rows), (k, p.cols + 1), (v, p.cols + 1)))
+    no_key = lse == -torch.inf  # what flows back into those rows may be NaN, as 0 · -inf
+    grad_out = grad_out.masked_fill(no_key[..., None], 0.0)
+    grad_lse = grad_lse.masked_fill(no_key, 0.0)
     gb = _to_blocks(grad_out, p.rows, p.block)
     # d lse adds to every score's gradient in proportion to its weight, as the -delta term does.
     delta = _to_blocks(((grad_out * out).sum(2) - grad_lse)[..., None], p.rows, p.block)
-    lse = lse.masked_fill(lse == -torch.inf, 0.0)
+    lse = lse.masked_fill(no_key, 0.0)
     lb = _to_blocks(lse[..., None], p.rows, p.block)
     dq, dk, dv = torch.zeros_like(qb), torch.zeros_like(kb), torch.zeros_like(vb)
     dlearned = [torch.zeros_like(x) for x in learned]
@@ -233,7 +239,7 @@ def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | No
         s = _matmul(qt * p.scale, kt.transpose(2, 3))
         modified = s
         if p.score is not None:
-            with torch.enable_grad():
+            with torch.enable_grad(), mods.Substitute(ctx.originals, learned):
                 s = s.requires_grad_()
                 modified = p.score(s, *at)
         e = torch.exp(modified.detach() - lb[row])

@@ -16,7 +16,7 @@ Pair = tuple[Tensor, Tensor | None]
 def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, need_lse: bool) -> Pair:
     """Attention of packed ``q [T_q, H, D]``, ``k [T_kv, G, D]``, ``v [T_kv, G, E]``, float16 or bfloat16.
 
-    Reads the longest lengths from the device once per call.
+    Reads the longest lengths from the device at each call, unless the plan was made with `max_length`.
 
     Returns:
         ``[T_q, H, E]`` and, if wanted, the log-sum-exp ``[T_q, H]`` in float32.
@@ -24,7 +24,7 @@ def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, need_lse: boo
     from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
     layout = plan.layout
-    longest = [int((o[1:] - o[:-1]).max()) for o in (layout.q_offsets, layout.kv_offsets)]
+    longest = [plan.max_length or int(o.diff().max()) for o in (layout.q_offsets, layout.kv_offsets)]
     window = varlen_window(Case(layout, plan.mask, plan.score, plan.normalizer))
     assert window is not None, "choice.refusal lets no other mask through"
     keywords: dict[str, Any] = {"scale": scale, "window_size": window}
