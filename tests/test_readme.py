@@ -25,6 +25,12 @@ def test_the_example_runs_and_is_right() -> None:
     assert q.values.grad is not None
 
 
+def test_the_example_of_a_node_runs() -> None:
+    text = (ROOT / "docs/extending.md").read_text(encoding="utf-8")
+    code = "\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
+    exec(compile(code, "docs/extending.md", "exec"), {"__name__": "extending"})
+
+
 @pytest.mark.parametrize("page", ["README.md", "docs/design.md"])
 def test_relative_links_exist(page: str) -> None:
     path = ROOT / page

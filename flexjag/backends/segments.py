@@ -173,7 +173,9 @@ class _Flash(torch.autograd.Function):
         heads, groups, dim = q.shape[1], k.shape[1], q.shape[2]
         acc = lse.dtype
         no_keys = lse == -torch.inf  # what flows back into those rows may be NaN, as 0 · -inf
-        grad_out = torch.zeros_like(out) if grad_out is None else grad_out.masked_fill(no_keys[..., None], 0.0)
+        grad_out = torch.zeros_like(out) if grad_out is None else grad_out.contiguous()
+        if bool(no_keys.any()):
+            grad_out = grad_out.masked_fill(no_keys[..., None], 0.0)
         if grad_lse is not None:
             grad_lse = grad_lse.masked_fill(no_keys, 0.0)
             # The kernel subtracts delta = sum(grad_out * out) from each score's gradient; d lse has to be added.
