@@ -123,3 +123,31 @@ BAD = {
 def test_bad_input_is_told(case: str) -> None:
     with pytest.raises(FlexjagError, match=r"^[\w, ]+: .*; got "):
         BAD[case](batch([4, 5]))
+
+
+def test_a_stale_plan_is_found_inside_a_compiled_function() -> None:
+    a, b = batch([4, 6], grad=False), batch([6, 4], grad=False)
+    plan = fj.plan(a, mask=fj.Causal())
+    attend = torch.compile(lambda x: fj.attention(x, x, x, plan=plan).values, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(attend(a), fj.attention(a, a, a, plan=plan).values, rtol=1e-12, atol=1e-12)
+    with pytest.raises(RuntimeError, match="plan: was made for another layout"):
+        attend(b)
+
+
+@pytest.mark.parametrize("offsets", [[0, 4, 9], [1, 4, 10], [0, 6, 4, 10], [6, 4], [0, -2, 10]])
+def test_offsets_are_checked_on_cpu(offsets: list[int]) -> None:
+    x = fj.Jagged(torch.randn(10, 2, 16), torch.tensor(offsets))
+    with pytest.raises(FlexjagError, match=r"q.offsets: must"):
+        fj.attention(x, x, x, mask=fj.Causal())
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [lambda b, h, q, k: q >= k and q < 10, lambda b, h, q, k: True, lambda b, h, q, k: q - k, lambda q, k: q >= k],
+    ids=["and", "python bool", "integer", "two arguments"],
+)
+def test_mistakes_in_a_users_mask_are_told(fn) -> None:
+    with pytest.raises(
+        FlexjagError, match=r"fn: <lambda> must be \(b, h, q_pos, kv_pos\) -> bool"
+    ):
+        fj.plan(batch([5]), mask=fj.Causal() & fj.MaskMod(fn))
