@@ -147,7 +147,5 @@ def test_offsets_are_checked_on_cpu(offsets: list[int]) -> None:
     ids=["and", "python bool", "integer", "two arguments"],
 )
 def test_mistakes_in_a_users_mask_are_told(fn) -> None:
-    with pytest.raises(
-        FlexjagError, match=r"fn: <lambda> must be \(b, h, q_pos, kv_pos\) -> bool"
-    ):
+    with pytest.raises(FlexjagError, match=r"fn: <lambda> must be \(b, h, q_pos, kv_pos\) -> bool"):
         fj.plan(batch([5]), mask=fj.Causal() & fj.MaskMod(fn))
