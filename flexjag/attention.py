@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Sequence
 
@@ -102,7 +101,8 @@ def attention(
     if q.values.shape[0] == 0 or k.values.shape[0] == 0:
         out, lse = _nothing(q.values, k.values, v.values)
     elif name == "reference":
-        reference = importlib.import_module("flexjag.backends.reference")
+        from flexjag.backends import reference
+
         out, lse = reference.run(q.values, k.values, v.values, plan.layout, plan.mask, plan.score, scale)
     else:
         out, lse = _runner(name)(q.values, k.values, v.values, plan, scale, return_lse)

@@ -59,9 +59,8 @@ class RowTables:
 def row_tables(layout: Layout, block: int) -> RowTables:
     """The tables of a layout.
 
-    On CUDA kernels round the query rows up to a tile, so everything per row is padded to one. FlexAttention's
-    CPU kernels never do, and Inductor's C++ breaks on captured tensors of any other length than T
-    (it renames the size symbol ``ks1`` inside ``ks18``), so there nothing is padded.
+    On CUDA kernels round the query rows up to a tile, so everything per row is padded to one. FlexAttention's CPU
+    kernels never read past T, so there nothing is padded and one size symbol serves all.
     """
     segment, q_pos = layout.q_segment, layout.q_pos
     if layout.has_spare:  # spare rows belong to no segment; what user functions are told must still be in range

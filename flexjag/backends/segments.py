@@ -197,9 +197,8 @@ class _Flash(torch.autograd.Function):
             bias, no_key = _bias(pieces, index, heads, acc)
             if no_key is not None:
                 g = g.masked_fill(_grouped(no_key, shape)[..., None], 0.0)
-                log_sum = log_sum.masked_fill(
-                    _grouped(no_key, shape), torch.inf
-                )  # their weights are 0 and cannot overflow
+                # At +inf their weights are 0; at 0 a steep bias would overflow.
+                log_sum = log_sum.masked_fill(_grouped(no_key, shape), torch.inf)
             parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 g,
                 x,
