@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from flexjag import __version__, bench, cli_explain, demo
+from flexjag import __version__, bench, cli_compile, cli_explain, demo
 from flexjag.errors import FlexjagError, LanguageError
 
 WRONG_USE, INTERRUPTED, PIPE_CLOSED = 2, 130, 141
@@ -28,6 +28,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
     demo.add_command(commands)
     cli_explain.add_command(commands)
+    cli_compile.add_command(commands)
     commands.add_parser("bench", help="measure, beside what one would use instead; has its own --help")
     return parser
 

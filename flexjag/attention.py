@@ -8,13 +8,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from flexjag import choice
+from flexjag import choice, normalizers
+from flexjag.choice import check_normalizer
 from flexjag.errors import PlanError, ShapeError, explain_values
 from flexjag.jagged import Jagged, check_same_layout
 from flexjag.masks import Mask, num_mask_heads
-from flexjag.normalizers import Normalizer
+from flexjag.normalizers import Normalizer, num_bias_heads
 from flexjag.plan import Plan, outline, with_tiles
-from flexjag.scores import Score, num_score_heads, tensors
+from flexjag.scores import Score, check_tokens, num_score_heads, tensors
 from flexjag.tiles import assert_on_device
 
 
@@ -29,6 +30,7 @@ def attention(
     plan: Plan | None = None,
     scale: float | None = None,
     return_lse: bool = False,
+    return_remainder: bool = False,
     backend: str = "auto",
     validate: bool = False,
 ) -> Jagged | tuple[Jagged, Jagged]:
@@ -47,19 +49,24 @@ def attention(
         plan: A plan made before for this layout, instead of `mask`, `score` and `normalizer`. Make one per batch and
             share it between layers.
         scale: Factor on ``q·k``. Default ``1 / sqrt(D)``.
-        return_lse: Also return the natural-log sum of exponentials of each row's scores, for :func:`merge`.
+        return_lse: Also return the natural-log sum of exponentials of each row's scores, for :func:`merge`. Only a
+            softmax has one.
+        return_remainder: Also return what is left of each row's stick, for a stick-breaking normalizer.
         backend: ``"auto"``, ``"reference"``, ``"tiled"``, ``"segments"``, ``"flex"`` or ``"varlen"``. A named backend
             that cannot run the plan raises; it never falls back.
         validate: Check the contents of the offsets (one device sync).
 
     Returns:
-        Values ``[T_q, H, E]`` on q's offsets; with `return_lse` also the log-sum-exp ``[T_q, H]``. A row without an
-        allowed key gets output 0, log-sum-exp -inf and no gradient.
+        Values ``[T_q, H, E]`` on q's offsets; with `return_lse` also the log-sum-exp ``[T_q, H]``, with
+        `return_remainder` also the remainder ``[T_q, H]``, 0 to 1. A row without an allowed key gets output 0,
+        log-sum-exp -inf, remainder 1 and no gradient.
 
     Raises:
         ShapeError: If shapes, dtypes or devices do not fit.
         LayoutError: If the offsets do not fit.
-        PlanError: If `plan` was made for another layout, or comes with a mask, score or normalizer.
+        PlanError: If `plan` was made for another layout, or comes with a mask, score or normalizer; or if the
+            normalizer has no log-sum-exp or remainder to return.
+        MaskError: If the mask is not one for the normalizer.
         BackendError: If the named backend cannot run the plan.
 
     >>> from flexjag.masks import Causal, Prefix, Window
@@ -77,8 +84,10 @@ def attention(
         )
     else:
         check_plan(plan, q, k, validate=validate)
+    check_normalizer(plan.layout, plan.mask, plan.normalizer, lse=return_lse, remainder=return_remainder)
+    check_tokens(plan.score, plan.layout.num_q, plan.layout.num_kv)
     heads, groups = q.values.shape[1], k.values.shape[1]
-    for wanted in (num_mask_heads(plan.mask), num_score_heads(plan.score)):
+    for wanted in (num_mask_heads(plan.mask), num_score_heads(plan.score), num_bias_heads(plan.normalizer)):
         if wanted is not None and wanted != heads:
             raise ShapeError(explain_values("mask, score", "must be made for q's heads", made_for=wanted, heads=heads))
     if isinstance(scale, Tensor):
@@ -90,7 +99,10 @@ def attention(
         tracing=torch.compiler.is_compiling(),
         dtype=q.values.dtype,
         grad=torch.is_grad_enabled()
-        and any(x.requires_grad for x in (q.values, k.values, v.values, *tensors(plan.score))),
+        and any(
+            x.requires_grad
+            for x in (q.values, k.values, v.values, *tensors(plan.score), *normalizers.tensors(plan.normalizer))
+        ),
         scale=scale,
         lse=return_lse,
         dims=(heads, groups, q.values.shape[2], v.values.shape[2]),
@@ -100,20 +112,27 @@ def attention(
         plan = with_tiles(plan)
     if q.values.shape[0] == 0 or k.values.shape[0] == 0:
         out, lse = _nothing(q.values, k.values, v.values)
+        lse = lse.exp() + 1 if return_remainder else lse
     elif name == "reference":
         from flexjag.backends import reference
 
-        out, lse = reference.run(q.values, k.values, v.values, plan.layout, plan.mask, plan.score, scale)
+        out, lse = reference.run(
+            q.values, k.values, v.values, plan.layout, plan.mask, plan.score, scale, plan.normalizer
+        )
     else:
-        out, lse = _runner(name)(q.values, k.values, v.values, plan, scale, return_lse)
-    if not return_lse:
+        out, lse = _runner(name, plan.normalizer)(q.values, k.values, v.values, plan, scale, return_lse)
+    if not return_lse and not return_remainder:
         return q.with_values(out)
     assert lse is not None
     return q.with_values(out), q.with_values(lse)
 
 
-def _runner(name: str):  # type: ignore[no-untyped-def]
+def _runner(name: str, normalizer: Normalizer):  # type: ignore[no-untyped-def]
     """A backend's `run`, imported on first use: `import flexjag` must stay light."""
+    if not isinstance(normalizer, normalizers.Softmax):
+        from flexjag.backends import normalized
+
+        return normalized.run_tiled if name == "tiled" else normalized.run_segments
     if name == "tiled":
         from flexjag.backends import tiled as module
     elif name == "segments":
@@ -183,7 +202,7 @@ def check_plan(plan: Plan, q: Jagged, k: Jagged, *, validate: bool = False) -> N
     pairs = [(q.offsets, layout.q_offsets), (k.offsets, layout.kv_offsets)]
     difference = None
     if same and torch.compiler.is_compiling():
-        if layout.device.type == "cpu":
+        if not layout.on_gpu:
             alike = (q.offsets == layout.q_offsets).all() & (k.offsets == layout.kv_offsets).all()
             assert_on_device(alike, "plan: was made for another layout; make one per batch")
     elif same and (validate or layout.device.type == "cpu"):

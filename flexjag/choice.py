@@ -13,9 +13,9 @@ import torch
 
 from flexjag import masks as m
 from flexjag import scores as s
-from flexjag.errors import BackendError
+from flexjag.errors import BackendError, MaskError, PlanError, explain_values
 from flexjag.layout import Layout
-from flexjag.normalizers import Normalizer, Softmax
+from flexjag.normalizers import Normalizer, Pointwise, Softmax, StickBreaking
 
 BACKENDS = ("reference", "tiled", "segments", "flex", "varlen")
 # On CPU, SDPA's kernel takes about a fifth of `tiled`'s time per score, but a call per run of queries, and all the keys
@@ -58,8 +58,8 @@ class Case:
 
     @property
     def on_cuda(self) -> bool:
-        """Whether the batch lives on a CUDA (or ROCm) device."""
-        return self.layout.device.type == "cuda"
+        """Whether a CUDA (or ROCm) device's kernels will run."""
+        return self.layout.on_gpu and self.layout.device.type in ("cuda", "cpu")
 
 
 def _reference(case: Case) -> str | None:
@@ -158,9 +158,73 @@ def refusal(backend: str, case: Case) -> str | None:
     """
     if backend not in _RULES:
         raise BackendError(f"backend: must be 'auto' or one of {', '.join(BACKENDS)}; got backend={backend!r}")
-    if not isinstance(case.normalizer, Softmax):
+    if not isinstance(case.normalizer, (Softmax, Pointwise, StickBreaking)):
         return f"it has no case for the normalizer {case.normalizer!r}"
+    if not isinstance(case.normalizer, Softmax) and backend not in ("reference", "tiled"):
+        if backend != "segments":
+            return f"its kernels compute a softmax, not {case.normalizer!r}"
+        return _reference(case)  # without SDPA, any score will do
     return _RULES[backend](case)
+
+
+def _causal_aligns(mask: m.Mask) -> set[m.Align]:
+    """How the parts of a mask that rule out all later keys are aligned; empty if later keys may be allowed."""
+    match mask:
+        case m.Causal():
+            return {mask.align}
+        case m.Window() if isinstance(mask.right, int) and mask.right == 0:
+            return {mask.align}
+        case m.And():
+            return _causal_aligns(mask.left) | _causal_aligns(mask.right)
+        case m.Or():
+            parts = [_causal_aligns(mask.left), _causal_aligns(mask.right)]
+        case m.PerHead():
+            parts = [_causal_aligns(one) for one in mask.masks]
+        case _:
+            return set()
+    united: set[m.Align] = set()
+    for part in parts:
+        united |= part
+    return united if all(parts) else set()
+
+
+def diagonal_align(mask: m.Mask, is_self: bool) -> m.Align:
+    """Which key a query of a causal-type mask lines up with: counted from the segment's start, or from its end.
+
+    Raises:
+        MaskError: If the mask may allow later keys, or, in cross-attention, lines up both ways.
+    """
+    found = _causal_aligns(mask)
+    if not found:
+        rule = "stick-breaking needs a mask without later keys: Causal(), Window(w, 0) or one of them & any mask"
+        raise MaskError(explain_values("mask", rule, mask=mask))
+    if len(found) > 1 and not is_self:
+        rule = "stick-breaking needs one alignment of queries and keys that differ in offsets"
+        raise MaskError(explain_values("mask", rule, mask=mask))
+    return "start" if is_self else found.pop()
+
+
+def check_normalizer(layout: Layout, mask: m.Mask, normalizer: Normalizer, *, lse: bool, remainder: bool) -> None:
+    """Check that a normalizer can do what is asked of it; metadata only.
+
+    Raises:
+        MaskError: If the mask is not one for this normalizer.
+        PlanError: If it has no log-sum-exp or remainder, or cannot add the remainder of these queries.
+    """
+    if lse and not isinstance(normalizer, Softmax):
+        raise PlanError(explain_values("return_lse", "only a softmax has a log-sum-exp", normalizer=normalizer))
+    if remainder and not isinstance(normalizer, StickBreaking):
+        rule = "only stick-breaking leaves a remainder"
+        raise PlanError(explain_values("return_remainder", rule, normalizer=normalizer))
+    scale = normalizer.scale if isinstance(normalizer, Pointwise) else 1.0
+    if isinstance(scale, torch.Tensor) and scale.ndim and scale.shape[0] != layout.num_q:
+        rule = "must be a number, 0-d, or have one entry per packed query token"
+        raise PlanError(explain_values("scale", rule, entries=scale.shape[0], tokens=layout.num_q))
+    if isinstance(normalizer, StickBreaking):
+        diagonal_align(mask, layout.is_self)
+        if normalizer.remainder and not layout.is_self:
+            rule = "remainder=True adds each query's own value, so k and v need the very offsets of q: q.with_values"
+            raise PlanError(explain_values("normalizer", rule, normalizer=normalizer))
 
 
 def choose(case: Case) -> tuple[str, str]:
@@ -183,6 +247,8 @@ def choose(case: Case) -> tuple[str, str]:
     short_enough = m.as_window(case.mask) is not None or layout.num_kv <= LONG_SEGMENT * segments
     learned = torch.is_grad_enabled() and any(t.requires_grad for t in s.tensors(case.score))
     short_enough = short_enough and not (learned and layout.num_kv > LONG_LEARNED)
+    if not isinstance(case.normalizer, Softmax) and long_enough and refusal("segments", case) is None:
+        return "segments", "dense products of a run of one segment's queries with the keys that they may attend"
     if long_enough and short_enough and refusal("segments", case) is None:
         return (
             "segments",

@@ -35,6 +35,14 @@ class BackendError(FlexjagError, RuntimeError):
     """A backend asked to run what it cannot run. The message names one that can."""
 
 
+class TargetError(FlexjagError, ValueError):
+    """A GPU architecture that kernels cannot be made for."""
+
+
+class CodegenError(FlexjagError, RuntimeError):
+    """Kernels that could not be made or run without a GPU. The worker's traceback, if there is one, is the cause."""
+
+
 class LanguageError(FlexjagError, ValueError):
     """Command-line text for a mask or score that does not parse.
 

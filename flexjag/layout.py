@@ -68,6 +68,21 @@ class Layout:
         """Where the coordinates live."""
         return self.q_offsets.device
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether a GPU's kernels will read this, which round the rows up to a tile.
+
+        Asked here alone, so that :mod:`flexjag.codegen` can make a GPU's kernels of a batch on the CPU.
+        """
+        return self.device.type != "cpu"
+
+    def in_whole_tiles(self, block: int = 128) -> bool:
+        """Whether T_q and T_kv are fixed at multiples of a tile, so that kernels need not look where tokens end.
+
+        Asked only of batches of fixed capacity: if T varies, it must not decide which graph is taken.
+        """
+        return self.has_spare and self.num_q % block == 0 and self.num_kv % block == 0
+
     def q_length(self) -> Tensor:
         """``[T_q]`` int32: the query length n of each row's segment."""
         return _gather(self.q_offsets, self.q_segment + 1) - _gather(self.q_offsets, self.q_segment)

@@ -10,23 +10,26 @@ written for scalars, so on tensors it is vmapped.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 from flexjag import masks as m
 from flexjag import scores as s
 from flexjag.dispatch import Interpretation
-from flexjag.errors import FlexjagError, MaskError, ScoreError, explain_values
 from flexjag.layout import Layout, blocks
 from flexjag.spans import DenseRows, InSpans, Sandwich
+from flexjag.upstream import fence
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def _look_up(table: Tensor, *index: Tensor) -> Tensor:
+    return table[index]
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +42,9 @@ class RowTables:
         kv_start: ``[T']`` int32.
         kv_last: ``[T']`` int32, local position of the segment's last key (at least 0).
         shift: ``[T']`` int32, ``kv_start + q_pos``: ``kv - shift[q]`` is the relative position.
+        rounded: Whether T' is T rounded up to a tile.
+        look_up: ``look_up(table, *index)``, how the built-in scores read a table that may need gradients. A backend
+            whose gradients must not depend on the order of threads puts its own here.
     """
 
     segment: Tensor
@@ -46,20 +52,25 @@ class RowTables:
     kv_start: Tensor
     kv_last: Tensor
     shift: Tensor
+    rounded: bool
+    look_up: Callable[..., Tensor] = _look_up
 
     def padded(self, x: Tensor) -> Tensor:
         """Pad the last dimension of a per-row tensor like the tables here.
 
-        On CUDA even by nothing: whether the padding is 0 would else be a property of the compiled graph.
+        If rounded even by nothing: whether the padding is 0 would else be a property of the compiled graph.
         """
-        rows = self.segment.shape[0]
-        return x if x.device.type == "cpu" else _pad_rows(x, rows)
+        return _pad_rows(x, self.segment.shape[0]) if self.rounded else x
+
+    def padded_keys(self, x: Tensor) -> Tensor:
+        """Pad a per-key tensor ``[T_kv]`` likewise."""
+        return _pad_rows(x, -(-x.shape[0] // 128) * 128) if self.rounded else x
 
 
 def row_tables(layout: Layout, block: int) -> RowTables:
     """The tables of a layout.
 
-    On CUDA kernels round the query rows up to a tile, so everything per row is padded to one. FlexAttention's CPU
+    A GPU's kernels round the query rows up to a tile, so everything per row is padded to one. FlexAttention's CPU
     kernels never read past T, so there nothing is padded and one size symbol serves all.
     """
     segment, q_pos = layout.q_segment, layout.q_pos
@@ -68,13 +79,48 @@ def row_tables(layout: Layout, block: int) -> RowTables:
         segment, q_pos = segment.masked_fill(spare, 0), q_pos.masked_fill(spare, 0)
     last = (layout.kv_length() - 1).clamp(min=0)
     columns = (segment, q_pos, layout.kv_start, last, layout.kv_start + q_pos)
-    rows = layout.num_q if layout.device.type == "cpu" else blocks(layout.num_q, block) * block
-    return RowTables(*(_pad_rows(x, rows) for x in columns))
+    if layout.on_gpu:
+        columns = (_pad_rows(x, blocks(layout.num_q, block) * block) for x in columns)
+    return RowTables(*columns, rounded=layout.on_gpu)
 
 
 def _pad_rows(x: Tensor, rows: int) -> Tensor:
     """Pad the last dimension with zeros to this many rows."""
-    return torch.nn.functional.pad(x, (0, rows - x.shape[-1]))
+    return fence(torch.nn.functional.pad(x, (0, rows - x.shape[-1])))
+
+
+Node = TypeVar("Node", m.Mask, s.Score)
+
+
+def rounded(node: Node, t: RowTables) -> Node:
+    """The node with what it holds per token padded to a tile, if kernels want that. Once per plan, not per layer."""
+    if not t.rounded:
+        return node
+    match node:
+        case InSpans():
+            return InSpans(t.padded(node.lo), t.padded(node.hi))  # pyright: ignore[reportReturnType]
+        case DenseRows():
+            return replace(node, base=t.padded(node.base))
+        case m.SameGroup():
+            keys = node.ids if node.kv_ids is None else node.kv_ids
+            return replace(node, ids=t.padded(node.ids), kv_ids=t.padded_keys(keys))
+        case s.TimeBias():
+            keys = node.times if node.kv_times is None else node.kv_times
+            return replace(node, times=t.padded(node.times), kv_times=t.padded_keys(keys))
+        case m.And() | m.Or():
+            return replace(node, left=rounded(node.left, t), right=rounded(node.right, t))
+        case m.Not():
+            return replace(node, mask=rounded(node.mask, t))
+        case s.Then():
+            return replace(node, first=rounded(node.first, t), second=rounded(node.second, t))
+        case _:
+            return node
+
+
+def kernel_mask(sandwich: Sandwich, t: RowTables) -> m.Mask:
+    """What a kernel tests for one sandwich: its outer spans, and what they leave open."""
+    inside = InSpans(sandwich.outer.lo, sandwich.outer.hi)
+    return rounded(inside if sandwich.rest is None else m.And(inside, sandwich.rest), t)
 
 
 def _elementwise(fn: Callable[..., Tensor], *args: Tensor) -> Tensor:
@@ -105,7 +151,7 @@ mask_case = Interpretation("mask_mod")
 
 @mask_case.register(InSpans)
 def _(mask: InSpans, t: RowTables, layout: Layout) -> MaskMod:
-    lo, hi = t.padded(mask.lo), t.padded(mask.hi)
+    lo, hi = mask.lo, mask.hi
     bounds = [(lo[k], hi[k]) for k in range(lo.shape[0])]
 
     def in_spans(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
@@ -130,10 +176,8 @@ def _(mask: m.MaskMod, t: RowTables, layout: Layout) -> MaskMod:
 
 @mask_case.register(m.SameGroup)
 def _(mask: m.SameGroup, t: RowTables, layout: Layout) -> MaskMod:
-    q_ids = t.padded(mask.ids)
+    q_ids = mask.ids
     kv_ids = mask.ids if mask.kv_ids is None else mask.kv_ids
-    if layout.device.type != "cpu":
-        kv_ids = torch.nn.functional.pad(kv_ids, (0, -kv_ids.shape[0] % 128))
 
     def same_group(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
         return q_ids[q] == kv_ids[kv]
@@ -143,11 +187,10 @@ def _(mask: m.SameGroup, t: RowTables, layout: Layout) -> MaskMod:
 
 @mask_case.register(DenseRows)
 def _(mask: DenseRows, t: RowTables, layout: Layout) -> MaskMod:
-    values, first = mask.values, t.padded(mask.first)
+    values, base = mask.values, mask.base
 
     def matrix(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-        _, _, kv_pos = _local(t, q, kv)
-        return values[(first[q] + kv_pos).clamp(max=values.shape[0] - 1)]
+        return values[(base[q] + kv).clamp(0, values.shape[0] - 1)]  # outside the row's spans any entry will do
 
     return matrix
 
@@ -170,19 +213,16 @@ def _(mask: m.Not, t: RowTables, layout: Layout) -> MaskMod:
     return lambda b, h, q, kv: ~inner(b, h, q, kv)
 
 
-def mask_mod(sandwiches: tuple[Sandwich, ...], head_of: Tensor | None, t: RowTables, layout: Layout) -> MaskMod:
+def mask_mod(masks: tuple[m.Mask, ...], head_of: Tensor | None, t: RowTables, layout: Layout) -> MaskMod:
     """The whole mask, in interval form where it is exact.
 
     Args:
-        sandwiches: One, or one per distinct head mask.
-        head_of: ``[H]`` which sandwich each query head uses; None if there is one.
+        masks: One :func:`kernel_mask`, or one per distinct head mask.
+        head_of: ``[H]`` which of them each query head uses; None if there is one.
         t: The tables to read.
         layout: The layout they were made from.
     """
-    tests: list[MaskMod] = []
-    for sandwich in sandwiches:
-        inside = InSpans(sandwich.outer.lo, sandwich.outer.hi)
-        tests.append(mask_case(inside if sandwich.rest is None else m.And(inside, sandwich.rest), t, layout))
+    tests = [mask_case(mask, t, layout) for mask in masks]
     if head_of is None:
         return tests[0]
 
@@ -213,9 +253,9 @@ def _(score: s.ScoreMod, t: RowTables) -> ScoreMod:
 
 @score_case.register(s.Alibi)
 def _(score: s.Alibi, t: RowTables) -> ScoreMod:
-    slopes = score.slopes
+    slopes, look_up = score.slopes, t.look_up
     # In the scores' dtype: a half-precision slope times a distance loses whole units.
-    return lambda x, b, h, q, kv: x + slopes[h].to(x.dtype) * (kv - t.shift[q])
+    return lambda x, b, h, q, kv: x + look_up(slopes, h).to(x.dtype) * (kv - t.shift[q])
 
 
 @score_case.register(s.SoftCap)
@@ -226,8 +266,34 @@ def _(score: s.SoftCap, t: RowTables) -> ScoreMod:
 
 @score_case.register(s.RelativeBias)
 def _(score: s.RelativeBias, t: RowTables) -> ScoreMod:
-    bias, reach = score.table, score.max_distance
-    return lambda x, b, h, q, kv: x + bias[h, (kv - t.shift[q]).clamp(-reach, reach) + reach]
+    bias, reach, look_up = score.table, score.max_distance, t.look_up
+    return lambda x, b, h, q, kv: x + look_up(bias, h, (kv - t.shift[q]).clamp(-reach, reach) + reach)
+
+
+def _bucket(x: Tensor, boundaries: Tensor) -> Tensor:
+    """How many of the boundaries are at most x."""
+    x, most = x.to(boundaries.dtype), boundaries.shape[0]
+    if x.ndim:
+        return torch.bucketize(x, boundaries, right=True)
+    found = torch.zeros_like(x, dtype=torch.int32)  # FlexAttention's scalars, and it cannot lower a bucketize
+    for step in (1 << bit for bit in reversed(range(most.bit_length()))):
+        reach = found + step
+        below = (reach <= most) & (boundaries[reach.clamp(max=most) - 1] <= x)
+        found = torch.where(below, reach, found)
+    return found
+
+
+@score_case.register(s.BucketedBias)
+def _(score: s.BucketedBias, t: RowTables) -> ScoreMod:
+    table, boundaries, look_up = score.table, score.boundaries, t.look_up
+    return lambda x, b, h, q, kv: x + look_up(table, h, _bucket(kv - t.shift[q], boundaries))
+
+
+@score_case.register(s.TimeBias)
+def _(score: s.TimeBias, t: RowTables) -> ScoreMod:
+    table, boundaries, look_up = score.table, score.boundaries, t.look_up
+    times, kv_times = score.times, score.times if score.kv_times is None else score.kv_times
+    return lambda x, b, h, q, kv: x + look_up(table, h, _bucket(times[q] - kv_times[kv], boundaries))
 
 
 @score_case.register(s.Then)
@@ -239,104 +305,3 @@ def _(score: s.Then, t: RowTables) -> ScoreMod:
 def score_mod(score: s.Score | None, t: RowTables) -> ScoreMod | None:
     """The whole score chain, or None."""
     return None if score is None else score_case(score, t)
-
-
-class _Watch(TorchFunctionMode):
-    """Sees every tensor that torch functions are given, and tells apart those they made themselves."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.made: dict[int, Tensor] = {}
-        self.given: dict[int, Tensor] = {}  # the values keep the ids from being reused
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        for x in tree_leaves((args, kwargs or {})):
-            if isinstance(x, Tensor) and id(x) not in self.made:
-                self.given[id(x)] = x
-        out = func(*args, **(kwargs or {}))
-        self.made.update({id(x): x for x in tree_leaves(out) if isinstance(x, Tensor)})
-        return out
-
-
-class Substitute(TorchFunctionMode):
-    """Torch functions that are given one of `old` get its counterpart in `new` instead."""
-
-    def __init__(self, old: Sequence[Tensor], new: Sequence[Tensor]) -> None:
-        super().__init__()
-        self.new = {id(x): y for x, y in zip(old, new, strict=True)}
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        args, kwargs = tree_map(lambda x: self.new.get(id(x), x), (args, kwargs or {}))
-        return func(*args, **kwargs)
-
-
-def depends_on_head(mask: m.Mask, device: torch.device) -> bool:
-    """Whether a user's predicate in the mask looks at its `h`, found by calling it once and watching."""
-    match mask:
-        case m.And() | m.Or():
-            return depends_on_head(mask.left, device) or depends_on_head(mask.right, device)
-        case m.Not():
-            return depends_on_head(mask.mask, device)
-        case m.MaskMod():
-            zero = [torch.zeros((), dtype=torch.int32, device=device) for _ in range(4)]
-            with _Watch() as watch:
-                mask.fn(*zero)
-            return id(zero[1]) in watch.given
-        case _:
-            return not type(mask).__module__.startswith("flexjag.")  # a user's node may look at it
-
-
-def check_functions(mask: m.Mask, score: s.Score | None, device: torch.device) -> None:
-    """Call every user's function once, as a backend will, to tell mistakes in it by its name.
-
-    Raises:
-        MaskError: If a mask's function fails or does not return one bool.
-        ScoreError: If a score's function fails or does not return one float.
-    """
-    zero, one = torch.zeros(1, dtype=torch.int32, device=device), torch.zeros(1, device=device)
-    found: list[tuple[type[FlexjagError], Callable[..., Tensor], tuple[Tensor, ...], str]] = []
-    found += [(MaskError, fn, (zero,) * 4, "(b, h, q_pos, kv_pos) -> bool") for fn in _functions(mask)]
-    for part in s.parts(score):
-        if isinstance(part, s.ScoreMod):
-            found.append((ScoreError, part.fn, (one, *(zero,) * 4), "(score, b, h, q_pos, kv_pos) -> float"))
-    for error, fn, args, signature in found:
-        name = getattr(fn, "__name__", type(fn).__name__)
-        rule = f"{name} must be {signature} in tensor operations: & | ~ and torch.where, not and, or, not, if"
-        try:
-            out = torch.vmap(fn)(*args)
-        except (RuntimeError, ValueError, TypeError, IndexError) as reason:
-            raise error(explain_values("fn", rule, error=str(reason).split("\n")[0])) from reason
-        if (out.dtype == torch.bool) != (error is MaskError) or out.shape != (1,):
-            raise error(explain_values("fn", rule, dtype=out.dtype, shape=tuple(out.shape[1:])))
-
-
-def _functions(mask: m.Mask) -> list[Callable[..., Tensor]]:
-    match mask:
-        case m.MaskMod():
-            return [mask.fn]
-        case m.And() | m.Or():
-            return _functions(mask.left) + _functions(mask.right)
-        case m.Not():
-            return _functions(mask.mask)
-        case m.PerHead():
-            return [fn for one in mask.masks for fn in _functions(one)]
-        case _:
-            return []
-
-
-def learned_tensors(score: s.Score | None, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    """The tensors of a score that need gradients, including those a user's function closes over.
-
-    Each function is called once, on one score, and watched. Empty when gradients are off.
-    """
-    found: dict[int, Tensor] = {}
-    if score is None or not torch.is_grad_enabled():
-        return []
-    for node in s.parts(score):
-        if isinstance(node, s.ScoreMod):
-            zero = [torch.zeros((), dtype=torch.int32, device=device) for _ in range(4)]
-            with _Watch() as watch:
-                node.fn(torch.zeros((), dtype=dtype, device=device), *zero)
-            found.update(watch.given)
-    found.update({id(x): x for x in s.tensors(score)})
-    return [x for x in found.values() if x.requires_grad]

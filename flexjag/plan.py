@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from flexjag import choice, mods, viz
+from flexjag import choice, functions, mods, viz
 from flexjag import masks as m
 from flexjag import scores as s
 from flexjag.errors import MaskError, PlanError, ScoreError, ShapeError, explain_values
@@ -40,6 +40,8 @@ class Plan:
         sandwiches: The mask's spans, one entry per distinct head mask.
         head_of: ``[H]`` int32, which entry each query head uses; None if there is one for all.
         tables: Per-row tensors that the mods read.
+        kernel_masks: What a kernel tests, one per sandwich, padded like `tables`.
+        kernel_score: The score, padded likewise.
         made_tiles: Tile lists and tables; None in an outline, which only some backends can run.
         max_length: The bound that was given, or None.
         sample: ``(H, D, dtype, grad)`` of the q that was planned for, if it had heads.
@@ -53,6 +55,8 @@ class Plan:
     sandwiches: tuple[Sandwich, ...]
     head_of: Tensor | None
     tables: mods.RowTables
+    kernel_masks: tuple[m.Mask, ...]
+    kernel_score: s.Score | None
     made_tiles: Tiles | None
     max_length: int | None
     sample: tuple[int, int, torch.dtype, bool] | None
@@ -66,12 +70,12 @@ class Plan:
     @property
     def mask_mod(self) -> Callable[..., Tensor]:
         """FlexAttention's ``mask_mod(b, h, q_idx, kv_idx)`` on packed indices, isolation included."""
-        return mods.mask_mod(self.sandwiches, self.head_of, self.tables, self.layout)
+        return mods.mask_mod(self.kernel_masks, self.head_of, self.tables, self.layout)
 
     @property
     def score_mod(self) -> Callable[..., Tensor] | None:
         """FlexAttention's ``score_mod(score, b, h, q_idx, kv_idx)`` on packed indices, or None."""
-        return mods.score_mod(self.score, self.tables)
+        return mods.score_mod(self.kernel_score, self.tables)
 
     @property
     def block_mask(self) -> BlockMask:
@@ -272,8 +276,10 @@ def outline(
     normalizer = Softmax() if normalizer is None else normalizer
     _check_plan(mask, score, normalizer, block_size, max_length)
     layout = build_layout(q, q if k is None else k, max_tokens=max_tokens, max_length=max_length, validate=validate)
+    choice.check_normalizer(layout, mask, normalizer, lse=False, remainder=False)
+    s.check_tokens(score, layout.num_q, layout.num_kv)
     if not torch.compiler.is_compiling():
-        mods.check_functions(mask, score, layout.device)
+        functions.check_functions(mask, score, layout.device)
     head_masks, head_of = _head_masks(mask)
     heads = None
     if head_of is not None:  # filled on the device: uploading a list would wait for it
@@ -282,15 +288,19 @@ def outline(
     if q.values.ndim == 3 and q.values.dtype.is_floating_point:
         grad = q.values.requires_grad and torch.is_grad_enabled()
         sample = (q.values.shape[1], q.values.shape[2], q.values.dtype, grad)
+    sandwiches = tuple(sandwich(one, layout) for one in head_masks)
+    tables = mods.row_tables(layout, block_size)
     return Plan(
         layout=layout,
         mask=mask,
         score=score,
         normalizer=normalizer,
         block_size=block_size,
-        sandwiches=tuple(sandwich(one, layout) for one in head_masks),
+        sandwiches=sandwiches,
         head_of=heads,
-        tables=mods.row_tables(layout, block_size),
+        tables=tables,
+        kernel_masks=tuple(mods.kernel_mask(x, tables) for x in sandwiches),
+        kernel_score=None if score is None else mods.rounded(score, tables),
         made_tiles=None,
         max_length=max_length,
         sample=sample,
@@ -335,7 +345,7 @@ def mark_plan(plan: Plan) -> None:
     for x in plan.sandwiches:
         _mark(x.outer, 1)
         _mark(x.inner, 1)
-    for x in (plan.mask, *(y.rest for y in plan.sandwiches)):
+    for x in (plan.mask, *plan.kernel_masks):
         _mark_mask(x)
 
 
@@ -380,8 +390,8 @@ def _refined(
         return tiles
     if wanted is None and tiles.row.shape[0] * block**2 > REFINE_LIMIT:
         return tiles
-    if x.rest is None or mods.depends_on_head(x.rest, layout.device):
+    if x.rest is None or functions.depends_on_head(x.rest, layout.device):
         return tiles  # one list of tiles has to do for all heads
-    test = mods.mask_mod((x,), None, tables, layout)
+    test = mods.mask_mod((mods.kernel_mask(x, tables),), None, tables, layout)
     zero = torch.zeros((), dtype=torch.int32, device=layout.device)
     return refine(tiles, lambda q, kv: test(zero, zero, q, kv), layout.num_q, layout.num_kv, block)

@@ -71,10 +71,10 @@ class InSpans(m.Mask):
 
 @node
 class DenseRows(m.Mask):
-    """A :class:`~flexjag.masks.Dense` with the place of each query row's entries in one flat boolean tensor."""
+    """A :class:`~flexjag.masks.Dense` as one flat boolean tensor: a row's packed key `kv` is at ``base + kv``."""
 
     values: Tensor
-    first: Tensor
+    base: Tensor
 
 
 def _clip(spans: Spans, lo: Tensor, hi: Tensor) -> Spans:
@@ -266,7 +266,9 @@ def _(mask: m.Dense, layout: Layout) -> Sandwich:
             raise MaskError(explain_values("values", rule, entries=values.shape[0], needed=int(areas.sum())))
     packed = torch.cat([values.flatten(), values.new_zeros(1)])  # never empty, so that every lookup can be clamped
     outer = Spans(layout.kv_start[None], hi[None].to(torch.int32))
-    return Sandwich(_nothing(layout), outer, DenseRows(packed, first))
+    base = first - layout.kv_start
+    # 32 bits where they do: a GPU takes two instructions for each operation on 64. Overflow is behind the last entry.
+    return Sandwich(_nothing(layout), outer, DenseRows(packed, base.int() if packed.shape[0] <= INT32_MAX else base))
 
 
 @sandwich.register(m.SameGroup)

@@ -5,6 +5,9 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
+import torch
+from torch import Tensor
+
 
 @cache
 def mend_cpu_flex_size_names() -> None:
@@ -24,3 +27,23 @@ def mend_cpu_flex_size_names() -> None:
         return plain(self, name)
 
     KernelArgs.size = size
+
+
+@torch.library.custom_op("flexjag::fence", mutates_args=())
+def _fence(x: Tensor) -> Tensor:
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+@_fence.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def fence(x: Tensor) -> Tensor:
+    """In a traced graph a contiguous copy that Inductor cannot see through; else `x` itself. Without gradients.
+
+    Inductor's CPU FlexAttention takes no view of a tensor of another rank, and no operation fused behind it. Its Triton
+    one inlines a tensor that a mod reads and that the graph has not yet written, and fails if that one is padded
+    (seen in torch 2.11 and 2.13).
+    """
+    return _fence(x) if torch.compiler.is_compiling() else x

@@ -33,6 +33,7 @@ def case(
 ) -> Case:
     layout: Any = SimpleNamespace(
         device=torch.device(device),
+        on_gpu=device != "cpu",
         num_q=tokens,
         num_kv=tokens,
         num_segments=segments,

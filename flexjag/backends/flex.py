@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
+from flexjag.backends import flex_options
 from flexjag.jagged import mark_varying
 from flexjag.plan import Plan, mark_plan
-from flexjag.upstream import mend_cpu_flex_size_names
+from flexjag.upstream import fence, mend_cpu_flex_size_names
 
 Pair = tuple[Tensor, Tensor | None]
 
@@ -36,33 +37,18 @@ def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, need_lse: boo
     return _compiled((_structure(plan, q, k, v), scale, need_lse))(q, k, v, plan, scale, need_lse)
 
 
-@torch.library.custom_op("flexjag::fence", mutates_args=())
-def fence(x: Tensor) -> Tensor:
-    """A contiguous copy that Inductor cannot see through.
-
-    Its CPU FlexAttention template takes no view of a tensor of another rank, and no operation fused behind it.
-    """
-    return x.clone(memory_format=torch.contiguous_format)
-
-
-@fence.register_fake
-def _(x: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
 def _attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, need_lse: bool) -> Pair:
-    on_cpu = plan.layout.device.type == "cpu"
+    on_cpu = not plan.layout.on_gpu
     keywords: dict[str, Any] = {
         "score_mod": plan.score_mod,
         "block_mask": plan.block_mask,
         "scale": scale,
         "enable_gqa": q.shape[1] != k.shape[1],
-        # Fewer than 128 queries would else go to another kernel, by a guard: a second graph.
-        "kernel_options": None if on_cpu else {"BACKEND": "TRITON"},
+        "kernel_options": None if on_cpu else flex_options.kernel_options(plan, q, v),
     }
     x, y, z = (t.transpose(0, 1)[None] for t in (q, k, v))
     if on_cpu:
-        x, y, z = (torch.ops.flexjag.fence(t) for t in (x, y, z))
+        x, y, z = (fence(t) for t in (x, y, z))
     lse = None
     if need_lse:
         out, aux = flex_attention(x, y, z, return_aux=AuxRequest(lse=True), **keywords)
@@ -71,7 +57,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, need_lse:
     else:
         out = flex_attention(x, y, z, **keywords)
     if on_cpu:
-        out = torch.ops.flexjag.fence(out)
+        out = fence(out)
     return out[0].transpose(0, 1), lse
 
 

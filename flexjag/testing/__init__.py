@@ -5,6 +5,7 @@ assertions need torch alone.
 """
 
 from flexjag.testing.compiles import Graphs, assert_compiles
+from flexjag.testing.kernels import assert_kernels_match
 from flexjag.testing.leak import assert_no_leak
 from flexjag.testing.oracle import assert_matches_reference
 from flexjag.testing.rounding import Bounds, rounding_bounds
@@ -15,6 +16,7 @@ __all__ = [
     "Graphs",
     "Problem",
     "assert_compiles",
+    "assert_kernels_match",
     "assert_matches_reference",
     "assert_no_leak",
     "assert_sandwich",

@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from flexjag import functions
 from flexjag import masks as m
-from flexjag import mods
 from flexjag import scores as s
 from flexjag.attention import attention
 from flexjag.choice import HALF
 from flexjag.jagged import Jagged
+from flexjag.normalizers import Normalizer, Softmax, StickBreaking
 from flexjag.plan import Plan
 from flexjag.plan import plan as make_plan
 from flexjag.testing.rounding import rounding_bounds
+
+REST: dict[type[Normalizer], str] = {Softmax: "return_lse", StickBreaking: "return_remainder"}
+"""What a normalizer returns besides the output, if anything."""
 
 _Row = tuple[str, Tensor, Tensor, Tensor, Tensor | float]
 
 
 @dataclass(frozen=True, eq=False)
-class _Trial:
+class Trial:
     """What every run has in common."""
 
     q: Jagged
@@ -37,20 +41,53 @@ class _Trial:
     lse: bool
     backward: bool
 
+    @staticmethod
+    def make(
+        q: Jagged,
+        k: Jagged,
+        v: Jagged,
+        plan: Plan,
+        scale: float | None,
+        learned: Sequence[Tensor] | None,
+        lse: bool,
+        backward: bool,
+        seed: int,
+    ) -> Trial:
+        """Fill in the defaults, and draw the weights of the loss."""
+        dtype, device = q.values.dtype, q.values.device
+        scale = 1.0 / math.sqrt(max(1, q.values.shape[2])) if scale is None else scale
+        learned = functions.learned_tensors(plan.score, dtype, device) if learned is None else learned
+        g = torch.Generator().manual_seed(seed)
+        shape = (*q.values.shape[:2], v.values.shape[2])
+        grad_out, grad_lse = (torch.randn(n, generator=g).to(device, dtype) for n in (shape, shape[:2]))
+        return Trial(q, k, v, plan, scale, learned, grad_out, grad_lse * lse, lse, backward)
+
 
 @dataclass(frozen=True, eq=False)
-class _Result:
+class Result:
+    """What a run returns and its gradients, of q, k, v and what is learned."""
+
     out: Tensor
     lse: Tensor
     grads: list[Tensor]
 
 
-def _run(backend: str, dtype: torch.dtype, trial: _Trial) -> _Result:
+def _run(backend: str, dtype: torch.dtype, trial: Trial) -> Result:
     """Run one backend in one precision, and differentiate a loss that weighs all that it returns."""
     inputs = (trial.q, trial.k, trial.v)
     leaves = [x.values.detach().to(dtype).requires_grad_(trial.backward) for x in inputs]
     q, k, v = (x.with_values(t) for x, t in zip(inputs, leaves, strict=True))
-    got = attention(q, k, v, plan=trial.plan, scale=trial.scale, return_lse=trial.lse, backend=backend)
+    rest = REST[type(trial.plan.normalizer)] if trial.lse else ""
+    got = attention(
+        q,
+        k,
+        v,
+        plan=trial.plan,
+        scale=trial.scale,
+        return_lse=rest == "return_lse",
+        return_remainder=rest == "return_remainder",
+        backend=backend,
+    )
     out, lse = (x.values for x in got) if isinstance(got, tuple) else (got.values, got.values.new_zeros(0))
     grads: list[Tensor] = []
     if trial.backward:
@@ -59,7 +96,7 @@ def _run(backend: str, dtype: torch.dtype, trial: _Trial) -> _Result:
             loss = loss + (torch.where(torch.isfinite(lse), lse, 0.0) * trial.grad_lse.to(lse.dtype)).sum()
         found = torch.autograd.grad(loss, [*leaves, *trial.learned], allow_unused=True, materialize_grads=True)
         grads = [x.detach() for x in found]
-    return _Result(out.detach(), lse.detach(), grads)
+    return Result(out.detach(), lse.detach(), grads)
 
 
 def assert_matches_reference(
@@ -92,7 +129,7 @@ def assert_matches_reference(
         backend: What to test.
         scale: Factor on ``q·k``. Default ``1 / sqrt(D)``.
         learned: The tensors in the score whose gradients are compared. Default: those found in it.
-        lse: Compare the log-sum-exp, too.
+        lse: Compare the log-sum-exp, too, or the remainder, if the normalizer has one.
         backward: Compare the gradients of q, k, v and `learned`, too.
         seed: For the weights of the loss.
 
@@ -107,16 +144,39 @@ def assert_matches_reference(
     ['grad_k', 'grad_q', 'grad_v', 'lse', 'out']
     """
     plan = make_plan(q, k, mask=mask, score=score) if plan is None else plan
-    scale = 1.0 / math.sqrt(max(1, q.values.shape[2])) if scale is None else scale
-    dtype, device = q.values.dtype, q.values.device
-    learned = mods.learned_tensors(plan.score, dtype, device) if learned is None else learned
-    g = torch.Generator().manual_seed(seed)
-    shape = (*q.values.shape[:2], v.values.shape[2])
-    grad_out, grad_lse = (torch.randn(n, generator=g).to(device, dtype) for n in (shape, shape[:2]))
-    trial = _Trial(q, k, v, plan, scale, learned, grad_out, grad_lse * lse, lse, backward)
+    lse = lse and type(plan.normalizer) in REST
+    dtype = q.values.dtype
+    trial = Trial.make(q, k, v, plan, scale, learned, lse, backward, seed)
+    return check_against_reference(
+        trial,
+        lambda _: _run(backend, dtype, trial),
+        f"backend={backend!r}",
+        _compute(backend, dtype, plan.normalizer),
+    )
+
+
+def check_against_reference(
+    trial: Trial, run: Callable[[Result], Result], name: str, compute: torch.dtype
+) -> dict[str, float]:
+    """Compare one way to compute a trial with the reference.
+
+    Args:
+        trial: The trial.
+        run: The way. It is told what is right.
+        name: What to call it.
+        compute: The dtype of its intermediates.
+
+    Returns:
+        The largest ratio of error to allowed error for each tensor compared.
+
+    Raises:
+        AssertionError: If one is over 1.
+    """
+    q, k, v, plan = trial.q, trial.k, trial.v, trial.plan
+    dtype = q.values.dtype
     exact = _run("reference", torch.float64, trial)
     same = exact if dtype == torch.float64 else _run("reference", dtype, trial)
-    got = _run(backend, dtype, trial)
+    got = run(exact)
     bounds = rounding_bounds(
         q.values,
         k.values,
@@ -124,18 +184,19 @@ def assert_matches_reference(
         plan.layout,
         plan.mask,
         plan.score,
-        scale=scale,
+        scale=trial.scale,
         grad_out=trial.grad_out,
         grad_lse=trial.grad_lse,
         dtype=dtype,
-        compute=_compute(backend, dtype),
-        learned=learned,
+        compute=compute,
+        learned=trial.learned,
+        normalizer=plan.normalizer,
     )
     rows: list[_Row] = [("out", exact.out, same.out, got.out, bounds.out)]
-    if lse:
-        rows.append(("lse", exact.lse, same.lse, got.lse, bounds.lse))
-    if backward:
-        names = ["grad_q", "grad_k", "grad_v", *(f"grad_learned[{i}]" for i in range(len(learned)))]
+    if trial.lse:
+        rows.append((REST[type(plan.normalizer)].removeprefix("return_"), exact.lse, same.lse, got.lse, bounds.lse))
+    if trial.backward:
+        names = ["grad_q", "grad_k", "grad_v", *(f"grad_learned[{i}]" for i in range(len(trial.learned)))]
         limits = [bounds.q, bounds.k, bounds.v, *bounds.learned]
         rows += zip(names, exact.grads, same.grads, got.grads, limits, strict=True)
     ratios, faults = {}, []
@@ -145,15 +206,16 @@ def assert_matches_reference(
     if faults:
         where = f"q_lengths={q.lengths.tolist()}, kv_lengths={k.lengths.tolist()}"
         raise AssertionError(
-            f"backend={backend!r} differs from the reference by more than rounding in {dtype}: {'; '.join(faults)}; "
+            f"{name} differs from the reference by more than rounding in {dtype}: {'; '.join(faults)}; "
             f"{where}, plan={plan!r}"
         )
     return ratios
 
 
-def _compute(backend: str, dtype: torch.dtype) -> torch.dtype:
+def _compute(backend: str, dtype: torch.dtype, normalizer: Normalizer) -> torch.dtype:
     """The dtype of a backend's intermediates."""
-    return torch.float32 if backend == "tiled" and dtype in HALF else dtype
+    wide = backend == "tiled" or not isinstance(normalizer, Softmax)
+    return torch.float32 if wide and dtype in HALF else dtype
 
 
 def _compare(name: str, exact: Tensor, same: Tensor, got: Tensor, rounding: Tensor | float) -> tuple[float, str | None]:

@@ -17,11 +17,10 @@ from torch import Tensor
 
 from flexjag import masks as m
 from flexjag import scores as s
-from flexjag.backends.reference import Segment, dense, rescore
+from flexjag.backends.reference import Segment, dense_allowed, rescore
 from flexjag.layout import Layout
-
-FEW = 2.0  # stored values between two that are named here take 4 roundings at most, and one epsilon is two roundings
-MOST_LOG = 30.0  # errors of an exponent are capped here; e**30 allows anything anyway
+from flexjag.normalizers import Normalizer, Softmax
+from flexjag.testing.rounding_weights import Units, Values, weighed
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +29,7 @@ class Bounds:
 
     Attributes:
         out: ``[T_q, H, E]``.
-        lse: ``[T_q, H]``.
+        lse: ``[T_q, H]``; with stick-breaking of the remainder.
         q: The gradient of q, ``[T_q, H, D]``.
         k: Of k, ``[T_kv, G, D]``.
         v: Of v, ``[T_kv, G, E]``.
@@ -43,20 +42,6 @@ class Bounds:
     k: Tensor
     v: Tensor
     learned: list[float]
-
-
-@dataclass(frozen=True, eq=False)
-class _Units:
-    stored: float
-    summed: float
-    result: float
-    tiny: float
-
-    @staticmethod
-    def of(dtype: torch.dtype, compute: torch.dtype) -> _Units:
-        accumulator = torch.float64 if dtype == torch.float64 else torch.float32
-        stored, summed, result = (torch.finfo(d).eps for d in (compute, accumulator, dtype))
-        return _Units(FEW * stored, summed, result, torch.finfo(dtype).tiny)
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +86,7 @@ def _by_tensor(y: Tensor, tensor: Tensor) -> Tensor:
     return torch.autograd.grad(back, weights, torch.ones_like(back), create_graph=True)[0].to(y.dtype)
 
 
-def _apply_part(part: s.Score, old: _Scores, seg: Segment, learned: Sequence[Tensor], unit: _Units) -> _Scores:
+def _apply_part(part: s.Score, old: _Scores, seg: Segment, learned: Sequence[Tensor], unit: Units) -> _Scores:
     """One score of the chain: its value and derivatives, and how errors pass through it."""
     x = old.value.detach().requires_grad_()
     y = rescore(part, x, seg)
@@ -127,7 +112,7 @@ def _apply_part(part: s.Score, old: _Scores, seg: Segment, learned: Sequence[Ten
 
 
 def _scores(
-    x: Tensor, y: Tensor, seg: Segment, score: s.Score | None, scale: float, learned: Sequence[Tensor], unit: _Units
+    x: Tensor, y: Tensor, seg: Segment, score: s.Score | None, scale: float, learned: Sequence[Tensor], unit: Units
 ) -> _Scores:
     raw = x @ y.transpose(1, 2) * scale
     size = x.abs() @ y.abs().transpose(1, 2) * abs(scale)
@@ -154,6 +139,7 @@ def rounding_bounds(
     dtype: torch.dtype,
     compute: torch.dtype | None = None,
     learned: Sequence[Tensor] = (),
+    normalizer: Normalizer | None = None,
 ) -> Bounds:
     """Bound the rounding errors of attention and of its gradients.
 
@@ -169,16 +155,18 @@ def rounding_bounds(
         score: The score, or None.
         scale: Factor on ``q·k``.
         grad_out: ``[T_q, H, E]``, what flows back into the output.
-        grad_lse: ``[T_q, H]``, what flows back into the log-sum-exp; ignored where that is -inf.
+        grad_lse: ``[T_q, H]``, what flows back into the log-sum-exp (ignored where that is -inf), or the remainder.
         dtype: Of the inputs and results.
         compute: Of the intermediates. Default: `dtype`. A backend that computes half precision in float32 errs less.
         learned: The tensors in `score` whose gradients count.
+        normalizer: Default :class:`~flexjag.normalizers.Softmax`.
 
     Returns:
         The bounds. Zero where there is nothing to round.
     """
     q, k, v, grad_out, grad_lse = (t.detach().double() for t in (q, k, v, grad_out, grad_lse))
-    unit = _Units.of(dtype, compute or dtype)
+    unit = Units.of(dtype, compute or dtype)
+    normalizer = Softmax() if normalizer is None else normalizer
     heads, repeats = q.shape[1], q.shape[1] // k.shape[1]
     out, lse = grad_out.new_zeros(grad_out.shape), grad_lse.new_zeros(grad_lse.shape)
     q_bound, k_bound, v_bound = (torch.zeros_like(t) for t in (q, k, v))
@@ -189,9 +177,11 @@ def rounding_bounds(
         x, g = (t[seg.q_rows].transpose(0, 1) for t in (q, grad_out))
         y, z = (t[seg.kv_rows].transpose(0, 1).repeat_interleave(repeats, 0) for t in (k, v))
         state = _scores(x, y, seg, score, scale, learned, unit)
-        allowed = dense(mask, seg).expand(heads, seg.n, seg.m)
-        one = _segment_bounds(x, y, z, g, grad_lse[seg.q_rows].t()[..., None], state, allowed, scale, unit)
-        out[seg.q_rows], lse[seg.q_rows] = one.out.transpose(0, 1), one.lse[..., 0].t()
+        allowed = dense_allowed(mask, normalizer, seg, layout.is_self)
+        g_rest = grad_lse[seg.q_rows].t()[..., None]
+        values = Values(state.value, state.error, allowed, z, g, g_rest, seg)
+        one = _segment_bounds(x, y, values, state, normalizer, scale, unit)
+        out[seg.q_rows], lse[seg.q_rows] = one.out.transpose(0, 1), one.lse.expand(heads, seg.n, 1)[..., 0].t()
         q_bound[seg.q_rows] = one.q.transpose(0, 1)
         k_bound[seg.kv_rows] = one.k.unflatten(0, (-1, repeats)).sum(1).transpose(0, 1)
         v_bound[seg.kv_rows] = one.v.unflatten(0, (-1, repeats)).sum(1).transpose(0, 1)
@@ -202,42 +192,13 @@ def rounding_bounds(
 
 
 def _segment_bounds(
-    x: Tensor,
-    y: Tensor,
-    z: Tensor,
-    g: Tensor,
-    g_lse: Tensor,
-    state: _Scores,
-    allowed: Tensor,
-    scale: float,
-    unit: _Units,
+    x: Tensor, y: Tensor, values: Values, state: _Scores, normalizer: Normalizer, scale: float, unit: Units
 ) -> Bounds:
     """The bounds of one segment, every tensor ``[H, n or m, ...]``."""
     n, width, stored = x.shape[1], y.shape[1], unit.stored
     keys, queries = width * unit.summed, n * x.shape[0] * unit.summed
-    has_key = allowed.any(2, keepdim=True)
-    value = state.value.masked_fill(~allowed, -torch.inf)
-    lse = value.logsumexp(2, keepdim=True).masked_fill(~has_key, 0.0)
-    value, error = state.value.masked_fill(~allowed, 0.0), state.error.masked_fill(~allowed, 0.0)
-    p = torch.exp(value - lse).masked_fill(~allowed, 0.0)
-    top = (value.abs() * allowed).amax(2, keepdim=True)
-    lse_error = (p * error).sum(2, keepdim=True) + (
-        keys + stored + (stored + unit.result) * (top + lse.abs())
-    ) * has_key
-    log_error = error + lse_error + keys + stored * (1 + value.abs() + lse.abs())
-    p_error = (p * torch.expm1(log_error.clamp(max=MOST_LOG)) + unit.tiny) * allowed
-    out = p @ z
-    out_error = (p_error + (keys + stored) * p) @ z.abs() + stored * out.abs()
-
-    by_p, size = g @ z.transpose(1, 2), g.abs() @ z.abs().transpose(1, 2)
-    delta = (g * out).sum(2, keepdim=True)
-    dims = z.shape[2] * unit.summed + stored
-    delta_error = (g.abs() * (out_error + (dims + unit.result) * out.abs())).sum(2, keepdim=True)
-    delta_error = delta_error + (keys + dims) * (p * size).sum(2, keepdim=True)
-    through = by_p - delta + g_lse
-    through_error = dims * size + delta_error + stored * (size + delta.abs() + g_lse.abs())
-    ds = p * through
-    ds_error = p_error * through.abs() + (p + p_error) * through_error
+    w = weighed(normalizer, values, unit)
+    ds, ds_error = w.ds, w.ds_error
     raw = ds * state.slope
     raw_error = ds_error * (state.slope.abs() + state.slope_error) + ds.abs() * state.slope_error + stored * raw.abs()
 
@@ -245,11 +206,12 @@ def _segment_bounds(
     size = raw.abs()
     tokens = n * x.shape[0] * width * unit.summed + stored + unit.result
     learned = [float((ds_error * (j.abs() + e) + ds.abs() * (e + tokens * j.abs())).sum()) for j, e in state.learned]
+    v_error = w.weights_error + (queries + stored + unit.result) * w.weights.abs()
     return Bounds(
-        out=out_error + unit.result * out.abs(),
-        lse=lse_error,
+        out=w.out_error + unit.result * w.out.abs(),
+        lse=w.rest_error,
         q=scale * (raw_error + (keys + stored + unit.result) * size) @ y.abs(),
         k=scale * (raw_error + (queries + stored + unit.result) * size).transpose(1, 2) @ x.abs(),
-        v=(p_error + (queries + stored + unit.result) * p).transpose(1, 2) @ g.abs(),
+        v=v_error.transpose(1, 2) @ values.g.abs() + w.v_error,
         learned=learned,
     )

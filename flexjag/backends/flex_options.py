@@ -1,0 +1,73 @@
+"""FlexAttention's kernel options for a GPU: the largest blocks whose registers do not spill.
+
+FlexAttention's defaults are tuned for plain kernels. With a mask of bounds, a score and totals that vary, they run out
+of registers (a forward of head dimension 64 on an H200 stores 1.8 to 3.3 kB per thread), and a relative bias asks for
+more shared memory than the GPU has. These were chosen from the compiled code (``docs/kernels.md``, before and after),
+not yet from time on a GPU.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexjag import masks as m
+from flexjag import scores as s
+from flexjag.plan import Plan
+from flexjag.spans import DenseRows
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+def kernel_options(plan: Plan, q: Tensor, v: Tensor) -> dict[str, Any]:
+    """The options for a plan and q ``[T_q, H, D]``, v ``[T_kv, G, E]``; called while a graph is traced."""
+    # Fewer than 128 queries would else go to another kernel, by a guard: a second graph.
+    options: dict[str, Any] = {"BACKEND": "TRITON"}
+    if plan.layout.in_whole_tiles():
+        options["IS_DIVISIBLE"] = True  # no bounds checks and no remainders, a third of the masked loop's instructions
+    dim = max(q.shape[2], v.shape[2])
+    if q.dtype in HALF and dim <= 128:
+        options |= _blocks(_capability(), dim, reads_by_key(plan))
+    return options
+
+
+def _blocks(capability: tuple[int, int], dim: int, by_key: bool) -> dict[str, Any]:
+    """Blocks and warps for 16-bit inputs; FlexAttention's own on GPUs that were not looked at.
+
+    Args:
+        capability: Compute capability.
+        dim: The larger of D and E.
+        by_key: Whether something is looked up for each query and key.
+    """
+    if capability not in ((8, 0), (9, 0), (10, 0), (10, 3)):
+        return {}
+    options = {"fwd_BLOCK_M": 128, "fwd_BLOCK_N": 32 if dim > 64 and by_key else 64, "fwd_num_warps": 8}
+    if capability == (8, 0) and dim > 64:
+        return options | {"bwd_num_warps": 8}
+    if capability == (9, 0) and dim <= 64 and not by_key:
+        return options  # the default backward fits
+    blocks = {"bwd_BLOCK_M1": 32, "bwd_BLOCK_N1": 128, "bwd_BLOCK_M2": 128, "bwd_BLOCK_N2": 32}
+    return options | blocks | {"bwd_num_warps": 8}
+
+
+def reads_by_key(plan: Plan) -> bool:
+    """Whether the mask or the score looks something up for each query and key, which takes registers to do."""
+    in_score = any(not isinstance(x, s.Alibi | s.SoftCap) for x in s.parts(plan.score))
+    return in_score or any(_looks_up(x) for x in plan.kernel_masks)
+
+
+def _looks_up(mask: m.Mask) -> bool:
+    match mask:
+        case m.And() | m.Or():
+            return _looks_up(mask.left) or _looks_up(mask.right)
+        case m.Not():
+            return _looks_up(mask.mask)
+        case _:
+            return isinstance(mask, DenseRows | m.MaskMod)
+
+
+@torch.compiler.assume_constant_result
+def _capability() -> tuple[int, int]:
+    return torch.cuda.get_device_capability()

@@ -1,0 +1,1 @@
+"""A plan's GPU kernels, made, measured and run without a GPU."""

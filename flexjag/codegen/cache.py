@@ -1,0 +1,90 @@
+"""Results kept on disk, by everything they depend on."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import pickle
+import site
+import sys
+import sysconfig
+import tempfile
+import zlib
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import flexjag
+
+
+def directory() -> Path:
+    """``$FLEXJAG_CACHE_DIR``, else ``flexjag`` in the user's cache directory."""
+    given = os.environ.get("FLEXJAG_CACHE_DIR")
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(given) if given else Path(base) / "flexjag"
+
+
+def versions() -> dict[str, str]:
+    """Of torch, triton and flexjag."""
+    return {
+        "torch": torch.__version__,
+        "triton": importlib.metadata.version("triton"),
+        "flexjag": flexjag.__version__,
+        "source": _source_digest(),
+    }
+
+
+def key(*parts: object) -> str:
+    """A name for what these parts, the versions and the caller's own code determine."""
+    text = repr((parts, versions(), _own_modules()))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@cache
+def _source_digest() -> str:
+    """A hash of flexjag's own source, which changes between releases, too."""
+    found = hashlib.sha256()
+    for path in sorted(Path(flexjag.__file__).parent.rglob("*.py")):
+        found.update(path.read_bytes())
+    return found.hexdigest()[:16]
+
+
+def _own_modules() -> list[tuple[str, int, int]]:
+    """The caller's loaded modules that are installed nowhere, with time and size.
+
+    Functions in them are pickled by name, so a change of their code would not show otherwise.
+    """
+    installed = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
+    installed |= {*site.getsitepackages(), site.getusersitepackages(), str(Path(flexjag.__file__).parent)}
+    found = []
+    for name, module in sorted(sys.modules.items()):
+        path = getattr(module, "__file__", None)
+        if name == "__main__" or not path or not path.endswith(".py") or any(path.startswith(p) for p in installed):
+            continue
+        if os.path.exists(path):
+            seen = os.stat(path)
+            found.append((path, seen.st_mtime_ns, seen.st_size))
+    return found
+
+
+def load(name: str) -> Any | None:
+    """What was stored under a key, or None. An entry that cannot be read is as good as none."""
+    path = directory() / f"{name}.pkl.z"
+    try:
+        return pickle.loads(zlib.decompress(path.read_bytes()))
+    except (OSError, zlib.error, pickle.UnpicklingError, EOFError, AttributeError, ImportError):
+        return None
+
+
+def store(name: str, value: Any) -> None:
+    """Keep a value. A directory that cannot be written to is no error: the result is there all the same."""
+    try:
+        directory().mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=directory(), delete=False) as file:
+            file.write(zlib.compress(pickle.dumps(value)))
+        os.replace(file.name, directory() / f"{name}.pkl.z")
+    except OSError:
+        return

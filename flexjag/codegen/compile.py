@@ -1,0 +1,311 @@
+"""compile_for(): the GPU kernels of a plan or a function, without a GPU."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from flexjag import choice
+from flexjag.attention import attention, check_inputs
+from flexjag.codegen import cache as store
+from flexjag.codegen.payload import Payload, for_gpu, pack, unpack
+from flexjag.codegen.report import Listing
+from flexjag.codegen.targets import Target, get_target
+from flexjag.codegen.worker import TIMEOUT_S, Worker, call
+from flexjag.errors import BackendError, CodegenError, ShapeError, TargetError, explain_values
+from flexjag.jagged import Jagged, mark_varying
+from flexjag.plan import Plan, mark_plan
+
+TESTED_TORCH = ("2.11", "2.12", "2.13")
+"""Versions of torch whose internals the worker is known to fit."""
+
+
+class Simulation(NamedTuple):
+    """What simulated kernels computed.
+
+    Attributes:
+        out: What the function returns, on the CPU.
+        grads: The gradient of every tensor that needs one, by the tensor: ``grads[q.values]``, ``grads[slopes]``.
+    """
+
+    out: Any
+    grads: dict[Tensor, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Report(Listing):
+    """The kernels of one compilation, ready to be read and to be run on the CPU.
+
+    ``print`` it, look at it in Jupyter, ``save`` it, or index it by phase: ``report["forward"].registers``.
+    """
+
+    job: _Job
+    wiring: Any
+
+    def simulate(
+        self, *args: Any, grad_out: Any = None, timeout: float = TIMEOUT_S, worker: Worker | None = None
+    ) -> Simulation:
+        """Run these very kernels on the CPU, in Triton's interpreter. Slow: seconds per thousand scores' tiles.
+
+        Args:
+            args: As given to :func:`compile_for`, of the same shapes: ``q, k, v`` for a plan. Values may differ. By
+                default the ones that were given then.
+            grad_out: The gradient of the output, or a tuple with one for each output; None for the forward alone. A
+                Jagged or a tensor.
+            timeout: Seconds.
+            worker: A running worker that interprets, to save the start of one.
+
+        Returns:
+            ``(out, grads)``.
+
+        Raises:
+            CodegenError: If there is no backward to run, or the worker fails.
+            ShapeError: If the arguments are not like those that were compiled for.
+        """
+
+        def run(*job: Any) -> Any:
+            if worker is not None:
+                return worker.call(*job, timeout=timeout)
+            return call(*job, interpret=True, timeout=timeout)
+
+        return _simulate(self, args, grad_out, run)
+
+
+def compile_for(
+    target: str | Target,
+    plan: Plan | Callable[..., Any],
+    *args: Any,
+    backward: bool = True,
+    dtype: torch.dtype | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+    kernel_options: Mapping[str, Any] | None = None,
+    assemble: bool = True,
+    cache: bool = True,
+    timeout: float = TIMEOUT_S,
+    worker: Worker | None = None,
+) -> Report:
+    """Make the GPU kernels that a plan or a function compiles to, without a GPU.
+
+    They are FlexAttention's own kernels as Inductor writes and Triton assembles them for the target. Nothing in this
+    process changes: the work is done in another one.
+
+    Args:
+        target: ``"sm_80"``, ``"sm_90"`` or ``"sm_100"``.
+        plan: A plan, or a function or module that calls :func:`flexjag.attention` and can be compiled into one graph.
+        args: ``q, k, v`` for a plan; else the function's arguments. Their values do not matter.
+        backward: Make the backward's kernels, too. For a plan, q, k and v then count as needing gradients.
+        dtype: Of q, k and v. Default: as they are. For a plan only.
+        scale: As in :func:`flexjag.attention`. For a plan only.
+        return_lse: As in :func:`flexjag.attention`. For a plan only.
+        kernel_options: FlexAttention's, over the plan's own: ``{"BLOCK_M": 64, "bwd_num_warps": 8}``.
+        assemble: Make machine code and measure it. False is quicker and enough for :meth:`Report.simulate`.
+        cache: Keep the result on disk (:func:`flexjag.codegen.cache.directory`), and take it from there.
+        timeout: Seconds after which the worker is stopped.
+        worker: A running worker to use, which saves its start. One that interprets cannot `assemble`.
+
+    Returns:
+        The report.
+
+    Raises:
+        TargetError: If the target is unknown, or FlexAttention's kernels cannot be made for it here.
+        BackendError: If the plan cannot run on the ``flex`` backend.
+        CodegenError: If Triton is missing, this torch is not one of the tested ones, or the worker fails.
+
+    >>> from flexjag.plan import plan
+    >>> x = Jagged.from_lengths(torch.zeros(300, 2, 64), [100, 200])
+    >>> compile_for("sm_70", plan(x), x, x, x)
+    Traceback (most recent call last):
+    ...
+    flexjag.errors.TargetError: target: must be one of sm_80, sm_90, sm_100, gfx942; got target='sm_70'
+    """
+    goal = get_target(target)
+    check_support(goal)
+    importlib.import_module("torch._dynamo")  # marks which sizes vary only once it is loaded
+    job = _job(plan, args, backward, dtype, scale, return_lse, dict(kernel_options or {}))
+    wrappers, wiring, kernels = _make(job, goal, assemble, cache, timeout, worker)
+    return Report(goal, tuple(kernels), job.about, store.versions(), wrappers, job, wiring)
+
+
+def check_support(target: Target) -> None:
+    """Check that kernels can be made here.
+
+    Raises:
+        CodegenError: If Triton is missing or this torch is not one of the tested ones.
+        TargetError: If the target's vendor is not NVIDIA.
+    """
+    if importlib.util.find_spec("triton") is None:
+        raise CodegenError("triton: must be installed to make kernels (pip install triton); it was not found")
+    release = ".".join(torch.__version__.split(".")[:2])
+    if release not in TESTED_TORCH:
+        tested = ", ".join(TESTED_TORCH)
+        raise CodegenError(explain_values("torch", f"must be one of the tested {tested}", torch=torch.__version__))
+    if target.vendor != "nvidia":
+        rule = "FlexAttention's kernels can be made for NVIDIA's GPUs only; single Triton kernels for this one, too"
+        raise TargetError(explain_values("target", rule, target=target.name))
+
+
+@dataclass(frozen=True, eq=False)
+class _Job:
+    """What is compiled.
+
+    Attributes:
+        fn: The function.
+        args: Its arguments.
+        backward: Whether the backward is wanted.
+        options: FlexAttention's kernel options.
+        about: For the report.
+        payload: ``(fn, args)`` apart.
+        leaves: The caller's tensors by the id of the ones in the payload that stand for them.
+        dtype: What q, k and v are converted to.
+    """
+
+    fn: Callable[..., Any]
+    args: tuple[Any, ...]
+    backward: bool
+    options: dict[str, Any]
+    about: dict[str, Any]
+    payload: Payload
+    leaves: dict[int, Tensor]
+    dtype: torch.dtype | None
+
+
+@dataclass(frozen=True, eq=False)
+class _Attend:
+    """Attention by a plan, as a function of q, k and v."""
+
+    plan: Plan
+    scale: float | None
+    return_lse: bool
+
+    def __call__(self, q: Jagged, k: Jagged, v: Jagged) -> Any:
+        return attention(q, k, v, plan=self.plan, backend="flex", scale=self.scale, return_lse=self.return_lse)
+
+
+def _job(
+    plan: Plan | Callable[..., Any],
+    args: tuple[Any, ...],
+    backward: bool,
+    dtype: torch.dtype | None,
+    scale: float | None,
+    return_lse: bool,
+    options: dict[str, Any],
+) -> _Job:
+    about: dict[str, Any] = {"backward": backward or None, "kernel_options": options or None}
+    if isinstance(plan, Plan):
+        q, k, v = _check_qkv(args)
+        dtype = q.values.dtype if dtype is None else dtype
+        check_inputs(q, k, v)
+        if not q.values.shape[0] or not k.values.shape[0]:
+            raise CodegenError("plan: has no tokens, so there is no kernel to run")
+        _check_flex(plan, q, v, dtype, return_lse)
+        mark_plan(plan)
+        tokens = f"{plan.layout.num_q}x{plan.layout.num_kv}"
+        about = {"mask": repr(plan.mask), "score": plan.score and repr(plan.score), "tokens": tokens} | about
+        heads = f"{q.values.shape[1]}/{k.values.shape[1]}"
+        about |= {"heads": heads, "dims": f"{q.values.shape[2]}/{v.values.shape[2]}", "dtype": str(dtype)[6:]}
+        fn: Callable[..., Any] = _Attend(plan, scale, return_lse)
+    elif callable(plan):
+        if dtype is not None or scale is not None or return_lse:
+            raise CodegenError("dtype, scale, return_lse: are for a plan; a function decides these itself")
+        for x in pytree.tree_leaves(args, is_leaf=lambda x: isinstance(x, Jagged)):
+            if isinstance(x, Jagged):
+                mark_varying(x.values, 0)
+                mark_varying(x.offsets, 0)
+        fn, about = plan, {"function": getattr(plan, "__qualname__", type(plan).__name__)} | about
+    else:
+        rule = "must be a Plan or a function that calls flexjag.attention"
+        raise CodegenError(explain_values("plan", rule, type=type(plan).__name__))
+    given, leaves = _leaves(args, backward, dtype) if isinstance(plan, Plan) else (args, {})
+    payload = pack((fn, given))
+    if backward and not any(x.requires_grad for x in payload.tensors):
+        raise CodegenError("backward: needs a tensor that requires a gradient, or backward=False for the forward")
+    return _Job(fn, given, backward, options, about, payload, leaves, dtype)
+
+
+def _check_qkv(args: tuple[Any, ...]) -> tuple[Jagged, Jagged, Jagged]:
+    if len(args) != 3 or not all(isinstance(x, Jagged) for x in args):
+        raise ShapeError(explain_values("args", "a plan takes q, k and v", types=[type(x).__name__ for x in args]))
+    return args
+
+
+def _check_flex(plan: Plan, q: Jagged, v: Jagged, dtype: torch.dtype, return_lse: bool) -> None:
+    heads, dim = q.values.shape[1:]
+    dims = (heads, v.values.shape[1], dim, v.values.shape[2])
+    why = choice.refusal("flex", for_gpu(plan).case(dtype=dtype, lse=return_lse, dims=dims))
+    if why is not None:
+        raise BackendError(f"plan: its kernels are not FlexAttention's: {why}")
+
+
+def _leaves(
+    args: tuple[Any, ...], backward: bool, dtype: torch.dtype | None
+) -> tuple[tuple[Any, ...], dict[int, Tensor]]:
+    """q, k and v as leaves of their own, and whose they are. One tensor given twice stays two inputs."""
+    made, whose = [], {}
+    for x in args:
+        leaf = x.values.detach().to(dtype or x.values.dtype, copy=True).requires_grad_(backward)
+        mark_varying(leaf, 0)
+        whose[id(leaf)] = x.values
+        made.append(x.with_values(leaf))
+    return tuple(made), whose
+
+
+def _make(job: _Job, target: Target, assemble: bool, cache: bool, timeout: float, worker: Worker | None) -> Any:
+    """The worker's answer, from the disk if it was asked the same before."""
+    options = tuple(sorted(job.options.items()))
+    name = store.key(job.payload.digest(), target, job.backward, options, assemble)
+    made = store.load(name) if cache else None
+    if made is None:
+        structure, metas = job.payload.structure, job.payload.metas
+        do = call if worker is None else worker.call
+        made = do("make", structure, metas, target, job.backward, job.options, assemble, timeout=timeout)
+        if cache:
+            store.store(name, made)
+    return made
+
+
+def _simulate(report: Report, args: tuple[Any, ...], grad_out: Any, run: Callable[..., Any]) -> Simulation:
+    job = report.job
+    payload, leaves = job.payload, job.leaves
+    if args:
+        given, leaves = _leaves(_check_qkv(args), job.backward, job.dtype) if leaves else (args, {})
+        payload = pack((job.fn, given))
+        if payload.digest() != job.payload.digest():
+            raise ShapeError("args: must have the shapes, strides and dtypes that the kernels were made for")
+    if grad_out is not None and "backward" not in report.wrappers:
+        raise CodegenError("grad_out: these kernels were made with backward=False")
+    wrappers = dict(report.wrappers)
+    if grad_out is None:
+        wrappers.pop("backward", None)
+    tangents = [x.values if isinstance(x, Jagged) else x for x in _as_tuple(grad_out)]
+    outputs, found = _run(wrappers, report.wiring, payload.tensors, tangents, run)
+    places = [outputs[i] if kind == "output" else payload.tensors[i] for kind, i in report.wiring.result]
+    grads = {leaves.get(id(payload.tensors[i]), payload.tensors[i]): grad for i, grad in found.items()}
+    return Simulation(unpack(report.wiring.structure, places), grads)
+
+
+def _as_tuple(x: Any) -> tuple[Any, ...]:
+    return x if isinstance(x, tuple) else (x,)
+
+
+def _run(
+    wrappers: Mapping[str, str],
+    wiring: Any,
+    tensors: Sequence[Tensor],
+    tangents: Sequence[Tensor | None],
+    run: Callable[..., Any],
+) -> tuple[list[Any], dict[int, Tensor]]:
+    with tempfile.TemporaryDirectory(prefix="flexjag-") as name:
+        path = Path(name) / "tensors.pt"
+        held = pytree.tree_map_only(Tensor, lambda x: x.detach().cpu(), ([*tensors], [*tangents]))
+        torch.save(held, path)
+        return run("simulate", wrappers, wiring, path)

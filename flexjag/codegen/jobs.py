@@ -1,0 +1,105 @@
+"""What a worker can do. Jobs may change the process they run in, and nothing undoes it."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import warnings
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from flexjag.codegen.payload import Meta
+from flexjag.codegen.report import Kernel, phase_of
+from flexjag.codegen.targets import Target
+
+if TYPE_CHECKING:
+    from flexjag.codegen.measure import Usage
+
+
+def double(x: Any) -> Any:
+    """To see whether a worker is alive."""
+    return x + x
+
+
+def die() -> None:
+    """To see whether a dead worker is noticed."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def call_function(module: str, function: str, *args: Any) -> Any:
+    """Call a function of any module that can be imported."""
+    return getattr(importlib.import_module(module), function)(*args)
+
+
+def assemble_ops(
+    target: Target, features: Sequence[int], dtypes: Sequence[torch.dtype], names: Sequence[str] | None = None
+) -> list[Usage]:
+    """What the ragged ops' own kernels take of a target, each code once; the phase says op, features and dtype.
+
+    Args:
+        target: The GPU.
+        features: Values of D to make them for.
+        dtypes: Of the values.
+        names: Of the kernels wanted. Default: all.
+    """
+    from flexjag.codegen.assemble import assemble
+    from flexjag.codegen.measure import read_usage
+    from flexjag.ops.kernels import list_kernels
+
+    warnings.filterwarnings("ignore")
+    made: dict[object, Usage] = {}
+    for d in features:
+        for dtype in dtypes:
+            for case in list_kernels(d, dtype):
+                if case.key not in made and (names is None or case.fn.__name__ in names):
+                    one = assemble(case.fn, target, case.signature, case.constants, case.options, case.attributes)
+                    made[case.key] = read_usage(one, target, f"{case.op}, D {d}, {str(dtype).removeprefix('torch.')}")
+    return list(made.values())
+
+
+@cache
+def _settle(target: Target) -> None:
+    """Make this process one with a GPU."""
+    from flexjag.codegen.pretend import pretend
+
+    warnings.filterwarnings("ignore")
+    pretend(target)
+
+
+def make(
+    structure: bytes,
+    metas: Sequence[Meta],
+    target: Target,
+    backward: bool,
+    kernel_options: Mapping[str, Any],
+    assemble: bool,
+) -> tuple[dict[str, str], Any, list[Kernel]]:
+    """Capture, lower and, if `assemble`, assemble: the wrappers' sources, how they are wired, and the kernels."""
+    from flexjag.codegen.capture import capture
+    from flexjag.codegen.lower import lower
+
+    torch._dynamo.reset()
+    _settle(target)
+    graphs, wiring = capture(structure, metas, backward, dict(kernel_options))
+    wrappers = lower(graphs)
+    if not assemble:
+        return wrappers, wiring, []
+    from flexjag.codegen.assemble import assemble_wrapper
+    from flexjag.codegen.measure import measure
+
+    made = [(phase, one) for phase, text in wrappers.items() for one in assemble_wrapper(text, target)]
+    return wrappers, wiring, [measure(one, target, phase_of(phase, one.name)) for phase, one in made]
+
+
+def simulate(wrappers: Mapping[str, str], wiring: Any, tensors: Path) -> tuple[list[Any], dict[int, Any]]:
+    """Run wrappers in Triton's interpreter on the tensors and tangents in a file."""
+    from flexjag.codegen import simulate as run
+
+    warnings.filterwarnings("ignore")
+    given, tangents = torch.load(tensors, weights_only=True)
+    return run.simulate(wrappers, wiring, given, tangents)

@@ -1,0 +1,117 @@
+"""What an assembled kernel costs, read from its code. For the worker only: it starts the disassembler."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from flexjag.codegen.assemble import Assembled
+from flexjag.codegen.disassemble import disassemble, tensor_core_instructions
+from flexjag.codegen.loops import read_loops
+from flexjag.codegen.report import Kernel
+from flexjag.codegen.targets import Target
+
+
+def measure(made: Assembled, target: Target, phase: str) -> Kernel:
+    """Read registers, spills, loops and instructions of one kernel."""
+    is_amd = target.vendor == "amd"
+    sass = "" if is_amd else disassemble(made.asm["cubin"])
+    ttgir, ptx = made.asm["ttgir"], made.asm.get("ptx", "")
+    registers, stack, spilled = _amd_usage(made.asm["amdgcn"]) if is_amd else _nvidia_usage(made)
+    blocks = {k: v for k, v in made.constants.items() if "BLOCK" in k and type(v) is int and "SPARSE" not in k}
+    return Kernel(
+        name=made.name,
+        phase=phase,
+        triton=made.source,
+        ttgir=ttgir,
+        ptx=ptx,
+        sass=sass,
+        amdgcn=made.asm["amdgcn"] if is_amd else "",
+        binary=made.asm["hsaco" if is_amd else "cubin"],
+        registers=registers,
+        spilled_bytes=spilled,
+        stack_bytes=stack,
+        shared_bytes=made.shared_bytes,
+        num_warps=made.num_warps,
+        num_stages=made.num_stages,
+        blocks=blocks,
+        constants={k: v for k, v in made.constants.items() if k not in blocks},
+        resident_blocks=target.resident_blocks(registers, made.shared_bytes, made.num_warps),
+        occupancy=target.occupancy(registers, made.shared_bytes, made.num_warps),
+        tensor_cores=_amd_tensor_cores(made.asm["amdgcn"]) if is_amd else tensor_core_instructions(ptx, sass),
+        instructions=count_amdgcn(made.asm["amdgcn"]) if is_amd else count_sass(sass),
+        loops=() if is_amd else read_loops(ttgir, sass, made.source),
+        num_configs=made.num_configs,
+    )
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What one kernel takes of a processor; the attributes mean what those of `Kernel` mean."""
+
+    name: str
+    phase: str
+    registers: int
+    stack_bytes: int
+    spilled_bytes: int
+    shared_bytes: int
+    num_warps: int
+    resident_blocks: int
+    tensor_cores: tuple[str, ...]
+
+
+def read_usage(made: Assembled, target: Target, phase: str) -> Usage:
+    """The part of :func:`measure` that needs no disassembler, which takes twice the time of the compiler."""
+    is_amd = target.vendor == "amd"
+    registers, stack, spilled = _amd_usage(made.asm["amdgcn"]) if is_amd else _nvidia_usage(made)
+    return Usage(
+        name=made.name,
+        phase=phase,
+        registers=registers,
+        stack_bytes=stack,
+        spilled_bytes=spilled,
+        shared_bytes=made.shared_bytes,
+        num_warps=made.num_warps,
+        resident_blocks=target.resident_blocks(registers, made.shared_bytes, made.num_warps),
+        tensor_cores=_amd_tensor_cores(made.asm["amdgcn"]) if is_amd else tensor_core_instructions(made.asm["ptx"], ""),
+    )
+
+
+def _nvidia_usage(made: Assembled) -> tuple[int, int, int]:
+    """Registers, stack and spilled bytes as ptxas told them."""
+    used = re.search(r"Used (\d+) registers", made.log)
+    frame = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores", made.log)
+    if used is None or frame is None:
+        raise RuntimeError(f"the assembler did not say what {made.name} uses: {made.log!r}")
+    return int(used[1]), int(frame[1]), int(frame[2])
+
+
+def _amd_usage(text: str) -> tuple[int, int, int]:
+    """Vector registers, scratch and spilled bytes from the metadata of an AMD assembly."""
+
+    def read(name: str) -> int:
+        found = re.search(rf"\.{name}:\s*(\d+)", text)
+        return int(found[1]) if found else 0
+
+    return read("vgpr_count"), read("private_segment_fixed_size"), 4 * read("vgpr_spill_count")
+
+
+def _amd_tensor_cores(text: str) -> tuple[str, ...]:
+    return ("mfma",) if "v_mfma_" in text else ()
+
+
+def count_sass(sass: str) -> int:
+    r"""Machine instructions, the padding behind the last one not counted.
+
+    >>> count_sass("  /*0000*/ MOV R1, R2 ;\n  /*0010*/ EXIT ;\n  /*0020*/ NOP ;")
+    2
+    """
+    names = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass, re.MULTILINE)
+    while names and names[-1] in ("NOP", "BRA"):  # after the end: a loop to itself, then nothing
+        names.pop()
+    return len(names)
+
+
+def count_amdgcn(text: str) -> int:
+    """Machine instructions of an AMD assembly."""
+    return len(re.findall(r"^\t(?:s|v|ds|global|buffer|flat|scratch)_\w+", text, re.MULTILINE))

@@ -1,0 +1,141 @@
+"""Python objects between processes, with their tensors apart.
+
+What is computed (nodes, functions, modules) and what it holds (tensors) travel separately, so that making kernels needs
+no tensor data, the structure alone keys the cache, and the worker puts other tensors in the places of the caller's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import pickle
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import cloudpickle
+import torch
+from torch import Tensor
+
+from flexjag import mods
+from flexjag.errors import CodegenError, explain_values
+from flexjag.layout import Layout
+from flexjag.plan import Plan, mark_plan
+
+
+@dataclass(frozen=True)
+class Meta:
+    """All that a kernel may depend on of a tensor that is given to it."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    requires_grad: bool
+    is_parameter: bool
+    varying: tuple[int, ...]
+
+    @staticmethod
+    def of(x: Tensor) -> Meta:
+        """What is seen of `x`."""
+        varying = sorted(getattr(x, "_dynamo_weak_dynamic_indices", ()))
+        is_parameter = isinstance(x, torch.nn.Parameter)
+        return Meta(tuple(x.shape), x.stride(), x.dtype, x.requires_grad, is_parameter, tuple(varying))
+
+
+@dataclass(frozen=True, eq=False)
+class Payload:
+    """A pickled object and the tensors it refers to.
+
+    Attributes:
+        structure: The pickle, in which tensors are numbers.
+        tensors: The tensors, each once.
+    """
+
+    structure: bytes
+    tensors: tuple[Tensor, ...]
+
+    @property
+    def metas(self) -> tuple[Meta, ...]:
+        """What is seen of each tensor."""
+        return tuple(Meta.of(x) for x in self.tensors)
+
+    def digest(self) -> str:
+        """A hash of everything but the tensors' data."""
+        return hashlib.sha256(self.structure + repr(self.metas).encode()).hexdigest()
+
+
+class _Pickler(cloudpickle.Pickler):
+    """Takes tensors out, and rounds a plan's tables up as a GPU's kernels want them."""
+
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file)
+        self.index: dict[int, int] = {}
+        self.tensors: list[Tensor] = []
+        self.rounded: dict[int, Plan] = {}  # also keeps the new tables alive while their ids are keys
+
+    def persistent_id(self, obj: Any) -> int | None:
+        if not isinstance(obj, Tensor):
+            return None
+        if id(obj) not in self.index:
+            self.index[id(obj)] = len(self.tensors)
+            self.tensors.append(obj)
+        return self.index[id(obj)]
+
+    def reducer_override(self, obj: Any) -> Any:
+        if isinstance(obj, Plan) and not obj.tables.rounded:
+            return _same, (self.rounded.setdefault(id(obj), for_gpu(obj)),)
+        return super().reducer_override(obj)
+
+
+def _same(x: Any) -> Any:
+    return x
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, file: io.BytesIO, put: Callable[[int], Tensor]) -> None:
+        super().__init__(file)
+        self.put = put
+
+    def persistent_load(self, pid: int) -> Tensor:
+        return self.put(pid)
+
+
+class GpuLayout(Layout):
+    """A layout that a GPU's kernels will read, wherever it lies."""
+
+    @property
+    def on_gpu(self) -> bool:
+        """Always."""
+        return True
+
+
+def for_gpu(plan: Plan) -> Plan:
+    """The plan as it would be if it had been made on a GPU."""
+    layout = GpuLayout(**vars(plan.layout))
+    tables = mods.row_tables(layout, plan.block_size)
+    masks = tuple(mods.kernel_mask(x, tables) for x in plan.sandwiches)
+    score = None if plan.score is None else mods.rounded(plan.score, tables)
+    made = replace(plan, layout=layout, tables=tables, kernel_masks=masks, kernel_score=score)
+    mark_plan(made)
+    return made
+
+
+def pack(obj: Any) -> Payload:
+    """Take an object apart.
+
+    Raises:
+        CodegenError: If something in it cannot be sent to another process.
+    """
+    file = io.BytesIO()
+    pickler = _Pickler(file)
+    try:
+        pickler.dump(obj)
+    except (pickle.PicklingError, TypeError, AttributeError, RecursionError) as reason:
+        rule = "everything it refers to must be picklable, to be compiled in a process of its own"
+        raise CodegenError(explain_values("fn", rule, error=str(reason).split("\n")[0])) from reason
+    return Payload(file.getvalue(), tuple(pickler.tensors))
+
+
+def unpack(structure: bytes, tensors: Sequence[Tensor]) -> Any:
+    """Put an object together again, with these tensors in it."""
+    return _Unpickler(io.BytesIO(structure), tensors.__getitem__).load()

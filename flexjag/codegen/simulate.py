@@ -1,0 +1,104 @@
+"""A wrapper run on the CPU, its Triton kernels in Triton's interpreter. For workers with TRITON_INTERPRET=1."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from flexjag.codegen.assemble import read_kernels
+from flexjag.codegen.interpreter import Libdevice, mend_interpreter
+
+_ON_CPU = (  # what a wrapper says about its device, and what is true here
+    ("empty_strided_cuda(", "empty_strided_cpu("),
+    ("torch.cuda.set_device(0)", "pass"),
+    ("with torch.cuda._DeviceGuard(0):", "if True:"),
+    ("device(type='cuda', index=0)", "device('cpu')"),
+    ("device='cuda:0'", "device='cpu'"),
+)
+
+
+_DEFINITION = re.compile(r"async_compile\.triton\(\s*'(\w+)', '''.*?''', device_str='cuda'\)", re.DOTALL)
+
+
+def simulate(
+    wrappers: Mapping[str, str], wiring: Any, tensors: Sequence[Tensor], tangents: Sequence[Tensor | None]
+) -> tuple[list[Any], dict[int, Tensor]]:
+    """Run the forward wrapper and, if there is one, the backward wrapper.
+
+    Args:
+        wrappers: Their sources, by phase.
+        wiring: How values flow between them.
+        tensors: The payload's tensors, on the CPU.
+        tangents: The gradient of each output, None for one that has none.
+
+    Returns:
+        The outputs, and the gradients by the number of the tensor they belong to.
+    """
+    mend_interpreter()
+    inputs = [tensors[i] if kind == "tensor" else i for kind, i in wiring.inputs]
+    outputs = _call(wrappers["forward"], inputs)
+    returned = outputs[: wiring.num_outputs]
+    if "backward" not in wrappers:
+        return returned, {}
+    saved = dict(zip(wiring.output_names, outputs, strict=True))
+    given = iter([t for t, needed in zip(tangents, wiring.needs_grad, strict=True) if needed])
+    backward = [next(given) if name.startswith("tangents") else saved[name] for name in wiring.backward_inputs]
+    grads = _call(wrappers["backward"], backward)
+    sources = zip(wiring.inputs, grads, strict=True)
+    return returned, {i: grad for (kind, i), grad in sources if kind == "tensor" and grad is not None}
+
+
+def _call(source: str, inputs: Sequence[Any]) -> list[Any]:
+    with (
+        mock.patch("torch._inductor.runtime.triton_heuristics.cached_autotune", _untuned),
+        mock.patch("torch._inductor.runtime.triton_helpers.set_driver_to_gpu", return_value=None),
+        mock.patch("torch._inductor.runtime.triton_helpers.libdevice", Libdevice()),
+    ):
+        kernels = {name: _Kernel(tuned) for name, _, tuned in read_kernels(source)}
+    for there, here in _ON_CPU:
+        source = source.replace(there, here)
+    source = _DEFINITION.sub(r"_kernels['\1']", source)
+    scope: dict[str, Any] = {"__name__": "wrapper", "_kernels": kernels}
+    with mock.patch.object(torch._C, "_cuda_getCurrentRawStream", create=True, return_value=0):
+        exec(compile(source, "<wrapper>", "exec"), scope)
+    call = scope["call"] if "call" in scope else scope["Runner"](partitions=[]).call
+    return list(call(list(inputs)))
+
+
+def _untuned(size_hints: Any, configs: Any, triton_meta: Any, heuristic_type: Any, **rest: Any) -> Any:
+    """Inductor's launcher without its compiler: what a launch needs to know."""
+
+    def decorate(fn: Any) -> SimpleNamespace:
+        meta = rest.get("inductor_meta") or {}
+        return SimpleNamespace(fn=fn, configs=configs, triton_meta=triton_meta, inductor_meta=meta)
+
+    return decorate
+
+
+class _Kernel:
+    """One kernel, launched as Inductor's launcher would."""
+
+    def __init__(self, tuned: Any) -> None:
+        self.fn, self.meta, self.inductor_meta = tuned.fn, tuned.triton_meta, tuned.inductor_meta
+        annotated = self.fn.fn.__annotations__.items()
+        self.constexprs = {name for name, kind in annotated if "constexpr" in str(kind)}
+        # Any configuration is right. The interpreter's time goes with the number of programs: take the largest blocks.
+        self.config = max(tuned.configs, key=lambda c: [v for v in c.kwargs.values() if isinstance(v, int)])
+
+    def run(self, *args: Any, stream: Any = None) -> None:
+        from torch._inductor.runtime.triton_heuristics import GridExpr
+
+        fixed = {k: v for k, v in self.meta.get("constants", {}).items() if k in self.constexprs}
+        fixed |= self.config.kwargs
+        names = [name for name in self.fn.arg_names if name not in fixed]
+        names += self.inductor_meta.get("extra_launcher_args", [])
+        given = {**dict(zip(names, args, strict=True)), **fixed}
+        grid = GridExpr.from_meta(self.inductor_meta, self.config).eval_slow(given)
+        if all(grid):
+            self.fn[grid](**{name: x for name, x in given.items() if name in self.fn.arg_names})

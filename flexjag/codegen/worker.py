@@ -1,0 +1,154 @@
+"""Jobs in a process of their own, so that nothing they patch outlives them.
+
+A job is a function of :mod:`flexjag.codegen.jobs` by name. Its answer comes back through a pipe that nothing else
+writes to, so that what the process prints is no part of it.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import selectors
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+from typing import Any, Self
+
+from flexjag.errors import CodegenError
+
+TIMEOUT_S = 600.0
+
+_START = (
+    "import pickle, sys; sys.path[:] = pickle.load(sys.stdin.buffer);"
+    "from flexjag.codegen.worker import serve; serve(int(sys.argv[1]))"
+)
+
+
+class WorkerTraceback(Exception):
+    """What went wrong in the worker, as it was told there."""
+
+    def __str__(self) -> str:
+        return f"\n{self.args[0]}"
+
+
+class Worker:
+    """A process that does jobs one after another.
+
+    Args:
+        interpret: Triton kernels run in Triton's interpreter there, and cannot be compiled.
+
+    >>> with Worker() as worker:
+    ...     worker.call("double", 21)
+    42
+    """
+
+    def __init__(self, interpret: bool = False) -> None:
+        self.interpret = interpret
+
+    def __enter__(self) -> Self:
+        self.place = tempfile.TemporaryDirectory(prefix="flexjag-")
+        here = Path(self.place.name)
+        self.log = (here / "stderr").open("w+b")
+        self.answers, theirs = os.pipe()
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", _START, str(theirs)],
+            env=_environment(here, self.interpret),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=self.log,
+            pass_fds=(theirs,),
+        )
+        os.close(theirs)
+        self._send([p or os.getcwd() for p in sys.path])
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.communicate()
+        os.close(self.answers)
+        self.log.close()
+        self.place.cleanup()
+
+    def call(self, job: str, *args: Any, timeout: float = TIMEOUT_S) -> Any:
+        """Run one job and return what it returns.
+
+        Args:
+            job: The name of a function of :mod:`flexjag.codegen.jobs`.
+            args: Its arguments, picklable.
+            timeout: Seconds after which the worker is killed.
+
+        Raises:
+            CodegenError: If the job fails, dies or takes too long.
+        """
+        self._send((job, args))
+        answer = self._receive(job, timeout)
+        if answer is None:
+            code = self.process.wait()
+            fate = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+            self.log.seek(0)
+            told = self.log.read()[-4000:].decode(errors="replace")
+            raise CodegenError(f"worker: {job} died ({fate})") from WorkerTraceback(told)
+        good, value = pickle.loads(answer)
+        if good:
+            return value
+        reason, told = value
+        raise CodegenError(f"worker: {job} failed: {reason}") from WorkerTraceback(told)
+
+    def _send(self, value: Any) -> None:
+        assert self.process.stdin is not None
+        try:
+            pickle.dump(value, self.process.stdin)
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            return  # it is dead: receiving will tell
+
+    def _receive(self, job: str, timeout: float) -> bytes | None:
+        """One answer: its length in 8 bytes, then that many; None if the worker is gone."""
+        until = time.monotonic() + timeout
+        found = b""
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.answers, selectors.EVENT_READ)
+            while len(found) < 8 or len(found) < 8 + int.from_bytes(found[:8], "little"):
+                if not selector.select(max(0.0, until - time.monotonic())):
+                    self.process.kill()
+                    raise CodegenError(f"worker: {job} took longer than timeout={timeout:g} s and was stopped")
+                part = os.read(self.answers, 2**20)
+                if not part:
+                    return None
+                found += part
+        return found[8:]
+
+
+def call(job: str, *args: Any, interpret: bool = False, timeout: float = TIMEOUT_S) -> Any:
+    """Run one job in a worker of its own; arguments as for :class:`Worker` and :meth:`Worker.call`."""
+    with Worker(interpret) as worker:
+        return worker.call(job, *args, timeout=timeout)
+
+
+def _environment(here: Path, interpret: bool) -> dict[str, str]:
+    hidden = {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1" if interpret else "0"}
+    caches = {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    places = {"TORCHINDUCTOR_CACHE_DIR": str(here / "inductor"), "TRITON_CACHE_DIR": str(here / "triton")}
+    return {**os.environ, **hidden, **caches, **places}
+
+
+def serve(answers: int) -> None:
+    """The worker's side: read a job, run it, answer, until there are no more."""
+    from flexjag.codegen import jobs
+
+    while True:
+        try:
+            name, args = pickle.load(sys.stdin.buffer)
+        except EOFError:
+            return
+        try:
+            answer = pickle.dumps((True, getattr(jobs, name)(*args)))
+        except Exception as reason:
+            first = (str(reason) or type(reason).__name__).strip().split("\n")[0]
+            answer = pickle.dumps((False, (f"{type(reason).__name__}: {first}", traceback.format_exc())))
+        with os.fdopen(os.dup(answers), "wb") as pipe:
+            pipe.write(len(answer).to_bytes(8, "little") + answer)

@@ -1,0 +1,196 @@
+"""How rounding moves the weights of each normalizer, and what flows back through them, one segment at a time.
+
+Every tensor is ``[H, n or m, ...]``, float64. The units and the conventions are those of
+:mod:`flexjag.testing.rounding`, which uses this.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from flexjag import normalizers as nz
+from flexjag.backends.reference import Segment, weigh
+from flexjag.dispatch import Interpretation
+
+FEW = 2.0  # stored values between two that are named here take 4 roundings at most, and one epsilon is two roundings
+MOST_LOG = 30.0  # errors of an exponent are capped here; e**30 allows anything anyway
+
+
+@dataclass(frozen=True, eq=False)
+class Units:
+    """One rounding: of a stored intermediate, of a term of a sum, of a result; and what underflows."""
+
+    stored: float
+    summed: float
+    result: float
+    tiny: float
+
+    @staticmethod
+    def of(dtype: torch.dtype, compute: torch.dtype) -> Units:
+        """The units of results in `dtype` and intermediates in `compute`."""
+        accumulator = torch.float64 if dtype == torch.float64 else torch.float32
+        stored, summed, result = (torch.finfo(d).eps for d in (compute, accumulator, dtype))
+        return Units(FEW * stored, summed, result, torch.finfo(dtype).tiny)
+
+
+@dataclass(frozen=True, eq=False)
+class Values:
+    """What the weights are applied to.
+
+    Attributes:
+        score: Modified scores ``[H, n, m]``.
+        error: Their errors.
+        allowed: The mask.
+        v: Values ``[H, m, E]``.
+        g: What flows back into the output, ``[H, n, E]``.
+        g_rest: What flows back into the log-sum-exp or the remainder, ``[H, n, 1]``.
+        seg: The segment.
+    """
+
+    score: Tensor
+    error: Tensor
+    allowed: Tensor
+    v: Tensor
+    g: Tensor
+    g_rest: Tensor
+    seg: Segment
+
+
+@dataclass(frozen=True, eq=False)
+class Weighed:
+    """Weights, and the gradient of the modified scores, with first-order bounds on their errors.
+
+    Attributes:
+        weights: ``[H, n, m]``.
+        weights_error: Its error.
+        out: ``[H, n, E]``, the weighted values.
+        out_error: Its error, but for the rounding of the result.
+        rest_error: Of the log-sum-exp or the remainder, ``[H, n, 1]``.
+        ds: The gradient of the modified scores.
+        ds_error: Its error.
+        v_error: What the gradient of v errs by besides ``weightsᵀ g``; broadcasts to ``[H, m, E]``.
+    """
+
+    weights: Tensor
+    weights_error: Tensor
+    out: Tensor
+    out_error: Tensor
+    rest_error: Tensor
+    ds: Tensor
+    ds_error: Tensor
+    v_error: Tensor
+
+
+weighed = Interpretation("rounding bounds")
+"""``weighed(normalizer, values, unit) -> Weighed``."""
+
+
+@weighed.register(nz.Softmax)
+def _(normalizer: nz.Softmax, x: Values, unit: Units) -> Weighed:
+    z, g, stored, allowed = x.v, x.g, unit.stored, x.allowed
+    keys = z.shape[1] * unit.summed
+    has_key = allowed.any(2, keepdim=True)
+    lse = x.score.masked_fill(~allowed, -torch.inf).logsumexp(2, keepdim=True).masked_fill(~has_key, 0.0)
+    value, error = x.score.masked_fill(~allowed, 0.0), x.error.masked_fill(~allowed, 0.0)
+    p = torch.exp(value - lse).masked_fill(~allowed, 0.0)
+    top = (value.abs() * allowed).amax(2, keepdim=True)
+    lse_error = (p * error).sum(2, keepdim=True) + (
+        keys + stored + (stored + unit.result) * (top + lse.abs())
+    ) * has_key
+    log_error = error + lse_error + keys + stored * (1 + value.abs() + lse.abs())
+    p_error = (p * torch.expm1(log_error.clamp(max=MOST_LOG)) + unit.tiny) * allowed
+    out = p @ z
+    out_error = (p_error + (keys + stored) * p) @ z.abs() + stored * out.abs()
+
+    by_p, size = g @ z.transpose(1, 2), g.abs() @ z.abs().transpose(1, 2)
+    delta = (g * out).sum(2, keepdim=True)
+    dims = z.shape[2] * unit.summed + stored
+    delta_error = (g.abs() * (out_error + (dims + unit.result) * out.abs())).sum(2, keepdim=True)
+    delta_error = delta_error + (keys + dims) * (p * size).sum(2, keepdim=True)
+    through = by_p - delta + x.g_rest
+    through_error = dims * size + delta_error + stored * (size + delta.abs() + x.g_rest.abs())
+    ds = p * through
+    ds_error = p_error * through.abs() + (p + p_error) * through_error
+    return Weighed(p, p_error, out, out_error, lse_error, ds, ds_error, out.new_zeros(()))
+
+
+@weighed.register(nz.Pointwise)
+def _(normalizer: nz.Pointwise, x: Values, unit: Units) -> Weighed:
+    """The weights are as smooth as the function: its first two derivatives, by autograd, carry the scores' errors.
+
+    The function and its derivative may be evaluated as products and sums of about the size of ``1 + |s|``, times the
+    scale, which is what their own roundings are relative to.
+    """
+    stored = unit.stored
+    keys, dims = x.v.shape[1] * unit.summed, x.v.shape[2] * unit.summed + stored
+    with torch.enable_grad():
+        s = x.score.masked_fill(~x.allowed, 0.0).detach().requires_grad_()
+        w = weigh(normalizer, s, x.allowed, x.seg)[0]
+        slope = torch.autograd.grad(w.sum(), s, create_graph=True)[0]
+        bend = torch.zeros_like(s)
+        if slope.requires_grad:
+            bend = torch.autograd.grad(slope.sum(), s, allow_unused=True, materialize_grads=True)[0].abs()
+    s, w, slope = s.detach(), w.detach(), slope.detach()
+    bias = normalizer.bias if isinstance(normalizer, nz.Sigmoid) else 0.0
+    bias = torch.tensor(x.seg.m).log() if bias is None else torch.as_tensor(bias).detach().abs().double()
+    size = 1 + s.abs() + (bias[:, None, None] if bias.ndim else bias)
+    factor = torch.as_tensor(normalizer.scale).detach().abs().double()
+    factor = factor[x.seg.q_rows, None] if factor.ndim else factor
+    error = (x.error + stored * size) * x.allowed
+    w_error = (slope.abs() * error + bend * error**2 / 2 + stored * (w.abs() + factor * size) + unit.tiny) * x.allowed
+    out = w @ x.v
+    out_error = (w_error + (keys + stored) * w.abs()) @ x.v.abs() + stored * out.abs()
+
+    by_w, by_w_size = x.g @ x.v.transpose(1, 2), x.g.abs() @ x.v.abs().transpose(1, 2)
+    slope_error = (bend * error + stored * factor * size) * x.allowed
+    ds = slope * by_w
+    ds_error = slope_error * by_w.abs() + (slope.abs() + slope_error) * dims * by_w_size + stored * ds.abs()
+    none = out.new_zeros(())
+    return Weighed(w, w_error, out, out_error, none, ds, ds_error, none)
+
+
+def _suffix(x: Tensor) -> Tensor:
+    return x.flip(2).cumsum(2).flip(2)
+
+
+@weighed.register(nz.StickBreaking)
+def _(normalizer: nz.StickBreaking, x: Values, unit: Units) -> Weighed:
+    """``log w = s - S`` with S the suffix sums of softplus; back flow its gradient and the prefix sums of that."""
+    stored, allowed, v, g = unit.stored, x.allowed, x.v, x.g
+    keys, dims = v.shape[1] * unit.summed, v.shape[2] * unit.summed + stored
+    s, e = x.score.masked_fill(~allowed, 0.0), x.error.masked_fill(~allowed, 0.0)
+    share = torch.sigmoid(s) * allowed
+    taken = functional.softplus(s, threshold=100.0) * allowed
+    since = _suffix(taken)
+    since_error = _suffix(share * e + stored * taken) + (keys + stored) * since
+    a = torch.exp(s - since) * allowed
+    a_log_error = e + since_error + stored * (1 + s.abs() + since)
+    a_error = (a * torch.expm1(a_log_error.clamp(max=MOST_LOG)) + unit.tiny) * allowed
+    total, total_error = since[..., :1], since_error[..., :1]
+    rest = torch.exp(-total)
+    rest_error = rest * torch.expm1((total_error + stored * (1 + total)).clamp(max=MOST_LOG)) + unit.tiny
+    out = a @ v
+    out_error = (a_error + (keys + stored) * a) @ v.abs() + stored * out.abs()
+    own, own_size, v_error = x.g_rest, x.g_rest.abs(), out.new_zeros(())
+    if normalizer.remainder:
+        out_error = out_error + rest_error * v.abs() + stored * (out.abs() + rest * v.abs())
+        out = out + rest * v
+        own = own + (g * v).sum(2, keepdim=True)
+        own_size = own_size + (g * v).abs().sum(2, keepdim=True)
+        v_error = (rest_error + (stored + unit.result) * rest) * g.abs()
+
+    by_a, size = g @ v.transpose(1, 2), g.abs() @ v.abs().transpose(1, 2)
+    flow, left = a * by_a, rest * own
+    flow_error = a_error * by_a.abs() + (a + a_error) * dims * size + stored * flow.abs()
+    left_error = rest_error * own.abs() + (rest + rest_error) * dims * own_size + stored * left.abs()
+    before, before_size = flow.cumsum(2) + left, flow.abs().cumsum(2) + left.abs()
+    before_error = flow_error.cumsum(2) + left_error + (keys + stored) * before_size
+    share_error = share * (1 - share) * e + stored * share
+    ds = flow - share * before
+    ds_error = flow_error + share_error * before.abs() + (share + share_error) * before_error
+    ds_error = (ds_error + stored * (flow.abs() + share * before_size)) * allowed
+    return Weighed(a, a_error, out, out_error, rest_error, ds * allowed, ds_error, v_error)
