@@ -52,7 +52,17 @@ _KINDS = {  # kind of parameter: the types it takes, and how to say so
     "number": ((int, float), "a number"),
 }
 _PYTHON_WORDS = {"and": "&", "or": "|", "not": "~", "!": "~"}
-_PYTHON_ONLY = ("rows", "samegroup", "dense", "maskmod", "perhead", "scoremod", "relativebias")
+_PYTHON_ONLY = (
+    "rows",
+    "samegroup",
+    "dense",
+    "maskmod",
+    "perhead",
+    "scoremod",
+    "relativebias",
+    "bucketedbias",
+    "timebias",
+)
 
 NodeType = TypeVar("NodeType", m.Mask, s.Score)
 

@@ -5,12 +5,14 @@ Positions are segment-local. A score may hold tensors that need gradients.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from flexjag.errors import ScoreError, explain_values
+from flexjag.jagged import mark_varying
 from flexjag.nodes import Node, node
 
 ScoreFunction = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -111,6 +113,81 @@ class RelativeBias(Score):
 
 
 @node
+class BucketedBias(Score):
+    """A bias looked up by bucketed distance: ``s + table[h, number of boundaries <= j - i]``.
+
+    Args:
+        table: ``[H, K + 1]`` floating point, may need gradients.
+        boundaries: ``[K]``, ascending, of any dtype; distances are compared in it. Repeated ones skip a bucket.
+
+    >>> BucketedBias(torch.zeros(2, 4), torch.tensor([-8, 0, 8]))
+    BucketedBias(<float32[2, 4]>, <int64[3]>)
+    """
+
+    table: Tensor
+    boundaries: Tensor
+
+    def __post_init__(self) -> None:
+        _check_buckets(self.table, self.boundaries)
+
+
+@node
+class TimeBias(Score):
+    """A bias looked up by bucketed time between tokens: ``s + table[h, number of boundaries <= t_i - t_j]``.
+
+    HSTU (generative-recommenders) measures from the *next* event's time, so that a prediction knows when it is asked
+    for: give those as `times`, and the events' own as `kv_times`.
+
+    Args:
+        table: ``[H, K + 1]`` floating point, may need gradients. Expand a table that all heads share.
+        times: ``[T_q]``, the time of every packed query token, in the unit of `boundaries`.
+        boundaries: ``[K]``, ascending, for instance :meth:`log_boundaries`. Differences are compared in its dtype.
+        kv_times: ``[T_kv]``, of every packed key token. Default: `times`.
+
+    >>> TimeBias(torch.zeros(2, 9), torch.arange(6), TimeBias.log_boundaries(8))
+    TimeBias(<float32[2, 9]>, <int64[6]>, <int64[8]>, None)
+    """
+
+    table: Tensor
+    times: Tensor
+    boundaries: Tensor
+    kv_times: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        _check_buckets(self.table, self.boundaries)
+        for name, times in (("times", self.times), ("kv_times", self.kv_times)):
+            if times is None:
+                continue
+            if times.ndim != 1 or times.requires_grad:
+                rule = "must be 1-D, one per packed token, without a gradient"
+                raise ScoreError(explain_values(name, rule, shape=tuple(times.shape), dtype=times.dtype))
+            mark_varying(times, 0)
+
+    @staticmethod
+    def log_boundaries(count: int, width: float = 0.301, device: torch.device | str | None = None) -> Tensor:
+        """``[count]`` int64: the whole numbers from which on ``floor(log(t) / width)`` is at least 1, 2, ...
+
+        >>> TimeBias.log_boundaries(6).tolist()
+        [2, 2, 3, 4, 5, 7]
+        """
+        most = math.floor(62 * math.log(2) / width) if width > 0 else -1
+        if not 0 <= count <= most:
+            rule = f"must be 0 to {most} at this width, for int64" if width > 0 else "width must be positive"
+            raise ScoreError(explain_values("count", rule, count=count, width=width))
+        # Rounded down by a hair: exp(k log 2) must not pass 2**k by a rounding error.
+        ends = [math.ceil(math.exp(k * width) * (1 - 2**-40)) for k in range(1, count + 1)]
+        return torch.tensor(ends, dtype=torch.int64, device=device)
+
+
+def _check_buckets(table: Tensor, boundaries: Tensor) -> None:
+    fits = table.ndim == 2 and boundaries.ndim == 1 and table.shape[1] == boundaries.shape[0] + 1
+    if not fits or not table.dtype.is_floating_point or boundaries.requires_grad:
+        rule = "table must be float [H, K + 1] for K boundaries [K]"
+        shapes = {"table": tuple(table.shape), "boundaries": tuple(boundaries.shape), "dtype": table.dtype}
+        raise ScoreError(explain_values("table, boundaries", rule, **shapes))
+
+
+@node
 class Then(Score):
     """`first`, then `second`: ``first >> second``."""
 
@@ -132,7 +209,7 @@ def parts(score: Score | None) -> list[Score]:
 
 def is_additive(score: Score | None) -> bool:
     """Whether the score only adds something that does not depend on the score itself."""
-    return all(isinstance(s, (Alibi, RelativeBias)) for s in parts(score))
+    return all(isinstance(s, (Alibi, RelativeBias, BucketedBias, TimeBias)) for s in parts(score))
 
 
 def num_score_heads(score: Score | None) -> int | None:
@@ -145,7 +222,7 @@ def num_score_heads(score: Score | None) -> int | None:
     for s in parts(score):
         if isinstance(s, Alibi):
             found.add(s.slopes.shape[0])
-        elif isinstance(s, RelativeBias):
+        elif isinstance(s, (RelativeBias, BucketedBias, TimeBias)):
             found.add(s.table.shape[0])
     if len(found) > 1:
         raise ScoreError(explain_values("score", "every table must have one row per query head", heads=sorted(found)))
@@ -158,6 +235,22 @@ def tensors(score: Score | None) -> list[Tensor]:
     for s in parts(score):
         if isinstance(s, Alibi):
             held.append(s.slopes)
-        elif isinstance(s, RelativeBias):
+        elif isinstance(s, (RelativeBias, BucketedBias, TimeBias)):
             held.append(s.table)
     return held
+
+
+def check_tokens(score: Score | None, num_q: int, num_kv: int) -> None:
+    """Check that per-token tensors in the score have one entry per packed token; metadata only.
+
+    Raises:
+        ScoreError: If one has not.
+    """
+    for s in parts(score):
+        if not isinstance(s, TimeBias):
+            continue
+        kv_times = s.times if s.kv_times is None else s.kv_times
+        for name, times, tokens in (("times", s.times, num_q), ("kv_times", kv_times, num_kv)):
+            if times.shape[0] != tokens:
+                rule = "must have one entry per packed token"
+                raise ScoreError(explain_values(name, rule, entries=times.shape[0], tokens=tokens))

@@ -5,13 +5,16 @@ It imports nothing of the middle end (spans, tiles, mods), so that it can disagr
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from flexjag import masks as m
+from flexjag import normalizers as nz
 from flexjag import scores as s
+from flexjag.choice import diagonal_align
 from flexjag.dispatch import Interpretation
 from flexjag.layout import Layout
 
@@ -183,23 +186,108 @@ def _(score: s.RelativeBias, x: Tensor, seg: Segment) -> Tensor:
     return x + score.table.to(x.dtype)[:, (seg.j - seg.i).clamp(-reach, reach) + reach]
 
 
+@rescore.register(s.BucketedBias)
+def _(score: s.BucketedBias, x: Tensor, seg: Segment) -> Tensor:
+    bucket = (score.boundaries <= (seg.j - seg.i)[..., None]).sum(2)
+    return x + score.table.to(x.dtype)[:, bucket]
+
+
+@rescore.register(s.TimeBias)
+def _(score: s.TimeBias, x: Tensor, seg: Segment) -> Tensor:
+    kv_times = score.times if score.kv_times is None else score.kv_times
+    passed = score.times[seg.q_rows, None] - kv_times[seg.kv_rows]
+    bucket = (score.boundaries <= passed.to(score.boundaries.dtype)[..., None]).sum(2)
+    return x + score.table.to(x.dtype)[:, bucket]
+
+
 @rescore.register(s.Then)
 def _(score: s.Then, x: Tensor, seg: Segment) -> Tensor:
     return rescore(score.second, rescore(score.first, x, seg), seg)
 
 
+weigh = Interpretation("dense weights")
+"""``weigh(normalizer, scores [H, n, m], allowed [H, n, m], segment) -> (weights [H, n, m], rest [H, n])``.
+
+The rest is the log-sum-exp of a softmax, the remainder of stick-breaking, and zeros otherwise.
+"""
+
+
+@weigh.register(nz.Softmax)
+def _(normalizer: nz.Softmax, x: Tensor, allowed: Tensor, seg: Segment) -> tuple[Tensor, Tensor]:
+    has_key = allowed.any(2)
+    x = x.masked_fill(~allowed & has_key[..., None], -torch.inf)
+    return torch.softmax(x, 2), torch.logsumexp(x, 2).masked_fill(~has_key, -torch.inf)
+
+
+def _pointwise(normalizer: nz.Pointwise, weights: Tensor, allowed: Tensor, seg: Segment) -> tuple[Tensor, Tensor]:
+    factor = normalizer.scale
+    if isinstance(factor, Tensor):
+        factor = factor.to(weights.dtype)
+        factor = factor[seg.q_rows, None] if factor.ndim else factor
+    return (weights * factor).masked_fill(~allowed, 0.0), weights.new_zeros(weights.shape[:2])
+
+
+@weigh.register(nz.SiLU)
+def _(normalizer: nz.SiLU, x: Tensor, allowed: Tensor, seg: Segment) -> tuple[Tensor, Tensor]:
+    return _pointwise(normalizer, x * torch.sigmoid(x), allowed, seg)
+
+
+@weigh.register(nz.GELU)
+def _(normalizer: nz.GELU, x: Tensor, allowed: Tensor, seg: Segment) -> tuple[Tensor, Tensor]:
+    if normalizer.approximate == "tanh":
+        cdf = 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    else:
+        cdf = 0.5 * torch.erfc(-x / math.sqrt(2))
+    return _pointwise(normalizer, x * cdf, allowed, seg)
+
+
+@weigh.register(nz.Identity)
+def _(normalizer: nz.Identity, x: Tensor, allowed: Tensor, seg: Segment) -> tuple[Tensor, Tensor]:
+    return _pointwise(normalizer, x, allowed, seg)
+
+
+@weigh.register(nz.Sigmoid)
+def _(normalizer: nz.Sigmoid, x: Tensor, allowed: Tensor, seg: Segment) -> tuple[Tensor, Tensor]:
+    bias = -math.log(seg.m) if normalizer.bias is None else normalizer.bias
+    bias = bias.to(x.dtype)[:, None, None] if isinstance(bias, Tensor) else bias
+    return _pointwise(normalizer, torch.sigmoid(x + bias), allowed, seg)
+
+
+@weigh.register(nz.StickBreaking)
+def _(normalizer: nz.StickBreaking, x: Tensor, allowed: Tensor, seg: Segment) -> tuple[Tensor, Tensor]:
+    log_kept = torch.nn.functional.logsigmoid(-x).masked_fill(~allowed, 0.0)
+    later = torch.ones(seg.m, seg.m, dtype=x.dtype, device=x.device).tril(-1)  # [k, j]: k comes after j
+    log_weights = torch.nn.functional.logsigmoid(x) + log_kept @ later
+    return torch.exp(log_weights).masked_fill(~allowed, 0.0), torch.exp(log_kept.sum(2))
+
+
+def dense_allowed(mask: m.Mask, normalizer: nz.Normalizer, seg: Segment, is_self: bool) -> Tensor:
+    """The mask ``[H, n, m]``, without the key that each query lines up with if the normalizer leaves it out."""
+    if isinstance(normalizer, nz.StickBreaking) and not normalizer.attend_current:
+        mask = m.And(mask, m.Not(m.Window(0, 0, diagonal_align(mask, is_self))))
+    return dense(mask, seg).expand(seg.heads, seg.n, seg.m)
+
+
 def run(
-    q: Tensor, k: Tensor, v: Tensor, layout: Layout, mask: m.Mask, score: s.Score | None, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: Layout,
+    mask: m.Mask,
+    score: s.Score | None,
+    scale: float,
+    normalizer: nz.Normalizer,
 ) -> tuple[Tensor, Tensor]:
     """Dense attention of ``q [T_q, H, D]``, ``k [T_kv, G, D]``, ``v [T_kv, G, E]``, segment by segment.
 
     Returns:
-        ``[T_q, H, E]`` in q's dtype and the log-sum-exp ``[T_q, H]``, float32 or float64. Half precision is computed in
-        float32.
+        ``[T_q, H, E]`` in q's dtype, and in float32 or float64 ``[T_q, H]``: the log-sum-exp of a softmax, the
+        remainder of stick-breaking, something of no meaning otherwise. Half precision is computed in float32.
     """
     dtype, heads, repeats = q.dtype, q.shape[1], q.shape[1] // k.shape[1]
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     q, k, v = q.to(compute), k.to(compute), v.to(compute)
+    no_key = 1.0 if isinstance(normalizer, nz.StickBreaking) else -torch.inf
     q_ends, kv_ends = layout.q_offsets.tolist(), layout.kv_offsets.tolist()
     outs, lses, entries = [], [], 0
     for index in range(layout.num_segments):
@@ -211,22 +299,22 @@ def run(
         entries += n * width
         if n == 0 or width == 0:
             outs.append(q.new_zeros(n, heads, v.shape[2]))
-            lses.append(q.new_full((n, heads), -torch.inf))
+            lses.append(q.new_full((n, heads), no_key))
             continue
         x, y, z = (t.transpose(0, 1) for t in (q[q_rows], k[kv_rows], v[kv_rows]))
         y, z = y.repeat_interleave(repeats, 0), z.repeat_interleave(repeats, 0)
         scores = x @ y.transpose(1, 2) * scale
         if score is not None:
             scores = rescore(score, scores, seg).to(q.dtype)  # its tensors may be wider than q
-        allowed = dense(mask, seg).expand(heads, n, width)
-        has_key = allowed.any(2)
-        scores = scores.masked_fill(~allowed & has_key[..., None], -torch.inf)
-        out = (torch.softmax(scores, 2) @ z).masked_fill(~has_key[..., None], 0.0)
-        lse = torch.logsumexp(scores, 2).masked_fill(~has_key, -torch.inf)
+        allowed = dense_allowed(mask, normalizer, seg, layout.is_self)
+        weights, rest = weigh(normalizer, scores, allowed, seg)
+        out = (weights @ z).masked_fill(~allowed.any(2)[..., None], 0.0)
+        if isinstance(normalizer, nz.StickBreaking) and normalizer.remainder:
+            out = out + rest[..., None] * z
         outs.append(out.transpose(0, 1))
-        lses.append(lse.transpose(0, 1))
+        lses.append(rest.transpose(0, 1))
     spare = q.shape[0] - q_ends[-1]
     outs.append(q.new_zeros(spare, heads, v.shape[2]))
-    lses.append(q.new_full((spare, heads), -torch.inf))
+    lses.append(q.new_full((spare, heads), no_key))
     link = q[:0].sum() + k[:0].sum() + v[:0].sum()  # 0, and differentiable even if no query meets a key
     return (torch.cat(outs) + link).to(dtype), torch.cat(lses) + link

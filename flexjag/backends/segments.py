@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from flexjag import functions
 from flexjag import masks as m
-from flexjag import mods
 from flexjag.choice import SDPA_WINDOWS
 from flexjag.layout import INT32_MAX
 from flexjag.plan import Plan
@@ -60,7 +60,7 @@ def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, need_lse: boo
     e = v.shape[2]
     wide = max(q.shape[2], e)  # the kernels want D == E; zeros change nothing
     q, k, v = (torch.nn.functional.pad(x, (0, wide - x.shape[2])) if x.shape[2] < wide else x for x in (q, k, v))
-    if q.device.type == "cpu" and not mods.learned_tensors(plan.score, q.dtype, q.device):
+    if q.device.type == "cpu" and not functions.learned_tensors(plan.score, q.dtype, q.device):
         out, lse = _Flash.apply(pieces, q, k, v)  # type: ignore[misc]
     else:
         out, lse = _composite(pieces, q, k, v, need_lse)

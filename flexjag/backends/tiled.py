@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from flexjag import mods
+from flexjag import functions
 from flexjag.layout import blocks
 from flexjag.plan import Plan
 
@@ -79,47 +79,47 @@ def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, need_lse: boo
         plan.layout.num_kv,
         scale,
         plan.mask_mod,
-        _in_dtype(plan.score_mod),
+        in_dtype(plan.score_mod),
     )
     q, k, v = q.to(compute), k.to(compute), v.to(compute)
     with torch.autocast(q.device.type, enabled=False):  # the dtype was chosen above
         if torch.compiler.is_compiling():
             out, lse = _traced(q, k, v, p)
         else:
-            learned = mods.learned_tensors(plan.score, compute, q.device)
+            learned = functions.learned_tensors(plan.score, compute, q.device)
             out, lse = _Chunked.apply(p, len(learned), *learned, q, k, v)  # type: ignore[misc]
     return out.to(dtype), lse
 
 
-def _in_dtype(score: Callable[..., Tensor] | None) -> Callable[..., Tensor] | None:
+def in_dtype(score: Callable[..., Tensor] | None) -> Callable[..., Tensor] | None:
     """The score, kept in the dtype it is given: its tensors may be wider than the inputs."""
     return None if score is None else lambda s, *at: score(s, *at).to(s.dtype)
 
 
-def _to_blocks(x: Tensor, count: int, block: int) -> Tensor:
+def to_blocks(x: Tensor, count: int, block: int) -> Tensor:
     """[T, H, D] to [count, H, B, D], padded with zeros."""
     x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, count * block - x.shape[0]))
     return x.view(count, block, *x.shape[1:]).transpose(1, 2)
 
 
-def _from_blocks(x: Tensor, tokens: int) -> Tensor:
+def from_blocks(x: Tensor, tokens: int) -> Tensor:
     """[count, H, B, D] to [T, H, D]."""
     return x.transpose(1, 2).flatten(0, 1)[:tokens]
 
 
-def _matmul(a: Tensor, b: Tensor) -> Tensor:
+def matmul(a: Tensor, b: Tensor) -> Tensor:
     """[N, H, i, j] @ [N, G, j, k] to [N, H, i, k], each of the G shared by H / G heads."""
     n, h, i, j = a.shape
     g = b.shape[1]
     return torch.bmm(a.reshape(n * g, h // g * i, j), b.reshape(n * g, j, b.shape[3])).view(n, h, i, b.shape[3])
 
 
-def _sum_groups(x: Tensor, groups: int) -> Tensor:
+def sum_groups(x: Tensor, groups: int) -> Tensor:
     """[N, H, ...] to [N, G, ...], the sum over the heads that share a group."""
     return x if x.shape[1] == groups else x.unflatten(1, (groups, -1)).sum(2)
 
 
-def _indices(p: Problem, row: Tensor, col: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def indices(p: Problem, row: Tensor, col: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The b, h, q and kv of every score of these tiles, shaped to broadcast to [N, H, B, B]."""
     step = torch.arange(p.block, device=row.device)
     q = (row[:, None] * p.block + step).clamp(max=p.num_q - 1)[:, None, :, None]
@@ -128,7 +128,8 @@ def _indices(p: Problem, row: Tensor, col: Tensor, heads: int) -> tuple[Tensor, 
     return h.new_zeros(()), h, q, kv.clamp(max=p.num_kv - 1)
 
 
-def _allowed(p: Problem, row: Tensor, col: Tensor, at: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
+def allowed_in(p: Problem, row: Tensor, col: Tensor, at: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
+    """The mask of every score of these tiles, False outside the batch."""
     step = torch.arange(p.block, device=row.device)
     q, kv = row[:, None] * p.block + step, col[:, None] * p.block + step
     inside = (q < p.num_q)[:, None, :, None] & (kv < p.num_kv)[:, None, None, :]
@@ -137,15 +138,15 @@ def _allowed(p: Problem, row: Tensor, col: Tensor, at: tuple[Tensor, Tensor, Ten
 
 def _traced(q: Tensor, k: Tensor, v: Tensor, p: Problem) -> Pair:
     # One spare row of blocks, so that no size can be 1: Dynamo would compile that case anew.
-    qb, kb, vb = (_to_blocks(x, n + 1, p.block) for x, n in ((q, p.rows), (k, p.cols), (v, p.cols)))
-    b, h, q_index, kv_index = _indices(p, p.row, p.col, q.shape[1])
+    qb, kb, vb = (to_blocks(x, n + 1, p.block) for x, n in ((q, p.rows), (k, p.cols), (v, p.cols)))
+    b, h, q_index, kv_index = indices(p, p.row, p.col, q.shape[1])
     # A parameter read as table[h] is then expanded by the lookup, whose backward scatters. A broadcast would be undone
     # by a sum over all tiles, and Inductor's C++ guards on whether such a sum has more than 4096 terms.
     at = (b, h.expand(p.row.shape[0], -1, -1, -1), q_index, kv_index)
-    s = _matmul(qb[p.row], kb[p.col].transpose(2, 3)) * p.scale
+    s = matmul(qb[p.row], kb[p.col].transpose(2, 3)) * p.scale
     if p.score is not None:
         s = p.score(s, *at)
-    s = s.masked_fill(~_allowed(p, p.row, p.col, at), -torch.inf)
+    s = s.masked_fill(~allowed_in(p, p.row, p.col, at), -torch.inf)
     with torch.no_grad():
         top = s.detach().amax(3)
         index = p.row[:, None, None].expand_as(top)
@@ -153,14 +154,14 @@ def _traced(q: Tensor, k: Tensor, v: Tensor, p: Problem) -> Pair:
         top = top.masked_fill(top == -torch.inf, 0.0)
     e = torch.exp(s - top[p.row][..., None])
     total = torch.zeros_like(qb[..., 0]).index_add(0, p.row, e.sum(3))
-    out = qb.new_zeros(*qb.shape[:3], v.shape[2]).index_add(0, p.row, _matmul(e, vb[p.col]))
+    out = qb.new_zeros(*qb.shape[:3], v.shape[2]).index_add(0, p.row, matmul(e, vb[p.col]))
     empty = total == 0
     total = total.masked_fill(empty, 1.0)
     lse = (top + total.log()).masked_fill(empty, -torch.inf)
-    return _from_blocks(out / total[..., None], p.num_q), _from_blocks(lse, p.num_q)
+    return from_blocks(out / total[..., None], p.num_q), from_blocks(lse, p.num_q)
 
 
-def _chunks(p: Problem, heads: int) -> list[tuple[int, int]]:
+def chunks(p: Problem, heads: int) -> list[tuple[int, int]]:
     """Slices of the tile list, each of whole tile rows and of about CHUNK_SCORES scores."""
     most = max(1, CHUNK_SCORES // (heads * p.block**2))
     counts = torch.bincount(p.row[p.col < p.cols], minlength=p.rows).tolist()
@@ -179,18 +180,18 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, p: Problem, num_learned: int, *tensors: Tensor) -> Pair:
         q, k, v = tensors[num_learned:]
-        qb, kb, vb = (_to_blocks(x, n, p.block) for x, n in ((q, p.rows), (k, p.cols + 1), (v, p.cols + 1)))
+        qb, kb, vb = (to_blocks(x, n, p.block) for x, n in ((q, p.rows), (k, p.cols + 1), (v, p.cols + 1)))
         out = qb.new_zeros(*qb.shape[:3], v.shape[2])
         lse = torch.full_like(qb[..., 0], -torch.inf)
-        for start, end in _chunks(p, q.shape[1]):
+        for start, end in chunks(p, q.shape[1]):
             row, col = p.row[start:end], p.col[start:end]
             r0, r1 = int(row[0]), int(row[-1]) + 1
             local = row - r0
-            at = _indices(p, row, col, q.shape[1])
-            s = _matmul(qb[row] * p.scale, kb[col].transpose(2, 3))
+            at = indices(p, row, col, q.shape[1])
+            s = matmul(qb[row] * p.scale, kb[col].transpose(2, 3))
             if p.score is not None:
                 s = p.score(s, *at)
-            s = s.masked_fill_(~_allowed(p, row, col, at), -torch.inf)
+            s = s.masked_fill_(~allowed_in(p, row, col, at), -torch.inf)
             top = s.amax(3)
             best = lse[r0:r1].scatter_reduce(0, local[:, None, None].expand_as(top), top, "amax")
             best.masked_fill_(best == -torch.inf, 0.0)
@@ -198,9 +199,9 @@ class _Chunked(torch.autograd.Function):
             total = torch.zeros_like(best).index_add_(0, local, e.sum(3))
             empty = total == 0
             total.masked_fill_(empty, 1.0)
-            out[r0:r1].index_add_(0, local, _matmul(e, vb[col])).div_(total[..., None])
+            out[r0:r1].index_add_(0, local, matmul(e, vb[col])).div_(total[..., None])
             lse[r0:r1] = (best + total.log()).masked_fill_(empty, -torch.inf)
-        out, lse = _from_blocks(out, p.num_q).contiguous(), _from_blocks(lse, p.num_q).contiguous()
+        out, lse = from_blocks(out, p.num_q).contiguous(), from_blocks(lse, p.num_q).contiguous()
         ctx.problem, ctx.num_learned, ctx.originals = p, num_learned, tensors[:num_learned]
         ctx.save_for_backward(*tensors, out, lse)
         return out, lse
@@ -221,31 +222,31 @@ def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | No
     # Leaves of their own: one learned tensor may have been computed from another.
     learned = tuple(x.detach().requires_grad_() for x in learned)
     heads, groups = q.shape[1], k.shape[1]
-    qb, kb, vb = (_to_blocks(x, n, p.block) for x, n in ((q, p.rows), (k, p.cols + 1), (v, p.cols + 1)))
+    qb, kb, vb = (to_blocks(x, n, p.block) for x, n in ((q, p.rows), (k, p.cols + 1), (v, p.cols + 1)))
     no_key = lse == -torch.inf  # what flows back into those rows may be NaN, as 0 · -inf
     grad_out = grad_out.masked_fill(no_key[..., None], 0.0)
     grad_lse = grad_lse.masked_fill(no_key, 0.0)
-    gb = _to_blocks(grad_out, p.rows, p.block)
+    gb = to_blocks(grad_out, p.rows, p.block)
     # d lse adds to every score's gradient in proportion to its weight, as the -delta term does.
-    delta = _to_blocks(((grad_out * out).sum(2) - grad_lse)[..., None], p.rows, p.block)
+    delta = to_blocks(((grad_out * out).sum(2) - grad_lse)[..., None], p.rows, p.block)
     lse = lse.masked_fill(no_key, 0.0)
-    lb = _to_blocks(lse[..., None], p.rows, p.block)
+    lb = to_blocks(lse[..., None], p.rows, p.block)
     dq, dk, dv = torch.zeros_like(qb), torch.zeros_like(kb), torch.zeros_like(vb)
     dlearned = [torch.zeros_like(x) for x in learned]
-    for start, end in _chunks(p, heads):
+    for start, end in chunks(p, heads):
         row, col = p.row[start:end], p.col[start:end]
-        at = _indices(p, row, col, heads)
+        at = indices(p, row, col, heads)
         qt, kt, gt = qb[row], kb[col], gb[row]
-        s = _matmul(qt * p.scale, kt.transpose(2, 3))
+        s = matmul(qt * p.scale, kt.transpose(2, 3))
         modified = s
         if p.score is not None:
-            with torch.enable_grad(), mods.Substitute(ctx.originals, learned):
+            with torch.enable_grad(), functions.Substitute(ctx.originals, learned):
                 s = s.requires_grad_()
                 modified = p.score(s, *at)
         e = torch.exp(modified.detach() - lb[row])
-        e = e.masked_fill_(~_allowed(p, row, col, at), 0.0)
-        dv.index_add_(0, col, _sum_groups(_matmul_heads(e, gt), groups))
-        ds = _matmul(gt, vb[col].transpose(2, 3)).sub_(delta[row]).mul_(e)
+        e = e.masked_fill_(~allowed_in(p, row, col, at), 0.0)
+        dv.index_add_(0, col, sum_groups(matmul_heads(e, gt), groups))
+        ds = matmul(gt, vb[col].transpose(2, 3)).sub_(delta[row]).mul_(e)
         if p.score is not None and not modified.requires_grad:
             continue  # a score that ignores q·k and learns nothing
         if p.score is not None:
@@ -256,13 +257,13 @@ def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | No
         if ds is None:
             continue  # a score that ignores q·k
         ds = ds * p.scale
-        dq.index_add_(0, row, _matmul(ds, kt))
-        dk.index_add_(0, col, _sum_groups(_matmul_heads(ds, qt), groups))
+        dq.index_add_(0, row, matmul(ds, kt))
+        dk.index_add_(0, col, sum_groups(matmul_heads(ds, qt), groups))
     blocks_of = ((dq, p.num_q), (dk, p.num_kv), (dv, p.num_kv))
-    return (None, None, *dlearned, *(_from_blocks(x, n) for x, n in blocks_of))
+    return (None, None, *dlearned, *(from_blocks(x, n) for x, n in blocks_of))
 
 
-def _matmul_heads(a: Tensor, b: Tensor) -> Tensor:
+def matmul_heads(a: Tensor, b: Tensor) -> Tensor:
     """[N, H, i, j]ᵀ @ [N, H, i, k] to [N, H, j, k]."""
     n, h, i, j = a.shape
     return torch.bmm(a.reshape(n * h, i, j).transpose(1, 2), b.reshape(n * h, i, b.shape[3])).view(n, h, j, b.shape[3])

@@ -1,0 +1,242 @@
+"""Attention by any normalizer but a softmax, in plain torch: over the plan's tiles, or over runs of queries.
+
+Traced, all tiles go through at once and autograd differentiates the graph. In eager mode they go through in pieces,
+each of them all that some rows attend, and the backward computes a piece again and differentiates it by autograd. So
+memory beyond the inputs stays at a few pieces, and every gradient is summed in the order of the pieces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from flexjag import functions, mods
+from flexjag import normalizers as nz
+from flexjag.backends import pointwise, stick_breaking, tiled
+from flexjag.backends.gathers import add_tiles, look_up, take_tiles
+from flexjag.backends.pieces import Piece, Walk, walk_runs, walk_tiles
+from flexjag.layout import Layout
+from flexjag.plan import Plan
+
+Attend = Callable[..., tuple[Tensor, Tensor | None]]
+Differentiate = Callable[..., tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True, eq=False)
+class _Job:
+    """One attention call.
+
+    Attributes:
+        walk: How it is cut into pieces.
+        attend: What the normalizer does with the scores of a piece.
+        differentiate: Its gradient by hand; None if autograd is to find it.
+        score: The score on packed indices, or None.
+    """
+
+    walk: Walk
+    attend: Attend
+    differentiate: Differentiate | None
+    score: Callable[..., Tensor] | None
+
+    def score_of(self, piece: Piece, s: Tensor) -> Tensor:
+        """The modified scores."""
+        return s if self.score is None else self.score(s, *piece.at)
+
+    def run(self, piece: Piece, x: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Attention of one piece, differentiable."""
+        rows = x.shape[0]
+        s = tiled.matmul(x if piece.local is None else take_tiles(x, piece.local), y.transpose(2, 3))
+        return self.attend(self.score_of(piece, s), piece.allowed, z, piece.local, rows)
+
+
+def run_tiled(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, need_rest: bool) -> tuple[Tensor, Tensor]:
+    """The backend ``tiled`` for any normalizer but a softmax.
+
+    Returns:
+        ``[T_q, H, E]`` in q's dtype, and for stick-breaking the remainder ``[T_q, H]`` in float32 or float64 (else
+        something of no meaning). Half precision is computed in float32.
+    """
+    return _run(q, k, v, plan, scale, walk_tiles(plan))
+
+
+def run_segments(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, need_rest: bool) -> tuple[Tensor, Tensor]:
+    """The backend ``segments`` for any normalizer but a softmax; as :func:`run_tiled`."""
+    return _run(q, k, v, plan, scale, walk_runs(plan, q.shape[1]))
+
+
+def _run(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, walk: Walk) -> tuple[Tensor, Tensor]:
+    dtype, normalizer = q.dtype, plan.normalizer
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    q, k, v = q.to(compute) * scale, k.to(compute), v.to(compute)
+    job = _Job(walk, *_weigh(plan), _score(plan))
+    with torch.autocast(q.device.type, enabled=False):  # the dtype was chosen above
+        if torch.compiler.is_compiling():
+            out, left = _traced(q, k, v, job)
+        else:
+            learned = [*functions.learned_tensors(plan.score, compute, q.device), *_learned_bias(normalizer)]
+            out, left = _Pieces.apply(job, len(learned), *learned, q, k, v)  # type: ignore[misc]
+        if isinstance(normalizer, nz.StickBreaking):
+            left = torch.exp(left)
+            if normalizer.remainder:
+                out = out + left * _own_values(v, q.shape[1], plan.layout)
+        elif isinstance(normalizer, nz.Pointwise):
+            out = _scaled(out, normalizer.scale, compute)
+        left = left if isinstance(normalizer, nz.Pointwise) else left[..., 0]
+    return out.to(dtype), left
+
+
+def _learned_bias(normalizer: nz.Normalizer) -> list[Tensor]:
+    bias = getattr(normalizer, "bias", None)
+    return [bias] if isinstance(bias, Tensor) and bias.requires_grad and torch.is_grad_enabled() else []
+
+
+def _scaled(out: Tensor, scale: float | Tensor, compute: torch.dtype) -> Tensor:
+    """The factors of a row's weights, taken out of its sum."""
+    if not isinstance(scale, Tensor):
+        return out if scale == 1 else out * float(scale)
+    return out * (scale.to(compute)[:, None, None] if scale.ndim else scale.to(compute))
+
+
+def _own_values(v: Tensor, heads: int, layout: Layout) -> Tensor:
+    """Each query token's own value ``[T, H, E]``, 0 in spare rows."""
+    v = v.repeat_interleave(heads // v.shape[1], 1)
+    return v.masked_fill((layout.q_segment >= layout.num_segments)[:, None, None], 0.0) if layout.has_spare else v
+
+
+def _weigh(plan: Plan) -> tuple[Attend, Differentiate | None]:
+    """What the normalizer does with scores, and its gradient by hand, if there is one."""
+    if isinstance(plan.normalizer, nz.Pointwise):
+        act = pointwise.activation(plan.normalizer)
+        own = plan.score is None  # a user's function may return what it keeps
+        return partial(pointwise.attend, act, own), partial(pointwise.differentiate, act, own)
+    return stick_breaking.attend, None
+
+
+def _score(plan: Plan) -> Callable[..., Tensor] | None:
+    score = tiled.in_dtype(mods.score_mod(plan.score, replace(plan.tables, look_up=look_up)))
+    if isinstance(plan.normalizer, nz.Pointwise):
+        return pointwise.biased(plan.normalizer, score, plan.layout)
+    return score
+
+
+def _traced(q: Tensor, k: Tensor, v: Tensor, job: _Job) -> tuple[Tensor, Tensor]:
+    walk = job.walk
+    x, y, z = (walk.open(t, is_query) for t, is_query in ((q, True), (k, False), (v, False)))
+    (piece,) = walk.pieces(q.shape[1])
+    out, left = job.run(piece, x, take_tiles(y, piece.keys), take_tiles(z, piece.keys))
+    out = walk.close(out, q.shape[0])
+    return out, out if left is None else walk.close(left, q.shape[0])
+
+
+class _Pieces(torch.autograd.Function):
+    """The eager path: piece by piece, computed again in the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, job: _Job, num_learned: int, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        walk, (q, k, v) = job.walk, tensors[num_learned:]
+        x, y, z = (walk.open(t, is_query) for t, is_query in ((q, True), (k, False), (v, False)))
+        out, left = (walk.open(q.new_zeros(*q.shape[:2], n), True) for n in (v.shape[2], 1))
+        for piece in walk.pieces(q.shape[1]):
+            one, rest = job.run(piece, walk.rows(x, piece), walk.keys(y, piece), walk.keys(z, piece))
+            walk.rows(out, piece).copy_(one)
+            if rest is not None:
+                walk.rows(left, piece).copy_(rest)
+        ctx.job, ctx.originals = job, tensors[:num_learned]
+        ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)
+        return walk.close(out, q.shape[0]).contiguous(), walk.close(left, q.shape[0]).contiguous()
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, grad_out: Tensor | None, grad_left: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        with torch.autocast(ctx.saved_tensors[-1].device.type, enabled=False):
+            return _backward(ctx, grad_out, grad_left)
+
+
+def _backward(ctx: Any, grad_out: Tensor | None, grad_left: Tensor | None) -> tuple[Tensor | None, ...]:
+    job: _Job = ctx.job
+    walk = job.walk
+    saved = ctx.saved_tensors  # once: checkpointing recomputes the forward at each reading
+    # Leaves of their own: one learned tensor may have been computed from another.
+    learned = tuple(x.detach().requires_grad_() for x in saved[: len(ctx.originals)])
+    swap = functions.Substitute(ctx.originals, learned) if learned else nullcontext()
+    inputs = saved[len(learned) :]
+    x, y, z = (walk.open(t, is_query) for t, is_query in zip(inputs, (True, False, False), strict=True))
+    grads = [torch.zeros_like(t) for t in (x, y, z)]
+    dlearned = [torch.zeros_like(t) for t in learned]
+    g_out, g_left = (None if g is None else walk.open(g, True) for g in (grad_out, grad_left))
+    for piece in walk.pieces(inputs[0].shape[1]):
+        tensors = walk.rows(x, piece), walk.keys(y, piece), walk.keys(z, piece)
+        flowing = [None if g is None else walk.rows(g, piece) for g in (g_out, g_left)]
+        parts = (_by_hand if job.differentiate else _by_autograd)(job, piece, tensors, flowing, learned, swap)
+        for index, part in enumerate(parts):
+            if part is None:
+                continue
+            if index == 0:
+                walk.rows(grads[0], piece).copy_(part)
+            elif index < 3:
+                walk.add_keys(grads[index], piece, part)
+            else:
+                dlearned[index - 3] += part
+    packed = (walk.close(g, t.shape[0]) for g, t in zip(grads, inputs, strict=True))
+    return (None, None, *dlearned, *packed)
+
+
+def _by_autograd(
+    job: _Job,
+    piece: Piece,
+    tensors: Sequence[Tensor],
+    flowing: Sequence[Tensor | None],
+    learned: Sequence[Tensor],
+    swap: AbstractContextManager[Any],
+) -> Sequence[Tensor | None]:
+    """The gradients of a piece's queries, keys and values, and of the learned tensors; None for zeros."""
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    with torch.enable_grad(), swap:
+        outs = job.run(piece, *leaves)
+    pairs = [(o, g) for o, g in zip(outs, flowing, strict=True) if o is not None and g is not None and o.requires_grad]
+    if not pairs:
+        return ()
+    return torch.autograd.grad([o for o, _ in pairs], [*leaves, *learned], [g for _, g in pairs], allow_unused=True)
+
+
+def _by_hand(
+    job: _Job,
+    piece: Piece,
+    tensors: Sequence[Tensor],
+    flowing: Sequence[Tensor | None],
+    learned: Sequence[Tensor],
+    swap: AbstractContextManager[Any],
+) -> Sequence[Tensor | None]:
+    """The same of a pointwise normalizer, where autograd has only the score to differentiate."""
+    assert job.differentiate is not None
+    x, y, z = tensors
+    rows, grad = x.shape[0], flowing[0]
+    if grad is None:
+        return ()
+    if piece.local is not None:
+        x, grad = x.index_select(0, piece.local), grad.index_select(0, piece.local)
+    raw = s = tiled.matmul(x, y.transpose(2, 3))
+    if job.score is not None:
+        with torch.enable_grad(), swap:
+            s = job.score_of(piece, raw.requires_grad_())
+    ds, dz = job.differentiate(s.detach(), piece.allowed, z, grad)
+    more: Sequence[Tensor | None] = [None] * len(learned)
+    if s.requires_grad:
+        ds, *more = torch.autograd.grad(s, [raw, *learned], ds, allow_unused=True)
+    elif job.score is not None:
+        ds = None
+    if ds is None:
+        return None, None, dz, *more  # a score that ignores q·k
+    dx = tiled.matmul(ds, y)
+    dx = dx if piece.local is None else add_tiles(dx, piece.local, rows)
+    return dx, tiled.sum_groups(tiled.matmul_heads(ds, x), y.shape[1]), dz, *more

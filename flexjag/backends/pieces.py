@@ -1,0 +1,177 @@
+"""An attention call in pieces, each of them all that some query rows attend.
+
+A piece is either a batch of tiles (backend ``tiled``), or a run of one segment's queries with the keys between the
+first and the last that they may attend (backend ``segments``): few large products, which a CPU likes.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flexjag import normalizers as nz
+from flexjag.backends import tiled
+from flexjag.backends.gathers import add_at
+from flexjag.choice import diagonal_align
+from flexjag.layout import INT32_MAX
+from flexjag.plan import Plan
+
+ROWS = 128  # queries of a run: enough for a product, few enough that a causal mask skips keys
+RUN_SCORES = 2**22  # scores of a run at most, unless 16 queries have more
+
+At = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """All that the rows `start` to `end` attend, rows being packed queries or tile rows.
+
+    Attributes:
+        start: First row.
+        end: One past the last row.
+        keys: ``(first, end)`` packed keys, or ``[N]`` tile columns.
+        local: ``[N]`` tile rows counted from `start`; None for a run.
+        at: The b, h, q and kv of every score.
+        allowed: The mask of every score; None if all are allowed.
+    """
+
+    start: int
+    end: int
+    keys: tuple[int, int] | Tensor
+    local: Tensor | None
+    at: At
+    allowed: Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class Walk:
+    """How a call is cut into pieces.
+
+    Attributes:
+        pieces: The pieces, for H heads.
+        open: From packed ``[T, heads, D]`` to what pieces are cut from, ``[1, heads, T, D]`` or ``[C, heads, B, D]``,
+            given whether it belongs to the queries.
+        close: Back, given T.
+        dim: The dimension along which pieces are cut.
+    """
+
+    pieces: Callable[[int], Iterator[Piece]]
+    open: Callable[[Tensor, bool], Tensor]
+    close: Callable[[Tensor, int], Tensor]
+    dim: int
+
+    def rows(self, x: Tensor, piece: Piece) -> Tensor:
+        """The piece's rows of something opened."""
+        return x.narrow(self.dim, piece.start, piece.end - piece.start)
+
+    def keys(self, x: Tensor, piece: Piece) -> Tensor:
+        """The piece's keys or values."""
+        if isinstance(piece.keys, Tensor):
+            return x.index_select(0, piece.keys)
+        return x.narrow(self.dim, piece.keys[0], piece.keys[1] - piece.keys[0])
+
+    def add_keys(self, total: Tensor, piece: Piece, part: Tensor) -> None:
+        """Add to the piece's keys."""
+        if isinstance(piece.keys, Tensor):
+            add_at(total, piece.keys, part)
+        else:
+            self.keys(total, piece).add_(part)
+
+
+def _own_key(plan: Plan) -> Tensor | None:
+    """``[T_q]``, the packed key that each row lines up with, if the normalizer leaves it out."""
+    normalizer, layout = plan.normalizer, plan.layout
+    if not isinstance(normalizer, nz.StickBreaking) or normalizer.attend_current:
+        return None
+    at = layout.kv_start + layout.q_pos
+    if layout.is_self or diagonal_align(plan.mask, layout.is_self) == "start":
+        return at
+    return at + layout.kv_length() - layout.q_length()
+
+
+def _test(plan: Plan, own: Tensor | None) -> Callable[..., Tensor]:
+    mask = plan.mask_mod
+    return mask if own is None else lambda b, h, q, kv: mask(b, h, q, kv) & (kv != own[q])
+
+
+def walk_tiles(plan: Plan) -> Walk:
+    """Batches of tiles, all of them at once if traced."""
+    tiles, block = plan.tiles.all_heads, plan.block_size
+    num_q, num_kv = plan.layout.num_q, plan.layout.num_kv
+    test = _test(plan, _own_key(plan))
+    p = tiled.Problem(tiles.row, tiles.col, block, num_q, num_kv, 1.0, test, None)
+    traced = torch.compiler.is_compiling()
+    rows = (
+        p.rows + 1 if traced else p.rows
+    )  # a spare one, so that no size can be 1: Dynamo would compile that case anew
+
+    def pieces(heads: int) -> Iterator[Piece]:
+        for start, end in [(0, p.row.shape[0])] if traced else tiled.chunks(p, heads):
+            row, col = p.row[start:end], p.col[start:end]
+            first, last = (0, rows) if traced else (int(row[0]), int(row[-1]) + 1)
+            b, h, q, kv = tiled.indices(p, row, col, heads)
+            # Expanded, a lookup by head alone is undone by its own backward, not by a sum over all tiles, which
+            # Inductor would compile anew when there are many.
+            at = (b, h.expand(row.shape[0], -1, -1, -1), q, kv) if traced else (b, h, q, kv)
+            yield Piece(first, last, col, row - first, at, tiled.allowed_in(p, row, col, at))
+
+    def opened(x: Tensor, is_query: bool) -> Tensor:
+        return tiled.to_blocks(x, rows if is_query else p.cols + 1, block)
+
+    return Walk(pieces, opened, tiled.from_blocks, 0)
+
+
+def walk_runs(plan: Plan, heads: int) -> Walk:
+    """Runs of one segment's queries. Reads the offsets and spans on the host."""
+    own = _own_key(plan)
+    test = _test(plan, own)
+    q_ranges, kv_ranges, full = _runs(plan, heads, own)
+    device = plan.layout.device
+
+    def pieces(heads: int) -> Iterator[Piece]:
+        h = torch.arange(heads, device=device)[None, :, None, None]
+        for (start, end), keys, whole in zip(q_ranges, kv_ranges, full, strict=True):
+            if keys[0] == keys[1]:
+                continue
+            q = torch.arange(start, end, device=device)[None, None, :, None]
+            kv = torch.arange(*keys, device=device, dtype=torch.int32)[None, None, None]
+            at = (h.new_zeros(()), h, q, kv)
+            allowed = None if whole else test(*at).expand(-1, -1, end - start, keys[1] - keys[0])
+            yield Piece(start, end, keys, None, at, allowed)
+
+    return Walk(pieces, lambda x, is_query: x.transpose(0, 1)[None], lambda x, tokens: x[0].transpose(0, 1), 2)
+
+
+def _runs(
+    plan: Plan, heads: int, own: Tensor | None
+) -> tuple[list[tuple[int, int]], list[tuple[int, int]], list[bool]]:
+    """Runs of queries of one segment, the keys between their first and last allowed one, and whether all are."""
+    layout = plan.layout
+    q_ranges: list[tuple[int, int]] = []
+    ends = zip(itertools.pairwise(layout.q_offsets.tolist()), layout.kv_offsets.diff().tolist(), strict=True)
+    for (start, end), keys in ends:
+        step = max(16, min(ROWS, RUN_SCORES // max(1, heads * keys)))
+        q_ranges += [(at, min(at + step, end)) for at in range(start, end, step)]
+    used = layout.q_offsets[-1]
+    run = torch.repeat_interleave(torch.tensor([b - a for a, b in q_ranges], device=used.device, dtype=torch.int64))
+    lo, hi = (torch.cat([getattr(x.outer, end)[:, : run.shape[0]] for x in plan.sandwiches]) for end in ("lo", "hi"))
+    some = hi > lo
+    first = lo.new_full((len(q_ranges),), INT32_MAX)
+    first = first.scatter_reduce(0, run, torch.where(some, lo, INT32_MAX).amin(0), "amin")
+    last = hi.new_zeros(len(q_ranges)).scatter_reduce(0, run, torch.where(some, hi, 0).amax(0), "amax")
+    last = torch.maximum(first, last).where(first < INT32_MAX, first)
+    low, high = first[run], last[run]
+    whole = torch.ones_like(run, dtype=torch.bool)
+    for x in plan.sandwiches:
+        inner = (x.inner.lo[:, : run.shape[0]] <= low) & (x.inner.hi[:, : run.shape[0]] >= high)
+        whole &= inner.any(0)
+    if own is not None:
+        own = own[: run.shape[0]]
+        whole &= (own < low) | (own >= high)
+    full = torch.ones(len(q_ranges), dtype=torch.int32, device=run.device)
+    full = full.scatter_reduce(0, run, whole.to(torch.int32), "amin")
+    return q_ranges, list(zip(first.tolist(), last.tolist(), strict=True)), [bool(x) for x in full.tolist()]

@@ -1,0 +1,139 @@
+"""Attention by a pointwise normalizer, over tiles or runs: ``(f(scores) ⊙ mask) V``, without any sum over a row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from flexjag import normalizers as nz
+from flexjag.backends.gathers import add_tiles, look_up
+from flexjag.backends.tiled import matmul, matmul_heads, sum_groups
+from flexjag.dispatch import Interpretation
+from flexjag.layout import Layout
+
+Score = Callable[..., Tensor]
+
+
+class Activation(NamedTuple):
+    """What a pointwise normalizer does to a score, but for its scale.
+
+    Attributes:
+        fn: The elementwise function, differentiable.
+        backward: ``backward(grad, score, fn(score))``, the gradient of the score. Default: by autograd.
+        neutral: A score whose weight is exactly 0, which the scores of keys that are not allowed are set to.
+    """
+
+    fn: Callable[[Tensor], Tensor]
+    backward: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+    neutral: float = 0.0
+
+
+activation = Interpretation("activation")
+"""``activation(normalizer) -> Activation``."""
+
+
+@activation.register(nz.SiLU)
+def _(normalizer: nz.SiLU) -> Activation:
+    return Activation(functional.silu, lambda grad, s, w: torch.ops.aten.silu_backward(grad, s))
+
+
+@activation.register(nz.GELU)
+def _(normalizer: nz.GELU) -> Activation:
+    kind = normalizer.approximate
+    return Activation(
+        lambda s: functional.gelu(s, approximate=kind),
+        lambda grad, s, w: torch.ops.aten.gelu_backward(grad, s, approximate=kind),
+    )
+
+
+@activation.register(nz.Identity)
+def _(normalizer: nz.Identity) -> Activation:
+    return Activation(lambda s: s, lambda grad, s, w: grad)
+
+
+@activation.register(nz.Sigmoid)
+def _(normalizer: nz.Sigmoid) -> Activation:
+    return Activation(torch.sigmoid, lambda grad, s, w: torch.ops.aten.sigmoid_backward(grad, w), -torch.inf)
+
+
+def biased(normalizer: nz.Pointwise, score: Score | None, layout: Layout) -> Score | None:
+    """The score, and after it the bias that the normalizer adds to what it is applied to."""
+    if not isinstance(normalizer, nz.Sigmoid):
+        return score
+    bias = normalizer.bias
+    if bias is None:
+        rows = -layout.kv_length().clamp(min=1).to(torch.float64).log()
+        add: Callable[[Tensor, Tensor, Tensor], Tensor | float] = lambda s, h, q: rows[q].to(s.dtype)  # noqa: E731
+    elif isinstance(bias, Tensor):
+        add = lambda s, h, q: look_up(bias, h).to(s.dtype)  # noqa: E731
+    else:
+        add = lambda s, h, q: float(bias)  # noqa: E731
+
+    def then_biased(s: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        s = s if score is None else score(s, b, h, q, kv)
+        return s + add(s, h, q)
+
+    return then_biased
+
+
+def _masked(act: Activation, in_place: bool, s: Tensor, banned: Tensor) -> Tensor:
+    fill = s.masked_fill_ if in_place and not s.requires_grad else s.masked_fill
+    return fill(banned, act.neutral)
+
+
+def attend(
+    act: Activation, in_place: bool, s: Tensor, allowed: Tensor | None, z: Tensor, local: Tensor | None, rows: int
+) -> tuple[Tensor, None]:
+    """The weighted sums of the values of one batch of tiles.
+
+    Args:
+        act: What to do with the scores.
+        in_place: The scores may be overwritten.
+        s: Scores ``[N, H, B, C]``.
+        allowed: The mask, which broadcasts; None if all keys are allowed.
+        z: Values ``[N, G, C, E]``.
+        local: ``[N]``, which of `rows` row blocks each tile is of; None if it is the one.
+        rows: Number of row blocks.
+
+    Returns:
+        ``[rows, H, B, E]``, and None: nothing is left over.
+    """
+    if allowed is not None:
+        s = _masked(act, in_place, s, ~allowed)
+    out = matmul(act.fn(s), z)
+    return (out if local is None else add_tiles(out, local, rows)), None
+
+
+def differentiate(
+    act: Activation, in_place: bool, s: Tensor, allowed: Tensor | None, z: Tensor, grad: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The gradients of :func:`attend`, of tiles that all are rows of their own.
+
+    Args:
+        act: What to do with the scores.
+        in_place: The scores may be overwritten.
+        s: Scores ``[N, H, B, C]``.
+        allowed: The mask, which broadcasts; None if all keys are allowed.
+        z: Values ``[N, G, C, E]``.
+        grad: Of the output, ``[N, H, B, E]``.
+
+    Returns:
+        The gradients of the scores and of the values.
+    """
+    banned = None if allowed is None else ~allowed
+    s = s if banned is None else _masked(act, in_place, s, banned)
+    weights = act.fn(s)
+    by_weight = matmul(grad, z.transpose(2, 3))
+    if act.backward is not None:
+        by_score = act.backward(by_weight, s, weights)
+    else:
+        with torch.enable_grad():
+            s = s.detach().requires_grad_()
+            by_score = torch.autograd.grad(act.fn(s), s, by_weight)[0]
+    if banned is not None:
+        by_score = by_score.masked_fill_(banned, 0.0)
+    return by_score, sum_groups(matmul_heads(weights, grad), z.shape[1])
