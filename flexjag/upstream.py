@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -27,6 +28,12 @@ def mend_cpu_flex_size_names() -> None:
         return plain(self, name)
 
     KernelArgs.size = size
+
+
+def interpreter_needs_older_numpy() -> bool:
+    """Triton 3.6's interpreter turns arrays of one element into numbers, which numpy 2.4 no longer does."""
+    found = [tuple(int(n) for n in version(name).split(".")[:2]) for name in ("triton", "numpy")]
+    return found[0] < (3, 7) and found[1] >= (2, 4)
 
 
 @torch.library.custom_op("flexjag::fence", mutates_args=())
