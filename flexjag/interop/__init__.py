@@ -1,0 +1,1 @@
+"""Drop-in replacements for other libraries' functions, and bridges to their types."""

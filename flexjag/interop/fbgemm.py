@@ -1,0 +1,92 @@
+"""FBGEMM's jagged-tensor functions without FBGEMM: its names, signatures and results, made of :mod:`flexjag.ops`.
+
+``from flexjag.interop import fbgemm`` replaces ``torch.ops.fbgemm``, on every device and in every dtype that PyTorch
+has, float64 included. Nothing is registered or patched, and FBGEMM may be installed beside it. Where FBGEMM reads
+outside a tensor or returns memory that it never wrote, there is an error or a zero here; each function says so, and
+``docs/interop-fbgemm.md`` lists it all. Unless a function says more, these hold for all of them:
+
+- `offsets` are int32 or int64. FBGEMM lets them start above 0 and end before the last row; functions that read rows
+  then ignore the others, which get no gradient. Functions with a packed result need all rows covered.
+- Where offsets decrease or leave the values, FBGEMM reads other memory: a ``LayoutError`` here. On a CPU all contents
+  are checked; on a GPU and in a compiled graph only what the op itself must look at.
+- `max_length` and its other names cut every segment to its first tokens, as in FBGEMM.
+- Wrong shapes are a ``ShapeError``.
+
+>>> import torch
+>>> from flexjag.interop import fbgemm
+>>> values = torch.tensor([[1.0], [2.0], [3.0]])
+>>> fbgemm.jagged_to_padded_dense(values, [torch.tensor([0, 1, 3])], [2], -1.0).squeeze(-1).tolist()
+[[1.0, -1.0], [2.0, 3.0]]
+"""
+
+from flexjag.interop.fbgemm_padding import (
+    asynchronous_complete_cumsum,
+    dense_to_jagged,
+    jagged_1d_to_dense,
+    jagged_2d_to_dense,
+    jagged_to_padded_dense,
+    stacked_jagged_1d_to_dense,
+    stacked_jagged_2d_to_dense,
+)
+from flexjag.interop.fbgemm_products import (
+    batched_dense_vec_jagged_2d_mul,
+    jagged_dense_bmm,
+    jagged_dense_dense_elementwise_add_jagged_output,
+    jagged_dense_elementwise_add,
+    jagged_dense_elementwise_add_jagged_output,
+    jagged_dense_elementwise_mul,
+    jagged_index_select,
+    jagged_jagged_bmm,
+    jagged_softmax,
+)
+from flexjag.interop.fbgemm_sll import (
+    sll_dense_jagged_cat_jagged_out,
+    sll_jagged_dense_bmm,
+    sll_jagged_dense_elementwise_add,
+    sll_jagged_dense_flash_attention,
+    sll_jagged_flash_attention_basic,
+    sll_jagged_jagged_bmm,
+    sll_jagged_softmax,
+    sll_multi_head_jagged_flash_attention,
+)
+from flexjag.interop.fbgemm_sll_packed import (
+    sll_array_jagged_bmm_jagged_out,
+    sll_jagged2_softmax,
+    sll_jagged2_to_padded_dense,
+    sll_jagged_dense_elementwise_mul_jagged_out,
+    sll_jagged_jagged_bmm_jagged_out,
+    sll_jagged_self_substraction_jagged_out,
+)
+
+__all__ = [
+    "asynchronous_complete_cumsum",
+    "batched_dense_vec_jagged_2d_mul",
+    "dense_to_jagged",
+    "jagged_1d_to_dense",
+    "jagged_2d_to_dense",
+    "jagged_dense_bmm",
+    "jagged_dense_dense_elementwise_add_jagged_output",
+    "jagged_dense_elementwise_add",
+    "jagged_dense_elementwise_add_jagged_output",
+    "jagged_dense_elementwise_mul",
+    "jagged_index_select",
+    "jagged_jagged_bmm",
+    "jagged_softmax",
+    "jagged_to_padded_dense",
+    "sll_array_jagged_bmm_jagged_out",
+    "sll_dense_jagged_cat_jagged_out",
+    "sll_jagged2_softmax",
+    "sll_jagged2_to_padded_dense",
+    "sll_jagged_dense_bmm",
+    "sll_jagged_dense_elementwise_add",
+    "sll_jagged_dense_elementwise_mul_jagged_out",
+    "sll_jagged_dense_flash_attention",
+    "sll_jagged_flash_attention_basic",
+    "sll_jagged_jagged_bmm",
+    "sll_jagged_jagged_bmm_jagged_out",
+    "sll_jagged_self_substraction_jagged_out",
+    "sll_jagged_softmax",
+    "sll_multi_head_jagged_flash_attention",
+    "stacked_jagged_1d_to_dense",
+    "stacked_jagged_2d_to_dense",
+]

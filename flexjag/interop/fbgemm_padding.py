@@ -1,0 +1,232 @@
+"""FBGEMM's functions between packed and padded."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from flexjag import ops
+from flexjag.errors import LayoutError, ShapeError, explain_values
+from flexjag.interop.fbgemm_common import check_list, check_tensor, only, read
+from flexjag.jagged import Jagged
+from flexjag.ops.checks import can_look
+
+
+def asynchronous_complete_cumsum(t_in: Tensor) -> Tensor:
+    """Offsets of lengths: ``[S]`` to ``[S+1]``, or ``[K, S]`` to ``[K, S+1]``, in their dtype.
+
+    Raises:
+        ShapeError: If `t_in` is no tensor of one or two dimensions.
+
+    >>> asynchronous_complete_cumsum(torch.tensor([1, 0, 2])).tolist()
+    [0, 1, 1, 3]
+    """
+    check_tensor(t_in, "t_in", 1, 2)
+    return torch.nn.functional.pad(t_in.cumsum(-1, dtype=t_in.dtype), (1, 0))
+
+
+def jagged_to_padded_dense(
+    values: Tensor, offsets: Sequence[Tensor], max_lengths: Sequence[int], padding_value: float = 0.0
+) -> Tensor:
+    """Pad packed values in every jagged dimension.
+
+    Args:
+        values: ``[T, D]`` or ``[T]``, any dtype.
+        offsets: One tensor per jagged dimension, outermost first. ``offsets[0]`` is ``[S+1]``, and each of the others
+            has one entry more than the last one of its predecessor says.
+        max_lengths: N_1, N_2, …: longer segments are cut, and whole inner segments where an outer one is cut.
+        padding_value: Stands everywhere else; cut to a whole number for integers, as in FBGEMM.
+
+    Returns:
+        ``[S, N_1, N_2, …, D]``. Gradients flow to the rows that were kept, the others get 0.
+
+    Raises:
+        LayoutError: If offsets are none, or do not fit each other.
+        ShapeError: If shapes do not fit, or a maximum is negative.
+
+    >>> rows, offsets = torch.arange(1, 6)[:, None], [torch.tensor([0, 2, 3]), torch.tensor([0, 1, 3, 5])]
+    >>> jagged_to_padded_dense(rows, offsets, [2, 2]).squeeze(-1).tolist()
+    [[[1, 0], [2, 3]], [[4, 5], [0, 0]]]
+    """
+    check_tensor(values, "values", 1, 2)
+    check_list(offsets, "offsets", "tensors, one per jagged dimension")
+    check_list(max_lengths, "max_lengths", "numbers", len(offsets))
+    *outer, innermost = zip(offsets, max_lengths, strict=True)
+    rows = read(values, innermost[0], mask=False)
+    out = rows.narrow(ops.jagged_to_padded_dense(rows.x, innermost[1], padding_value))
+    for level, size in reversed(outer):
+        out = ops.jagged_to_padded_dense(Jagged(out, level), size, padding_value)
+    return out
+
+
+def jagged_2d_to_dense(values: Tensor, offsets: Tensor, max_sequence_length: int) -> Tensor:
+    """:func:`jagged_to_padded_dense` of one jagged dimension, padded with 0: ``[T, D]`` to ``[S, N, D]``.
+
+    As in FBGEMM, values ``[T]`` give ``[S, N]``.
+
+    Raises:
+        LayoutError: If the offsets are none.
+        ShapeError: If shapes do not fit.
+
+    >>> jagged_2d_to_dense(torch.ones(3, 1), torch.tensor([0, 1, 3]), 2).squeeze(-1).tolist()
+    [[1.0, 0.0], [1.0, 1.0]]
+    """
+    return jagged_to_padded_dense(values, [offsets], [max_sequence_length])
+
+
+def jagged_1d_to_dense(values: Tensor, offsets: Tensor, max_sequence_length: int, padding_value: int) -> Tensor:
+    """:func:`jagged_to_padded_dense` of values ``[T]``: ``[S, N]``.
+
+    FBGEMM refuses N = 0; here the result has no columns, as of :func:`jagged_2d_to_dense`.
+
+    Raises:
+        LayoutError: If the offsets are none.
+        ShapeError: If shapes do not fit.
+
+    >>> jagged_1d_to_dense(torch.tensor([5, 6, 7]), torch.tensor([0, 1, 3]), 2, -1).tolist()
+    [[5, -1], [6, 7]]
+    """
+    check_tensor(values, "values", 1)
+    return jagged_to_padded_dense(values, [offsets], [max_sequence_length], padding_value)
+
+
+def stacked_jagged_1d_to_dense(
+    values: Tensor,
+    lengths: Tensor,
+    offset_per_key: Sequence[int],
+    max_lengths_per_key: Sequence[int],
+    padding_value: int,
+) -> list[Tensor]:
+    """Pad every feature of a stack of jagged features for itself.
+
+    Differentiable. FBGEMM's backward writes outside its tensors on CPU, which gives wrong numbers or a crash. FBGEMM
+    also never compares `lengths` with `offset_per_key`, nor the sizes of its lists: where they disagree it reads the
+    next key's rows or other memory.
+
+    Args:
+        values: ``[T]``, those of all keys one after the other.
+        lengths: ``[K, S]``.
+        offset_per_key: Where each key's values begin, and where the last one's end: K + 1 numbers.
+        max_lengths_per_key: K numbers N_k.
+        padding_value: What stands behind a segment's end.
+
+    Returns:
+        K tensors ``[S, N_k]``.
+
+    Raises:
+        LayoutError: If a key's lengths sum to more than it has values, or the lists have other sizes.
+        ShapeError: If shapes do not fit.
+
+    >>> lengths = torch.tensor([[1, 0], [1, 2]])
+    >>> [x.tolist() for x in stacked_jagged_1d_to_dense(torch.arange(4), lengths, [0, 1, 4], [1, 2], 9)]
+    [[[0], [9]], [[1, 9], [2, 3]]]
+    """
+    check_tensor(values, "values", 1)
+    return _stacked(values, lengths, offset_per_key, max_lengths_per_key, padding_value)
+
+
+def stacked_jagged_2d_to_dense(
+    values: Tensor,
+    lengths: Tensor,
+    offset_per_key: Sequence[int],
+    max_lengths_per_key: Sequence[int],
+    padding_value: int = 0,
+) -> list[Tensor]:
+    """:func:`stacked_jagged_1d_to_dense` of values ``[T, D]``: K tensors ``[S, N_k, D]``.
+
+    Raises:
+        LayoutError: If a key's lengths sum to more than it has values, or the lists have other sizes.
+        ShapeError: If shapes do not fit.
+
+    >>> values, lengths = torch.arange(4.0)[:, None], torch.tensor([[1, 0], [1, 2]])
+    >>> [x.shape for x in stacked_jagged_2d_to_dense(values, lengths, [0, 1, 4], [1, 2])]
+    [torch.Size([2, 1, 1]), torch.Size([2, 2, 1])]
+    """
+    check_tensor(values, "values", 2)
+    return _stacked(values, lengths, offset_per_key, max_lengths_per_key, padding_value)
+
+
+def _stacked(
+    values: Tensor, lengths: Tensor, starts: Sequence[int], sizes: Sequence[int], padding_value: int
+) -> list[Tensor]:
+    check_tensor(lengths, "lengths", 2)
+    check_list(sizes, "max_lengths_per_key", "numbers", lengths.shape[0])
+    check_list(starts, "offset_per_key", "numbers", len(sizes) + 1)
+    out = []
+    for key, ((start, stop), size) in enumerate(zip(itertools.pairwise(starts), sizes, strict=True)):
+        if not 0 <= start <= stop:
+            seen = {"key": key, "start": start, "end": stop}
+            raise LayoutError(explain_values("offset_per_key", "must not be negative or decrease", **seen))
+        offsets = asynchronous_complete_cumsum(lengths[key])
+        out.append(jagged_to_padded_dense(values[start:stop], [offsets], [size], padding_value))
+    return out
+
+
+def dense_to_jagged(
+    dense: Tensor, x_offsets: Sequence[Tensor], total_L: int | None = None
+) -> tuple[Tensor, list[Tensor]]:
+    """Drop the padding of every jagged dimension.
+
+    Positions that `dense` does not have give zeros. The first offset must be 0: FBGEMM gives rows of 0 in front of a
+    larger one.
+
+    Args:
+        dense: ``[S, N_1, …, D]``, any dtype.
+        x_offsets: One tensor per jagged dimension, as for :func:`jagged_to_padded_dense`.
+        total_L: The number of rows of the result. Default: what the innermost offsets say, a device sync on a GPU.
+            Zeros follow if it is larger, as in FBGEMM. If it is smaller, FBGEMM writes behind the result; here that is
+            an error where the offsets can be looked at (on a CPU), and elsewhere the rows are cut.
+
+    Returns:
+        The values ``[T, D]`` and `x_offsets`. The gradient is padded with zeros.
+
+    Raises:
+        LayoutError: If offsets are none, do not fit each other, or say more rows than `total_L`.
+        ShapeError: If `dense` has not two more dimensions than there are offsets, or not S rows.
+
+    >>> dense_to_jagged(torch.arange(6).view(2, 3, 1), [torch.tensor([0, 1, 3])])
+    (tensor([[0], [3], [4]]), [tensor([0, 1, 3])])
+    """
+    levels = check_dense(dense, "dense", x_offsets)
+    dense = to_innermost(dense, levels)
+    offsets = levels[-1]
+    if total_L is None:
+        return ops.dense_to_jagged(dense, offsets, allow_longer=True).values, levels
+    if total_L < 0:
+        raise ShapeError(explain_values("total_L", "must not be negative", total_L=total_L))
+    if dense.shape[0] == 0:
+        values = ops.dense_to_jagged(dense, offsets, total=0).values
+        return torch.nn.functional.pad(values, (0, 0, 0, total_L)), levels
+    if can_look(offsets):
+        values = ops.dense_to_jagged(dense, offsets, allow_longer=True).values
+        if values.shape[0] > total_L:
+            seen = {"total_L": total_L, "last": values.shape[0]}
+            raise LayoutError(explain_values("total_L", "must not be smaller than the last offset", **seen))
+        return torch.nn.functional.pad(values, (0, 0, 0, total_L - values.shape[0])), levels
+    # The last segment takes the rows that are missing: so the size of the result is known, without a sync.
+    last = torch.arange(offsets.shape[0], device=offsets.device) == offsets.shape[0] - 1
+    ends = torch.where(last, total_L, offsets.clamp(max=total_L))
+    values = ops.dense_to_jagged(dense, ends, total=total_L, allow_longer=True).values
+    return only(torch.arange(total_L, device=offsets.device) < offsets[-1], values), levels
+
+
+def check_dense(dense: Tensor, name: str, offsets: Sequence[Tensor]) -> list[Tensor]:
+    """Check a padded argument against its list of offsets, which is returned.
+
+    Raises:
+        LayoutError: If the offsets are no list.
+        ShapeError: If the numbers of dimensions do not fit.
+    """
+    check_list(offsets, "x_offsets", "tensors, one per jagged dimension")
+    check_tensor(dense, name, len(offsets) + 2)
+    return list(offsets)
+
+
+def to_innermost(dense: Tensor, levels: Sequence[Tensor]) -> Tensor:
+    """Without the padding of all jagged dimensions but the last: one row per segment of that."""
+    for level, inner in itertools.pairwise(levels):
+        dense = ops.dense_to_jagged(dense, level, total=inner.shape[0] - 1, allow_longer=True).values
+    return dense
