@@ -76,7 +76,7 @@ class Layout:
         """
         return self.device.type != "cpu"
 
-    def in_whole_tiles(self, block: int = 128) -> bool:
+    def in_whole_tiles(self, block: int) -> bool:
         """Whether T_q and T_kv are fixed at multiples of a tile, so that kernels need not look where tokens end.
 
         Asked only of batches of fixed capacity: if T varies, it must not decide which graph is taken.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
-from importlib.metadata import version
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -32,8 +32,9 @@ def mend_cpu_flex_size_names() -> None:
 
 def interpreter_needs_older_numpy() -> bool:
     """Triton 3.6's interpreter turns arrays of one element into numbers, which numpy 2.4 no longer does."""
-    found = [tuple(int(n) for n in version(name).split(".")[:2]) for name in ("triton", "numpy")]
-    return found[0] < (3, 7) and found[1] >= (2, 4)
+    seen = (import_module(name).__version__ for name in ("triton", "numpy"))
+    triton, numpy = (tuple(int(n) for n in version.split(".")[:2]) for version in seen)
+    return triton < (3, 7) and numpy >= (2, 4)
 
 
 @torch.library.custom_op("flexjag::fence", mutates_args=())

@@ -25,8 +25,8 @@ def kernel_options(plan: Plan, q: Tensor, v: Tensor) -> dict[str, Any]:
     """The options for a plan and q ``[T_q, H, D]``, v ``[T_kv, G, E]``; called while a graph is traced."""
     # Fewer than 128 queries would else go to another kernel, by a guard: a second graph.
     options: dict[str, Any] = {"BACKEND": "TRITON"}
-    if plan.layout.in_whole_tiles():
-        options["IS_DIVISIBLE"] = True  # no bounds checks and no remainders, a third of the masked loop's instructions
+    if plan.layout.in_whole_tiles(plan.block_size):
+        options["IS_DIVISIBLE"] = True  # no bounds checks and no remainders
     dim = max(q.shape[2], v.shape[2])
     if q.dtype in HALF and dim <= 128:
         options |= _blocks(_capability(), dim, reads_by_key(plan))
@@ -70,4 +70,4 @@ def _looks_up(mask: m.Mask) -> bool:
 
 @torch.compiler.assume_constant_result
 def _capability() -> tuple[int, int]:
-    return torch.cuda.get_device_capability()
+    return (0, 0) if torch.version.hip else torch.cuda.get_device_capability()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
+import importlib
 import os
 import pickle
 import site
@@ -31,7 +31,7 @@ def versions() -> dict[str, str]:
     """Of torch, triton and flexjag."""
     return {
         "torch": torch.__version__,
-        "triton": importlib.metadata.version("triton"),
+        "triton": importlib.import_module("triton").__version__,
         "flexjag": flexjag.__version__,
         "source": _source_digest(),
     }
@@ -62,7 +62,9 @@ def _own_modules() -> list[tuple[str, int, int]]:
     found = []
     for name, module in sorted(sys.modules.items()):
         path = getattr(module, "__file__", None)
-        if name == "__main__" or not path or not path.endswith(".py") or any(path.startswith(p) for p in installed):
+        if name in ("__main__", "__mp_main__") or not path or not path.endswith(".py"):
+            continue
+        if any(Path(path).is_relative_to(p) for p in installed):
             continue
         if os.path.exists(path):
             seen = os.stat(path)
@@ -75,14 +77,23 @@ def load(name: str) -> Any | None:
     path = directory() / f"{name}.pkl.z"
     try:
         return pickle.loads(zlib.decompress(path.read_bytes()))
-    except (OSError, zlib.error, pickle.UnpicklingError, EOFError, AttributeError, ImportError):
+    except (
+        OSError,
+        zlib.error,
+        pickle.UnpicklingError,
+        EOFError,
+        AttributeError,
+        ImportError,
+        LookupError,
+        ValueError,
+    ):
         return None
 
 
 def store(name: str, value: Any) -> None:
     """Keep a value. A directory that cannot be written to is no error: the result is there all the same."""
     try:
-        directory().mkdir(parents=True, exist_ok=True)
+        directory().mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=directory(), delete=False) as file:
             file.write(zlib.compress(pickle.dumps(value)))
         os.replace(file.name, directory() / f"{name}.pkl.z")

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch._functorch import config as functorch_config
 from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
@@ -83,6 +84,7 @@ class _Recorder:
                 decompositions=select_decomp_table(),
                 partition_fn=min_cut_rematerialization_partition,
             )(module, inputs)
+        _check_wiring(len(shown))
 
         def run(*given: Any) -> list[Any]:
             self.inputs = tuple(self.source(x) for x in given)
@@ -125,8 +127,33 @@ def fake(meta: Meta, mode: FakeTensorMode) -> Tensor:
     return x
 
 
+def _check_wiring(num_outputs: int) -> None:
+    """Refuse what the wiring does not follow: inputs that are changed in place, and outputs that are views.
+
+    AOTAutograd returns and differentiates other tensors for these, and puts things right around the graphs.
+    """
+    context = TracingContext.try_get()
+    meta = None if context is None else context.fw_metadata
+    if meta is None:
+        return
+    if meta.num_mutated_inp_runtime_indices:
+        raise RuntimeError("the function changes one of its inputs or buffers in place, which cannot be followed")
+    if meta.num_outputs_aliased or len(meta.output_info) != num_outputs:
+        raise RuntimeError("the function returns two views of one tensor or a view of an input; return a clone")
+
+
 def _accept(*_: Any) -> None:
     """No objection. A plain function, for Dynamo to trace."""
+
+
+def merged(own: dict[str, Any], callers: dict[str, Any]) -> dict[str, Any]:
+    """Kernel options, the caller's first: without a prefix they are for forward and backward.
+
+    >>> merged({"fwd_num_warps": 8, "bwd_num_warps": 8}, {"num_warps": 4, "bwd_num_warps": 2})
+    {'num_warps': 4, 'bwd_num_warps': 2}
+    """
+    kept = {k: v for k, v in own.items() if k.removeprefix("fwd_").removeprefix("bwd_") not in callers}
+    return {**kept, **callers}
 
 
 @contextlib.contextmanager
@@ -143,7 +170,7 @@ def as_on_gpu(kernel_options: dict[str, Any]) -> Iterator[None]:
         return made
 
     def with_callers(*args: Any) -> dict[str, Any]:
-        return {**options(*args), **kernel_options}
+        return merged(options(*args), kernel_options)
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(Layout, "on_gpu", True))

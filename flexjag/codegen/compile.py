@@ -42,7 +42,7 @@ class Simulation(NamedTuple):
     grads: dict[Tensor, Tensor]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Report(Listing):
     """The kernels of one compilation, ready to be read and to be run on the CPU.
 
@@ -61,7 +61,7 @@ class Report(Listing):
             args: As given to :func:`compile_for`, of the same shapes: ``q, k, v`` for a plan. Values may differ. By
                 default the ones that were given then.
             grad_out: The gradient of the output, or a tuple with one for each output; None for the forward alone. A
-                Jagged or a tensor.
+                Jagged or a tensor. With a plan it may follow `v`.
             timeout: Seconds.
             worker: A running worker that interprets, to save the start of one.
 
@@ -262,13 +262,13 @@ def _leaves(
 
 def _make(job: _Job, target: Target, assemble: bool, cache: bool, timeout: float, worker: Worker | None) -> Any:
     """The worker's answer, from the disk if it was asked the same before."""
-    options = tuple(sorted(job.options.items()))
-    name = store.key(job.payload.digest(), target, job.backward, options, assemble)
+    options, precision = tuple(sorted(job.options.items())), torch.get_float32_matmul_precision()
+    name = store.key(job.payload.digest(), target, job.backward, options, precision, assemble)
     made = store.load(name) if cache else None
     if made is None:
         structure, metas = job.payload.structure, job.payload.metas
         do = call if worker is None else worker.call
-        made = do("make", structure, metas, target, job.backward, job.options, assemble, timeout=timeout)
+        made = do("make", structure, metas, target, job.backward, job.options, precision, assemble, timeout=timeout)
         if cache:
             store.store(name, made)
     return made
@@ -277,11 +277,14 @@ def _make(job: _Job, target: Target, assemble: bool, cache: bool, timeout: float
 def _simulate(report: Report, args: tuple[Any, ...], grad_out: Any, run: Callable[..., Any]) -> Simulation:
     job = report.job
     payload, leaves = job.payload, job.leaves
+    if leaves and len(args) == 4 and grad_out is None:
+        *args, grad_out = args
     if args:
-        given, leaves = _leaves(_check_qkv(args), job.backward, job.dtype) if leaves else (args, {})
+        given, leaves = _leaves(_check_qkv(tuple(args)), job.backward, job.dtype) if leaves else (args, {})
         payload = pack((job.fn, given))
         if payload.digest() != job.payload.digest():
-            raise ShapeError("args: must have the shapes, strides and dtypes that the kernels were made for")
+            rule = "must be what the kernels were made for in shapes, strides, dtypes and which tensors are shared"
+            raise ShapeError(f"args: {rule}; with a plan, share its offsets")
     if grad_out is not None and "backward" not in report.wrappers:
         raise CodegenError("grad_out: these kernels were made with backward=False")
     if interpreter_needs_older_numpy():
@@ -292,7 +295,10 @@ def _simulate(report: Report, args: tuple[Any, ...], grad_out: Any, run: Callabl
     tangents = [x.values if isinstance(x, Jagged) else x for x in _as_tuple(grad_out)]
     outputs, found = _run(wrappers, report.wiring, payload.tensors, tangents, run)
     places = [outputs[i] if kind == "output" else payload.tensors[i] for kind, i in report.wiring.result]
-    grads = {leaves.get(id(payload.tensors[i]), payload.tensors[i]): grad for i, grad in found.items()}
+    grads: dict[Tensor, Tensor] = {}
+    for i, grad in found.items():
+        owner = leaves.get(id(payload.tensors[i]), payload.tensors[i])  # the same for q, k and v if they are one tensor
+        grads[owner] = grads[owner] + grad if owner in grads else grad
     return Simulation(unpack(report.wiring.structure, places), grads)
 
 

@@ -7,7 +7,6 @@ import os
 import signal
 import warnings
 from collections.abc import Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,13 +61,19 @@ def assemble_ops(
     return list(made.values())
 
 
-@cache
+_settled: list[Target] = []
+
+
 def _settle(target: Target) -> None:
-    """Make this process one with a GPU."""
+    """Make this process one with a GPU, and always the same: PyTorch keeps what it was told of the first."""
     from flexjag.codegen.pretend import pretend
 
-    warnings.filterwarnings("ignore")
-    pretend(target)
+    if not _settled:
+        warnings.filterwarnings("ignore")
+        pretend(target)
+        _settled.append(target)
+    elif _settled != [target]:
+        raise ValueError(f"this worker makes kernels for {_settled[0].name}; take another one for {target.name}")
 
 
 def make(
@@ -77,6 +82,7 @@ def make(
     target: Target,
     backward: bool,
     kernel_options: Mapping[str, Any],
+    precision: str,
     assemble: bool,
 ) -> tuple[dict[str, str], Any, list[Kernel]]:
     """Capture, lower and, if `assemble`, assemble: the wrappers' sources, how they are wired, and the kernels."""
@@ -85,6 +91,7 @@ def make(
 
     torch._dynamo.reset()
     _settle(target)
+    torch.set_float32_matmul_precision(precision)
     graphs, wiring = capture(structure, metas, backward, dict(kernel_options))
     wrappers = lower(graphs)
     if not assemble:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import hashlib
 import io
 import pickle
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import cloudpickle
@@ -98,6 +100,17 @@ class _Unpickler(pickle.Unpickler):
 
     def persistent_load(self, pid: int) -> Tensor:
         return self.put(pid)
+
+    def find_class(self, module: str, name: str) -> Any:
+        found = super().find_class(module, name)
+        return partial(_at_home, found) if name == "_function_setstate" else found
+
+
+def _at_home(set_state: Callable[..., None], function: Any, state: Any) -> None:
+    """Give a function of the caller's script its globals also where TorchDynamo looks for them, in ``__main__``."""
+    set_state(function, state)
+    if function.__module__ == "__main__":
+        vars(sys.modules["__main__"]).update(function.__globals__)
 
 
 class GpuLayout(Layout):

@@ -106,7 +106,7 @@ def headline(kernel: Kernel) -> dict[str, str]:
         "kernel": kernel.phase,
         "registers": str(kernel.registers),
         "spilled": f"{kernel.spilled_bytes} B",
-        "shared": f"{kernel.shared_bytes / 1024:.1f} KiB",
+        "shared": f"{kernel.shared_bytes / 1024:.1f} KiB" + ("" if kernel.resident_blocks else ", too much"),
         "warps": str(kernel.num_warps),
         "stages": str(kernel.num_stages),
         "blocks": blocks_text(kernel.blocks),
@@ -129,7 +129,7 @@ def blocks_text(blocks: Mapping[str, int]) -> str:
     return ", ".join(found) or ", ".join(f"{v}" for v in blocks.values())
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Listing:
     """The kernels made for one target, and what they were made of.
 

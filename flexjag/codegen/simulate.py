@@ -47,11 +47,24 @@ def simulate(
     if "backward" not in wrappers:
         return returned, {}
     saved = dict(zip(wiring.output_names, outputs, strict=True))
-    given = iter([t for t, needed in zip(tangents, wiring.needs_grad, strict=True) if needed])
+    given = iter(_tangents(returned, wiring.needs_grad, tangents))
     backward = [next(given) if name.startswith("tangents") else saved[name] for name in wiring.backward_inputs]
     grads = _call(wrappers["backward"], backward)
     sources = zip(wiring.inputs, grads, strict=True)
     return returned, {i: grad for (kind, i), grad in sources if kind == "tensor" and grad is not None}
+
+
+def _tangents(outputs: Sequence[Any], needed: Sequence[bool], given: Sequence[Tensor | None]) -> list[Tensor]:
+    """The gradients of the outputs that have one, laid out as the outputs are."""
+    if len(given) != len(outputs):
+        raise ValueError(f"grad_out must have one gradient for each of the {len(outputs)} outputs, got {len(given)}")
+    made = []
+    for out, grad in ((o, g) for o, g, n in zip(outputs, given, needed, strict=True) if n):
+        if grad is None or grad.shape != out.shape or grad.dtype != out.dtype:
+            seen = None if grad is None else (list(grad.shape), grad.dtype)
+            raise ValueError(f"grad_out must be like the output, {list(out.shape)} {out.dtype}, got {seen}")
+        made.append(torch.empty_strided(out.shape, out.stride(), dtype=out.dtype).copy_(grad))
+    return made
 
 
 def _call(source: str, inputs: Sequence[Any]) -> list[Any]:

@@ -129,8 +129,10 @@ _HERE = threading.local()
 
 def _compile(row: _Row) -> tuple[_Row, Report | CodegenError]:
     """One row; each thread has a worker that it keeps."""
-    if not hasattr(_HERE, "worker"):
-        _HERE.worker = Worker().__enter__()
+    if getattr(_HERE, "target", None) != row.target:
+        if hasattr(_HERE, "worker"):
+            _HERE.worker.close()
+        _HERE.target, _HERE.worker = row.target, Worker().start()
     x = Jagged.from_lengths(torch.zeros(sum(LENGTHS), HEADS, row.dim, dtype=torch.bfloat16), list(LENGTHS))
     q, k, v = (x.with_values(x.values.clone().requires_grad_()) for _ in range(3))
     mask, score = masks_and_scores()[row.name]
@@ -220,6 +222,6 @@ bfloat16, {tokens} tokens in 3 segments, {heads} heads, sizes that vary from bat
   (PARTIAL) and in those that need no mask (FULL). The backward's figure adds its two loops, dQ and dK, dV. `?`: the
   loops of the machine code could not be matched with the kernel's.
 
-If T is fixed at a multiple of 128 (`fj.plan(..., max_tokens=T)`), kernels need no bounds checks and no remainders: the
-figures per score are about a third lower in PARTIAL and a fifth to a third in FULL tiles.
+Here T varies. If it is fixed at a multiple of the tile (`fj.plan(..., max_tokens=T)`), kernels need no bounds checks
+and no remainders, and both figures per score fall.
 """

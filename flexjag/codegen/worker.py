@@ -6,6 +6,7 @@ writes to, so that what the process prints is no part of it.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import selectors
@@ -13,6 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -50,6 +52,14 @@ class Worker:
         self.interpret = interpret
 
     def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def start(self) -> Self:
+        """Start the process; ``with`` does it, too."""
+        self.lock = threading.Lock()
         self.place = tempfile.TemporaryDirectory(prefix="flexjag-")
         here = Path(self.place.name)
         self.log = (here / "stderr").open("w+b")
@@ -61,13 +71,15 @@ class Worker:
             stdout=subprocess.DEVNULL,
             stderr=self.log,
             pass_fds=(theirs,),
+            start_new_session=True,
         )
         os.close(theirs)
         self._send([p or os.getcwd() for p in sys.path])
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.process.kill()
+    def close(self) -> None:
+        """Kill the process and what it started, an assembler perhaps."""
+        self._kill()
         self.process.communicate()
         os.close(self.answers)
         self.log.close()
@@ -84,8 +96,13 @@ class Worker:
         Raises:
             CodegenError: If the job fails, dies or takes too long.
         """
-        self._send((job, args))
-        answer = self._receive(job, timeout)
+        with self.lock:
+            try:
+                self._send((job, args))
+                answer = self._receive(job, timeout)
+            except BaseException:  # interrupted: an answer that comes later must not be taken for the next job's
+                self._kill()
+                raise
         if answer is None:
             code = self.process.wait()
             fate = signal.Signals(-code).name if code < 0 else f"exit code {code}"
@@ -98,10 +115,15 @@ class Worker:
         reason, told = value
         raise CodegenError(f"worker: {job} failed: {reason}") from WorkerTraceback(told)
 
+    def _kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+
     def _send(self, value: Any) -> None:
         assert self.process.stdin is not None
+        message = pickle.dumps(value)
         try:
-            pickle.dump(value, self.process.stdin)
+            self.process.stdin.write(message)
             self.process.stdin.flush()
         except BrokenPipeError:
             return  # it is dead: receiving will tell
@@ -114,7 +136,6 @@ class Worker:
             selector.register(self.answers, selectors.EVENT_READ)
             while len(found) < 8 or len(found) < 8 + int.from_bytes(found[:8], "little"):
                 if not selector.select(max(0.0, until - time.monotonic())):
-                    self.process.kill()
                     raise CodegenError(f"worker: {job} took longer than timeout={timeout:g} s and was stopped")
                 part = os.read(self.answers, 2**20)
                 if not part:
@@ -133,13 +154,18 @@ def _environment(here: Path, interpret: bool) -> dict[str, str]:
     hidden = {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1" if interpret else "0"}
     caches = {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     places = {"TORCHINDUCTOR_CACHE_DIR": str(here / "inductor"), "TRITON_CACHE_DIR": str(here / "triton")}
-    return {**os.environ, **hidden, **caches, **places}
+    settings = ("TORCHINDUCTOR_", "TORCHDYNAMO_", "TORCH_COMPILE", "TORCH_LOGS", "TRITON_", "DISABLE_PTXAS_OPT")
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(settings)}  # one key, one answer
+    return {**kept, **hidden, **caches, **places}
 
 
 def serve(answers: int) -> None:
     """The worker's side: read a job, run it, answer, until there are no more."""
+    import ctypes
+
     from flexjag.codegen import jobs
 
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: not to outlive the caller
     while True:
         try:
             name, args = pickle.load(sys.stdin.buffer)

@@ -156,7 +156,7 @@ def assert_matches_reference(
 
 
 def check_against_reference(
-    trial: Trial, run: Callable[[Result], Result], name: str, compute: torch.dtype
+    trial: Trial, run: Callable[[Result], Result], name: str, compute: torch.dtype, *, norms: bool = False
 ) -> dict[str, float]:
     """Compare one way to compute a trial with the reference.
 
@@ -165,6 +165,8 @@ def check_against_reference(
         run: The way. It is told what is right.
         name: What to call it.
         compute: The dtype of its intermediates.
+        norms: Bound each tensor's error as a whole, too. The bounds of single entries are for the worst case, which in
+            half precision, and for what is learned from all scores, may be larger than the entries.
 
     Returns:
         The largest ratio of error to allowed error for each tensor compared.
@@ -202,6 +204,10 @@ def check_against_reference(
     ratios, faults = {}, []
     for row in rows:
         ratios[row[0]], fault = _compare(*row)
+        if norms and fault is None:
+            terms = plan.layout.num_kv * (plan.layout.num_q if "learned" in row[0] else 1)
+            norm, fault = _compare_norms(*row[:4], dtype, terms)
+            ratios[row[0]] = max(ratios[row[0]], norm)
         faults += [fault] if fault else []
     if faults:
         where = f"q_lengths={q.lengths.tolist()}, kv_lengths={k.lengths.tolist()}"
@@ -210,6 +216,24 @@ def check_against_reference(
             f"{where}, plan={plan!r}"
         )
     return ratios
+
+
+def _compare_norms(
+    name: str, exact: Tensor, same: Tensor, got: Tensor, dtype: torch.dtype, terms: int
+) -> tuple[float, str | None]:
+    """The Euclidean norm of the error against what is likely, and what is wrong if it is over that.
+
+    Roundings that fall either way add up like a random walk: by the square root of the number of terms, in float32, in
+    which GPUs add. The inputs' dtype rounds a few times. Twice for the order of things, twice for a likely excess.
+    """
+    finite = torch.isfinite(exact)
+    exact, same, got = (x.double()[finite] for x in (exact, same, got))
+    unit = torch.finfo(dtype).eps + math.sqrt(terms) * torch.finfo(torch.float32).eps
+    allowed = 4 * ((same - exact).norm() + unit * exact.norm()) + torch.finfo(torch.float64).tiny
+    ratio = float((got - exact).norm() / allowed)
+    if ratio <= 1:
+        return ratio, None
+    return ratio, f"{name} is off by {(got - exact).norm():.3g} in norm, allowed {allowed:.3g} of {exact.norm():.3g}"
 
 
 def _compute(backend: str, dtype: torch.dtype, normalizer: Normalizer) -> torch.dtype:

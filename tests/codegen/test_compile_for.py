@@ -109,7 +109,8 @@ def test_an_entry_that_cannot_be_read_is_as_good_as_none() -> None:
 STATE = """
 import hashlib, os, sys, torch, triton
 import torch._dynamo.device_interface, torch._higher_order_ops.flex_attention
-import torch.nn.attention.flex_attention, torch._inductor.runtime.triton_helpers
+import torch.nn.attention.flex_attention, torch._inductor.runtime.triton_helpers, torch._dynamo
+import flexjag.codegen.compile, flexjag.codegen.payload, cloudpickle, flexjag.backends.flex
 import flexjag as fj
 def state():
     found = {}
@@ -124,9 +125,9 @@ def state():
     return found, active, dict(os.environ), list(sys.path)
 x = fj.Jagged.from_lengths(torch.randn(40, 2, 32), [30, 10])
 p = fj.plan(x, mask=fj.Causal())
-fj.compile_for("sm_90", p, x, x, x, assemble=False, cache=False)  # imports what it needs
 before = state()
-fj.compile_for("sm_80", p, x, x, x, assemble=False, cache=False)
+r = fj.compile_for("sm_80", p, x, x, x, cache=False)
+r.simulate(x, x, x, x)
 after = state()
 changed = [k for k, v in before[0].items() if after[0].get(k) != v]
 assert not changed, changed[:10]
@@ -181,6 +182,13 @@ def test_a_module_with_two_attentions_is_compiled_and_simulated() -> None:
     phases = [k.phase for k in report.kernels]
     assert phases.count("forward") == phases.count("backward") == 2
     assert report.about["function"] == "Layer"
+    grad = torch.randn(90, 32)
+    out, grads = report.simulate(grad_out=grad)
+    want = layer(x, plan)
+    learned = [x.values, *layer.parameters()]
+    torch.testing.assert_close(out.values, want.values, atol=1e-5, rtol=1e-5)
+    for leaf, wanted in zip(learned, torch.autograd.grad(want.values, learned, grad), strict=True):
+        torch.testing.assert_close(grads[leaf], wanted, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -235,6 +243,71 @@ def test_missing_triton_and_an_untested_torch_are_told() -> None:
         pytest.raises(CodegenError, match=r"tested 2\.11, 2\.12, 2\.13"),
     ):
         fj.compile_for("sm_90", plan, *qkv)
+
+
+def test_a_callers_options_go_over_the_plans() -> None:
+    plan, qkv = problem()
+    options = {"BLOCK_M": 64, "num_warps": 4}
+    report = fj.compile_for("sm_90", plan, *qkv, dtype=torch.bfloat16, backward=False, kernel_options=options)
+    assert report["forward"].blocks["BLOCK_M"] == 64
+    assert report["forward"].num_warps == 4
+
+
+SCRIPT = """
+import torch, flexjag as fj
+STEP = 3
+def helper(x):
+    return x % STEP
+def mask(b, h, q, kv):
+    return torch.where(helper(q - kv) < 2, q >= kv, q == kv)
+x = fj.Jagged.from_lengths(torch.randn(40, 2, 32), [30, 10])
+p = fj.plan(x, mask=fj.MaskMod(mask))
+r = fj.compile_for("sm_90", p, x, x, x, assemble=False, cache=False, backward=False)
+want = fj.attention(x, x, x, plan=p, backend="reference").values
+torch.testing.assert_close(r.simulate(x, x, x).out.values, want, atol=1e-5, rtol=1e-5)
+"""
+
+
+def test_functions_of_a_script_find_its_globals(tmp_path: Path) -> None:
+    import subprocess
+
+    path = tmp_path / "script.py"
+    path.write_text(SCRIPT)
+    done = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+class Counting(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(3))
+
+    def forward(self, x: fj.Jagged) -> fj.Jagged:
+        self.calls.add_(1)
+        return fj.attention(x, x, x)
+
+
+def test_what_cannot_be_followed_or_fits_nothing_is_refused() -> None:
+    _, (q, _, _) = problem(dim=32)
+    x = q.with_values(q.values.clone().requires_grad_())
+    with Worker() as worker:
+        with pytest.raises(CodegenError, match="changes one of its inputs or buffers in place"):
+            fj.compile_for("sm_90", Counting(), x, worker=worker, cache=False)
+        with pytest.raises(CodegenError, match="makes kernels for sm_90; take another one for sm_80"):
+            fj.compile_for("sm_80", lambda y: fj.attention(y, y, y), x, worker=worker, cache=False)
+    plan = fj.plan(q)
+    report = fj.compile_for("sm_90", plan, q, q, q, assemble=False)
+    for grad in (torch.zeros(3), q.values.double(), (q.values, q.values)):
+        with pytest.raises(CodegenError, match="grad_out must"):
+            report.simulate(q, q, q, grad_out=grad)
+
+
+def test_an_interrupted_worker_answers_nothing_more() -> None:
+    with Worker() as worker:
+        with pytest.raises(CodegenError, match="took longer"):
+            worker.call("double", 1, timeout=0.0)
+        with pytest.raises(CodegenError, match="died"):
+            worker.call("double", 21)
 
 
 def test_a_worker_that_dies_or_fails_says_how() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -11,6 +12,7 @@ from cases import make_qkv
 import flexjag as fj
 from flexjag.codegen.worker import Worker
 from flexjag.testing import assert_kernels_match
+from flexjag.testing.oracle import Result, Trial, check_against_reference
 
 pytest.importorskip("triton")
 LENGTHS = [100, 3, 0, 150, 47]
@@ -91,6 +93,66 @@ PLANS: dict[str, tuple[Callable[[], QKV], Callable[[QKV], fj.Mask], Callable[[],
     ),
     "bfloat16": (lambda: small(dtype=torch.bfloat16), lambda _: fj.Causal(), lambda: fj.Alibi(learned(2))),
 }
+
+
+def test_fixed_capacity_needs_no_bounds_and_stays_inside(worker: Worker) -> None:
+    """Whole tiles of the plan's own size: with tiles of 256, 384 tokens are none."""
+    for lengths, tokens, block in (([100, 0, 30], 256, 128), ([256, 128], 384, 256)):
+        q, k, v = make_qkv(lengths, dtype=torch.float32, dim=32)
+        spare = torch.zeros(tokens - sum(lengths), 2, 32)
+        q, k, v = (fj.Jagged(torch.cat([x.values, spare]), q.offsets) for x in (q, k, v))
+        plan = fj.plan(q, mask=fj.Causal(), max_tokens=tokens, block_size=block)
+        exact = [x.values.detach().clone().requires_grad_() for x in (q, k, v)]
+        want = fj.attention(*(q.with_values(x) for x in exact), plan=plan, backend="reference").values
+        grad = torch.randn_like(want)
+        report = fj.compile_for("sm_90", plan, q, k, v, assemble=False, worker=worker)
+        out, grads = report.simulate(q, k, v, grad, worker=worker)
+        torch.testing.assert_close(out.values, want, atol=1e-5, rtol=1e-5)
+        for x, wanted in zip((q, k, v), torch.autograd.grad(want, exact, grad), strict=True):
+            torch.testing.assert_close(grads[x.values], wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("which", ["out", "lse", "grad_q", "grad_k", "grad_v", "grad_learned[0]"])
+def test_an_error_of_a_tenth_is_noticed(which: str, dtype: torch.dtype) -> None:
+    """The comparison itself, of the reference with one of its results made smaller."""
+    qkv = small(dtype=dtype)
+    plan = fj.plan(qkv[0], mask=fj.Causal(), score=fj.Alibi(learned(2)))
+    trial = Trial.make(*qkv, plan, None, None, lse=True, backward=True, seed=0)
+
+    def run(factor: float) -> Callable[[Result], Result]:
+        def result(exact: Result) -> Result:
+            named = {"out": exact.out, "lse": exact.lse}
+            named |= dict(zip(["grad_q", "grad_k", "grad_v", "grad_learned[0]"], exact.grads, strict=True))
+            named[which] = named[which] * factor
+            out, lse, *grads = named.values()
+            return Result(out, lse, grads)
+
+        return result
+
+    check_against_reference(trial, run(1.0), "same", dtype, norms=True)
+    with pytest.raises(AssertionError, match=re.escape(which)):
+        check_against_reference(trial, run(0.9), "smaller", dtype, norms=True)
+
+
+def test_the_blocks_that_users_get(worker: Worker) -> None:
+    qkv = small(dtype=torch.float16)
+    plan = fj.plan(qkv[0], mask=fj.Causal(), score=fj.RelativeBias(learned(2, 17)))
+    assert_kernels_match(plan, *qkv, kernel_options={}, worker=worker)
+
+
+def test_one_tensor_as_queries_keys_and_values(worker: Worker) -> None:
+    x = small()[0]
+    plan = fj.plan(x, mask=fj.Causal())
+    assert_kernels_match(plan, x, x, x, worker=worker)
+    grad = torch.randn_like(x.values)
+    report = fj.compile_for("sm_90", plan, x, x, x, assemble=False, worker=worker)
+    _, grads = report.simulate(grad_out=grad, worker=worker)
+    leaf = x.values.detach().clone().requires_grad_()
+    own = x.with_values(leaf)
+    want = fj.attention(own, own, own, plan=plan, backend="reference").values
+    (wanted,) = torch.autograd.grad(want, [leaf], grad)
+    torch.testing.assert_close(grads[x.values], wanted, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", PLANS)
