@@ -1,7 +1,8 @@
 """flexjag: a compiler frontend on FlexAttention for jagged (variable-length, unpadded) batches."""
 
-from flexjag import errors
+from flexjag import errors, ops
 from flexjag.attention import attention, merge
+from flexjag.codegen.compile import compile_for
 from flexjag.jagged import Jagged
 from flexjag.masks import (
     Causal,
@@ -17,36 +18,46 @@ from flexjag.masks import (
     SameGroup,
     Window,
 )
-from flexjag.normalizers import Normalizer, Softmax
+from flexjag.normalizers import GELU, Identity, Normalizer, Pointwise, Sigmoid, SiLU, Softmax, StickBreaking
 from flexjag.plan import Plan, plan
-from flexjag.scores import Alibi, RelativeBias, Score, ScoreMod, SoftCap
+from flexjag.scores import Alibi, BucketedBias, RelativeBias, Score, ScoreMod, SoftCap, TimeBias
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "GELU",
     "Alibi",
+    "BucketedBias",
     "Causal",
     "Chunked",
     "Dense",
     "Full",
     "GlobalTokens",
+    "Identity",
     "Jagged",
     "Mask",
     "MaskMod",
     "Normalizer",
     "PerHead",
     "Plan",
+    "Pointwise",
     "Prefix",
     "RelativeBias",
     "Rows",
     "SameGroup",
     "Score",
     "ScoreMod",
+    "SiLU",
+    "Sigmoid",
     "SoftCap",
     "Softmax",
+    "StickBreaking",
+    "TimeBias",
     "Window",
     "attention",
+    "compile_for",
     "errors",
     "merge",
+    "ops",
     "plan",
 ]

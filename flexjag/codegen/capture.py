@@ -66,6 +66,7 @@ class _Recorder:
     inputs: tuple[tuple[str, int], ...] = ()
     outputs: list[Any] = field(default_factory=list)
     needs_grad: tuple[bool, ...] = ()
+    problem: str | None = None
 
     def __call__(self, module: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         from torch._dynamo.backends.common import aot_autograd
@@ -84,7 +85,7 @@ class _Recorder:
                 decompositions=select_decomp_table(),
                 partition_fn=min_cut_rematerialization_partition,
             )(module, inputs)
-        _check_wiring(len(shown))
+        self.problem = _problem(len(shown))
 
         def run(*given: Any) -> list[Any]:
             self.inputs = tuple(self.source(x) for x in given)
@@ -127,19 +128,20 @@ def fake(meta: Meta, mode: FakeTensorMode) -> Tensor:
     return x
 
 
-def _check_wiring(num_outputs: int) -> None:
-    """Refuse what the wiring does not follow: inputs that are changed in place, and outputs that are views.
+def _problem(num_outputs: int) -> str | None:
+    """What the wiring does not follow, if anything: inputs that are changed in place, and outputs that are views.
 
     AOTAutograd returns and differentiates other tensors for these, and puts things right around the graphs.
     """
     context = TracingContext.try_get()
     meta = None if context is None else context.fw_metadata
     if meta is None:
-        return
+        return None
     if meta.num_mutated_inp_runtime_indices:
-        raise RuntimeError("the function changes one of its inputs or buffers in place, which cannot be followed")
+        return "the function changes one of its inputs or buffers in place, which cannot be followed"
     if meta.num_outputs_aliased or len(meta.output_info) != num_outputs:
-        raise RuntimeError("the function returns two views of one tensor or a view of an input; return a clone")
+        return "the function returns two views of one tensor or a view of an input; return a clone"
+    return None
 
 
 def _accept(*_: Any) -> None:
@@ -197,6 +199,8 @@ def capture(
     recorder = _Recorder(fakes)
     with as_on_gpu(kernel_options), torch.set_grad_enabled(backward):
         returned = torch.compile(fn, backend=recorder, fullgraph=True)(*args)
+    if recorder.problem is not None:
+        raise RuntimeError(recorder.problem)
     graphs = {g.phase: g for g in recorder.graphs}
     if "forward" not in graphs:
         raise RuntimeError("the function does nothing to a tensor, so there is no kernel to make")

@@ -55,7 +55,7 @@ def simulate(
 
 
 def _tangents(outputs: Sequence[Any], needed: Sequence[bool], given: Sequence[Tensor | None]) -> list[Tensor]:
-    """The gradients of the outputs that have one, laid out as the outputs are."""
+    """The gradients of the outputs that have one, contiguous as AOTAutograd takes them."""
     if len(given) != len(outputs):
         raise ValueError(f"grad_out must have one gradient for each of the {len(outputs)} outputs, got {len(given)}")
     made = []
@@ -63,7 +63,7 @@ def _tangents(outputs: Sequence[Any], needed: Sequence[bool], given: Sequence[Te
         if grad is None or grad.shape != out.shape or grad.dtype != out.dtype:
             seen = None if grad is None else (list(grad.shape), grad.dtype)
             raise ValueError(f"grad_out must be like the output, {list(out.shape)} {out.dtype}, got {seen}")
-        made.append(torch.empty_strided(out.shape, out.stride(), dtype=out.dtype).copy_(grad))
+        made.append(grad.contiguous())
     return made
 
 

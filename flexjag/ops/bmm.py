@@ -1,0 +1,122 @@
+"""Products of jagged and dense matrices, one BLAS call per segment.
+
+D and E are feature sizes. The two products are each other's gradients, so they differentiate any number of times.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexjag.errors import ShapeError, explain_values
+from flexjag.jagged import Jagged, check_same_layout
+from flexjag.ops.checks import check_jagged, check_like, check_rows
+from flexjag.ops.packed import cut, lengths_of
+from flexjag.ops.register import define
+
+
+def jagged_dense_bmm(x: Jagged, y: Tensor) -> Jagged:
+    """``out_s = x_s y_s``: every segment times its own matrix.
+
+    Args:
+        x: ``[T, D]`` floating point.
+        y: ``[S, D, E]`` of the same dtype.
+
+    Returns:
+        ``[T, E]`` with the offsets of `x`. Gradients: dx = dout yᵀ, dy = xᵀ dout per segment.
+
+    Raises:
+        LayoutError: If `x` is no Jagged, or its offsets are found to be none.
+        ShapeError: If the operands do not fit.
+
+    >>> x = Jagged.from_lengths(torch.ones(3, 2), [1, 2])
+    >>> jagged_dense_bmm(x, torch.arange(4.0).view(2, 2, 1)).values.tolist()
+    [[1.0], [5.0], [5.0]]
+    """
+    check_jagged(x, "x", 2, floating=True)
+    check_rows(y, "y", x, 3)
+    if y.shape[1] != x.values.shape[1]:
+        seen = {"x": tuple(x.values.shape), "y": tuple(y.shape)}
+        raise ShapeError(explain_values("y", "must be [S, D, E] with the features D of x", **seen))
+    return x.with_values(times_dense(x.values, y, x.offsets))
+
+
+def jagged_jagged_bmm(x: Jagged, y: Jagged) -> Tensor:
+    """``out_s = x_sᵀ y_s``: the tokens of every segment summed up as outer products.
+
+    Args:
+        x: ``[T, D]`` floating point.
+        y: ``[T, E]`` with the same offsets and dtype.
+
+    Returns:
+        ``[S, D, E]``, 0 for an empty segment. Gradients: dx = y doutᵀ, dy = x dout per segment.
+
+    Raises:
+        LayoutError: If an operand is no Jagged, or the two are cut differently.
+        ShapeError: If the operands do not fit.
+
+    >>> x = Jagged.from_lengths(torch.tensor([[1.0], [2.0], [3.0]]), [1, 2])
+    >>> jagged_jagged_bmm(x, x).tolist()
+    [[[1.0]], [[13.0]]]
+    """
+    check_jagged(x, "x", 2, floating=True)
+    check_jagged(y, "y", 2, floating=True)
+    check_like(y.values, "y", x)
+    check_same_layout(x, y, "y", "must have the offsets of x")
+    return gram(x.values, y.values, x.offsets)
+
+
+@define("times_dense")
+def times_dense(values: Tensor, dense: Tensor, offsets: Tensor) -> Tensor:
+    """``[T, D]`` times ``[S, D, E]``, per segment: ``[T, E]``."""
+    lengths = lengths_of(offsets, values.shape[0], "x.offsets")
+    out = values.new_empty((values.shape[0], dense.shape[2]))
+    for x, y, z in zip(cut(values, lengths), dense.unbind(0), cut(out, lengths), strict=True):
+        torch.mm(x, y, out=z)
+    return out
+
+
+@times_dense.register_fake
+def _(values: Tensor, dense: Tensor, offsets: Tensor) -> Tensor:
+    return values.new_empty((values.shape[0], dense.shape[2]))
+
+
+@define("gram")
+def gram(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
+    """Transposed ``[T, D]`` times ``[T, E]``, per segment: ``[S, D, E]``."""
+    lengths = lengths_of(offsets, left.shape[0], "x.offsets")
+    out = left.new_empty((len(lengths), left.shape[1], right.shape[1]))
+    for x, y, z in zip(cut(left, lengths), cut(right, lengths), out.unbind(0), strict=True):
+        torch.mm(x.t(), y, out=z)
+    return out
+
+
+@gram.register_fake
+def _(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
+    return left.new_empty((offsets.shape[0] - 1, left.shape[1], right.shape[1]))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward_times_dense(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    values, dense, offsets = ctx.saved_tensors
+    of_values = times_dense(grad, dense.transpose(1, 2), offsets) if ctx.needs_input_grad[0] else None
+    of_dense = gram(values, grad, offsets) if ctx.needs_input_grad[1] else None
+    return of_values, of_dense, None
+
+
+def _backward_gram(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    left, right, offsets = ctx.saved_tensors
+    of_left = times_dense(right, grad.transpose(1, 2), offsets) if ctx.needs_input_grad[0] else None
+    of_right = times_dense(left, grad, offsets) if ctx.needs_input_grad[1] else None
+    return of_left, of_right, None
+
+
+times_dense.register_autograd(_backward_times_dense, setup_context=_save)
+gram.register_autograd(_backward_gram, setup_context=_save)
+times_dense.register_kernel("flexjag.ops.triton_matmul")
+gram.register_kernel("flexjag.ops.triton_matmul")

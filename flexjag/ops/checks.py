@@ -1,0 +1,83 @@
+"""What every ragged op asks of its arguments."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flexjag.errors import LayoutError, ShapeError, explain_values
+from flexjag.jagged import Jagged
+
+
+def check_jagged(x: object, name: str, ndim: int | None = None, floating: bool = False) -> None:
+    """Check the type of a jagged argument, and if asked its number of dimensions and that it can be differentiated.
+
+    Raises:
+        LayoutError: If it is no Jagged.
+        ShapeError: If its values have another number of dimensions, or integers where reals are needed.
+    """
+    if not isinstance(x, Jagged):
+        raise LayoutError(explain_values(name, "must be a flexjag.Jagged", type=type(x).__name__))
+    if ndim is not None and x.values.ndim != ndim:
+        raise ShapeError(explain_values(name, f"its values must have {ndim} dimensions", shape=tuple(x.values.shape)))
+    if floating and not x.values.is_floating_point():
+        raise ShapeError(explain_values(name, "its values must be floating point", dtype=x.values.dtype))
+
+
+def check_like(tensor: object, name: str, x: Jagged, x_name: str = "x") -> None:
+    """Check that a dense argument is a tensor of the dtype and on the device of a jagged one.
+
+    Raises:
+        ShapeError: If it is not.
+    """
+    if not isinstance(tensor, Tensor):
+        raise ShapeError(explain_values(name, "must be a tensor", type=type(tensor).__name__))
+    seen: dict[str, object] = {name: tensor.dtype, x_name: x.values.dtype}
+    if tensor.dtype != x.values.dtype:
+        raise ShapeError(explain_values(name, f"must have the dtype of {x_name}", **seen))
+    if tensor.device != x.values.device:
+        seen = {name: str(tensor.device), x_name: str(x.values.device)}
+        raise ShapeError(explain_values(name, f"must be on the device of {x_name}", **seen))
+
+
+def check_rows(dense: Tensor, name: str, x: Jagged, ndim: int, x_name: str = "x") -> None:
+    """Check that a dense argument has `ndim` dimensions (at least) and one row per segment of `x`.
+
+    Raises:
+        ShapeError: If it has not.
+    """
+    check_like(dense, name, x, x_name)
+    if dense.ndim != ndim or dense.shape[0] != x.num_segments:
+        rule = f"must have {ndim} dimensions, the first one for the segments of {x_name}"
+        raise ShapeError(explain_values(name, rule, shape=tuple(dense.shape), segments=x.num_segments))
+
+
+def check_index(tensor: object, name: str, device: torch.device) -> None:
+    """Check that offsets, lengths or indices are a 1-D integer tensor on `device`.
+
+    Raises:
+        LayoutError: If they are not.
+    """
+    if not isinstance(tensor, Tensor):
+        raise LayoutError(explain_values(name, "must be a tensor", type=type(tensor).__name__))
+    if tensor.dtype not in (torch.int32, torch.int64) or tensor.ndim != 1:
+        seen: dict[str, object] = {"dtype": tensor.dtype, "shape": tuple(tensor.shape)}
+        raise LayoutError(explain_values(name, "must be 1-D int32 or int64", **seen))
+    if tensor.device != device:
+        seen = {name: str(tensor.device), "values": str(device)}
+        raise LayoutError(explain_values(name, "must be on the device of the values", **seen))
+
+
+def check_total(total: int | None, name: str = "total") -> None:
+    """Check a number of packed tokens that the caller claims to know.
+
+    Raises:
+        LayoutError: If it is negative.
+    """
+    if total is not None and total < 0:
+        raise LayoutError(explain_values(name, "must not be negative", **{name: total}))
+
+
+def can_look(*tensors: Tensor) -> bool:
+    """Whether the contents can be looked at without a device sync or a graph break."""
+    return not torch.compiler.is_compiling() and all(t.device.type == "cpu" for t in tensors)

@@ -1,0 +1,146 @@
+"""All Triton kernels of the ragged ops as they are launched, for compilers that run without a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexjag.ops.register import OPERATORS
+
+SEGMENTS, TOKENS, QUERIES, LONG = 256, 65_536, 32, 512
+"""Sizes of the examples; only whether they are 1 or divisible by 16 shows in the code."""
+
+Make = Callable[..., Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class KernelCase:
+    """One kernel, with what decides its code.
+
+    Attributes:
+        op: The operator that launches it and, after a comma, what is special about the example.
+        name: Of the kernel.
+        fn: The ``triton.jit`` function.
+        signature: Argument types in Triton's words.
+        constants: The values of the compile-time arguments.
+        options: ``num_warps`` and ``num_stages``.
+        attributes: What Triton knows of arguments, by position.
+    """
+
+    op: str
+    name: str
+    fn: Any
+    signature: Mapping[str, str]
+    constants: Mapping[str, Any]
+    options: Mapping[str, Any]
+    attributes: Mapping[Any, Any]
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """Equal for kernels with the same code."""
+        given = (self.signature, self.constants, self.options, self.attributes)
+        return self.name, *(repr(sorted(x.items())) for x in given)
+
+
+def list_kernels(features: int = 64, dtype: torch.dtype = torch.bfloat16) -> list[KernelCase]:
+    """Every kernel, for values of so many features: those of one operator after the other.
+
+    Args:
+        features: D, and E for values that have another.
+        dtype: Of the values: float32, bfloat16 or float16.
+
+    >>> [case.name for case in list_kernels() if "target" in case.op]
+    ['target_forward', 'target_of_queries', 'target_of_keys']
+    """
+    import flexjag.ops  # noqa: F401  defines the operators
+    from flexjag.ops.triton_common import recorded
+
+    found: dict[object, KernelCase] = {}
+    for example, arguments in _examples(features, dtype).items():
+        op = OPERATORS[example.split(",")[0]]
+        assert op.launcher is not None, example
+        recorded.clear()
+        op.launcher(*arguments)
+        for launch in recorded:
+            case = _case(example, launch)
+            found.setdefault(case.key, case)
+    recorded.clear()
+    return list(found.values())
+
+
+def _case(op: str, launch: Any) -> KernelCase:
+    """What Triton's launcher would make of the arguments: 1 is a constant, 16 divides sizes and addresses."""
+    from flexjag.ops.triton_common import NAMES
+
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = dict(launch.constants)
+    attributes: dict[Any, Any] = {}
+    divisible = [["tt.divisibility", 16]]
+    for at, parameter in enumerate(launch.kernel.params):
+        value = launch.arguments.get(parameter.name)
+        if isinstance(value, Tensor):
+            signature[parameter.name] = f"*{NAMES[value.dtype]}"
+            attributes[(at,)] = divisible
+        elif parameter.is_constexpr:
+            signature[parameter.name] = "constexpr"
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
+        elif value == 1 and not parameter.do_not_specialize:
+            signature[parameter.name] = "constexpr"
+            constants[parameter.name] = 1
+        else:
+            signature[parameter.name] = "i32"
+            if value % 16 == 0 and not parameter.do_not_specialize:
+                attributes[(at,)] = divisible
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    return KernelCase(op, launch.kernel.fn.__name__, launch.kernel, signature, constants, options, attributes)
+
+
+def _examples(d: int, dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
+    """Arguments of every operator that has kernels, by its name and, after a comma, what is special about them."""
+    s, t, m = SEGMENTS, TOKENS, QUERIES
+    offsets = torch.empty(s + 1, dtype=torch.int64, device="meta")
+    packed, padded = _empty(t, d, dtype=dtype), _empty(s, LONG, d, dtype=dtype)
+    row, square, matrices = _empty(s, d, dtype=dtype), _empty(s, d, d, dtype=dtype), _empty(t * LONG, dtype=dtype)
+    wide, factors = _empty(t, d, dtype=torch.float32), _empty(s, dtype=torch.float32)
+    query, bias = _empty(s, m, d, dtype=dtype), _empty(s, LONG, m, dtype=dtype)
+    return {
+        "segment_softmax": (packed, offsets),
+        "segment_softmax_backward": (packed, packed, offsets),
+        "times_dense": (packed, square, offsets),
+        "times_dense, transposed": (packed, square.transpose(1, 2), offsets),
+        "gram": (packed, packed, offsets),
+        "add_up": (packed, offsets),
+        "extreme": (packed, offsets, True, 0.0),
+        "extreme, smallest": (packed, offsets, False, 0.0),
+        "extreme_backward": (row, packed, row, offsets),
+        "spread": (row, offsets, t),
+        "pad": (packed, offsets, LONG, 0.0),
+        "unpad": (padded, offsets, t, True),
+        "multiply": (packed, padded, offsets, True),
+        "padded_product": (packed, packed, offsets, LONG),
+        "standardize": (wide, offsets, 1e-5, True),
+        "standardize, mean square": (wide, offsets, 1e-5, False),
+        "standardize_backward": (wide, wide, factors, offsets, True),
+        "standardize_backward, mean square": (wide, wide, factors, offsets, False),
+        "outer": (packed, packed, offsets, offsets, t * LONG),
+        "times_packed": (matrices, packed, offsets, offsets, False, t),
+        "times_packed, transposed": (matrices, packed, offsets, offsets, True, t),
+        "matrix_softmax": (matrices, offsets, offsets, 1),
+        "matrix_softmax, dim 0": (matrices, offsets, offsets, 0),
+        "matrix_softmax_backward": (matrices, matrices, offsets, offsets, 1),
+        "matrix_softmax_backward, dim 0": (matrices, matrices, offsets, offsets, 0),
+        "take": (packed, offsets, offsets, t),
+        "put": (packed, offsets, offsets, t),
+        "interleave": ([packed, packed], [offsets, offsets]),
+        "target": (query, packed, packed, bias, offsets, 1.0),
+        "target_backward": (query, query, packed, packed, bias, query, _empty(s, m, dtype=torch.float32), offsets, 1.0),
+    }
+
+
+def _empty(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")

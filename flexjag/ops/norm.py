@@ -1,0 +1,161 @@
+"""Normalization of jagged batches: per token, or over all of a segment."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexjag.errors import ShapeError, explain_values
+from flexjag.jagged import Jagged
+from flexjag.ops.checks import check_jagged, check_like
+from flexjag.ops.packed import cut, lengths_of
+from flexjag.ops.register import define, refuse
+
+
+def jagged_layer_norm(
+    x: Jagged, weight: Tensor | None = None, bias: Tensor | None = None, *, eps: float = 1e-5, per: str = "token"
+) -> Jagged:
+    """``(x − mean) / sqrt(variance + eps) · weight + bias``.
+
+    Args:
+        x: ``[T, ...]`` floating point, with at least one feature dimension.
+        weight: As the features, ``x.values.shape[1:]``.
+        bias: Like `weight`.
+        eps: Added to the variance.
+        per: ``"token"`` for the statistics of each token's features, ``"segment"`` for those of all features of all
+            tokens of a segment together (the jagged layer norm of Helion's and TritonBench's examples).
+
+    Returns:
+        ``[T, ...]`` with the offsets of `x`.
+
+    Raises:
+        LayoutError: If `x` is no Jagged.
+        ShapeError: If `weight` or `bias` do not fit, or `per` is something else.
+
+    >>> x = Jagged.from_lengths(torch.tensor([[1.0, 3.0], [5.0, 7.0]]), [2])
+    >>> jagged_layer_norm(x, eps=0.0).values.tolist()
+    [[-1.0, 1.0], [-1.0, 1.0]]
+    >>> [[round(v, 3) for v in row] for row in jagged_layer_norm(x, eps=0.0, per="segment").values.tolist()]
+    [[-1.342, -0.447], [0.447, 1.342]]
+    """
+    features = _check(x, per, weight=weight, bias=bias)
+    if per == "token":
+        return x.with_values(torch.nn.functional.layer_norm(x.values, features, weight, bias, eps))
+    return _per_segment(x, weight, bias, eps, center=True)
+
+
+def jagged_rms_norm(x: Jagged, weight: Tensor | None = None, *, eps: float = 1e-6, per: str = "token") -> Jagged:
+    """``x / sqrt(mean(x²) + eps) · weight``.
+
+    Args:
+        x: ``[T, ...]`` floating point, with at least one feature dimension.
+        weight: As the features, ``x.values.shape[1:]``.
+        eps: Added to the mean square.
+        per: ``"token"`` or ``"segment"``, as for :func:`jagged_layer_norm`.
+
+    Returns:
+        ``[T, ...]`` with the offsets of `x`.
+
+    Raises:
+        LayoutError: If `x` is no Jagged.
+        ShapeError: If `weight` does not fit, or `per` is something else.
+
+    >>> x = Jagged.from_lengths(torch.tensor([[1.0, 1.0], [7.0, 7.0]]), [2])
+    >>> jagged_rms_norm(x, eps=0.0).values.tolist()
+    [[1.0, 1.0], [1.0, 1.0]]
+    >>> [[round(v, 1) for v in row] for row in jagged_rms_norm(x, eps=0.0, per="segment").values.tolist()]
+    [[0.2, 0.2], [1.4, 1.4]]
+    """
+    features = _check(x, per, weight=weight)
+    if per == "token":
+        return x.with_values(torch.nn.functional.rms_norm(x.values, features, weight, eps))
+    return _per_segment(x, weight, None, eps, center=False)
+
+
+def _check(x: Jagged, per: str, **parameters: Tensor | None) -> tuple[int, ...]:
+    check_jagged(x, "x", floating=True)
+    if per not in ("token", "segment"):
+        raise ShapeError(explain_values("per", "must be 'token' or 'segment'", per=per))
+    features = tuple(x.values.shape[1:])
+    if not features:
+        raise ShapeError(explain_values("x", "its values must have a feature dimension", shape=tuple(x.values.shape)))
+    for name, parameter in parameters.items():
+        if parameter is not None:
+            check_like(parameter, name, x)
+            if tuple(parameter.shape) != features:
+                seen = {name: tuple(parameter.shape), "x": tuple(x.values.shape)}
+                raise ShapeError(explain_values(name, "must have the feature shape of x", **seen))
+    return features
+
+
+def _per_segment(x: Jagged, weight: Tensor | None, bias: Tensor | None, eps: float, center: bool) -> Jagged:
+    wide = x.values if x.dtype == torch.float64 else x.values.float()
+    values = standardize(wide, x.offsets, eps, center)[0]
+    if weight is not None and bias is not None:
+        values = torch.addcmul(bias.to(values.dtype), values, weight.to(values.dtype))
+    elif weight is not None:
+        values = values * weight
+    elif bias is not None:
+        values = values + bias
+    return x.with_values(values.to(x.dtype))
+
+
+@define("standardize")
+def standardize(values: Tensor, offsets: Tensor, eps: float, center: bool) -> tuple[Tensor, Tensor]:
+    """Each segment of ``[T, ...]`` less its mean (if `center`), times ``1 / sqrt(mean square + eps)``; also that."""
+    lengths = lengths_of(offsets, values.shape[0], "x.offsets")
+    values = values.contiguous()
+    out, factors = values.new_empty(values.shape), values.new_zeros((len(lengths),))
+    for x, y, factor in zip(cut(values, lengths), cut(out, lengths), factors.unbind(0), strict=True):
+        if x.numel():
+            x, y = x.view(-1), y.view(-1)
+            if center:
+                x = torch.sub(x, x.mean(), out=y)
+            factor.copy_(torch.dot(x, x)).div_(x.shape[0]).add_(eps).rsqrt_()
+            torch.mul(x, factor, out=y)
+    return out, factors
+
+
+@standardize.register_fake
+def _(values: Tensor, offsets: Tensor, eps: float, center: bool) -> tuple[Tensor, Tensor]:
+    return values.new_empty(values.shape), values.new_empty((offsets.shape[0] - 1,))
+
+
+@define("standardize_backward")
+def standardize_backward(grad: Tensor, out: Tensor, factors: Tensor, offsets: Tensor, center: bool) -> Tensor:
+    """``factor · (g − y mean(g y) − mean(g))`` per segment; the last term only if `center`."""
+    lengths = lengths_of(offsets, out.shape[0])
+    grad, result = grad.contiguous(), out.new_empty(out.shape)
+    for g, y, dx, factor in zip(*(cut(t, lengths) for t in (grad, out, result)), factors.unbind(0), strict=True):
+        if g.numel():
+            g, y, dx = g.view(-1), y.view(-1), dx.view(-1)
+            torch.addcmul(g, y, torch.dot(g, y).div_(-g.shape[0]), out=dx)
+            if center:
+                dx.sub_(g.mean())
+            dx.mul_(factor)
+    return result
+
+
+@standardize_backward.register_fake
+def _(grad: Tensor, out: Tensor, factors: Tensor, offsets: Tensor, center: bool) -> Tensor:
+    return out.new_empty(out.shape)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _, offsets, _, center = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*output, offsets)
+    ctx.center = center
+
+
+def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    out, factors, offsets = ctx.saved_tensors
+    return standardize_backward(grad, out, factors, offsets, ctx.center), None, None, None
+
+
+standardize.register_autograd(_backward, setup_context=_setup)
+standardize_backward.register_autograd(refuse)
+standardize.register_kernel("flexjag.ops.triton_norm")
+standardize_backward.register_kernel("flexjag.ops.triton_norm")

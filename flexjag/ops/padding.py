@@ -1,0 +1,146 @@
+"""Between packed and padded: ``[T, ...]`` and ``[S, N, ...]``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexjag.errors import LayoutError, ShapeError, explain_values
+from flexjag.jagged import Jagged
+from flexjag.ops.checks import check_index, check_jagged, check_total
+from flexjag.ops.packed import cut, is_short, lengths_of, padded_index, unknown_size
+from flexjag.ops.register import define
+
+
+def jagged_to_padded_dense(x: Jagged, max_length: int | None = None, fill: float = 0.0) -> Tensor:
+    """Pad every segment to the same length.
+
+    Args:
+        x: ``[T, ...]``, any dtype.
+        max_length: N. Longer segments are cut to their first N tokens. Default: the longest segment, which costs a
+            device sync on a GPU. A Python number is part of a compiled graph: a second value may compile a second one.
+        fill: What stands behind a segment's end.
+
+    Returns:
+        ``[S, N, ...]``. Its gradient flows to the tokens that were kept; the others get 0.
+
+    Raises:
+        LayoutError: If `x` is no Jagged, or its offsets are found to be none.
+        ShapeError: If `max_length` is negative.
+
+    >>> x = Jagged.from_lengths(torch.arange(1.0, 6.0), [2, 0, 3])
+    >>> jagged_to_padded_dense(x, 2, fill=-1.0).tolist()
+    [[1.0, 2.0], [-1.0, -1.0], [3.0, 4.0]]
+    """
+    check_jagged(x, "x")
+    if max_length is not None and max_length < 0:
+        raise ShapeError(explain_values("max_length", "must not be negative", max_length=max_length))
+    return pad(x.values, x.offsets, max_length, fill)
+
+
+def dense_to_jagged(dense: Tensor, offsets: Tensor, *, total: int | None = None, allow_longer: bool = False) -> Jagged:
+    """Drop the padding: segment s gets the first ``offsets[s+1] - offsets[s]`` rows of ``dense[s]``.
+
+    Args:
+        dense: ``[S, N, ...]``, any dtype.
+        offsets: ``[S+1]`` of the result.
+        total: ``offsets[-1]``, if known: saves a device sync.
+        allow_longer: Give zeros to tokens at positions from N on, as FBGEMM does. Otherwise they are an error where
+            the offsets can be looked at (on a CPU), and zeros elsewhere.
+
+    Raises:
+        LayoutError: If the offsets are no offsets, or a segment is longer than N.
+        ShapeError: If `dense` has not one row per segment.
+
+    >>> dense_to_jagged(torch.arange(6).view(2, 3), torch.tensor([0, 1, 3])).values.tolist()
+    [0, 3, 4]
+    """
+    if not isinstance(dense, Tensor) or dense.ndim < 2:
+        seen = {"shape": tuple(dense.shape)} if isinstance(dense, Tensor) else {"type": type(dense).__name__}
+        raise ShapeError(explain_values("dense", "must be a tensor [S, N, ...]", **seen))
+    check_index(offsets, "offsets", dense.device)
+    check_total(total)
+    if offsets.shape[0] != dense.shape[0] + 1:
+        seen = {"offsets": tuple(offsets.shape), "dense": tuple(dense.shape)}
+        raise ShapeError(explain_values("offsets", "must have one more entry than dense has rows", **seen))
+    return Jagged(unpad(dense, offsets, total, allow_longer), offsets)
+
+
+@define("pad")
+def pad(values: Tensor, offsets: Tensor, max_length: int | None, fill: float) -> Tensor:
+    """``[T, ...]`` to ``[S, N, ...]``; N None for the longest."""
+    lengths = lengths_of(offsets, values.shape[0])
+    size = max(lengths, default=0) if max_length is None else max_length
+    out = values.new_empty((len(lengths) * size, *values.shape[1:]))
+    if is_short(lengths, values.device) and max(lengths) <= size:
+        out.fill_(fill).index_copy_(0, padded_index(offsets, size, values.shape[0]), values)
+        return out.view(len(lengths), size, *values.shape[1:])
+    kept = [min(n, size) for n in lengths]
+    if kept and out.numel():
+        rows = out.split([part for n in kept for part in (n, size - n)])
+        kept_rows = [row[:n] for row, n in zip(cut(values, lengths), kept, strict=True)]
+        torch.ops.aten._foreach_copy_(list(rows[0::2]), kept_rows)
+        for row in rows[1::2]:
+            row.fill_(fill)
+    return out.view(len(lengths), size, *values.shape[1:])
+
+
+@pad.register_fake
+def _(values: Tensor, offsets: Tensor, max_length: int | None, fill: float) -> Tensor:
+    size = unknown_size() if max_length is None else max_length
+    return values.new_empty((offsets.shape[0] - 1, size, *values.shape[1:]))
+
+
+@define("unpad")
+def unpad(dense: Tensor, offsets: Tensor, total: int | None, allow_longer: bool) -> Tensor:
+    """``[S, N, ...]`` to ``[T, ...]``, with zeros at positions from N on."""
+    lengths, size = lengths_of(offsets, total), dense.shape[1]
+    longest = max(lengths, default=0)
+    if longest > size and not allow_longer:
+        seen = {"longest": longest, "dense": tuple(dense.shape)}
+        raise LayoutError(explain_values("offsets", "no segment may be longer than the rows of dense", **seen))
+    out = dense.new_empty((sum(lengths), *dense.shape[2:]))
+    if is_short(lengths, dense.device) and longest <= size:
+        return torch.index_select(dense.flatten(0, 1), 0, padded_index(offsets, size, sum(lengths)), out=out)
+    missing = dense.new_zeros((max(longest - size, 0), *dense.shape[2:]))
+    rows = [
+        part
+        for row, n in zip(dense.unbind(0), lengths, strict=True)
+        for part in ((row[:n],) if n <= size else (row, missing[: n - size]))
+    ]
+    return torch.cat(rows, out=out) if rows else out
+
+
+@unpad.register_fake
+def _(dense: Tensor, offsets: Tensor, total: int | None, allow_longer: bool) -> Tensor:
+    return dense.new_empty((unknown_size() if total is None else total, *dense.shape[2:]))
+
+
+def _setup_pad(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    values, offsets, _, _ = inputs
+    ctx.save_for_backward(offsets)
+    ctx.total = values.shape[0]
+
+
+def _backward_pad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (offsets,) = ctx.saved_tensors
+    return unpad(grad, offsets, ctx.total, True), None, None, None
+
+
+def _setup_unpad(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    dense, offsets, _, _ = inputs
+    ctx.save_for_backward(offsets)
+    ctx.size = dense.shape[1]
+
+
+def _backward_unpad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (offsets,) = ctx.saved_tensors
+    return pad(grad, offsets, ctx.size, 0.0), None, None, None
+
+
+pad.register_autograd(_backward_pad, setup_context=_setup_pad)
+unpad.register_autograd(_backward_unpad, setup_context=_setup_unpad)
+pad.register_kernel("flexjag.ops.triton_move")
+unpad.register_kernel("flexjag.ops.triton_move")

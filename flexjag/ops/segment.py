@@ -1,0 +1,214 @@
+"""Reductions of each segment to one row, and the way back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexjag.jagged import Jagged, segment_ids
+from flexjag.ops.checks import check_jagged
+from flexjag.ops.packed import cut, is_short, lengths_of
+from flexjag.ops.register import define, refuse
+
+SEQUENTIAL = 1024
+"""The longest segment whose tokens may be added up one after the other: the rounding error grows with their number."""
+
+
+def segment_sum(x: Jagged) -> Tensor:
+    """The sum of each segment's tokens.
+
+    Args:
+        x: ``[T, ...]``.
+
+    Returns:
+        ``[S, ...]`` of the same dtype, 0 for an empty segment.
+
+    Raises:
+        LayoutError: If `x` is no Jagged, or its offsets are found to be none.
+
+    >>> segment_sum(Jagged.from_lengths(torch.tensor([1.0, 2.0, 3.0]), [1, 0, 2])).tolist()
+    [1.0, 0.0, 5.0]
+    """
+    check_jagged(x, "x")
+    return add_up(x.values, x.offsets)
+
+
+def segment_mean(x: Jagged) -> Tensor:
+    """The mean of each segment's tokens.
+
+    Args:
+        x: ``[T, ...]`` floating point.
+
+    Returns:
+        ``[S, ...]``, 0 for an empty segment.
+
+    Raises:
+        LayoutError: If `x` is no Jagged, or its offsets are found to be none.
+        ShapeError: If its values are not floating point.
+
+    >>> segment_mean(Jagged.from_lengths(torch.tensor([1.0, 2.0, 3.0]), [1, 0, 2])).tolist()
+    [1.0, 0.0, 2.5]
+    """
+    check_jagged(x, "x", floating=True)
+    wide = x.values if x.dtype == torch.float64 else x.values.float()  # a sum may overflow where its mean does not
+    total = add_up(wide, x.offsets)
+    count = x.lengths.clamp(min=1).view(-1, *[1] * (total.ndim - 1))
+    return (total / count).to(x.dtype)
+
+
+def segment_max(x: Jagged, fill: float = 0.0) -> Tensor:
+    """The largest of each segment's tokens, every feature for itself.
+
+    Args:
+        x: ``[T, ...]``.
+        fill: The result for an empty segment.
+
+    Returns:
+        ``[S, ...]``. Equally large tokens share the gradient evenly. NaN wins, as in ``torch.amax``.
+
+    Raises:
+        LayoutError: If `x` is no Jagged, or its offsets are found to be none.
+
+    >>> segment_max(Jagged.from_lengths(torch.tensor([1.0, 2.0, 3.0]), [1, 0, 2])).tolist()
+    [1.0, 0.0, 3.0]
+    """
+    check_jagged(x, "x")
+    return extreme(x.values, x.offsets, True, fill)
+
+
+def segment_min(x: Jagged, fill: float = 0.0) -> Tensor:
+    """The smallest of each segment's tokens, every feature for itself.
+
+    Args:
+        x: ``[T, ...]``.
+        fill: The result for an empty segment.
+
+    Returns:
+        ``[S, ...]``. Equally small tokens share the gradient evenly. NaN wins, as in ``torch.amin``.
+
+    Raises:
+        LayoutError: If `x` is no Jagged, or its offsets are found to be none.
+
+    >>> segment_min(Jagged.from_lengths(torch.tensor([1.0, 2.0, 3.0]), [1, 0, 2])).tolist()
+    [1.0, 0.0, 2.0]
+    """
+    check_jagged(x, "x")
+    return extreme(x.values, x.offsets, False, fill)
+
+
+@define("add_up")
+def add_up(values: Tensor, offsets: Tensor) -> Tensor:
+    """``[T, ...]`` to ``[S, ...]``."""
+    lengths = lengths_of(offsets, values.shape[0], "x.offsets")
+    out = values.new_empty((len(lengths), *values.shape[1:]))
+    bags = values.dtype in (torch.float32, torch.bfloat16, torch.float16) and values.device.type == "cpu"
+    if bags and values.numel() and max(lengths) <= SEQUENTIAL:  # vectorized, and one call for all segments
+        token = torch.arange(values.shape[0], dtype=offsets.dtype)
+        rows = values.reshape(values.shape[0], -1)
+        found = torch.embedding_bag(rows, token, offsets, False, 0, False, None, True)[0]
+        return out.copy_(found.view(out.shape))
+    for x, y in zip(cut(values, lengths), out.unbind(0), strict=True):
+        torch.sum(x, 0, dtype=values.dtype, out=y)
+    return out
+
+
+@add_up.register_fake
+def _(values: Tensor, offsets: Tensor) -> Tensor:
+    return values.new_empty((offsets.shape[0] - 1, *values.shape[1:]))
+
+
+@define("spread")
+def spread(rows: Tensor, offsets: Tensor, total: int) -> Tensor:
+    """``[S, ...]`` to ``[T, ...]``: every token gets its segment's row."""
+    out = rows.new_empty((total, *rows.shape[1:]))
+    return torch.index_select(rows, 0, segment_ids(offsets, total), out=out) if total else out
+
+
+@spread.register_fake
+def _(rows: Tensor, offsets: Tensor, total: int) -> Tensor:
+    return rows.new_empty((total, *rows.shape[1:]))
+
+
+@define("extreme")
+def extreme(values: Tensor, offsets: Tensor, largest: bool, fill: float) -> Tensor:
+    """The largest or smallest of ``[T, ...]``: ``[S, ...]``."""
+    lengths = lengths_of(offsets, values.shape[0], "x.offsets")
+    out = values.new_empty((len(lengths), *values.shape[1:]))
+    if is_short(lengths, values.device) and values.is_floating_point():
+        found = torch.segment_reduce(values.contiguous(), "max" if largest else "min", offsets=offsets, unsafe=True)
+        empty = (offsets.diff() == 0).view(-1, *[1] * (out.ndim - 1))
+        return torch.where(empty, torch.full_like(found, fill), found)
+    reduce = torch.amax if largest else torch.amin
+    for x, y in zip(cut(values, lengths), out.unbind(0), strict=True):
+        if x.shape[0]:
+            reduce(x, 0, out=y)
+        else:
+            y.fill_(fill)
+    return out
+
+
+@extreme.register_fake
+def _(values: Tensor, offsets: Tensor, largest: bool, fill: float) -> Tensor:
+    return values.new_empty((offsets.shape[0] - 1, *values.shape[1:]))
+
+
+@define("extreme_backward")
+def extreme_backward(grad: Tensor, values: Tensor, out: Tensor, offsets: Tensor) -> Tensor:
+    """The gradient of each segment's row, divided among the tokens equal to it."""
+    lengths = lengths_of(offsets, values.shape[0])
+    if is_short(lengths, values.device):
+        rows = spread(out, offsets, values.shape[0])
+        hit = ((values == rows) | (values.isnan() & rows.isnan())).to(values.dtype)
+        return spread(grad / add_up(hit, offsets), offsets, values.shape[0]) * hit
+    result = values.new_empty(values.shape)
+    parts = cut(values, lengths), cut(result, lengths), grad.unbind(0), out.unbind(0)
+    for x, dx, g, y in zip(*parts, strict=True):
+        hit = (x == y) | x.isnan() if bool(y.isnan().any()) else x == y
+        torch.mul(hit, g / hit.sum(0), out=dx)
+    return result
+
+
+@extreme_backward.register_fake
+def _(grad: Tensor, values: Tensor, out: Tensor, offsets: Tensor) -> Tensor:
+    return values.new_empty(values.shape)
+
+
+def _setup_add_up(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    values, offsets = inputs
+    ctx.save_for_backward(offsets)
+    ctx.total = values.shape[0]
+
+
+def _backward_add_up(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (offsets,) = ctx.saved_tensors
+    return spread(grad, offsets, ctx.total), None
+
+
+def _setup_spread(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[1])
+
+
+def _backward_spread(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (offsets,) = ctx.saved_tensors
+    return add_up(grad, offsets), None, None
+
+
+def _setup_extreme(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[0], output, inputs[1])
+
+
+def _backward_extreme(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    values, out, offsets = ctx.saved_tensors
+    return extreme_backward(grad, values, out, offsets), None, None, None
+
+
+add_up.register_autograd(_backward_add_up, setup_context=_setup_add_up)
+spread.register_autograd(_backward_spread, setup_context=_setup_spread)
+extreme.register_autograd(_backward_extreme, setup_context=_setup_extreme)
+extreme_backward.register_autograd(refuse)
+add_up.register_kernel("flexjag.ops.triton_reduce")
+extreme.register_kernel("flexjag.ops.triton_reduce")
+extreme_backward.register_kernel("flexjag.ops.triton_reduce")
+spread.register_kernel("flexjag.ops.triton_move")

@@ -1,0 +1,259 @@
+"""Segments chosen, joined and split: all of them copies of ranges of packed rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexjag.errors import LayoutError, ShapeError, explain_values
+from flexjag.jagged import Jagged
+from flexjag.ops.checks import can_look, check_index, check_jagged, check_like, check_total
+from flexjag.ops.packed import cut, is_short, lengths_of, offsets_of, row_index, unknown_size
+from flexjag.ops.register import define
+
+
+def jagged_index_select(x: Jagged, indices: Tensor, *, total: int | None = None) -> Jagged:
+    """The segments with the given indices, in that order; an index may repeat.
+
+    Args:
+        x: ``[T, ...]``, any dtype.
+        indices: ``[K]`` int32 or int64, from 0 to S - 1. Checked where they can be looked at (on a CPU).
+        total: The number of tokens of the result, if known: saves a device sync.
+
+    Returns:
+        K segments. The gradients of a repeated segment are added up in the order of `indices`.
+
+    Raises:
+        LayoutError: If `x` is no Jagged, `indices` are no indices or out of range, or `total` is wrong.
+
+    >>> x = Jagged.from_list([torch.tensor([1, 2]), torch.tensor([3])])
+    >>> jagged_index_select(x, torch.tensor([1, 0, 1])).to_list()
+    [tensor([3]), tensor([1, 2]), tensor([3])]
+    """
+    check_jagged(x, "x")
+    check_index(indices, "indices", x.device)
+    check_total(total)
+    if can_look(indices) and indices.shape[0]:
+        low, high = (int(v) for v in indices.aminmax())
+        if low < 0 or high >= x.num_segments:
+            seen = {"smallest": low, "largest": high, "segments": x.num_segments}
+            raise LayoutError(explain_values("indices", "must be from 0 to S - 1", **seen))
+    # Of all S+1 offsets: a slice of S would make S = 1 a graph of its own.
+    starts = x.offsets.index_select(0, indices)
+    offsets = offsets_of(x.offsets.index_select(0, indices + 1) - starts)
+    return Jagged(take(x.values, starts, offsets, total), offsets)
+
+
+def jagged_concat(batches: Sequence[Jagged]) -> Jagged:
+    """Join batches segment by segment: ``out_s`` is ``batches[0]_s``, then ``batches[1]_s``, and so on.
+
+    Args:
+        batches: At least one, each ``[T_i, ...]``, with the same number of segments, feature shape and dtype.
+
+    Returns:
+        ``[Σ T_i, ...]``.
+
+    Raises:
+        LayoutError: If there is no batch, one is no Jagged, or the numbers of segments differ.
+        ShapeError: If feature shapes, dtypes or devices differ.
+
+    >>> a = Jagged.from_lengths(torch.tensor([1, 2, 3]), [2, 1])
+    >>> b = Jagged.from_lengths(torch.tensor([8, 9]), [0, 2])
+    >>> jagged_concat([a, b]).to_list()
+    [tensor([1, 2]), tensor([3, 8, 9])]
+    """
+    batches = list(batches)
+    if not batches:
+        raise LayoutError(explain_values("batches", "must hold at least one batch", batches=batches))
+    for i, x in enumerate(batches):
+        name, first = f"batches[{i}]", batches[0]
+        check_jagged(x, name)
+        check_like(x.values, name, first, "batches[0]")
+        if x.offsets.shape != first.offsets.shape:
+            seen = {name: x.num_segments, "first": first.num_segments}
+            raise LayoutError(explain_values(name, "must have as many segments as batches[0]", **seen))
+        if x.values.shape[1:] != first.values.shape[1:]:
+            seen = {name: tuple(x.values.shape), "first": tuple(first.values.shape)}
+            raise ShapeError(explain_values(name, "must have the feature shape of batches[0]", **seen))
+    offsets = batches[0].offsets
+    for x in batches[1:]:
+        offsets = offsets + x.offsets
+    return Jagged(interleave([x.values for x in batches], [x.offsets for x in batches]), offsets)
+
+
+def jagged_split(
+    x: Jagged, lengths: Sequence[Tensor | int], *, totals: Sequence[int] | None = None
+) -> tuple[Jagged, ...]:
+    """Cut every segment into pieces, the reverse of :func:`jagged_concat`.
+
+    Args:
+        x: ``[T, ...]``, any dtype.
+        lengths: The length of each piece but the last, which takes the rest: a tensor ``[S]``, or a number for all
+            segments, of which shorter ones give what they have.
+        totals: The number of tokens of each piece but the last, if known: saves device syncs.
+
+    Returns:
+        ``len(lengths) + 1`` batches of S segments.
+
+    Raises:
+        LayoutError: If `x` is no Jagged, or lengths are no lengths or, where they can be looked at (on a CPU),
+            negative or more than what is left of a segment.
+
+    >>> x = Jagged.from_lengths(torch.arange(5), [2, 3])
+    >>> [piece.to_list() for piece in jagged_split(x, [torch.tensor([0, 2])])]
+    [[tensor([], dtype=torch.int64), tensor([2, 3])], [tensor([0, 1]), tensor([4])]]
+    """
+    check_jagged(x, "x")
+    if totals is not None and len(totals) != len(lengths):
+        seen = {"totals": len(totals), "lengths": len(lengths)}
+        raise LayoutError(explain_values("totals", "must have one entry per entry of lengths", **seen))
+    starts, left, rest = x.offsets, x.lengths, x.values.shape[0]
+    pieces = []
+    for i, given in enumerate(lengths):
+        size = _piece(x, f"lengths[{i}]", given, left)
+        total = None if totals is None else totals[i]
+        check_total(total, f"totals[{i}]")
+        offsets = offsets_of(size)
+        pieces.append(Jagged(take(x.values, starts, offsets, total), offsets))
+        starts = starts + torch.nn.functional.pad(size, (0, 1))
+        left, rest = left - size, rest - pieces[-1].values.shape[0]
+    offsets = offsets_of(left)
+    return *pieces, Jagged(take(x.values, starts, offsets, rest), offsets)
+
+
+def _piece(x: Jagged, name: str, given: Tensor | int, left: Tensor) -> Tensor:
+    """The lengths of a piece, given what is left of each segment."""
+    if isinstance(given, int):
+        if given < 0:
+            raise LayoutError(explain_values(name, "must not be negative", **{name: given}))
+        return left.clamp(max=given)
+    check_index(given, name, x.device)
+    if given.shape != left.shape:
+        seen = {name: tuple(given.shape), "segments": x.num_segments}
+        raise LayoutError(explain_values(name, "must have one entry per segment", **seen))
+    size = given.to(left.dtype)
+    if can_look(size, left):
+        wrong = ((size < 0) | (size > left)).nonzero()
+        if wrong.numel():
+            at = int(wrong[0])
+            seen = {f"{name}[{at}]": int(size[at]), "left": int(left[at])}
+            raise LayoutError(explain_values(name, "must be from 0 to what is left of the segment", **seen))
+    return size.clamp(min=0).minimum(left)
+
+
+@define("take")
+def take(values: Tensor, starts: Tensor, offsets: Tensor, total: int | None) -> Tensor:
+    """Ranges of rows, packed: range k starts at ``starts[k]`` and is as long as segment k of `offsets`.
+
+    `starts` may have a last entry that is not used.
+    """
+    out = values.new_empty((_count(offsets, total), *values.shape[1:]))
+    lengths = lengths_of(offsets, None)
+    if is_short(lengths, values.device):
+        return torch.index_select(values, 0, row_index(starts, offsets, out.shape[0]), out=out)
+    pieces = [values[a : a + n] for a, n in zip(starts.tolist(), lengths, strict=False)]
+    return torch.cat(pieces, out=out) if pieces else out
+
+
+@take.register_fake
+def _(values: Tensor, starts: Tensor, offsets: Tensor, total: int | None) -> Tensor:
+    return values.new_empty((unknown_size() if total is None else total, *values.shape[1:]))
+
+
+@define("put")
+def put(pieces: Tensor, starts: Tensor, offsets: Tensor, rows: int) -> Tensor:
+    """The transpose of `take`: ranges added up in order, in `rows` rows that are 0 elsewhere."""
+    out = pieces.new_zeros((rows, *pieces.shape[1:]))
+    lengths = lengths_of(offsets, pieces.shape[0])
+    if is_short(lengths, pieces.device):
+        return out.index_add_(0, row_index(starts, offsets, pieces.shape[0]), pieces)
+    for a, piece in zip(starts.tolist(), cut(pieces, lengths), strict=False):
+        out[a : a + piece.shape[0]].add_(piece)
+    return out
+
+
+@put.register_fake
+def _(pieces: Tensor, starts: Tensor, offsets: Tensor, rows: int) -> Tensor:
+    return pieces.new_empty((rows, *pieces.shape[1:]))
+
+
+@define("interleave")
+def interleave(values: Sequence[Tensor], offsets: Sequence[Tensor]) -> Tensor:
+    """Batches joined segment by segment."""
+    out = values[0].new_empty((sum(v.shape[0] for v in values), *values[0].shape[1:]))
+    pairs = list(zip(values, offsets, strict=True))
+    lengths = [lengths_of(o, v.shape[0], f"batches[{i}].offsets") for i, (v, o) in enumerate(pairs)]
+    if is_short([n for own in lengths for n in own], out.device):
+        for (v, o), starts in zip(pairs, joined_starts(offsets), strict=True):
+            out.index_copy_(0, row_index(starts, o, v.shape[0]), v)
+        return out
+    parts = [cut(v, own) for v, own in zip(values, lengths, strict=True)]
+    pieces = [piece for segment in zip(*parts, strict=True) for piece in segment]
+    return torch.cat(pieces, out=out) if pieces else out
+
+
+@interleave.register_fake
+def _(values: Sequence[Tensor], offsets: Sequence[Tensor]) -> Tensor:
+    return values[0].new_empty((sum(v.shape[0] for v in values), *values[0].shape[1:]))
+
+
+def _count(offsets: Tensor, total: int | None) -> int:
+    count = int(offsets[-1])
+    if total is not None and total != count:
+        raise LayoutError(
+            explain_values("total", "must be the number of tokens of the result", total=total, tokens=count)
+        )
+    return count
+
+
+def joined_starts(offsets: Sequence[Tensor]) -> list[Tensor]:
+    """Where the segments of each batch begin once they are joined; with a last entry that is not used."""
+    starts = [sum(offsets[1:], offsets[0])]
+    for own in offsets[:-1]:
+        starts.append(starts[-1] + torch.nn.functional.pad(own.diff(), (0, 1)))
+    return starts
+
+
+def _setup_take(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    values, starts, offsets, _ = inputs
+    ctx.save_for_backward(starts, offsets)
+    ctx.rows = values.shape[0]
+
+
+def _backward_take(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    starts, offsets = ctx.saved_tensors
+    return put(grad, starts, offsets, ctx.rows), None, None, None
+
+
+def _setup_put(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    pieces, starts, offsets, _ = inputs
+    ctx.save_for_backward(starts, offsets)
+    ctx.total = pieces.shape[0]
+
+
+def _backward_put(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    starts, offsets = ctx.saved_tensors
+    return take(grad, starts, offsets, ctx.total), None, None, None
+
+
+def _setup_interleave(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    values, offsets = inputs
+    ctx.save_for_backward(*offsets)
+    ctx.totals = [v.shape[0] for v in values]
+
+
+def _backward_interleave(ctx: Any, grad: Tensor) -> tuple[list[Tensor], list[None]]:
+    offsets = ctx.saved_tensors
+    found = [take(grad, *at) for at in zip(joined_starts(offsets), offsets, ctx.totals, strict=True)]
+    return found, [None] * len(found)
+
+
+take.register_autograd(_backward_take, setup_context=_setup_take)
+put.register_autograd(_backward_put, setup_context=_setup_put)
+interleave.register_autograd(_backward_interleave, setup_context=_setup_interleave)
+take.register_kernel("flexjag.ops.triton_move")
+put.register_kernel("flexjag.ops.triton_move")
+interleave.register_kernel("flexjag.ops.triton_move")

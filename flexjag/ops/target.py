@@ -1,0 +1,179 @@
+"""Target attention: a few dense queries per segment against its jagged keys, with a trainable bias."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexjag.errors import LayoutError, ShapeError, explain_values
+from flexjag.jagged import Jagged, check_same_layout
+from flexjag.ops.checks import check_jagged, check_like, check_rows
+from flexjag.ops.packed import cut, lengths_of
+from flexjag.ops.register import define, refuse
+
+
+def jagged_dense_attention(
+    query: Tensor, key: Jagged, value: Jagged, bias: Tensor | None = None, *, scale: float = 1.0
+) -> Tensor:
+    """``out[s, m] = Σ_i softmax_i(scale · query[s, m] · key[s, i] + bias[s, i, m]) value[s, i]``.
+
+    The target attention of Jagged Flash Attention (arXiv 2409.15373), whose ``K[B, D, T]`` is the transposed `query`
+    here and whose Q is `key`. Nothing of size T × M outlives a segment: the backward computes the weights again.
+
+    Args:
+        query: ``[S, M, D]``, M queries per segment.
+        key: ``[T, D]`` of the same dtype.
+        value: ``[T, E]`` with the offsets of `key`.
+        bias: ``[S, N, M]`` with N at least the longest segment; positions behind a segment's end are not read, and
+            their gradient is 0.
+        scale: Of the scores; 1, not 1/√D, as in the paper.
+
+    Returns:
+        ``[S, M, E]``, 0 for an empty segment.
+
+    Raises:
+        LayoutError: If `key` or `value` is no Jagged, they are cut differently, or a segment is longer than N. The last
+            is checked where the offsets can be looked at (on a CPU).
+        ShapeError: If the operands do not fit.
+
+    >>> key = Jagged.from_lengths(torch.zeros(3, 1), [1, 2])
+    >>> value = key.with_values(torch.tensor([[1.0], [2.0], [4.0]]))
+    >>> jagged_dense_attention(torch.ones(2, 1, 1), key, value).tolist()
+    [[[1.0]], [[3.0]]]
+    """
+    check_jagged(key, "key", 2, floating=True)
+    check_jagged(value, "value", 2, floating=True)
+    check_like(value.values, "value", key, "key")
+    check_same_layout(key, value, "value", "must have the offsets of key")
+    check_rows(query, "query", key, 3, "key")
+    if query.shape[2] != key.values.shape[1]:
+        seen = {"query": tuple(query.shape), "key": tuple(key.values.shape)}
+        raise ShapeError(explain_values("query", "must be [S, M, D] with the features D of key", **seen))
+    if bias is not None:
+        check_rows(bias, "bias", key, 3, "key")
+        if bias.shape[2] != query.shape[1]:
+            seen = {"bias": tuple(bias.shape), "query": tuple(query.shape)}
+            raise ShapeError(explain_values("bias", "must be [S, N, M] with M queries", **seen))
+    return target(query, key.values, value.values, bias, key.offsets, scale)[0]
+
+
+def _check_bias(bias: Tensor | None, lengths: list[int]) -> None:
+    longest = max(lengths, default=0)
+    if bias is not None and longest > bias.shape[1]:
+        seen = {"longest": longest, "bias": tuple(bias.shape)}
+        raise LayoutError(explain_values("bias", "must have a row for every position of a segment", **seen))
+
+
+def _scores(q: Tensor, k: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """``[M, n]`` of scaled queries, in `dtype`."""
+    scores = torch.mm(k, q.t()) if bias is None else torch.addmm(bias[: k.shape[0]], k, q.t())
+    return scores.t().to(dtype, memory_format=torch.contiguous_format)
+
+
+@define("target")
+def target(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, offsets: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The output ``[S, M, E]`` and the log-sum-exp of the scores ``[S, M]``, in float32 for half precision."""
+    lengths = lengths_of(offsets, key.shape[0], "key.offsets")
+    _check_bias(bias, lengths)
+    out = query.new_zeros((*query.shape[:2], value.shape[1]))
+    top = query.new_full(query.shape[:2], -torch.inf, dtype=_wide(query.dtype))  # the largest score
+    share = torch.ones_like(top)  # and its weight: never 0, so their logarithms give the log-sum-exp
+    biases = [None] * len(lengths) if bias is None else bias.unbind(0)
+    dense = (t.unbind(0) for t in (query * scale, out, top, share))
+    for q, o, t, w, k, v, b in zip(*dense, cut(key, lengths), cut(value, lengths), biases, strict=True):
+        if k.shape[0]:
+            scores = _scores(q, k, b, top.dtype)
+            torch.amax(scores, 1, out=t)
+            weights = torch.softmax(scores, 1)
+            torch.amax(weights, 1, out=w)
+            torch.mm(weights.to(v.dtype), v, out=o)
+    return out, top.sub_(share.log_())
+
+
+@target.register_fake
+def _(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, offsets: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    out = query.new_empty((*query.shape[:2], value.shape[1]))
+    return out, query.new_empty(query.shape[:2], dtype=_wide(query.dtype))
+
+
+@define("target_backward")
+def target_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    offsets: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of query, key, value and bias; the last is empty without a bias."""
+    lengths = lengths_of(offsets, key.shape[0])
+    results = [t.new_empty(t.shape) for t in (query, key, value)]
+    of_bias = query.new_empty((0,) if bias is None else bias.shape)
+    none = [None] * len(lengths)
+    pairs = (none, none) if bias is None else (bias.unbind(0), of_bias.unbind(0))
+    query = query * scale
+    dense = (t.unbind(0) for t in (grad, query, out, lse, results[0]))
+    packed = (cut(t, lengths) for t in (key, value, *results[1:]))
+    for g, q, o, log, dq, k, v, dk, dv, b, db in zip(*dense, *packed, *pairs, strict=True):
+        if db is not None:
+            db[k.shape[0] :].zero_()
+        if not k.shape[0]:
+            dq.zero_()
+            continue
+        weights = _scores(q, k, b, lse.dtype).sub_(log[:, None]).exp_()
+        torch.mm(weights.to(g.dtype).t(), g, out=dv)
+        inner = (g * o).sum(1, keepdim=True, dtype=lse.dtype)
+        scores = torch.mm(g, v.t()).to(lse.dtype).sub_(inner).mul_(weights).to(g.dtype)
+        if db is not None:
+            db[: k.shape[0]].copy_(scores.t())
+        torch.mm(scores, k, out=dq)
+        torch.mm(scores.t(), q, out=dk)
+    return results[0].mul_(scale), results[1], results[2], of_bias
+
+
+@target_backward.register_fake
+def _(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    offsets: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    of_query, of_key, of_value = (t.new_empty(t.shape) for t in (query, key, value))
+    return of_query, of_key, of_value, query.new_empty((0,) if bias is None else bias.shape)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, key, value, bias, offsets, scale = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(query, key, value, bias, offsets, *output)
+    ctx.scale = scale
+
+
+def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    query, key, value, bias, offsets, out, lse = ctx.saved_tensors
+    *found, of_bias = target_backward(grad, query, key, value, bias, out, lse, offsets, ctx.scale)
+    return *found, None if bias is None else of_bias, None, None
+
+
+target.register_autograd(_backward, setup_context=_setup)
+target_backward.register_autograd(refuse)
+target.register_kernel("flexjag.ops.triton_target")
+target_backward.register_kernel("flexjag.ops.triton_target")
