@@ -153,7 +153,7 @@ def test_simulation_takes_new_values_of_the_same_shapes() -> None:
         torch.testing.assert_close(out.values, want.values, atol=1e-5, rtol=1e-5)
         assert grads == {}
     longer = make_qkv([*LENGTHS, 7], dtype=torch.float32, dim=32)
-    with pytest.raises(ShapeError, match="args: must have the shapes"):
+    with pytest.raises(ShapeError, match="args: must be what the kernels were made for"):
         report.simulate(*longer)
     with pytest.raises(CodegenError, match="grad_out: these kernels were made with backward=False"):
         report.simulate(*qkv, grad_out=qkv[0])
