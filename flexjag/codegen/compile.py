@@ -278,9 +278,9 @@ def _simulate(report: Report, args: tuple[Any, ...], grad_out: Any, run: Callabl
     job = report.job
     payload, leaves = job.payload, job.leaves
     if leaves and len(args) == 4 and grad_out is None:
-        *args, grad_out = args
+        args, grad_out = args[:3], args[3]
     if args:
-        given, leaves = _leaves(_check_qkv(tuple(args)), job.backward, job.dtype) if leaves else (args, {})
+        given, leaves = _leaves(_check_qkv(args), job.backward, job.dtype) if leaves else (args, {})
         payload = pack((job.fn, given))
         if payload.digest() != job.payload.digest():
             rule = "must be what the kernels were made for in shapes, strides, dtypes and which tensors are shared"
