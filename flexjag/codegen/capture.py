@@ -111,7 +111,8 @@ class _Recorder:
             return "size", given
         found = [i for i, x in enumerate(self.fakes) if x is given]
         if not found:
-            raise RuntimeError("the function reads a tensor that is not among its inputs")
+            rule = "the function reads a tensor that it was not given: pass it in, or close over it in a local function"
+            raise RuntimeError(f"{rule}; globals of an imported module are not sent along")
         return "tensor", found[0]
 
 

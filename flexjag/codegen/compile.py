@@ -103,7 +103,9 @@ def compile_for(
     Args:
         target: ``"sm_80"``, ``"sm_90"`` or ``"sm_100"``.
         plan: A plan, or a function or module that calls :func:`flexjag.attention` and can be compiled into one graph.
-        args: ``q, k, v`` for a plan; else the function's arguments. Their values do not matter.
+        args: ``q, k, v`` for a plan; else the function's arguments. Their values do not matter. What functions of a
+            script or notebook refer to is sent along; those of an imported module are looked up there by name, so a
+            global that was changed since the import is not seen.
         backward: Make the backward's kernels, too. For a plan, q, k and v then count as needing gradients.
         dtype: Of q, k and v. Default: as they are. For a plan only.
         scale: As in :func:`flexjag.attention`. For a plan only.
@@ -151,7 +153,7 @@ def check_support(target: Target) -> None:
         tested = ", ".join(TESTED_TORCH)
         raise CodegenError(explain_values("torch", f"must be one of the tested {tested}", torch=torch.__version__))
     if target.vendor != "nvidia":
-        rule = "FlexAttention's kernels can be made for NVIDIA's GPUs only; single Triton kernels for this one, too"
+        rule = "FlexAttention's kernels are made for NVIDIA's GPUs only (flexjag.codegen.assemble takes any Triton kernel)"
         raise TargetError(explain_values("target", rule, target=target.name))
 
 

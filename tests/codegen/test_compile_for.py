@@ -195,7 +195,7 @@ def test_a_module_with_two_attentions_is_compiled_and_simulated() -> None:
     ("error", "match", "make"),
     [
         (TargetError, "target: must be one of sm_80, sm_90, sm_100, gfx942; got target='sm_70'", ("sm_70", {}, {})),
-        (TargetError, "NVIDIA's GPUs only", ("gfx942", {}, {})),
+        (TargetError, "are made for NVIDIA's GPUs only", ("gfx942", {}, {})),
         (BackendError, "kernels have no float64", ("sm_90", {"dtype": torch.float64}, {})),
         (BackendError, "tiles of 128; got block_size=64", ("sm_90", {}, {"block_size": 64})),
         (CodegenError, "took longer than timeout=0.01 s", ("sm_90", {"timeout": 0.01, "cache": False}, {})),
