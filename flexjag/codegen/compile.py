@@ -153,7 +153,7 @@ def check_support(target: Target) -> None:
         tested = ", ".join(TESTED_TORCH)
         raise CodegenError(explain_values("torch", f"must be one of the tested {tested}", torch=torch.__version__))
     if target.vendor != "nvidia":
-        rule = "FlexAttention's kernels are made for NVIDIA's GPUs only (flexjag.codegen.assemble takes any Triton kernel)"
+        rule = "FlexAttention's kernels are made for NVIDIA's GPUs only (codegen.assemble takes any Triton kernel)"
         raise TargetError(explain_values("target", rule, target=target.name))
 
 
