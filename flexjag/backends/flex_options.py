@@ -1,7 +1,7 @@
 """FlexAttention's kernel options for a GPU: the largest blocks whose registers do not spill.
 
 FlexAttention's defaults are tuned for plain kernels. With a mask of bounds, a score and totals that vary, they run out
-of registers (a forward of head dimension 64 on an H200 stores 1.8 to 3.3 kB per thread), and a relative bias asks for
+of registers (a forward of head dimension 64 on an H200 stores 1.7 to 10.4 kB per thread), and a relative bias asks for
 more shared memory than the GPU has. These were chosen from the compiled code (``docs/kernels.md``, before and after),
 not yet from time on a GPU.
 """
