@@ -16,6 +16,9 @@ from torch.autograd.function import once_differentiable
 
 from flexjag import functions
 from flexjag import masks as m
+from flexjag.backends import whole_segments
+from flexjag.backends.batches import Range
+from flexjag.backends.whole_segments import list_calls, with_lse_gradient
 from flexjag.choice import SDPA_WINDOWS
 from flexjag.layout import INT32_MAX
 from flexjag.plan import Plan
@@ -23,7 +26,6 @@ from flexjag.plan import Plan
 ROWS = 256  # queries per call where a mask tensor is needed: bounds the mask, and lets a window skip keys
 
 Pair = tuple[Tensor, Tensor]
-Range = tuple[int, int]
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,14 +58,15 @@ def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, need_lse: boo
     # The kernel masks before it scales: with a scale of 0 or less, -inf turns into NaN or +inf.
     own = plan.score is None and window in SDPA_WINDOWS and scale > 0
     causal = window == (None, 0, "start") if own else None
-    pieces = _whole_segments(plan, scale, causal) if causal is not None else _runs(plan, scale)
     e = v.shape[2]
     wide = max(q.shape[2], e)  # the kernels want D == E; zeros change nothing
     q, k, v = (torch.nn.functional.pad(x, (0, wide - x.shape[2])) if x.shape[2] < wide else x for x in (q, k, v))
-    if q.device.type == "cpu" and not functions.learned_tensors(plan.score, q.dtype, q.device):
-        out, lse = _Flash.apply(pieces, q, k, v)  # type: ignore[misc]
-    else:
-        out, lse = _composite(pieces, q, k, v, need_lse)
+    flash = q.device.type == "cpu" and not functions.learned_tensors(plan.score, q.dtype, q.device)
+    if flash and causal is not None:
+        out, lse = whole_segments.attend(list_calls(plan.layout, causal, scale), q, k, v)
+        return out[..., :e], lse
+    pieces = _runs(plan, scale) if causal is None else _whole_segments(plan, scale, causal)
+    out, lse = _Flash.apply(pieces, q, k, v) if flash else _composite(pieces, q, k, v, need_lse)  # type: ignore[misc]
     return out[..., :e], lse
 
 
@@ -126,7 +129,7 @@ def _grouped(x: Tensor, shape: tuple[int, int]) -> Tensor:
 
 
 class _Flash(torch.autograd.Function):
-    """ATen's CPU flash kernel per segment, forward and backward."""
+    """ATen's CPU flash kernel per run of queries, with the mask and the score as a bias."""
 
     @staticmethod
     def forward(ctx: Any, pieces: Pieces, q: Tensor, k: Tensor, v: Tensor) -> Pair:
@@ -135,21 +138,16 @@ class _Flash(torch.autograd.Function):
         acc = torch.float64 if q.dtype == torch.float64 else torch.float32
         out, lse = torch.empty_like(q), q.new_empty((heads, q.shape[0]), dtype=acc)
         queries = [_cut(t, pieces.q_ranges, shape, True) for t in (q, out, lse.t())]
-        keys = [_cut(t, pieces.kv_ranges, shape, pieces.causal is not None) for t in (k, v)]
+        keys = [_cut(t, pieces.kv_ranges, shape, False) for t in (k, v)]
         for index, (x, o, log_sum, y, z) in enumerate(zip(*queries, *keys, strict=True)):
             if x.shape[2] == 0 or y.shape[2] == 0:
                 o.zero_()
                 log_sum.fill_(-torch.inf)
                 continue
             bias, no_key = _bias(pieces, index, heads, acc)
+            assert bias is not None
             part, log = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                x,
-                y,
-                z,
-                0.0,
-                bool(pieces.causal),
-                attn_mask=None if bias is None else _grouped(bias, shape),
-                scale=pieces.scale,
+                x, y, z, 0.0, False, attn_mask=_grouped(bias, shape), scale=pieces.scale
             )
             o.copy_(part)
             log_sum.copy_(log.view(log_sum.shape))
@@ -177,24 +175,17 @@ class _Flash(torch.autograd.Function):
         if bool(no_keys.any()):
             grad_out = grad_out.masked_fill(no_keys[..., None], 0.0)
         if grad_lse is not None:
-            grad_lse = grad_lse.masked_fill(no_keys, 0.0)
-            # The kernel subtracts delta = sum(grad_out * out) from each score's gradient; d lse has to be added.
-            # One more feature, 0 in q, k, v, 1 in grad_out and -grad_lse in out, makes delta do both.
-            q, k, v = (torch.nn.functional.pad(x, (0, 1)) for x in (q, k, v))
-            out = torch.cat([out, -grad_lse.to(out.dtype)[..., None]], 2)
-            grad_out = torch.nn.functional.pad(grad_out, (0, 1), value=1.0)
-        once = pieces.causal is not None  # every key belongs to one piece
-        new = torch.empty_like if once else torch.zeros_like
-        grads = torch.empty_like(q), new(k), new(v)
+            q, k, v, out, grad_out = with_lse_gradient(q, k, v, out, grad_out, grad_lse.masked_fill(no_keys, 0.0))
+        grads = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         queries = [_cut(t, pieces.q_ranges, shape, True) for t in (q, grad_out, out, grads[0], lse)]
-        keys = [_cut(t, pieces.kv_ranges, shape, once) for t in (k, v)]
-        key_grads = [_cut(t, pieces.kv_ranges, (1, groups), once) for t in grads[1:]]
+        keys = [_cut(t, pieces.kv_ranges, shape, False) for t in (k, v)]
+        key_grads = [_cut(t, pieces.kv_ranges, (1, groups), False) for t in grads[1:]]
         for index, (x, g, o, dx, log_sum, y, z, dy, dz) in enumerate(zip(*queries, *keys, *key_grads, strict=True)):
             if x.shape[2] == 0 or y.shape[2] == 0:
-                for unmet in (dx, dy, dz) if once else (dx,):
-                    unmet.zero_()
+                dx.zero_()
                 continue
             bias, no_key = _bias(pieces, index, heads, acc)
+            assert bias is not None
             if no_key is not None:
                 g = g.masked_fill(_grouped(no_key, shape)[..., None], 0.0)
                 # At +inf their weights are 0; at 0 a steep bias would overflow.
@@ -207,14 +198,13 @@ class _Flash(torch.autograd.Function):
                 o,
                 log_sum.contiguous(),
                 0.0,
-                bool(pieces.causal),
-                attn_mask=None if bias is None else _grouped(bias, shape),
+                False,
+                attn_mask=_grouped(bias, shape),
                 scale=pieces.scale,
             )
             dx.copy_(parts[0])
             for target, part in ((dy, parts[1]), (dz, parts[2])):
-                part = part if heads == groups else part.sum(1)[None]
-                target.copy_(part) if once else target.add_(part)
+                target.add_(part if heads == groups else part.sum(1)[None])
         return None, *(g[..., :dim] for g in grads)
 
 

@@ -1,0 +1,129 @@
+"""ATen's CPU flash kernel over whole segments, where the mask is the kernel's own: all keys, or causal."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from flexjag.backends.batches import Batch, Range, list_batches
+from flexjag.layout import Layout
+
+
+@dataclass(frozen=True, eq=False)
+class Calls:
+    """How a batch is cut into calls of the kernel.
+
+    Attributes:
+        batches: The calls.
+        unmet_q: Packed queries without a key.
+        unmet_kv: Packed keys without a query.
+        causal: Whether the mask is causal; else it is full.
+        scale: Factor on ``q·k``.
+    """
+
+    batches: list[Batch]
+    unmet_q: list[Range]
+    unmet_kv: list[Range]
+    causal: bool
+    scale: float
+
+
+def list_calls(layout: Layout, causal: bool, scale: float) -> Calls:
+    """Cut a batch into calls. Reads the offsets on the host."""
+    q = layout.q_offsets.tolist()
+    kv = q if layout.is_self else layout.kv_offsets.tolist()
+    batches, unmet_q, unmet_kv = list_batches(q, kv, pad_keys=causal and layout.is_self)
+    spare = [(q[-1], layout.num_q)], [(kv[-1], layout.num_kv)]
+    return Calls(batches, unmet_q + spare[0], unmet_kv + spare[1], causal, scale)
+
+
+def _groups(q: Tensor, k: Tensor) -> int | None:
+    """In how many groups the heads are split: G, or None if no key is shared, as nothing needs a copy then."""
+    return None if q.shape[1] == k.shape[1] else k.shape[1]
+
+
+def with_lse_gradient(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, grad_out: Tensor, grad_lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Inputs of the kernel's backward, such that it also carries the gradient of the log-sum-exp.
+
+    The kernel subtracts ``delta = sum(grad_out * out)`` from each score's gradient; d lse has to be added. One more
+    feature, 0 in q, k and v, 1 in grad_out and -grad_lse in out, makes delta do both.
+    """
+    q, k, v = (torch.nn.functional.pad(x, (0, 1)) for x in (q, k, v))
+    out = torch.cat([out, -grad_lse.to(out.dtype)[..., None]], 2)
+    return q, k, v, out, torch.nn.functional.pad(grad_out, (0, 1), value=1.0)
+
+
+def attend(calls: Calls, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """``[T_q, H, D]`` and the log-sum-exp ``[T_q, H]`` of packed ``q [T_q, H, D]``, k and v ``[T_kv, G, D]``."""
+    return _Whole.apply(calls, q, k, v)  # type: ignore[misc]
+
+
+class _Whole(torch.autograd.Function):
+    """:func:`attend`, forward and backward."""
+
+    @staticmethod
+    def forward(ctx: Any, calls: Calls, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        groups = _groups(q, k)
+        acc = torch.float64 if q.dtype == torch.float64 else torch.float32
+        out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=acc)
+        for start, end in calls.unmet_q:
+            out[start:end] = 0.0
+            lse[start:end] = -torch.inf
+        for batch in calls.batches:
+            x, y, z = (batch.take(t, is_query, groups) for t, is_query in ((q, True), (k, False), (v, False)))
+            part, log = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                x, *_shared(y, z, x), 0.0, calls.causal, attn_mask=None, scale=calls.scale
+            )
+            batch.put(out, part, True)
+            batch.put(lse, log, True)
+        ctx.calls = calls
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(q, k, v, out, lse)
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grad_outputs: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        calls: Calls = ctx.calls
+        grad_out, grad_lse = grad_outputs
+        q, k, v, out, lse = ctx.saved_tensors
+        groups, dim = _groups(q, k), q.shape[2]
+        grad_out = torch.zeros_like(out) if grad_out is None else grad_out.contiguous()
+        if grad_lse is not None:
+            # What flows back into rows without keys may be NaN, as 0 · -inf; they are in no call but for this.
+            q, k, v, out, grad_out = with_lse_gradient(q, k, v, out, grad_out, grad_lse)
+        grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        for target, unmet in zip(grads, (calls.unmet_q, calls.unmet_kv, calls.unmet_kv), strict=True):
+            for start, end in unmet:
+                target[start:end] = 0.0
+        for batch in calls.batches:
+            x, o, log = (batch.take(t, True, groups) for t in (q, out, lse[..., None]))
+            y, z = (batch.take(t, False, groups) for t in (k, v))
+            parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                batch.take_gradient(grad_out, groups),
+                x,
+                *_shared(y, z, x),
+                o,
+                log[..., 0].contiguous(),
+                0.0,
+                calls.causal,
+                attn_mask=None,
+                scale=calls.scale,
+            )
+            for target, part, is_query in zip(grads, parts, (True, False, False), strict=True):
+                batch.put(target, part if is_query or groups is None else part.sum(1), is_query)
+        return None, *(g[..., :dim] for g in grads)
+
+
+def _shared(y: Tensor, z: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values with the queries' number of heads, a group's head seen as many times as it is shared."""
+    heads = x.shape[1]
+    return y.expand(-1, heads, -1, -1), z.expand(-1, heads, -1, -1)
