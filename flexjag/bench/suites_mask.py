@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
+from flexjag.bench.lengths import document_lengths
 from flexjag.bench.measure import Results, ratio
 from flexjag.bench.registry import Arm, Case, CaseResult, Figure, Options, suite
 from flexjag.jagged import Jagged
@@ -41,16 +42,8 @@ QUICK_SIZES = Sizes((1_024, 2_048), (2_560, 5_120, 10_240))
 
 
 def lognormal_lengths(tokens: int, seed: int) -> Tensor:
-    """Log-normal lengths of mean about 400, at least 1, seeded, the last one cut so that they sum to `tokens`."""
-    generator = torch.Generator().manual_seed(seed)
-    draws = torch.empty(max(16, 4 * tokens // int(MEAN)))
-    location = torch.tensor(MEAN).log().item() - SIGMA**2 / 2
-    lengths = draws.log_normal_(location, SIGMA, generator=generator).long().clamp(min=1)
-    ends = lengths.cumsum(0)
-    count = int((ends < tokens).sum()) + 1
-    lengths = lengths[:count].clone()
-    lengths[-1] -= int(ends[count - 1]) - tokens
-    return lengths
+    """The batch of this suite, as a tensor."""
+    return torch.tensor(document_lengths(tokens, seed, MEAN, SIGMA))
 
 
 def causal_tiles(lengths: Tensor) -> Tensor:
