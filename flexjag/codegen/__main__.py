@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
+from flexjag.codegen.own_tables import LISTINGS, build_section, put_section
 from flexjag.codegen.tables import build
 
 
 def main(arguments: list[str]) -> int:
-    """Write the page to the path that is given."""
-    if len(arguments) != 1:
-        print("usage: python -m flexjag.codegen PATH", file=sys.stderr)
-        return 2
-    page = build(lambda line: print(line, file=sys.stderr, flush=True))
-    Path(arguments[0]).write_text(page, encoding="utf-8")
+    """Write the page to the path that is given, or only one of its sections on our own kernels."""
+    parser = argparse.ArgumentParser("python -m flexjag.codegen", description="Write the page of kernels.")
+    parser.add_argument("path", type=Path, metavar="PAGE.md")
+    parser.add_argument("--own", choices=LISTINGS, help="only this section on our own kernels; the rest stays")
+    args = parser.parse_args(arguments)
+
+    def progress(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    page = args.path.read_text(encoding="utf-8") if args.own else build(progress)
+    for name in [args.own] if args.own else LISTINGS:
+        page = put_section(page, name, build_section(name, progress))
+    args.path.write_text(page, encoding="utf-8")
     return 0
 
 

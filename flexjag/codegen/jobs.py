@@ -36,29 +36,39 @@ def call_function(module: str, function: str, *args: Any) -> Any:
 
 
 def assemble_ops(
-    target: Target, features: Sequence[int], dtypes: Sequence[torch.dtype], names: Sequence[str] | None = None
+    target: Target,
+    features: Sequence[int],
+    dtypes: Sequence[torch.dtype],
+    names: Sequence[str] | None = None,
+    listing: str = "flexjag.ops.kernels",
 ) -> list[Usage]:
-    """What the ragged ops' own kernels take of a target, each code once; the phase says op, features and dtype.
+    """What our own kernels take of a target, each code once; the phase says op, features and dtype.
 
     Args:
         target: The GPU.
         features: Values of D to make them for.
         dtypes: Of the values.
         names: Of the kernels wanted. Default: all.
+        listing: The module whose ``list_kernels`` lists them. Default: those of the ragged ops.
     """
     from flexjag.codegen.assemble import assemble
     from flexjag.codegen.measure import read_usage
-    from flexjag.ops.kernels import list_kernels
 
     warnings.filterwarnings("ignore")
+    list_kernels = importlib.import_module(listing).list_kernels
     made: dict[object, Usage] = {}
     for d in features:
         for dtype in dtypes:
             for case in list_kernels(d, dtype):
                 if case.key not in made and (names is None or case.fn.__name__ in names):
                     one = assemble(case.fn, target, case.signature, case.constants, case.options, case.attributes)
-                    made[case.key] = read_usage(one, target, f"{case.op}, D {d}, {str(dtype).removeprefix('torch.')}")
+                    made[case.key] = read_usage(one, target, phase_of_case(case.op, d, dtype))
     return list(made.values())
+
+
+def phase_of_case(op: str, features: int, dtype: torch.dtype) -> str:
+    """What one of our own kernels was made for: the op and its example, D and the dtype."""
+    return f"{op}, D {features}, {str(dtype).removeprefix('torch.')}"
 
 
 _settled: list[Target] = []

@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import cloudpickle
 import torch
 from torch import Tensor
 
@@ -66,30 +65,8 @@ class Payload:
         return hashlib.sha256(self.structure + repr(self.metas).encode()).hexdigest()
 
 
-class _Pickler(cloudpickle.Pickler):
-    """Takes tensors out, and rounds a plan's tables up as a GPU's kernels want them."""
-
-    def __init__(self, file: io.BytesIO) -> None:
-        super().__init__(file)
-        self.index: dict[int, int] = {}
-        self.tensors: list[Tensor] = []
-        self.rounded: dict[int, Plan] = {}  # also keeps the new tables alive while their ids are keys
-
-    def persistent_id(self, obj: Any) -> int | None:
-        if not isinstance(obj, Tensor):
-            return None
-        if id(obj) not in self.index:
-            self.index[id(obj)] = len(self.tensors)
-            self.tensors.append(obj)
-        return self.index[id(obj)]
-
-    def reducer_override(self, obj: Any) -> Any:
-        if isinstance(obj, Plan) and not obj.tables.rounded:
-            return _same, (self.rounded.setdefault(id(obj), for_gpu(obj)),)
-        return super().reducer_override(obj)
-
-
-def _same(x: Any) -> Any:
+def same(x: Any) -> Any:
+    """What it is given: how a pickle names an object that it holds."""
     return x
 
 
@@ -139,8 +116,10 @@ def pack(obj: Any) -> Payload:
     Raises:
         CodegenError: If something in it cannot be sent to another process.
     """
+    from flexjag.codegen.pickler import Pickler
+
     file = io.BytesIO()
-    pickler = _Pickler(file)
+    pickler = Pickler(file)
     try:
         pickler.dump(obj)
     except (pickle.PicklingError, TypeError, AttributeError, RecursionError) as reason:

@@ -1,0 +1,37 @@
+"""The pickler behind :func:`flexjag.codegen.payload.pack`: apart, because cloudpickle is needed only to compile."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import cloudpickle
+from torch import Tensor
+
+from flexjag.codegen.payload import for_gpu, same
+from flexjag.plan import Plan
+
+
+class Pickler(cloudpickle.Pickler):
+    """Takes tensors out, and rounds a plan's tables up as a GPU's kernels want them."""
+
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file)
+        self.index: dict[int, int] = {}
+        self.tensors: list[Tensor] = []
+        self.rounded: dict[int, Plan] = {}  # also keeps the new tables alive while their ids are keys
+
+    def persistent_id(self, obj: Any) -> int | None:
+        """The number of a tensor, which travels apart; None for anything else."""
+        if not isinstance(obj, Tensor):
+            return None
+        if id(obj) not in self.index:
+            self.index[id(obj)] = len(self.tensors)
+            self.tensors.append(obj)
+        return self.index[id(obj)]
+
+    def reducer_override(self, obj: Any) -> Any:
+        """A plan is sent as it would be if it had been made on a GPU."""
+        if isinstance(obj, Plan) and not obj.tables.rounded:
+            return same, (self.rounded.setdefault(id(obj), for_gpu(obj)),)
+        return super().reducer_override(obj)
