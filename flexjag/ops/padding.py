@@ -77,13 +77,18 @@ def pad(values: Tensor, offsets: Tensor, max_length: int | None, fill: float) ->
     if is_short(lengths, values.device) and max(lengths) <= size:
         out.fill_(fill).index_copy_(0, padded_index(offsets, size, values.shape[0]), values)
         return out.view(len(lengths), size, *values.shape[1:])
-    kept = [min(n, size) for n in lengths]
-    if kept and out.numel():
+    if out.numel():
+        kept = [min(n, size) for n in lengths]
         rows = out.split([part for n in kept for part in (n, size - n)])
-        kept_rows = [row[:n] for row, n in zip(cut(values, lengths), kept, strict=True)]
-        torch.ops.aten._foreach_copy_(list(rows[0::2]), kept_rows)
-        for row in rows[1::2]:
-            row.fill_(fill)
+        given = list(cut(values, lengths))
+        if max(lengths) > size:
+            given = [row[:size] for row in given]
+        torch.ops.aten._foreach_copy_(list(rows[0::2]), given)
+        if fill == 0:
+            torch.ops.aten._foreach_zero_(list(rows[1::2]))
+        else:
+            for row in rows[1::2]:
+                row.fill_(fill)
     return out.view(len(lengths), size, *values.shape[1:])
 
 
@@ -104,12 +109,10 @@ def unpad(dense: Tensor, offsets: Tensor, total: int | None, allow_longer: bool)
     out = dense.new_empty((sum(lengths), *dense.shape[2:]))
     if is_short(lengths, dense.device) and longest <= size:
         return torch.index_select(dense.flatten(0, 1), 0, padded_index(offsets, size, sum(lengths)), out=out)
-    missing = dense.new_zeros((max(longest - size, 0), *dense.shape[2:]))
-    rows = [
-        part
-        for row, n in zip(dense.unbind(0), lengths, strict=True)
-        for part in ((row[:n],) if n <= size else (row, missing[: n - size]))
-    ]
+    rows = [row[:n] for row, n in zip(dense.unbind(0), lengths, strict=True)]
+    if longest > size:
+        missing = dense.new_zeros((longest - size, *dense.shape[2:]))
+        rows = [part for row, n in zip(rows, lengths, strict=True) for part in (row, missing[: max(n - size, 0)])]
     return torch.cat(rows, out=out) if rows else out
 
 
