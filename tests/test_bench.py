@@ -14,7 +14,7 @@ from flexjag.bench import environment, main, peak
 from flexjag.bench.measure import Results, disagreement, peak_in_subprocess, run_case, run_suite
 from flexjag.bench.registry import Arm, ArmResult, BenchError, Case, CaseResult, Figure, Options, find, load
 from flexjag.bench.report import arm_rows, figure_rows, to_markdown
-from flexjag.bench.suites_attention import QUICK_SIZES, Batch
+from flexjag.bench.attention_arms import Batch
 from flexjag.bench.suites_compile import EDGES, Counter, batch_lengths
 from flexjag.bench.suites_mask import causal_tiles, lognormal_lengths
 
@@ -175,8 +175,8 @@ def test_disagreement_tells_rounding_from_errors():
 
 
 def test_attention_check_rejects_a_leak_between_segments():
-    batch = Batch(QUICK_SIZES, windowed=False, backward=False, options=QUICK)
-    q, k, v = (x.transpose(0, 1)[None] for x in (batch.q, batch.k, batch.v))
+    batch = Batch("causal", [20, 1, 40], 2, 16)
+    q, k, v = (x.transpose(0, 1)[None] for x in batch.leaves)
     leaking = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)[0].transpose(0, 1)
     assert all("output is off by" in str(arm.check((leaking,))) for arm in batch.arms())
 
@@ -285,7 +285,7 @@ def test_command_line_writes_json_and_a_page(tmp_path, capsys):
     assert main(["report", str(path), "--write", str(page)]) == 0
     assert "create_block_mask, eager" in page.read_text()
     assert "**A quick run" in page.read_text()
-    assert main(["report", str(path)]) == 0
+    assert main(["report", str(path), "--print"]) == 0
     assert "flexjag plan" in capsys.readouterr().out
 
 

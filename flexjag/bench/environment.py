@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from flexjag.bench import nvml
+
 
 def describe(device: str) -> dict[str, Any]:
     """Device, versions, threads, commit and date of a run on `device` (``"cpu"`` or ``"cuda"``)."""
@@ -33,13 +35,15 @@ def describe(device: str) -> dict[str, Any]:
     if device == "cuda":
         facts["capability"] = ".".join(map(str, torch.cuda.get_device_capability()))
         facts["cuda"] = torch.version.cuda or torch.version.hip
+        facts["driver"] = nvml.driver_version()
+        facts["device_memory_bytes"] = torch.cuda.get_device_properties().total_memory
     return facts
 
 
 def free_memory(device: str) -> int | None:
     """Bytes that can still be allocated on `device`; None if the system does not say."""
-    if device == "cuda":
-        return torch.cuda.mem_get_info()[0]
+    if device == "cuda":  # what torch has taken from the driver and does not use is free to it
+        return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     known = [x for x in (_meminfo("MemAvailable"), _cgroup_free()) if x is not None]
     return min(known) if known else None
 

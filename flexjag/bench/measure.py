@@ -11,7 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,27 +25,43 @@ from flexjag.bench.registry import Arm, ArmResult, Case, CaseResult, Options, Su
 RESULTS = ("output", "dq", "dk", "dv")
 FREE_SHARE = 0.6
 LEAST_SAMPLES = 3
-SLOW_FIRST_CALL = 2.0  # seconds; such an arm's check was warm-up enough
+SLOW_FIRST_CALL = 2.0  # seconds; on a CPU, such an arm's check was warm-up enough
 
 
 def run_suite(suite: Suite, options: Options, tell: Tell) -> list[CaseResult]:
-    """Measure every case of a suite.
+    """Measure every case of a suite; with a budget, as much of it as fits.
 
     Args:
         suite: Which.
         options: How.
         tell: Called with what is being measured now.
     """
-    results = []
-    for case in suite.cases(options):
-        facts = dict(case.facts)
-        if isinstance(case, Trial):
+    return list(iterate(suite, options, tell))
+
+
+def iterate(suite: Suite, options: Options, tell: Tell) -> Iterator[CaseResult]:
+    """What :func:`run_suite` returns, case by case as they are done.
+
+    Each case gets an equal share of what is left of the budget, so that a slow one cannot starve the others.
+    """
+    deadline = None if options.budget is None else time.monotonic() + options.budget
+    options = replace(options, deadline=deadline)
+    cases = list(suite.cases(options))
+    for i, case in enumerate(cases):
+        left = None if deadline is None else (deadline - time.monotonic()) / (len(cases) - i)
+        cut, arms = None, []
+        if left is not None and left <= 0:
+            cut = "not begun"
+        elif isinstance(case, Trial):
             arms = case.run(lambda text, name=case.name: tell(f"{suite.name}: {name}: {text}"))
+            cut = "ended early" if options.over else None
         else:
-            arms = run_case(suite.name, case, options, tell)
-        results.append(CaseResult(case.name, facts, arms))
+            share = options if left is None else replace(options, deadline=time.monotonic() + left)
+            arms = run_case(suite.name, case, share, tell)
+            cut = "ended early" if share.over else None
+        reason = None if cut is None else f"{cut}: the suite's {options.budget:.0f} s were used up"
+        yield CaseResult(case.name, dict(case.facts), arms, reason)
         gc.collect()
-    return results
 
 
 @dataclass(eq=False)
@@ -59,7 +75,7 @@ class _Live:
 
     def done(self, options: Options) -> bool:
         enough = min(LEAST_SAMPLES, options.rounds)
-        slow = sum(self.seconds) > options.seconds_per_arm
+        slow = self.arm.steps * sum(self.seconds) > options.seconds_per_arm or options.over
         return len(self.seconds) >= options.rounds or (slow and len(self.seconds) >= enough)
 
 
@@ -73,6 +89,9 @@ def run_case(suite: str, case: Case, options: Options, tell: Tell) -> list[ArmRe
     live: list[_Live] = []
     arms = list(case.arms())
     for arm in arms:
+        if options.over:
+            results[arm.name] = ArmResult(arm.name, "skipped", "the time for this case was used up before it")
+            continue
         tell(f"{suite}: {case.name}: checking {arm.name}")
         outcome = _admit(arm, options)
         if isinstance(outcome, _Live):
@@ -86,16 +105,18 @@ def run_case(suite: str, case: Case, options: Options, tell: Tell) -> list[ArmRe
         for x in running:
             tell(f"{suite}: {case.name}: timing {x.arm.name}, sample {len(x.seconds) + 1}")
             try:
-                x.seconds.append(_timed(x.call, options.device)[0])
+                x.seconds.append(_timed(x.call, options.device)[0] / x.arm.steps)
             except Exception as e:  # such as memory that somebody else took meanwhile
                 results[x.arm.name] = ArmResult(x.arm.name, "failed", describe_error(e))
                 live.remove(x)
     for x in live:
-        results[x.arm.name] = ArmResult(x.arm.name, "ok", seconds=x.seconds, first_seconds=x.first_seconds)
+        rate = {"tokens_per_second": x.arm.tokens / median(x.seconds)} if x.arm.tokens else {}
+        results[x.arm.name] = ArmResult(x.arm.name, "ok", seconds=x.seconds, first_seconds=x.first_seconds, extra=rate)
     live.clear()
     if options.memory:
         for arm in arms:
-            if results[arm.name].status == "ok" and arm.memory:
+            late = options.over and options.device == "cpu"  # where it takes a process
+            if results[arm.name].status == "ok" and arm.memory and not late:
                 tell(f"{suite}: {case.name}: memory of {arm.name}")
                 results[arm.name] = _with_memory(results[arm.name], suite, case, arm, options)
     return [results[arm.name] for arm in arms]
@@ -116,7 +137,7 @@ def _admit(arm: Arm, options: Options) -> _Live | ArmResult:
         if wrong is not None:
             return ArmResult(arm.name, "wrong", wrong)
         del result
-        if seconds < SLOW_FIRST_CALL:
+        if seconds < SLOW_FIRST_CALL or options.device == "cuda":  # there it compiled
             call()
     except Exception as e:  # other people's code: whatever it throws is its result
         return ArmResult(arm.name, "failed", describe_error(e))
@@ -139,19 +160,25 @@ def _timed(call: Callable[[], Any], device: str) -> tuple[float, Any]:
 
 
 def _with_memory(result: ArmResult, suite: str, case: Case, arm: Arm, options: Options) -> ArmResult:
-    if options.device == "cuda":
-        gc.collect()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        arm.make()()
-        torch.cuda.synchronize()
-        peak = torch.cuda.max_memory_allocated() - before
-        return replace(result, memory_bytes=peak, memory_method="CUDA allocator peak")
     try:
-        found = peak_in_subprocess(suite, case.name, arm.name, options)
-    except RuntimeError as e:
-        return replace(result, extra={**result.extra, "memory_failed": str(e)})
-    return replace(result, memory_bytes=found["bytes"], memory_method=found["method"])
+        if options.device == "cuda":
+            peak, method = _cuda_peak(arm), "CUDA allocator peak"
+        else:
+            found = peak_in_subprocess(suite, case.name, arm.name, options)
+            peak, method = found["bytes"], found["method"]
+    except RuntimeError as e:  # also CUDA's for no memory
+        return replace(result, extra={**result.extra, "memory_failed": describe_error(e)})
+    return replace(result, memory_bytes=peak, memory_method=method)
+
+
+def _cuda_peak(arm: Arm) -> int:
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    arm.make()()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def peak_in_subprocess(suite: str, case: str, arm: str, options: Options) -> dict[str, Any]:

@@ -7,13 +7,23 @@ themselves with :func:`suite` when their module is imported; :func:`load` import
 from __future__ import annotations
 
 import importlib
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from flexjag.errors import FlexjagError
 
-MODULES = ("suites_mask", "suites_attention", "suites_compile")
+MODULES = (
+    "suites_mask",
+    "suites_attention",
+    "suites_ops",
+    "suites_normalizers",
+    "suites_compile",
+    "suites_train",
+    "suites_energy",
+    "suites_paper",
+)
 
 Tell = Callable[[str], None]
 """Called with a line that says what is being measured now."""
@@ -34,6 +44,8 @@ class Options:
         seconds_per_arm: An arm that has used this much time is timed no more, once it has three samples.
         memory: Whether peak memory is measured.
         seed: What lengths and values are drawn from.
+        budget: Seconds that a suite may take; None for as long as it needs.
+        deadline: When that budget is used up, by ``time.monotonic()``; set where a suite or a case begins.
     """
 
     quick: bool = False
@@ -42,6 +54,13 @@ class Options:
     seconds_per_arm: float = 30.0
     memory: bool = True
     seed: int = 0
+    budget: float | None = None
+    deadline: float | None = None
+
+    @property
+    def over(self) -> bool:
+        """Whether the budget is used up."""
+        return self.deadline is not None and time.monotonic() >= self.deadline
 
 
 @dataclass(frozen=True)
@@ -55,6 +74,8 @@ class Arm:
         needs: A bound from experience on the bytes it takes; over 60 % of free memory it is skipped.
         absent: Why it cannot run here at all, or None.
         memory: Whether to measure its peak memory; False where another arm's figure says the same.
+        steps: How many equal steps one call is. Samples are the time of one step.
+        tokens: Tokens of a step, where a rate in tokens per second means something; else 0.
     """
 
     name: str
@@ -63,6 +84,8 @@ class Arm:
     needs: int = 0
     absent: str | None = None
     memory: bool = True
+    steps: int = 1
+    tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -124,11 +147,19 @@ class ArmResult:
 
 @dataclass(frozen=True)
 class CaseResult:
-    """What came of one case."""
+    """What came of one case.
+
+    Attributes:
+        name: The case's.
+        facts: The case's.
+        arms: The results of its arms.
+        cut: Why there are fewer arms or samples than there should be, or None.
+    """
 
     name: str
     facts: dict[str, Any]
     arms: list[ArmResult]
+    cut: str | None = None
 
 
 @dataclass(frozen=True)
@@ -138,7 +169,7 @@ class Figure:
     Attributes:
         text: What it is.
         value: None if an arm it needs has no samples.
-        unit: ``"x"``, ``"s"``, ``"MB"`` or ``"graphs"``.
+        unit: ``"x"``, ``"s"``, ``"MB"``, ``"graphs"`` or another, written behind the number.
         limit: The acceptance limit, ``"<= 1.1"`` or ``">= 6"``, or None where nothing was promised.
     """
 

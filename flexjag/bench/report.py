@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from flexjag.bench.measure import median, quartiles
 
-COMMAND = "python -m flexjag.bench"
+PROGRAM = "python -m flexjag"
 ARM_COLUMNS = ("arm", "median", "quartiles", "samples", "first call", "peak memory", "remarks")
 WIDTH = 140  # where there is no terminal to ask
 FIGURE_COLUMNS = ("figure", "value", "limit", "met")
@@ -78,7 +80,9 @@ def _arm_row(arm: dict[str, Any]) -> Row:
 def _extra(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{v} {k}" for k, v in value.items())
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return str(value)
 
 
 def _facts(facts: dict[str, Any]) -> str:
@@ -96,9 +100,13 @@ def _used(columns: Row, rows: list[Row]) -> list[int]:
 
 
 def print_results(results: dict[str, Any]) -> None:
-    """Print one results file's tables."""
-    from rich.console import Console
-    from rich.table import Table
+    """Print one results file's tables; as Markdown where rich is not installed."""
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        print("\n".join(_one_run(results, {})))
+        return
 
     console = Console()
     if not console.is_terminal:
@@ -118,52 +126,118 @@ def print_results(results: dict[str, Any]) -> None:
     if results["quick"]:
         console.print("A quick run: it shows that the suites work, not how fast anything is.")
     for suite in results["suites"]:
+        if suite.get("cut"):
+            console.print(f"{suite['name']}: cut short: {suite['cut']}", highlight=False)
         for case in suite["cases"]:
-            show(f"{suite['name']}: {case['name']} ({_facts(case['facts'])})", ARM_COLUMNS, arm_rows(case))
+            facts = f"({_facts(case['facts'])}) {case.get('cut') or ''}"
+            show(f"{suite['name']}: {case['name']} {facts}", ARM_COLUMNS, arm_rows(case))
         if suite["figures"]:
             show(f"{suite['name']}: figures", FIGURE_COLUMNS, figure_rows(suite))
+    for line in _besides(results):
+        console.print(line, highlight=False, markup=False)
 
 
 PREAMBLE = f"""\
 # Performance
 
-This page is made by `{COMMAND} report RESULTS.json… --write PAGE.md` from the files that
-`{COMMAND} --out DIR` writes. Do not edit it.
+This page and its pictures are made by `flexjag bench report docs/results/*.json` from the files that `flexjag bench`
+writes. Do not edit it. `--write PAGE.md` puts them elsewhere, `--print` prints the tables.
+
+How to measure (`flexjag` is `{PROGRAM}` where it is not installed):
+
+```sh
+flexjag bench --out docs/results                  # every suite, on the GPU if there is one, else on the CPU
+flexjag bench attention train --out docs/results  # some of them; --quick to see that they work
+flexjag bench gpu --out docs/results              # a machine with a GPU: its tests and all suites, in nine minutes
+```
+
+The last needs nothing installed but torch, triton, numpy, pytest and hypothesis, runs every suite in a process and a
+share of the time of its own, writes its results after each, and says what it had to leave out.
 
 How it is measured: all arms of a case run in one process on the same inputs. Every arm is checked before it is timed;
 one that is wrong is listed as wrong and has no time. Each round then runs every arm once, in a shuffled order. Times
-are medians of the samples. The first call is listed apart, because it also loads code. Peak memory is what an arm takes
-above its inputs, with the plan or the padding mask that it makes once per batch: on a CPU the peak resident memory of a
-fresh process that runs this arm alone, on CUDA the allocator's peak. A plan and a padding mask are made before the
-clock starts, except where the arm's name says otherwise. The compile suite runs each batch once, compiled and eager in
-turn, and checks the results at the end.
+are medians of the samples. The first call is listed apart, because it also loads code and compiles. Peak memory is what
+an arm takes above its inputs, with the plan or the padding mask that it makes once per batch: on a CPU the peak
+resident memory of a fresh process that runs this arm alone, on CUDA the allocator's peak. A plan and a padding mask are
+made before the clock starts, except where the arm's name or the suite says otherwise. The compile suite runs each batch
+once, compiled and eager in turn, and checks the results at the end. In the suite train a sample is one optimizer step,
+the mean of ten; the first call is all ten. Energy is what the device's own counter says (NVML's total energy of a GPU,
+RAPL's of a CPU's packages) over at least ten seconds of repeated calls; where there is no counter there is no figure.
 """
 
 
-def to_markdown(results: list[dict[str, Any]]) -> str:
-    """The page ``docs/performance.md`` from results files, in the order given."""
+@dataclass(frozen=True)
+class Picture:
+    """A picture on the page.
+
+    Attributes:
+        run: The number of its results file, from 0.
+        suite: The name of its suite there.
+        link: Its path as the page names it.
+        text: What it shows.
+    """
+
+    run: int
+    suite: str
+    link: str
+    text: str
+
+
+def to_markdown(results: Sequence[dict[str, Any]], pictures: Sequence[Picture] = ()) -> str:
+    """The page ``docs/performance.md`` from results files, in the order given.
+
+    Args:
+        results: Their contents.
+        pictures: What stands above the tables of the suites.
+    """
     lines = [PREAMBLE]
-    for one in results:
-        lines += _one_run(one)
+    for i, one in enumerate(results):
+        shown: dict[str, list[Picture]] = {}
+        for picture in pictures:
+            if picture.run == i:
+                shown.setdefault(picture.suite, []).append(picture)
+        lines += _one_run(one, shown)
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _one_run(results: dict[str, Any]) -> list[str]:
+def _one_run(results: dict[str, Any], pictures: Mapping[str, Sequence[Picture]]) -> list[str]:
     environment = results["environment"]
     lines = [f"## {environment['device_name'] or environment['cpu']}, {environment['date'][:10]}", ""]
     if results["quick"]:
         lines += ["**A quick run: it shows that the suites work, not how fast anything is.**", ""]
     lines += [_facts(environment) + ".", ""]
+    for line in _besides(results):
+        lines += [line, ""]
     for suite in results["suites"]:
         lines += [f"### {suite['name']}", "", suite["about"], ""]
+        if suite.get("cut"):
+            lines += [f"**Cut short**: {suite['cut']}", ""]
         if suite["figures"]:
             lines += _markdown_table(FIGURE_COLUMNS, figure_rows(suite))
+        for picture in pictures.get(suite["name"], ()):
+            lines += [f"![{picture.text.replace('|', '&#124;')}]({picture.link})", ""]
         for case in suite["cases"]:
-            lines += [
-                f"**{case['name']}** ({_facts(case['facts'])})",
-                "",
-                *_markdown_table(ARM_COLUMNS, arm_rows(case)),
-            ]
+            facts = _facts(case["facts"])
+            parts = [f"**{case['name']}**", f"({facts})" if facts else None, case.get("cut")]
+            lines += [" ".join(filter(None, parts)), ""]
+            if case["arms"]:
+                lines += _markdown_table(ARM_COLUMNS, arm_rows(case))
+    return lines
+
+
+def _besides(results: dict[str, Any]) -> list[str]:
+    """What a run of ``gpu`` says besides its suites, a line for each."""
+    lines = []
+    sync = results.get("sync")
+    if sync is not None:
+        told = {True: "passed", False: "failed", None: "not done"}[sync["passed"]]
+        lines.append(f"Planning and attention without waiting for the device: {told}. {sync['detail']}")
+    tests = results.get("tests")
+    if tests is not None:
+        counts = ", ".join(f"{n} {outcome}" for outcome, n in tests["counts"].items()) or "none"
+        cut = f" {tests['cut']}" if tests["cut"] else ""
+        lines.append(f"Tests that need a GPU: {counts}.{cut}")
+        lines += [f"- `{name}`: {reason}" for name, reason in tests["failures"].items()]
     return lines
 
 

@@ -1,215 +1,110 @@
-"""Attention over a jagged batch, beside a loop over segments and beside padding."""
+"""Attention over a jagged batch: masks, scores, distributions of lengths, beside loops, padding, PyTorch's own."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 from flexjag.attention import attention
-from flexjag.bench.measure import Results, disagreement, ratio
+from flexjag.bench import attention_arms as arms_of
+from flexjag.bench.attention_arms import AUTO, DENSE, LOOP, PADDED, SHARED, VARLEN, WITH_PLAN, Batch
+from flexjag.bench.attention_kinds import KINDS
+from flexjag.bench.lengths import constant_lengths, document_lengths, lognormal_lengths, meta_lengths
+from flexjag.bench.measure import Results, ratio
+from flexjag.bench.padded import Expected, Tensors, with_gradients
 from flexjag.bench.registry import Arm, Case, CaseResult, Figure, Options, suite
 from flexjag.jagged import Jagged
-from flexjag.masks import Causal, Mask, Prefix, Window
+from flexjag.masks import Window
 from flexjag.plan import plan
-from flexjag.scores import Alibi
 
-LOCATION, SIGMA = 5.0, 0.9
-
-LOOP = "SDPA loop over segments"
-PADDED = "padded SDPA, mask per segment"
-SHARED = "padded SDPA, one mask for all"
-SOFTMAX = "padded dense softmax"
-AUTO = "flexjag auto"
-WITH_PLAN = ", planning included"
-
-Tensors = tuple[Tensor, ...]
+SPARSITIES = (0.1, 0.5, 0.95)
+LOGNORMAL, DOCUMENTS, CONSTANT = "log-normal", "documents", "constant"
+GEMM = "large product"
+WINDOW = 256  # of the cases that grow
+CHECKED = 4096  # tokens of those that are checked: a causal window's first rows do not know how many follow
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Segments S, cap on a segment's length, heads H, head dim D."""
+    """Segments S, cap N on a segment's length, heads H, head dims D, tokens of the cases that grow, side of a GEMM."""
 
     segments: int
     longest: int
     heads: int
-    dim: int
+    dims: tuple[int, ...]
+    tokens: tuple[int, ...]
+    gemm: int
 
 
-FULL_SIZES = Sizes(32, 1024, 4, 64)
-QUICK_SIZES = Sizes(6, 96, 2, 16)
+QUICK_SIZES = Sizes(6, 96, 2, (16,), (512, 1024, 2048), 64)
+SIZES = {
+    "cpu": Sizes(32, 1024, 4, (64,), (8192, 32768, 131072), 2048),
+    "cuda": Sizes(16, 4096, 8, (64, 128), (8192, 32768, 131072), 8192),
+}
 
 
-def lognormal_lengths(sizes: Sizes, seed: int) -> list[int]:
-    """Log-normal(5, 0.9) lengths between 1 and the cap, seeded."""
-    generator = torch.Generator().manual_seed(seed)
-    draws = torch.empty(sizes.segments).log_normal_(LOCATION, SIGMA, generator=generator)
-    return draws.long().clamp(1, sizes.longest).tolist()
+def _sizes(options: Options) -> Sizes:
+    return QUICK_SIZES if options.quick else SIZES[options.device]
 
 
-class Batch:
-    """One batch, and the arms over it. What an arm needs beyond q, k and v is made by the arm.
+def _dtype(options: Options) -> torch.dtype:
+    return torch.bfloat16 if options.device == "cuda" else torch.float32
 
-    Args:
-        sizes: How large.
-        windowed: Whether the mask is ``Window(128, 0) | Prefix(4)`` with ALiBi; otherwise it is causal.
-        backward: Whether gradients are computed too.
-        options: Device and seed.
-    """
 
-    def __init__(self, sizes: Sizes, windowed: bool, backward: bool, options: Options) -> None:
-        self.lengths = lognormal_lengths(sizes, options.seed)
-        self.windowed, self.backward, self.device = windowed, backward, options.device
-        self.tokens, self.longest = sum(self.lengths), max(self.lengths)
-        generator = torch.Generator().manual_seed(options.seed)
-        shape = (self.tokens, sizes.heads, sizes.dim)
-        self.q, self.k, self.v, self.grad = (torch.randn(shape, generator=generator).to(self.device) for _ in range(4))
-        self.mask: Mask = Window(128, 0) | Prefix(4) if windowed else Causal()
-        self.score = Alibi.from_heads(sizes.heads, self.device) if windowed else None
-        self.heads, self.dim = sizes.heads, sizes.dim
-        if backward:
-            for x in (self.q, self.k, self.v):
-                x.requires_grad_()
+def _lengths(name: str, sizes: Sizes, seed: int) -> list[int]:
+    if name == LOGNORMAL:
+        return lognormal_lengths(sizes.segments, sizes.longest, seed)
+    if name == DOCUMENTS:
+        return document_lengths(sizes.segments * sizes.longest // 4, seed)
+    if name == CONSTANT:
+        return constant_lengths(sizes.segments, sizes.longest // 4)
+    lengths = meta_lengths(sizes.segments, sizes.longest // 2, float(name.removeprefix("sparsity ")), seed)
+    return lengths if any(lengths) else [1, *lengths[1:]]
 
-    def arms(self) -> list[Arm]:
-        """All arms of this case."""
-        matrix = 4 * self.heads * len(self.lengths) * self.longest**2  # bytes of one padded score matrix
-        arms = [] if self.windowed else [self._arm(LOOP, self._loop)]
-        arms += [
-            self._arm(PADDED, partial(self._padded, shared=False), 3 * matrix),
-            self._arm(SHARED, partial(self._padded, shared=True), 2 * matrix),
-            self._arm(SOFTMAX, self._softmax, 8 * matrix),
-        ]
-        for backend in ("auto", "tiled", "segments"):
-            arms.append(self._arm(f"flexjag {backend}", partial(self._flexjag, backend, ready=True)))
-            planned = self._arm(
-                f"flexjag {backend}{WITH_PLAN}", partial(self._flexjag, backend, ready=False), memory=False
-            )
-            arms.append(planned)
-        return arms
 
-    def _arm(self, name: str, forward: Callable[[], Callable[[], Tensor]], needs: int = 0, memory: bool = True) -> Arm:
-        def make() -> Callable[[], Tensors]:
-            return self._whole(forward())
+def _product(sizes: Sizes, options: Options) -> Sequence[Arm]:
+    """What the processor reaches in a matrix product, to hold the rates of attention against."""
+    generator = torch.Generator().manual_seed(options.seed)
+    a, b = (torch.randn(sizes.gemm, sizes.gemm, generator=generator) for _ in range(2))
+    a, b = (x.to(options.device, _dtype(options)) for x in (a, b))
+    expected = Expected(lambda dtype: (a.to(dtype) @ b.to(dtype),), a.dtype, terms=sizes.gemm)
+    return [Arm("torch.mm", lambda: lambda: (a @ b,), expected.check, memory=False)]
 
-        return Arm(name, make, self._check, needs, memory=memory)
 
-    def _whole(self, forward: Callable[[], Tensor]) -> Callable[[], Tensors]:
-        """The call to be timed: the output, and the gradients if they are wanted."""
+def _growing(tokens: int, sizes: Sizes, options: Options) -> Sequence[Arm]:
+    """One segment under a causal window, forward and backward."""
+    generator = torch.Generator().manual_seed(options.seed)
+    dim, checked = sizes.dims[0], min(tokens, CHECKED)
+    # Drawn in one go for the largest batch, so that the smaller ones are its beginning.
+    drawn = torch.randn(max(sizes.tokens), 4, 1, dim, generator=generator)[:tokens].to(options.device, _dtype(options))
+    leaves, grad = [x.contiguous().requires_grad_() for x in drawn[:, :3].unbind(1)], drawn[:, 3].contiguous()
+    mask = Window(WINDOW, 0)
 
-        def inference() -> Tensors:
-            with torch.no_grad():
-                return (forward(),)
+    def ours() -> Callable[[], Tensors]:
+        q, k, v = (Jagged.from_lengths(x, [tokens]) for x in leaves)
+        made = plan(q, mask=mask)
+        return with_gradients(
+            lambda: _values(attention(q, q.with_values(k.values), q.with_values(v.values), plan=made)), leaves, grad
+        )
 
-        def training() -> Tensors:
-            out = forward()
-            return (out.detach(), *torch.autograd.grad(out, (self.q, self.k, self.v), self.grad))
+    def exact(dtype: torch.dtype) -> Tensors:
+        first = [x[:checked].detach().to(dtype).requires_grad_() for x in leaves]
+        q, k, v = (Jagged.from_lengths(x, [checked]) for x in first)
+        out = _values(attention(q, k, v, mask=mask, backend="reference"))
+        return known((out.detach(), *torch.autograd.grad(out, first, grad[:checked].to(dtype))))
 
-        return training if self.backward else inference
+    def known(results: Tensors) -> Tensors:
+        """What later rows have no part in."""
+        out, dq, dk, dv = results
+        return out[:checked], dq[:checked], dk[: checked - WINDOW], dv[: checked - WINDOW]
 
-    def _check(self, got: Any) -> str | None:
-        exact, rounded = self._expected
-        return disagreement(got, exact, rounded)
-
-    @cached_property
-    def _expected(self) -> tuple[Tensors, Tensors]:
-        """The reference's results in float64 and in the inputs' precision."""
-        found = []
-        for dtype in (torch.float64, self.q.dtype):
-            q, k, v = (x.detach().to(dtype).requires_grad_() for x in (self.q, self.k, self.v))
-            x, y, z = (Jagged.from_lengths(t, self.lengths) for t in (q, k, v))
-            out = _values(attention(x, y, z, mask=self.mask, score=self.score, backend="reference"))
-            grads = torch.autograd.grad(out, (q, k, v), self.grad.to(dtype)) if self.backward else ()
-            found.append((out.detach(), *grads))
-        return found[0], found[1]
-
-    def _flexjag(self, backend: str, ready: bool) -> Callable[[], Tensor]:
-        q = Jagged.from_lengths(self.q, self.lengths)
-        k, v = q.with_values(self.k), q.with_values(self.v)
-        if not ready:
-            return lambda: _values(attention(q, k, v, mask=self.mask, score=self.score, backend=backend))
-        made = plan(q, k, mask=self.mask, score=self.score)
-        return lambda: _values(attention(q, k, v, plan=made, backend=backend))
-
-    def _loop(self) -> Callable[[], Tensor]:
-        def one(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            x, y, z = (t.transpose(0, 1)[None] for t in (q, k, v))
-            return scaled_dot_product_attention(x, y, z, is_causal=True)[0].transpose(0, 1)
-
-        def forward() -> Tensor:
-            q, k, v = (x.split(self.lengths) for x in (self.q, self.k, self.v))
-            return torch.cat([one(*piece) for piece in zip(q, k, v, strict=True)])
-
-        return forward
-
-    def _pad(self, index: Tensor, x: Tensor) -> Tensor:
-        """[T, H, D] to [S, H, N, D]."""
-        count = len(self.lengths)
-        flat = x.new_zeros(count * self.longest, *x.shape[1:]).index_copy(0, index, x)
-        return flat.view(count, self.longest, *x.shape[1:]).transpose(1, 2)
-
-    def _padding_index(self) -> Tensor:
-        """``[T]``: where each packed token sits in the padded batch."""
-        rows = [torch.arange(n) + s * self.longest for s, n in enumerate(self.lengths)]
-        return torch.cat(rows).to(self.device)
-
-    def _allowed(self) -> Tensor:
-        """Boolean ``[1, 1, N, N]``: the mask by position. With fewer dimensions SDPA leaves its fast path."""
-        i = torch.arange(self.longest, device=self.device)[None, None, :, None]
-        j = i.transpose(2, 3)
-        return ((i - 128 <= j) & (j <= i)) | (j < 4) if self.windowed else j <= i
-
-    def _with_score(self, allowed: Tensor) -> Tensor:
-        """A boolean mask as SDPA takes it: as it is, or as a bias that also holds ALiBi."""
-        if self.score is None:
-            return allowed
-        i = torch.arange(self.longest, device=self.device)
-        bias = self.score.slopes[:, None, None] * (i - i[:, None])
-        return bias.masked_fill(~allowed, -torch.inf)
-
-    def _mask_per_segment(self) -> Tensor:
-        """Boolean or float ``[S, H or 1, N, N]``. Rows of padding attend key 0, so that they are not NaN."""
-        allowed = self._allowed()
-        each = torch.zeros(len(self.lengths), 1, *allowed.shape[2:], dtype=torch.bool, device=self.device)
-        for s, n in enumerate(self.lengths):
-            each[s, 0, :n, :n] = allowed[0, 0, :n, :n]
-            each[s, 0, n:, 0] = True
-        return self._with_score(each)
-
-    def _padded(self, shared: bool) -> Callable[[], Tensor]:
-        """Padded SDPA. A mask shared by all segments is right while real rows allow no key of the padding."""
-        index = self._padding_index()
-        options: dict[str, Any] = {"is_causal": True}
-        if not shared:
-            options = {"attn_mask": self._mask_per_segment()}
-        elif self.windowed:
-            options = {"attn_mask": self._with_score(self._allowed())}
-
-        def forward() -> Tensor:
-            q, k, v = (self._pad(index, x) for x in (self.q, self.k, self.v))
-            out = scaled_dot_product_attention(q, k, v, **options)
-            return out.transpose(1, 2).flatten(0, 1).index_select(0, index)
-
-        return forward
-
-    def _softmax(self) -> Callable[[], Tensor]:
-        """Padded attention as it is written down in a textbook."""
-        index, mask = self._padding_index(), self._mask_per_segment()
-        scale = self.dim**-0.5
-
-        def forward() -> Tensor:
-            q, k, v = (self._pad(index, x) for x in (self.q, self.k, self.v))
-            scores = q * scale @ k.transpose(2, 3)
-            scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-            out = torch.softmax(scores, 3) @ v
-            return out.transpose(1, 2).flatten(0, 1).index_select(0, index)
-
-        return forward
+    expected = Expected(exact, grad.dtype, terms=dim)
+    return [Arm(AUTO, ours, lambda got: expected.check(known(got)))]
 
 
 def _values(out: Jagged | tuple[Jagged, Jagged]) -> Tensor:
@@ -217,53 +112,140 @@ def _values(out: Jagged | tuple[Jagged, Jagged]) -> Tensor:
     return out.values
 
 
-def _name(windowed: bool, backward: bool) -> str:
-    mask = "window | prefix + ALiBi" if windowed else "causal"
-    return f"{mask}, forward{' + backward' if backward else ''}"
+def _name(kind: str, backward: bool, distribution: str, dim: int | None = None, half: bool = False) -> str:
+    text = f"{kind}, {'forward + backward' if backward else 'forward'}, {distribution}"
+    return text + ("" if dim is None else f", D {dim}") + (", bfloat16" if half else "")
+
+
+def _window_name(tokens: int) -> str:
+    return f"window of {WINDOW}, forward + backward, {tokens:,} tokens"
+
+
+def _cpu_figures(options: Options, found: Results, flops: dict[str, int], sizes: Sizes) -> list[Figure]:
+    figures = []
+    others = [LOOP, PADDED, SHARED, DENSE, arms_of.PADDED_FLEX, arms_of.GYM, arms_of.NESTED]
+    for distribution in (LOGNORMAL, "sparsity 0.5"):
+        case = _name("causal", False, distribution)
+        best = min((t for t in (found.seconds(case, arm) for arm in others) if t is not None), default=None)
+        text = f"{case}: time of the fastest other / {AUTO}"
+        figures.append(Figure(text, ratio(best, found.seconds(case, AUTO)), "x", ">= 0.95"))
+    limits = {False: {PADDED: ">= 8", LOOP: None}, True: {LOOP: ">= 1.25", PADDED: ">= 3"}}
+    for backward, wanted in limits.items():
+        case = _name("causal", backward, LOGNORMAL)
+        for arm in (AUTO, AUTO + WITH_PLAN):
+            for other, limit in wanted.items():
+                value = ratio(found.seconds(case, other), found.seconds(case, arm))
+                figures.append(Figure(f"{case}: time of {other} / {arm}", value, "x", limit))
+    case = _name("causal", True, LOGNORMAL)
+    share = ratio(found.memory(case, AUTO), found.memory(case, PADDED))
+    figures.append(Figure(f"{case}: memory of {AUTO} / {PADDED}", share, "x", "<= 0.3"))
+    for kind in KINDS:
+        case = _name(kind, True, LOGNORMAL)
+        value = ratio(found.seconds(case, PADDED), found.seconds(case, AUTO))
+        figures.append(Figure(f"{case}: time of {PADDED} / {AUTO}", value, "x"))
+    small, *_, large = sizes.tokens
+    grown = ratio(found.memory(_window_name(large), AUTO), found.memory(_window_name(small), AUTO))
+    text = f"window of {WINDOW}: memory per token at {large:,} / at {small:,} tokens"
+    figures.append(Figure(text, ratio(grown, large / small), "x", "<= 1.2"))
+    return figures + _rates(found, flops, sizes)
+
+
+def _cuda_figures(options: Options, found: Results, flops: dict[str, int], sizes: Sizes) -> list[Figure]:
+    figures = []
+    for dim in sizes.dims:
+        case = _name("causal", True, "sparsity 0.5", dim)
+        for other, time, memory in ((DENSE, ">= 9", ">= 22"), (SHARED, ">= 3", ">= 2.13")):  # 1 / (1 - 53 %)
+            value = ratio(found.seconds(case, other), found.seconds(case, AUTO))
+            figures.append(Figure(f"{case}: time of {other} / {AUTO}", value, "x", time))
+            value = ratio(found.memory(case, other), found.memory(case, AUTO))
+            figures.append(Figure(f"{case}: memory of {other} / {AUTO}", value, "x", memory))
+        for backward, limit in ((False, ">= 0.85"), (True, ">= 0.8")):
+            plain = _name("causal", backward, "sparsity 0.5", dim)
+            flex = ratio(found.seconds(plain, VARLEN), found.seconds(plain, AUTO))
+            figures.append(Figure(f"{plain}: speed of {AUTO} / {VARLEN}", flex, "x", ">= 0.95"))
+            theirs = ratio(flops.get(plain), found.seconds(plain, VARLEN))
+            for kind in KINDS:
+                case = _name(kind, backward, "sparsity 0.5", dim)
+                if case in flops and kind not in ("causal", "full"):
+                    ours = ratio(flops[case], found.seconds(case, AUTO))
+                    figures.append(
+                        Figure(f"{case}: FLOP rate of {AUTO} / of {VARLEN}, causal", ratio(ours, theirs), "x", limit)
+                    )
+    return figures + _rates(found, flops, sizes)
+
+
+def _rates(found: Results, flops: dict[str, int], sizes: Sizes) -> list[Figure]:
+    out = []
+    for case, count in flops.items():
+        rate = ratio(count, found.seconds(case, AUTO))
+        if rate is not None and case.startswith("causal, "):
+            out.append(Figure(f"{case}: useful rate of {AUTO}", rate / 1e9, "GFLOP/s"))
+    rate = ratio(2 * sizes.gemm**3, found.seconds(GEMM, "torch.mm"))
+    return [*out, Figure(f"{GEMM}: rate of torch.mm", None if rate is None else rate / 1e9, "GFLOP/s")]
 
 
 def _figures(options: Options, cases: list[CaseResult]) -> list[Figure]:
-    found = Results(cases)
-    limits = {
-        (False, False): (("<= 1.1", LOOP), (">= 6", PADDED)),
-        (False, True): (("<= 1.0", LOOP), (">= 2.5", PADDED)),
-        (True, False): ((None, PADDED),),
-        (True, True): ((">= 2", PADDED),),
-    }
-    figures = []
-    for (windowed, backward), wanted in limits.items():
-        case = _name(windowed, backward)
-        for arm in (AUTO, AUTO + WITH_PLAN):
-            ours = found.seconds(case, arm)
-            for limit, other in wanted:
-                theirs = found.seconds(case, other)
-                if other == LOOP:
-                    figures.append(Figure(f"{case}: time of {arm} / {other}", ratio(ours, theirs), "x", limit))
-                else:
-                    figures.append(Figure(f"{case}: time of {other} / {arm}", ratio(theirs, ours), "x", limit))
-            for other in (SHARED, SOFTMAX) if arm == AUTO else ():
-                figures.append(Figure(f"{case}: time of {other} / {arm}", ratio(found.seconds(case, other), ours), "x"))
-        share = ratio(found.memory(case, AUTO), found.memory(case, PADDED))
-        figures.append(Figure(f"{case}: memory of {AUTO} / {PADDED}", share, "x"))
-    promised = not options.quick and options.device == "cpu"
-    return figures if promised else [Figure(f.text, f.value, f.unit) for f in figures]
+    flops = {case.name: case.facts["flops"] for case in cases if "flops" in case.facts}
+    make = _cuda_figures if options.device == "cuda" else _cpu_figures
+    figures = make(options, Results(cases), flops, _sizes(options))
+    return [Figure(f.text, f.value, f.unit) for f in figures] if options.quick else figures
 
 
-@suite("attention", "32 segments, log-normal(5, 0.9) tokens up to 1024, 4 heads of 64, float32.", _figures)
+@suite(
+    "attention",
+    "Masks and scores over distributions of lengths. Log-normal is e^5 in the median, sigma 0.9; sparsity is Meta's "
+    "generator, documents have a long tail. Inputs are packed; arms that pad also unpad.",
+    _figures,
+)
 def cases(options: Options) -> list[Case]:
-    """Both masks, forward and forward + backward."""
-    sizes = QUICK_SIZES if options.quick else FULL_SIZES
-    lengths = lognormal_lengths(sizes, options.seed)
-    fill = sum(lengths) / (len(lengths) * max(lengths))
-    facts = {"segments": len(lengths), "tokens": sum(lengths), "longest": max(lengths), "fill": fill}
-    facts |= {"heads": sizes.heads, "dim": sizes.dim, "dtype": "float32", "seed": options.seed}
-    out = []
-    for windowed in (False, True):
-        for backward in (False, True):
-            arms, small = (partial(_arms, x, windowed, backward, options) for x in (sizes, QUICK_SIZES))
-            out.append(Case(_name(windowed, backward), facts, arms, small))
+    """All distributions for a causal mask, all masks and scores for one distribution, one case in half precision."""
+    sizes = _sizes(options)
+    grid: list[tuple[str, bool, str, int, bool]] = []
+    if options.device == "cuda":
+        for dim in sizes.dims:
+            grid += [(kind, b, "sparsity 0.5", dim, False) for b in (True, False) for kind in KINDS]
+        grid += [("causal", True, name, sizes.dims[0], False) for name in (LOGNORMAL, DOCUMENTS, CONSTANT)]
+    else:
+        spread = [LOGNORMAL, *(f"sparsity {s}" for s in SPARSITIES), DOCUMENTS, CONSTANT]
+        dim = sizes.dims[0]
+        grid += [("causal", b, name, dim, False) for b in (False, True) for name in spread]
+        grid += [(kind, b, LOGNORMAL, dim, False) for kind in KINDS if kind != "causal" for b in (False, True)]
+        grid += [("causal", b, LOGNORMAL, dim, True) for b in (False, True)]
+    out = [_case(*point, sizes, options) for point in grid]
+    facts = {"side": sizes.gemm, "dtype": str(_dtype(options)).removeprefix("torch.")}
+    out.append(Case(GEMM, facts, partial(_product, sizes, options), partial(_product, QUICK_SIZES, options)))
+    for tokens in sizes.tokens:
+        facts = {"tokens": tokens, "segments": 1, "heads": 1, "dim": sizes.dims[0], "seed": options.seed}
+        made, small = partial(_growing, tokens, sizes, options), partial(_growing, 512, QUICK_SIZES, options)
+        out.append(Case(_window_name(tokens), facts, made, small))
     return out
 
 
-def _arms(sizes: Sizes, windowed: bool, backward: bool, options: Options) -> list[Arm]:
-    return Batch(sizes, windowed, backward, options).arms()
+def _case(kind: str, backward: bool, distribution: str, dim: int, half: bool, sizes: Sizes, options: Options) -> Case:
+    lengths = _lengths(distribution, sizes, options.seed)
+    dtype = torch.bfloat16 if half else _dtype(options)
+    facts: dict[str, Any] = {"segments": len(lengths), "tokens": sum(lengths), "longest": max(lengths)}
+    facts |= {"fill": sum(lengths) / (len(lengths) * max(lengths)), "heads": sizes.heads, "dim": dim}
+    facts |= {"dtype": str(dtype).removeprefix("torch."), "seed": options.seed}
+
+    def batch(lengths: Sequence[int], heads: int, dim: int) -> Batch:
+        return Batch(kind, lengths, heads, dim, dtype, backward, options.device, options.seed)
+
+    # Their memory is what a distribution with the same fill takes.
+    measured = backward and not half and (distribution == LOGNORMAL or options.device == "cuda")
+
+    compiled = kind == "causal" and not half and (distribution == LOGNORMAL or options.device == "cuda")
+
+    def arms(lengths: Sequence[int], heads: int, dim: int) -> Sequence[Arm]:
+        made = batch(lengths, heads, dim).arms(compiled and not (options.quick and backward))
+        return made if measured else [_unmeasured(arm) for arm in made]
+
+    small = _lengths(LOGNORMAL, QUICK_SIZES, options.seed)
+    facts["flops"] = batch(lengths, sizes.heads, dim).flops
+    name = _name(kind, backward, distribution, dim if options.device == "cuda" else None, half)
+    run, warm = partial(arms, lengths, sizes.heads, dim), partial(arms, small, QUICK_SIZES.heads, QUICK_SIZES.dims[0])
+    return Case(name, facts, run, warm)
+
+
+def _unmeasured(arm: Arm) -> Arm:
+    return Arm(arm.name, arm.make, arm.check, arm.needs, arm.absent, memory=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -142,7 +142,8 @@ def _trial(count: int, layers: int, training: bool, options: Options) -> Callabl
         torch._dynamo.reset()
         try:
             with fresh_cache():
-                return _measure(model, batches, training, Counter(generate=not options.quick), tell)
+                counter = Counter(generate=not options.quick)
+                return _measure(model, batches, training, counter, tell, lambda: options.over)
         finally:
             torch._dynamo.reset()
 
@@ -191,14 +192,23 @@ class _Record:
         return found
 
 
-def _measure(model: Model, batches: list[Jagged], training: bool, counter: Counter, tell: Tell) -> list[ArmResult]:
-    """Both arms, batch by batch, in turn the one and the other first. Results are kept and checked afterwards."""
+def _measure(
+    model: Model, batches: list[Jagged], training: bool, counter: Counter, tell: Tell, over: Callable[[], bool]
+) -> list[ArmResult]:
+    """Both arms, batch by batch, in turn the one and the other first. Results are kept and checked afterwards.
+
+    The first batch is run in any case; before each other one, `over` says whether the time is used up.
+    """
     compiled = torch.compile(model, fullgraph=True, backend=counter.backend)
     records = {
         COMPILED: _Record(compiled, "auto" if training else "flex", counter),
         EAGER: _Record(model, "auto"),
     }
+    done = 0
     for i, x in enumerate(batches):
+        if i and over():
+            break
+        done += 1
         tell(f"batch {i + 1} of {len(batches)}")
         for name in sorted(records, reverse=i % 2 == 0):
             if records[name].failed is None:
@@ -206,12 +216,14 @@ def _measure(model: Model, batches: list[Jagged], training: bool, counter: Count
     tell("checking")
     out = []
     for name, record in records.items():
-        wrong = None if record.failed else _first_wrong(model, batches, training, record.results)
+        wrong = None if record.failed else _first_wrong(model, batches[:done], training, record.results)
         if record.failed or wrong:
             out.append(ArmResult(name, "failed" if record.failed else "wrong", record.failed or wrong))
         else:
-            first = record.seconds[0]
-            out.append(ArmResult(name, "ok", seconds=record.seconds, first_seconds=first, extra=record.extra()))
+            first, extra = record.seconds[0], record.extra()
+            if done < len(batches):
+                extra["batches_for_which_there_was_time"] = done
+            out.append(ArmResult(name, "ok", seconds=record.seconds, first_seconds=first, extra=extra))
     return out
 
 
@@ -257,7 +269,10 @@ def cases(options: Options) -> list[Trial]:
     lengths = batch_lengths(count, options.seed)
     facts = {"batches": count, "layers": layers, "heads": HEADS, "dim": DIM, "seed": options.seed}
     facts |= {"fewest_tokens": min(map(sum, lengths)), "most_tokens": max(map(sum, lengths))}
+    half = options
+    if options.deadline is not None:
+        half = replace(options, deadline=(time.monotonic() + options.deadline) / 2)
     return [
-        Trial(name, facts, _trial(count, layers, training, options))
-        for name, training in ((TRAINING, True), (INFERENCE, False))
+        Trial(TRAINING, facts, _trial(count, layers, True, half)),
+        Trial(INFERENCE, facts, _trial(count, layers, False, options)),
     ]

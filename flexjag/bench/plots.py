@@ -1,0 +1,187 @@
+"""Pictures of results: time, memory and speed-up against what a suite's cases vary. Reads the JSON form only.
+
+A case's name says what it varies: in "documents, 8,192 tokens" the tokens. Cases whose names differ in that number
+alone are one series, and three of them make a picture.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flexjag.bench.measure import median
+
+NUMBER = r"\d(?:[\d,]*\d)?(?:\.\d+)?"
+AXES = {
+    "tokens": ("tokens", "packed tokens"),
+    "length": ("length", "length N"),
+    "sparsity": ("fill", "share of the padded batch that is filled"),
+    "fill": ("fill", "share of the padded batch that is filled"),
+}
+"""By the word beside the number: the fact that is drawn, and how it is labelled."""
+FEWEST = 3  # points that make a picture
+OURS = "flexjag"
+SIZE = (9.6, 3.4)  # inches, for three panels
+
+Case = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Series:
+    """Cases that differ in one number.
+
+    Attributes:
+        axis: The word of :data:`AXES`.
+        title: Their common name.
+        cases: In the JSON form, by that number.
+    """
+
+    axis: str
+    title: str
+    cases: list[Case]
+
+    @property
+    def x(self) -> list[float]:
+        """What is drawn to the right."""
+        return [float(case["facts"][AXES[self.axis][0]]) for case in self.cases]
+
+
+def find_series(suite: dict[str, Any]) -> list[Series]:
+    """The series of a suite: for each axis the longest, and of several the last, which has the largest cases.
+
+    >>> facts = [{"tokens": n} for n in (3000, 10, 200)]
+    >>> cases = [{"name": f"short, {f['tokens']:,} tokens", "facts": f, "arms": []} for f in facts]
+    >>> [(s.title, s.x) for s in find_series({"cases": cases})]
+    [('short', [10.0, 200.0, 3000.0])]
+    """
+    found = []
+    for axis, (fact, _) in AXES.items():
+        groups: dict[str, list[Case]] = {}
+        for case in suite["cases"]:
+            rest, count = re.subn(rf",? *(?:{axis} {NUMBER}|{NUMBER} {axis})\b", "", case["name"])
+            if count == 1 and fact in case["facts"]:
+                groups.setdefault(rest.strip(" ,"), []).append(case)
+        usable = [(title, cases) for title, cases in groups.items() if len(cases) >= FEWEST]
+        if usable:
+            longest = max(len(cases) for _, cases in usable)
+            title, cases = [x for x in usable if len(x[1]) == longest][-1]
+            found.append(Series(axis, title, sorted(cases, key=lambda case: float(case["facts"][fact]))))
+    return found
+
+
+def draw(results: Sequence[dict[str, Any]], folder: Path) -> Iterator[tuple[int, str, Path, str]]:
+    """Draw every series of some results files into `folder`, as SVG.
+
+    Yields:
+        Which of the results, the suite's name, the file and its alternative text, as each is written.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+        OSError: If a file cannot be written.
+    """
+    names: set[str] = set()
+    for i, one in enumerate(results):
+        for suite in one["suites"]:
+            for series in find_series(suite):
+                name = f"{_device(one)}-{suite['name']}-{series.axis}"
+                name = name if name not in names else f"{name}-{i + 1}"
+                names.add(name)
+                path = folder / f"{name}.svg"
+                folder.mkdir(parents=True, exist_ok=True)
+                draw_series(series, path)
+                text = f"{suite['name']}, {series.title}: time, peak memory and speed-up by {AXES[series.axis][1]}"
+                yield i, suite["name"], path, text
+
+
+def _device(results: dict[str, Any]) -> str:
+    environment = results["environment"]
+    name = "cpu" if environment["device"] == "cpu" else environment["device_name"].lower()
+    return ("quick-" if results["quick"] else "") + re.sub(r"[^a-z0-9]+", "-", name)
+
+
+def draw_series(series: Series, path: Path) -> None:
+    """Draw one picture of three panels.
+
+    Args:
+        series: What.
+        path: Where to; the suffix is the format.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+        OSError: If the file cannot be written.
+    """
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    names = list(dict.fromkeys(arm["name"] for case in series.cases for arm in case["arms"] if arm["seconds"]))
+    ours = next((name for name in names if name.startswith(OURS)), None)
+
+    def seconds(case: Case, name: str) -> float | None:
+        arm = next((x for x in case["arms"] if x["name"] == name), None)
+        return median(arm["seconds"]) if arm is not None and arm["seconds"] else None
+
+    def megabytes(case: Case, name: str) -> float | None:
+        arm = next((x for x in case["arms"] if x["name"] == name), None)
+        found = None if arm is None else arm["memory_bytes"]
+        return found / 1e6 if found else None  # none at all cannot be drawn to a logarithmic scale
+
+    def speedup(case: Case, name: str) -> float | None:
+        us, them = None if ours is None else seconds(case, ours), seconds(case, name)
+        return them / us if us and them is not None and name != ours else None
+
+    panels = (("time, ms", lambda *x: None if (s := seconds(*x)) is None else 1e3 * s), ("peak memory, MB", megabytes))
+    # Fixed ids and no date: the same results give the same file.
+    with rc_context(
+        {"svg.hashsalt": "flexjag", "svg.fonttype": "none", "font.size": 9, "axes.grid": True, "grid.alpha": 0.3}
+    ):
+        figure = Figure(figsize=SIZE, layout="constrained")
+        axes = figure.subplots(1, 3, sharex=True)
+        for ax, (label, value) in zip(axes, (*panels, (f"time / time of {ours}", speedup)), strict=True):
+            _panel(ax, series, names, label, value)
+        axes[2].axhline(1.0, color="black", linewidth=0.8)
+        figure.suptitle(series.title)
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+
+
+def _panel(
+    ax: Any, series: Series, names: Sequence[str], label: str, value: Callable[[Case, str], float | None]
+) -> None:
+    """One line per arm, in the same colour in every panel; points that were not measured are left out."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    drawn = False
+    for i, name in enumerate(names):
+        found = [(x, value(case, name)) for x, case in zip(series.x, series.cases, strict=True)]
+        points = [(x, y) for x, y in found if y is not None]
+        drawn |= bool(points)
+        ax.plot([x for x, _ in points], [y for _, y in points], f"C{i}o-", markersize=3, label=name)
+    if not drawn:
+        ax.text(0.5, 0.5, "not measured", ha="center", va="center", transform=ax.transAxes)
+    else:
+        ax.set_yscale("log")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter(lambda y, _: short(y))
+        ax.yaxis.set_minor_locator(NullLocator())
+    if AXES[series.axis][0] != "fill":
+        ax.set_xscale("log")
+        ax.xaxis.set_minor_locator(NullLocator())
+        ax.set_xticks(series.x, [short(x) for x in series.x])
+    ax.set_xlabel(AXES[series.axis][1])
+    ax.set_ylabel(label)
+
+
+def short(x: float) -> str:
+    """A number in three digits, for a tick.
+
+    >>> short(128), short(8192), short(8_388_608), short(0.05)
+    ('128', '8.19k', '8.39M', '0.05')
+    """
+    for unit, scale in (("M", 1e6), ("k", 1e3)):
+        if abs(x) >= scale:
+            return f"{x / scale:.3g}{unit}"
+    return f"{x:.3g}"

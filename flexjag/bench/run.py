@@ -1,0 +1,107 @@
+"""Run suites one after the other and keep the results: in memory, and in a file after every case."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from flexjag.bench.environment import describe
+from flexjag.bench.measure import iterate
+from flexjag.bench.registry import BenchError, Options, Suite, Tell
+
+SCHEMA = 1
+
+
+def measure(results: dict[str, Any], suites: Sequence[Suite], options: Options, path: Path | None, tell: Tell) -> None:
+    """Run the suites.
+
+    Args:
+        results: What :func:`begin` returned; suites and cases are added to it.
+        suites: Which.
+        options: How.
+        path: The file to write, after every case, so that an interruption loses one at most. None for no file.
+        tell: Called with what is being measured now.
+
+    Raises:
+        OSError: If the file cannot be written.
+    """
+    for suite in suites:
+        cases = []
+        entry = {"name": suite.name, "about": suite.about, "cases": [], "figures": [], "cut": "interrupted"}
+        results["suites"].append(entry)
+        for case in iterate(suite, options, tell):
+            cases.append(case)
+            entry["cases"].append(asdict(case))
+            entry["figures"] = [asdict(f) | {"met": f.met} for f in suite.figures(options, cases)]
+            write(results, path)
+        entry["cut"] = None
+        write(results, path)
+
+
+def begin(options: Options) -> dict[str, Any]:
+    """Results without a suite: what they are measured on and with, and which seed."""
+    return {
+        "schema": SCHEMA,
+        "quick": options.quick,
+        "seed": options.seed,
+        "environment": describe(options.device),
+        "suites": [],
+    }
+
+
+def write(results: dict[str, Any], path: Path | None) -> None:
+    """Write a results file, replacing it at once; nothing without a path."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(".part")
+        unfinished.write_text(json.dumps(results, indent=1) + "\n")
+        unfinished.replace(path)
+
+
+def file_name(results: dict[str, Any]) -> str:
+    """Of the results: the device and the moment the run began.
+
+    >>> file_name({"quick": True, "environment": {"device": "cpu", "date": "2026-11-21T08:00:00Z"}})
+    'quick-cpu-20261121T080000.json'
+    """
+    environment = results["environment"]
+    name = "cpu" if environment["device"] == "cpu" else environment["device_name"].lower()
+    date = re.sub(r"[^0-9T]", "", environment["date"])
+    return f"{'quick-' if results['quick'] else ''}{re.sub(r'[^a-z0-9]+', '-', name)}-{date}.json"
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Read a results file.
+
+    Raises:
+        BenchError: If it is not one.
+        OSError: If it cannot be read.
+    """
+    try:
+        results = json.loads(path.read_text())
+    except ValueError as e:
+        raise BenchError(f"{path}: is not JSON: {e}") from None
+    if not isinstance(results, dict) or results.get("schema") != SCHEMA:
+        raise BenchError(f"{path}: must be results of flexjag bench, schema {SCHEMA}")
+    return results
+
+
+@contextmanager
+def progress() -> Iterator[Tell]:
+    """A line on stderr that says what is being measured, where rich is installed."""
+    try:
+        from rich.console import Console
+        from rich.progress import Progress, TextColumn, TimeElapsedColumn
+    except ImportError:
+        yield lambda text: None
+        return
+    # Drawn between samples only: a thread that redraws would take its time from what is measured.
+    columns = (TimeElapsedColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=Console(stderr=True), auto_refresh=False, transient=True) as bar:
+        task = bar.add_task("starting", total=None)
+        yield lambda text: bar.update(task, description=text, refresh=True)

@@ -1,0 +1,240 @@
+"""What is measured to tune kernel options: the candidates, and the masks and scores they run on.
+
+The candidates are few, because each takes seconds to compile. They were chosen from the machine code that
+:func:`flexjag.compile_for` makes (bfloat16, a causal window or prefix, sizes that vary), not from time on a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexjag.attention import attention
+from flexjag.backends import tuning
+from flexjag.bench.lengths import document_lengths
+from flexjag.bench.measure import RESULTS
+from flexjag.bench.padded import Expected, Tensors
+from flexjag.bench.registry import Arm
+from flexjag.jagged import Jagged
+from flexjag.masks import Causal, Dense, Mask, Prefix, SameGroup, Window
+from flexjag.plan import Plan, plan
+from flexjag.scores import Alibi, RelativeBias, Score
+
+STEPS = 10  # per sample, so that launching one hides behind the one before
+MAX_DISTANCE = 128  # of the relative bias
+
+FORWARD = (
+    (128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 3), (64, 128, 4, 2), (128, 64, 8, 2), (128, 32, 8, 3),
+    (64, 64, 4, 2), (64, 32, 4, 3), (128, 32, 4, 3), (128, 128, 8, 3),
+)  # fmt: skip
+"""Blocks of queries and of keys, warps, stages."""
+
+BACKWARD = (
+    (32, 128, 8, 3), (64, 128, 8, 3), (64, 64, 8, 3), (64, 128, 8, 2), (64, 64, 4, 2), (32, 128, 8, 2), (32, 64, 4, 3),
+    (64, 64, 4, 3), (32, 128, 4, 2),
+)  # fmt: skip
+"""The short and the long side of the blocks of both loops, warps, stages."""
+
+WITH_TMA = 3
+"""How many of the first candidates are tried with TMA as well, from Hopper on."""
+
+Attend = Callable[[Mapping[str, Any]], Callable[..., tuple[Tensor, Tensor | None]]]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is measured.
+
+    Attributes:
+        heads: H.
+        kv_heads: G.
+        dim: D, and E.
+        dtype: Of q, k and v.
+        tokens: T, in documents of long-tailed lengths.
+        seed: What they are drawn from.
+        device: Where.
+    """
+
+    heads: int
+    kv_heads: int
+    dim: int
+    dtype: torch.dtype
+    tokens: int
+    seed: int = 0
+    device: str = "cuda"
+
+
+class Subject:
+    """One mask and score over one batch.
+
+    Args:
+        name: What the file calls it.
+        sizes: Of the batch.
+        mask: From the lengths and the device; the first token of a segment may have no key.
+        score: From a learned tensor to the score that holds it.
+        learned: That tensor's shape; None without a score.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        sizes: Sizes,
+        mask: Callable[[Sequence[int], str], Mask],
+        score: Callable[[Tensor], Score] | None = None,
+        learned: tuple[int, ...] | None = None,
+    ) -> None:
+        self.name, self.sizes, self.score = name, sizes, score
+        self.lengths = document_lengths(sizes.tokens, sizes.seed)
+        self.mask = mask(self.lengths, sizes.device)
+        generator = torch.Generator().manual_seed(sizes.seed)
+        heads = (sizes.heads, sizes.kv_heads, sizes.kv_heads, sizes.heads)
+        drawn = [torch.randn(sizes.tokens, h, sizes.dim, generator=generator) for h in heads]
+        *self.leaves, self.grad = (x.to(sizes.device, sizes.dtype) for x in drawn)
+        if learned is not None:
+            self.leaves.append(torch.randn(learned, generator=generator).to(sizes.device))
+        for x in self.leaves:
+            x.requires_grad_()
+
+    @cached_property
+    def plan(self) -> Plan:
+        """The plan that the kernels run."""
+        return plan(self._jagged(self.leaves[0]), mask=self.mask, score=self._score(self.leaves))
+
+    def arms(self, attend: Attend, candidates: Mapping[str, tuning.Options], backward: bool) -> list[Arm]:
+        """One per candidate, checked against float64; a sample is of a forward, or of a forward and a backward."""
+        count = len(self.leaves) + 1 if backward else 1
+        names, terms = (*RESULTS, "dscore"), [self.sizes.dim] * len(RESULTS) + [sum(n * n for n in self.lengths)]
+        expected = Expected(lambda dtype: self._exact(dtype, backward), self.sizes.dtype, names[:count], terms[:count])
+
+        def arm(name: str, options: tuning.Options) -> Arm:
+            def make() -> Callable[[], Tensors]:
+                run = attend(options)
+                return self._backward(run) if backward else self._forward(run)
+
+            return Arm(name, make, expected.check, memory=False, steps=STEPS, tokens=self.sizes.tokens)
+
+        return [arm(name, options) for name, options in candidates.items()]
+
+    def _forward(self, run: Callable[..., tuple[Tensor, Tensor | None]]) -> Callable[[], Tensors]:
+        @torch.no_grad()
+        def call() -> Tensors:
+            for _ in range(STEPS - 1):
+                self._out(run)
+            return (self._out(run),)
+
+        return call
+
+    def _backward(self, run: Callable[..., tuple[Tensor, Tensor | None]]) -> Callable[[], Tensors]:
+        def step() -> Tensors:
+            out = self._out(run)
+            return (out.detach(), *torch.autograd.grad(out, self.leaves, self.grad))
+
+        def call() -> Tensors:
+            for _ in range(STEPS - 1):
+                step()
+            return step()
+
+        return call
+
+    def _out(self, run: Callable[..., tuple[Tensor, Tensor | None]]) -> Tensor:
+        return run(*self.leaves[:3], self.plan, self.sizes.dim**-0.5, False)[0]
+
+    def _exact(self, dtype: torch.dtype, backward: bool) -> Tensors:
+        leaves = [x.detach().to(dtype).requires_grad_() for x in self.leaves]
+        q, k, v = (self._jagged(x) for x in leaves[:3])
+        with torch.set_grad_enabled(backward):
+            out = attention(q, k, v, mask=self.mask, score=self._score(leaves), backend="reference")
+            assert isinstance(out, Jagged)
+            grads = torch.autograd.grad(out.values, leaves, self.grad.to(dtype)) if backward else ()
+        return (out.values.detach(), *grads)
+
+    def _jagged(self, x: Tensor) -> Jagged:
+        return Jagged.from_lengths(x, self.lengths)
+
+    def _score(self, leaves: Sequence[Tensor]) -> Score | None:
+        return None if self.score is None else self.score(leaves[3])
+
+
+def _causal(lengths: Sequence[int], device: str) -> Mask:
+    return Causal()
+
+
+def _window_or_prefix(lengths: Sequence[int], device: str) -> Mask:
+    return Causal() & (Window(256, 0) | Prefix(4)) & ~Prefix(1)  # without a key for a segment's first token
+
+
+def _groups(lengths: Sequence[int], device: str) -> Mask:
+    return Causal() & SameGroup(torch.arange(sum(lengths), device=device) // 50 % 7)
+
+
+def _dense(lengths: Sequence[int], device: str) -> Mask:
+    generator = torch.Generator().manual_seed(0)
+    return Dense((torch.rand(sum(n * n for n in lengths), generator=generator) < 0.5).to(device))
+
+
+def subjects(work: str, sizes: Sizes) -> list[Subject]:
+    """The masks and scores that stand for one of `WORKS`."""
+    if work == "predicate":
+        return [Subject("groups", sizes, _groups), Subject("dense", sizes, _dense)]
+    scores: dict[str, tuple[Any, Any]] = {
+        "spans": (None, None),
+        "formula": (Alibi, (sizes.heads,)),
+        "lookup": (RelativeBias, (sizes.heads, 2 * MAX_DISTANCE + 1)),
+    }
+    masks = {"causal": _causal, "window or prefix": _window_or_prefix}
+    return [Subject(name, sizes, mask, *scores[work]) for name, mask in masks.items()]
+
+
+WORKS: dict[str, tuple[tuning.ScoreKind, bool]] = {
+    "spans": ("none", True),
+    "formula": ("formula", True),
+    "lookup": ("lookup", True),
+    "predicate": ("none", False),
+}
+"""What is tuned: the kind of score, and whether the mask is spans alone."""
+
+
+def forward_candidates(sizes: Sizes, capability: str, shared: int) -> dict[str, tuning.Options]:
+    """Options for the forward whose tiles fit in a block's shared memory of `shared` bytes, by name."""
+    item = sizes.dtype.itemsize
+
+    def need(m: int, n: int, stages: int) -> int:  # the pipeline's tiles of K and V; Q may stay in registers
+        return 2 * stages * n * sizes.dim * item
+
+    found: dict[str, tuning.Options] = {}
+    for i, (m, n, warps, stages) in enumerate(FORWARD):
+        if need(m, n, stages) > shared:
+            continue
+        for tma in (False, True)[: 1 + _has_tma(capability, i)]:
+            blocks = {"fwd_BLOCK_M": m, "fwd_BLOCK_N": n, "fwd_num_warps": warps, "fwd_num_stages": stages}
+            name = f"{m}x{n}, {warps} warps, {stages} stages" + (", TMA" if tma else "")
+            found[name] = {"BACKEND": "TRITON", **blocks, "fwd_USE_TMA": tma}
+    return found
+
+
+def backward_candidates(sizes: Sizes, capability: str, shared: int) -> dict[str, tuning.Options]:
+    """Options for the backward whose tiles fit in a block's shared memory of `shared` bytes, by name."""
+    item = sizes.dtype.itemsize
+
+    def need(short: int, stages: int) -> int:  # the pipeline's tiles of Q and dO, or of K and V
+        return 2 * stages * short * sizes.dim * item
+
+    found: dict[str, tuning.Options] = {}
+    for i, (short, long, warps, stages) in enumerate(BACKWARD):
+        if need(short, stages) > shared:
+            continue
+        for tma in (False, True)[: 1 + _has_tma(capability, i)]:
+            blocks = {"bwd_BLOCK_M1": short, "bwd_BLOCK_N1": long, "bwd_BLOCK_M2": long, "bwd_BLOCK_N2": short}
+            launch = {"bwd_num_warps": warps, "bwd_num_stages": stages}
+            name = f"{short}x{long}, {long}x{short}, {warps} warps, {stages} stages" + (", TMA" if tma else "")
+            found[name] = {"BACKEND": "TRITON", **blocks, **launch, "bwd_USE_TMA": tma}
+    return found
+
+
+def _has_tma(capability: str, index: int) -> bool:
+    return int(capability.split(".")[0]) >= 9 and index < WITH_TMA and torch.version.hip is None

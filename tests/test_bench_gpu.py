@@ -1,0 +1,231 @@
+"""flexjag.bench gpu: budgets, processes that hang, tests that fail, and machines where little is installed."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from flexjag.bench import gpu, main, nvml, run, sync
+from flexjag.bench.gpu import Clock, read_tests, run_process
+from flexjag.bench.measure import iterate
+from flexjag.bench.registry import Arm, BenchError, Case, Options, Suite, find
+
+QUICK = Options(quick=True, device="cpu", rounds=2, memory=False)
+OPTIONAL = ("attn_gym", "rich", "matplotlib", "cloudpickle", "fbgemm_gpu", "psutil")
+
+TESTS = """
+import pytest
+pytestmark = pytest.mark.cuda
+def test_right(): pass
+def test_wrong(): assert 1 == 2
+@pytest.mark.skip(reason="not here")
+def test_absent(): pass
+"""
+
+
+def quietly(_text):
+    pass
+
+
+def suite_of(*cases):
+    return Suite("demo", "A demonstration.", lambda options: cases, lambda options, results: [])
+
+
+def case(name, seconds, calls):
+    def call():
+        calls.append(name)
+        time.sleep(seconds)
+
+    arms = [Arm(arm, lambda: call, lambda result: None) for arm in ("first", "second")]
+    return Case(name, {}, lambda: arms, lambda: arms)
+
+
+def test_an_arm_that_comes_too_late_is_skipped_and_its_case_says_so():
+    calls = []
+    cut, whole = iterate(
+        suite_of(case("slow", 0.4, calls), case("fast", 0.0, calls)), Options(memory=False, budget=0.6), quietly
+    )
+    first, second = cut.arms  # its half of the time is used up by the first arm's check
+    assert (first.status, len(first.seconds)) == ("ok", 3)
+    assert (second.status, second.reason) == ("skipped", "the time for this case was used up before it")
+    assert cut.cut == "ended early: the suite's 1 s were used up"
+    assert whole.cut is not None
+    assert "not begun" in whole.cut
+    assert whole.arms == []
+    assert "fast" not in calls
+
+
+def test_what_a_case_does_not_use_is_left_to_the_next_and_nothing_is_cut():
+    options = Options(rounds=4, memory=False, budget=60)
+    results = list(iterate(suite_of(*(case(n, 0.0, []) for n in "abc")), options, quietly))
+    assert [x.cut for x in results] == [None] * 3
+    assert all(len(arm.seconds) == 4 for x in results for arm in x.arms)
+
+
+def test_an_interruption_loses_one_case_and_the_file_says_so(tmp_path):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    options, path = Options(rounds=2, memory=False), tmp_path / "new" / "x.json"
+    results = run.begin(options)
+    broken = Case("broken", {}, interrupt, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run.measure(results, [suite_of(case("whole", 0.0, []), broken)], options, path, quietly)
+    (suite,) = run.read(path)["suites"]
+    assert suite["cut"] == "interrupted"
+    assert [x["name"] for x in suite["cases"]] == ["whole"]
+    assert [len(arm["seconds"]) for arm in suite["cases"][0]["arms"]] == [2, 2]
+    assert sorted(path.parent.iterdir()) == [path]
+
+
+def test_compile_suite_stops_between_batches():
+    cases = list(iterate(find("compile"), Options(quick=True, memory=False, budget=1e-6), quietly))
+    assert [x.cut.split(":")[0] for x in cases] == ["not begun"] * 2
+    training, _ = find("compile").cases(Options(quick=True, memory=False, deadline=time.monotonic() - 1))
+    compiled, eager = training.run(quietly)
+    assert compiled.status == eager.status == "ok"
+    assert len(compiled.seconds) == compiled.extra["batches_for_which_there_was_time"] == 1
+
+
+def test_clock_shares_what_is_left_by_weight(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(gpu, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    clock = Clock(80.0, ["mask-build", "attention"], start=100.0)
+    assert clock.share("mask-build") == 20.0  # 1 to 3
+    now[0] += 5.0
+    assert clock.share("attention") == clock.left == 75.0
+    now[0] += 100.0
+    assert clock.left < 0
+    assert Clock(0.0, ["sync"], start=0.0).share("sync") == 0.0
+
+
+def test_process_that_hangs_is_ended_with_its_own_processes_and_keeps_what_it_printed():
+    sleeper = "import subprocess, sys; print('begun', flush=True); subprocess.run([sys.executable, '-c', '{}'])"
+    started = time.monotonic()
+    ended = run_process([sys.executable, "-c", sleeper.format("import time; time.sleep(600)")], 3.0)
+    assert ended.output == "begun\n"
+    assert ended.cut == "ended after the 3 s that it had"
+    assert time.monotonic() - started < 300
+    died = run_process([sys.executable, "-c", "import os; os.abort()"], 60.0)
+    assert died.cut is not None
+    assert "exit status -6" in died.cut
+
+
+def test_reading_tests_of_a_run_that_was_ended():
+    found = read_tests("a.py::b[x y] PASSED [ 50%]\na.py::c FAILED [ 60%]\na.py::d ")
+    assert found == {"counts": {"passed": 1, "failed": 1}, "failures": {"a.py::c": "no reason was printed"}}
+    assert read_tests("no pytest here") == {"counts": {}, "failures": {}}
+
+
+def run_blocked(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """``python -m flexjag.bench``, in which no process can import what is optional."""
+    block = f"import sys\nfor name in {OPTIONAL!r}:\n    sys.modules[name] = None\n"
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(block)
+    path = os.pathsep.join(filter(None, [str(tmp_path / "site"), os.environ.get("PYTHONPATH")]))
+    return subprocess.run(
+        [sys.executable, "-m", "flexjag.bench", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+
+
+def test_dry_run_on_a_cpu_where_only_the_necessary_is_installed(tmp_path):
+    (tmp_path / "test_some.py").write_text(TESTS)
+    asked = ["--device", "cpu", "--quick", "--no-memory", "--suites", "mask-build", "energy", "--tests"]
+    done = run_blocked(tmp_path, "gpu", "--out", str(tmp_path / "out"), *asked, str(tmp_path / "test_some.py"))
+    assert done.returncode == 1, done.stderr  # a test failed
+    (path,) = (tmp_path / "out").glob("quick-cpu-*.json")
+    results = json.loads(path.read_text())
+    assert results["schema"] == 1
+    assert results["absent"] == list(OPTIONAL)
+    assert results["tests"]["counts"] == {"passed": 1, "failed": 1, "skipped": 1}
+    ((name, reason),) = results["tests"]["failures"].items()
+    assert name.endswith("test_some.py::test_wrong")
+    assert "assert 1 == 2" in reason
+    assert results["sync"]["passed"] is None
+    assert [r["name"] for r in results["runs"]] == ["tests", "sync", "mask-build", "energy"]
+    assert all(r["cut"] is None for r in results["runs"]), path.with_suffix(".log").read_text()
+    build, energy = results["suites"]
+    assert build["cut"] is None
+    arms = {arm["name"]: arm for arm in build["cases"][0]["arms"]}
+    assert len(arms["flexjag plan"]["seconds"]) == 2
+    assert arms["attn-gym document mask, eager"]["status"] == "skipped"
+    assert energy["cases"]
+    log = path.with_suffix(".log").read_text()
+    assert "== mask-build: " in log
+    assert "flexjag plan" in log
+    page = tmp_path / "page.md"
+    assert main(["report", str(path), "--write", str(page)]) == 0
+    assert "Tests that need a GPU: 1 passed, 1 failed, 1 skipped." in page.read_text()
+
+
+def test_suite_without_time_is_recorded_as_cut(tmp_path):
+    asked = ["--device", "cpu", "--quick", "--no-memory", "--no-tests", "--suites", "mask-build"]
+    assert main(["gpu", "--out", str(tmp_path), "--minutes", "0.0001", *asked]) == 0
+    (path,) = tmp_path.glob("*.json")
+    results = json.loads(path.read_text())
+    (suite,) = results["suites"]
+    assert (suite["name"], suite["cases"]) == ("mask-build", [])
+    assert suite["cut"] == "ended after the 1 s that it had"
+    assert "tests" not in results
+    assert results["sync"]["detail"] == "ended after the 1 s that it had"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["gpu"], "the following arguments are required: --out"),
+        (["gpu", "--out", "x", "--minutes", "0", "--device", "cpu"], "--minutes: must be over 0"),
+        (["gpu", "--out", "x", "--suites", "nothing", "--device", "cpu"], "suite: must be one of"),
+        (["mask-build", "--budget", "0"], "--budget: must be over 0 seconds"),
+    ],
+)
+def test_bad_requests(arguments, message, capsys):
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_gpu_needs_a_gpu(tmp_path):
+    with pytest.raises(BenchError, match="no CUDA device is available"):
+        gpu.main(["--out", str(tmp_path)])
+    with pytest.raises(nvml.NvmlError):
+        nvml._library()
+    assert nvml.driver_version() is None
+
+
+def test_sync_check_runs_on_a_cpu_and_reports_what_fails(monkeypatch):
+    found = sync.check("cpu")
+    assert found["passed"] is None
+    assert "A CPU has nothing to wait for." in found["detail"]
+
+    def waits(*args, **options):
+        raise RuntimeError("called a synchronizing CUDA operation")
+
+    monkeypatch.setattr(sync, "plan", waits)
+    found = sync.check("cpu")
+    assert found["passed"] is False
+    assert found["detail"] == "causal: RuntimeError: called a synchronizing CUDA operation"
+
+
+@pytest.mark.cuda
+def test_nothing_waits_for_the_device():
+    found = sync.check("cuda")
+    assert found["passed"], found["detail"]
+
+
+@pytest.mark.cuda
+def test_nvml_knows_this_gpu():
+    device = nvml.Device()
+    assert device.joules() > 0
+    assert 0 < device.watts() < 5000
+    assert nvml.driver_version()
