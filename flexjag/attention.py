@@ -52,8 +52,8 @@ def attention(
         return_lse: Also return the natural-log sum of exponentials of each row's scores, for :func:`merge`. Only a
             softmax has one.
         return_remainder: Also return what is left of each row's stick, for a stick-breaking normalizer.
-        backend: ``"auto"``, ``"reference"``, ``"tiled"``, ``"segments"``, ``"flex"`` or ``"varlen"``. A named backend
-            that cannot run the plan raises; it never falls back.
+        backend: ``"auto"``, ``"reference"``, ``"tiled"``, ``"segments"``, ``"flex"``, ``"varlen"`` or ``"triton"``. A
+            named backend that cannot run the plan raises; it never falls back.
         validate: Check the contents of the offsets (one device sync).
 
     Returns:
@@ -108,10 +108,11 @@ def attention(
         dims=(heads, groups, q.values.shape[2], v.values.shape[2]),
     )
     name = choice.pick(backend, case)
-    if plan.made_tiles is None and name in ("tiled", "flex"):
+    if plan.made_tiles is None and name in ("tiled", "flex", "triton"):
         plan = with_tiles(plan)
     if q.values.shape[0] == 0 or k.values.shape[0] == 0:
-        out, lse = _nothing(q.values, k.values, v.values)
+        learned = (*tensors(plan.score), *normalizers.tensors(plan.normalizer))
+        out, lse = _nothing(q.values, k.values, v.values, *(x for x in learned if x.dtype.is_floating_point))
         lse = lse.exp() + 1 if return_remainder else lse
     elif name == "reference":
         from flexjag.backends import reference
@@ -129,6 +130,10 @@ def attention(
 
 def _runner(name: str, normalizer: Normalizer):  # type: ignore[no-untyped-def]
     """A backend's `run`, imported on first use: `import flexjag` must stay light."""
+    if name == "triton":
+        from flexjag.backends import triton
+
+        return triton.run
     if not isinstance(normalizer, normalizers.Softmax):
         from flexjag.backends import normalized
 
@@ -144,9 +149,9 @@ def _runner(name: str, normalizer: Normalizer):  # type: ignore[no-untyped-def]
     return module.run
 
 
-def _nothing(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """The result where there is no query or no key: zeros that are still connected to the inputs."""
-    link = sum(x.flatten()[:0].sum() for x in (q, k, v))
+def _nothing(q: Tensor, k: Tensor, v: Tensor, *learned: Tensor) -> tuple[Tensor, Tensor]:
+    """The result where there is no query or no key: zeros that are still connected to all that may need gradients."""
+    link = sum(x.flatten()[:0].sum().to(q.dtype) for x in (q, k, v, *learned))
     out = q.new_zeros(q.shape[0], q.shape[1], v.shape[2]) + link
     return out, q.new_full(q.shape[:2], -torch.inf) + link
 

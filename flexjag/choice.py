@@ -6,23 +6,24 @@ metadata only, so the same ones explain a plan, choose a backend and reject an i
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
+from flexjag import costs, expressions
 from flexjag import masks as m
 from flexjag import scores as s
 from flexjag.errors import BackendError, MaskError, PlanError, explain_values
+from flexjag.launching import DTYPES
 from flexjag.layout import Layout
-from flexjag.normalizers import Normalizer, Pointwise, Softmax, StickBreaking
+from flexjag.normalizers import GELU, Identity, Normalizer, Pointwise, Sigmoid, SiLU, Softmax, StickBreaking
 
-BACKENDS = ("reference", "tiled", "segments", "flex", "varlen")
-# On CPU, SDPA's kernel takes about a fifth of `tiled`'s time per score, but a call per run of queries, and all the keys
-# between a run's first and last.
-SHORT_SEGMENT = 8  # mean queries per segment under which the calls cost more than that saves
-LONG_LEARNED = 16384  # keys over which a learned bias, a gradient of all keys per call, wastes more than that
-LONG_SEGMENT = 4096  # mean keys per segment over which a mask with gaps wastes more than that
+BACKENDS = ("reference", "tiled", "segments", "flex", "varlen", "triton")
+LONG_LEARNED = 16384  # keys over which a learned bias, a gradient of all keys per call of segments, wastes too much
+WIDEST = 256  # features that a Triton program keeps of a token
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -132,6 +133,24 @@ def _varlen(case: Case) -> str | None:
     return None
 
 
+KERNELS = (SiLU, GELU, Identity, Sigmoid, StickBreaking)
+"""The normalizers that there are Triton kernels for."""
+
+
+def _triton(case: Case) -> str | None:
+    if type(case.normalizer) not in KERNELS:
+        return f"it has no kernels for the normalizer {case.normalizer!r}"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if case.layout.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "its kernels run on CUDA only"
+    if case.dtype is not None and case.dtype not in DTYPES:
+        return f"its kernels compute with float32, float16 and bfloat16, not {case.dtype}"
+    if case.dims is not None and max(case.dims[2:]) > WIDEST:
+        return f"its kernels need D and E of at most {WIDEST}; got D={case.dims[2]}, E={case.dims[3]}"
+    return expressions.objection(case.mask, case.score, case.layout.device, case.tracing)
+
+
 def varlen_has_gqa() -> bool:
     """Whether this torch's ``varlen_attn`` takes ``enable_gqa`` (2.11 does not)."""
     import inspect
@@ -147,6 +166,7 @@ _RULES: dict[str, Callable[[Case], str | None]] = {
     "segments": _segments,
     "flex": _flex,
     "varlen": _varlen,
+    "triton": _triton,
 }
 
 
@@ -160,7 +180,9 @@ def refusal(backend: str, case: Case) -> str | None:
         raise BackendError(f"backend: must be 'auto' or one of {', '.join(BACKENDS)}; got backend={backend!r}")
     if not isinstance(case.normalizer, (Softmax, Pointwise, StickBreaking)):
         return f"it has no case for the normalizer {case.normalizer!r}"
-    if not isinstance(case.normalizer, Softmax) and backend not in ("reference", "tiled"):
+    if isinstance(case.normalizer, Softmax) and backend == "triton":
+        return "its kernels are for normalizers other than a softmax"
+    if not isinstance(case.normalizer, Softmax) and backend not in ("reference", "tiled", "triton"):
         if backend != "segments":
             return f"its kernels compute a softmax, not {case.normalizer!r}"
         return _reference(case)  # without SDPA, any score will do
@@ -232,6 +254,11 @@ def choose(case: Case) -> tuple[str, str]:
 
     On CUDA the order is by what the kernels are built for, not yet by a measurement of ours.
     """
+    if case.on_cuda and not isinstance(case.normalizer, Softmax):
+        why_not = refusal("triton", case)
+        if why_not is None:
+            return "triton", "fused Triton kernels for normalizers that are not a softmax"
+        return "tiled", f"plain torch over the tiles, because of triton: {why_not}"
     if case.on_cuda:
         if refusal("varlen", case) is None:
             return "varlen", "the mask is exactly one that the flash-attention kernel of varlen_attn implements"
@@ -241,23 +268,39 @@ def choose(case: Case) -> tuple[str, str]:
         return "tiled", f"plain torch over the tiles, because of flex: {why_not}"
     if case.tracing:
         return "tiled", "a graph is being traced, and on CPU only tiled can be traced with gradients"
-    layout = case.layout
-    segments = max(1, layout.num_segments)
-    long_enough = layout.num_q >= SHORT_SEGMENT * segments
-    short_enough = m.as_window(case.mask) is not None or layout.num_kv <= LONG_SEGMENT * segments
-    learned = torch.is_grad_enabled() and any(t.requires_grad for t in s.tensors(case.score))
-    short_enough = short_enough and not (learned and layout.num_kv > LONG_LEARNED)
-    if not isinstance(case.normalizer, Softmax) and long_enough and refusal("segments", case) is None:
-        return "segments", "dense products of a run of one segment's queries with the keys that they may attend"
-    if long_enough and short_enough and refusal("segments", case) is None:
-        return (
-            "segments",
-            "SDPA's CPU kernel takes the mask and score as a bias, a run of one segment's queries at a time",
-        )
     why = refusal("segments", case)
-    if why is None:
-        why = "segments are short" if not long_enough else "they are too long for its mask or its learned bias"
-    return "tiled", f"plain torch over the tiles, because of segments: {why}"
+    learned = torch.is_grad_enabled() and any(t.requires_grad for t in s.tensors(case.score))
+    if why is None and learned and case.layout.num_kv > LONG_LEARNED:
+        why = "each of its calls would make a gradient of all keys, for the learned bias"
+    if why is not None:
+        return "tiled", f"plain torch over the tiles, because of segments: {why}"
+    expected = expected_seconds(case)
+    name, other = sorted(expected, key=lambda backend: expected[backend])
+    what = {
+        "segments": "a run of one segment's queries at a time with the keys that they may attend",
+        "tiled": "plain torch over the tiles",
+    }[name]
+    times = f"{expected[name] * 1e3:.3g} ms expected, {other} {expected[other] * 1e3:.3g} ms"
+    return name, f"{what}: {times}, from the lines of costs.json"
+
+
+def expected_seconds(case: Case) -> dict[str, float]:
+    """What the CPU backends are expected to take for a case, on the machine where ``costs.json`` was recorded."""
+    layout, mask = case.layout, case.mask
+    heads, _, d, e = case.dims or (1, 1, 64, 64)
+    sizes = layout.num_segments, layout.num_q, layout.num_kv, heads * (d + e) / costs.DIMS
+    softmax = isinstance(case.normalizer, Softmax)
+    if not softmax:
+        kind = "pointwise"
+    elif case.score is None and m.as_window(mask) in SDPA_WINDOWS and case.scale > 0:
+        kind = "whole"
+    else:
+        kind = "runs"
+    works = {
+        "segments": costs.work_of_segments(f"segments, {kind}", mask, *sizes),
+        "tiled": costs.work_of_tiles("tiled" if softmax else "tiled, pointwise", mask, *sizes),
+    }
+    return {backend: costs.seconds(work, bool(case.grad)) for backend, work in works.items()}
 
 
 SDPA_WINDOWS = ((None, None, "start"), (None, None, "end"), (None, 0, "start"))

@@ -210,7 +210,7 @@ def _(mask: m.Or, t: RowTables, layout: Layout) -> MaskMod:
 @mask_case.register(m.Not)
 def _(mask: m.Not, t: RowTables, layout: Layout) -> MaskMod:
     inner = mask_case(mask.mask, t, layout)
-    return lambda b, h, q, kv: ~inner(b, h, q, kv)
+    return lambda b, h, q, kv: torch.logical_not(inner(b, h, q, kv))  # Dynamo cannot trace ~ of a symbol
 
 
 def mask_mod(masks: tuple[m.Mask, ...], head_of: Tensor | None, t: RowTables, layout: Layout) -> MaskMod:
@@ -273,7 +273,7 @@ def _(score: s.RelativeBias, t: RowTables) -> ScoreMod:
 def _bucket(x: Tensor, boundaries: Tensor) -> Tensor:
     """How many of the boundaries are at most x."""
     x, most = x.to(boundaries.dtype), boundaries.shape[0]
-    if x.ndim:
+    if x.ndim or not isinstance(x, Tensor):  # tensors that broadcast, or symbols
         return torch.bucketize(x, boundaries, right=True)
     found = torch.zeros_like(x, dtype=torch.int32)  # FlexAttention's scalars, and it cannot lower a bucketize
     for step in (1 << bit for bit in reversed(range(most.bit_length()))):

@@ -123,11 +123,13 @@ CHOICES = [
     (case(device="cuda", dtype=torch.float32, dims=(2, 2, 8, 8)), "tiled"),
     (case(), "segments"),
     (case(Full()), "segments"),
-    (case(tokens=20), "tiled"),  # two tokens per segment
+    (case(tokens=20), "segments"),  # two tokens per segment, which share a call
+    (case(fj.Window(9, 0), tokens=20), "tiled"),  # and do not
     (case(tracing=True), "tiled"),
     (case(Causal() & Prefix(3)), "segments"),
     (case(Causal() & Prefix(3), score=ALIBI), "segments"),
-    (case(Causal() & Prefix(3), tokens=10 * 5000), "tiled"),  # a mask with gaps over long segments
+    (case(Causal() & Prefix(3), tokens=10 * 5000), "segments"),
+    (case(Causal() & (fj.Window(9, 0) | Prefix(3)), tokens=10 * 5000), "tiled"),  # a gap over long segments
     (case(Causal() & fj.Window(9, 0), tokens=10 * 5000), "segments"),
     (case(score=fj.Alibi(torch.ones(2, requires_grad=True))), "segments"),
     (case(score=fj.Alibi(torch.ones(2, requires_grad=True)), tokens=20_000), "tiled"),

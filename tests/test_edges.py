@@ -301,3 +301,17 @@ def test_more_elements_than_int32_in_q() -> None:
     x = fj.Jagged(torch.empty(2**20, 64, 64, device="meta"), torch.empty(3, dtype=torch.int64, device="meta"))
     assert x.values.numel() > 2**31
     assert build_layout(x, x).q_pos.shape == (2**20,)
+
+
+@pytest.mark.parametrize("lengths", [[], [0, 0]])
+@pytest.mark.parametrize("normalizer", [None, fj.SiLU()], ids=repr)
+def test_without_tokens_every_parameter_gets_a_zero_gradient(lengths: list[int], normalizer: object) -> None:
+    """As torch's own layers do: an optimizer or DDP must not find a None."""
+    table = torch.randn(2, 5, dtype=torch.float64, requires_grad=True)
+    values = torch.zeros(0, 2, 16, requires_grad=True)
+    x = fj.Jagged.from_lengths(values, lengths)
+    out = fj.attention(x, x, x, score=fj.RelativeBias(table), normalizer=normalizer)
+    out.values.sum().backward()
+    for leaf in (table, values):
+        assert leaf.grad is not None
+        assert not leaf.grad.any()

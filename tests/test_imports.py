@@ -31,7 +31,7 @@ def loaded_after(code: str, module: str) -> bool:
     return done.returncode == 42
 
 
-HEAVY = ["triton", "attn_gym", "matplotlib", "rich", "hypothesis", "torch._dynamo", "torch._inductor"]
+HEAVY = ["triton", "attn_gym", "cloudpickle", "matplotlib", "rich", "hypothesis", "torch._dynamo", "torch._inductor"]
 
 
 def test_import_is_light() -> None:
@@ -56,7 +56,9 @@ def test_attention_in_eager_mode_starts_no_compiler() -> None:
 
 
 @pytest.mark.parametrize(
-    "missing", [["triton"], ["attn_gym"], ["triton", "attn_gym", "matplotlib", "rich", "hypothesis"]], ids=str
+    "missing",
+    [["triton"], ["attn_gym"], ["triton", "attn_gym", "cloudpickle", "matplotlib", "rich", "hypothesis"]],
+    ids=str,
 )
 def test_works_without(missing: list[str]) -> None:
     """None in sys.modules makes `import x` raise, as if it were not installed."""

@@ -85,9 +85,9 @@ def _run(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, walk: Walk) 
         if isinstance(normalizer, nz.StickBreaking):
             left = torch.exp(left)
             if normalizer.remainder:
-                out = out + left * _own_values(v, q.shape[1], plan.layout)
+                out = out + left * own_values(v, q.shape[1], plan.layout)
         elif isinstance(normalizer, nz.Pointwise):
-            out = _scaled(out, normalizer.scale, compute)
+            out = scaled(out, normalizer.scale, compute)
         left = left if isinstance(normalizer, nz.Pointwise) else left[..., 0]
     return out.to(dtype), left
 
@@ -97,14 +97,14 @@ def _learned_bias(normalizer: nz.Normalizer) -> list[Tensor]:
     return [bias] if isinstance(bias, Tensor) and bias.requires_grad and torch.is_grad_enabled() else []
 
 
-def _scaled(out: Tensor, scale: float | Tensor, compute: torch.dtype) -> Tensor:
+def scaled(out: Tensor, scale: float | Tensor, compute: torch.dtype) -> Tensor:
     """The factors of a row's weights, taken out of its sum."""
     if not isinstance(scale, Tensor):
         return out if scale == 1 else out * float(scale)
     return out * (scale.to(compute)[:, None, None] if scale.ndim else scale.to(compute))
 
 
-def _own_values(v: Tensor, heads: int, layout: Layout) -> Tensor:
+def own_values(v: Tensor, heads: int, layout: Layout) -> Tensor:
     """Each query token's own value ``[T, H, E]``, 0 in spare rows."""
     v = v.repeat_interleave(heads // v.shape[1], 1)
     return v.masked_fill((layout.q_segment >= layout.num_segments)[:, None, None], 0.0) if layout.has_spare else v

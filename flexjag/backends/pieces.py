@@ -82,7 +82,7 @@ class Walk:
             self.keys(total, piece).add_(part)
 
 
-def _own_key(plan: Plan) -> Tensor | None:
+def own_key(plan: Plan) -> Tensor | None:
     """``[T_q]``, the packed key that each row lines up with, if the normalizer leaves it out."""
     normalizer, layout = plan.normalizer, plan.layout
     if not isinstance(normalizer, nz.StickBreaking) or normalizer.attend_current:
@@ -93,7 +93,8 @@ def _own_key(plan: Plan) -> Tensor | None:
     return at + layout.kv_length() - layout.q_length()
 
 
-def _test(plan: Plan, own: Tensor | None) -> Callable[..., Tensor]:
+def tested(plan: Plan, own: Tensor | None) -> Callable[..., Tensor]:
+    """The plan's mask on packed indices, without each row's `own` key if there is one to leave out."""
     mask = plan.mask_mod
     return mask if own is None else lambda b, h, q, kv: mask(b, h, q, kv) & (kv != own[q])
 
@@ -102,7 +103,7 @@ def walk_tiles(plan: Plan) -> Walk:
     """Batches of tiles, all of them at once if traced."""
     tiles, block = plan.tiles.all_heads, plan.block_size
     num_q, num_kv = plan.layout.num_q, plan.layout.num_kv
-    test = _test(plan, _own_key(plan))
+    test = tested(plan, own_key(plan))
     p = tiled.Problem(tiles.row, tiles.col, block, num_q, num_kv, 1.0, test, None)
     traced = torch.compiler.is_compiling()
     rows = (
@@ -127,8 +128,8 @@ def walk_tiles(plan: Plan) -> Walk:
 
 def walk_runs(plan: Plan, heads: int) -> Walk:
     """Runs of one segment's queries. Reads the offsets and spans on the host."""
-    own = _own_key(plan)
-    test = _test(plan, own)
+    own = own_key(plan)
+    test = tested(plan, own)
     q_ranges, kv_ranges, full = _runs(plan, heads, own)
     device = plan.layout.device
 

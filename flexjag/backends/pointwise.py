@@ -60,8 +60,10 @@ def _(normalizer: nz.Sigmoid) -> Activation:
     return Activation(torch.sigmoid, lambda grad, s, w: torch.ops.aten.sigmoid_backward(grad, w), -torch.inf)
 
 
-def biased(normalizer: nz.Pointwise, score: Score | None, layout: Layout) -> Score | None:
-    """The score, and after it the bias that the normalizer adds to what it is applied to."""
+def biased(
+    normalizer: nz.Pointwise, score: Score | None, layout: Layout, look_up: Callable[..., Tensor] = look_up
+) -> Score | None:
+    """The score, and after it the bias that the normalizer adds to what it is applied to, read by `look_up`."""
     if not isinstance(normalizer, nz.Sigmoid):
         return score
     bias = normalizer.bias

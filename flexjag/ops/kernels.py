@@ -2,48 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from flexjag.launching import KernelCase, note_launches
 from flexjag.ops.register import OPERATORS
 
 SEGMENTS, TOKENS, QUERIES, LONG = 256, 65_536, 32, 512
 """Sizes of the examples; only whether they are 1 or divisible by 16 shows in the code."""
 
 Make = Callable[..., Tensor]
-
-
-@dataclass(frozen=True, eq=False)
-class KernelCase:
-    """One kernel, with what decides its code.
-
-    Attributes:
-        op: The operator that launches it and, after a comma, what is special about the example.
-        name: Of the kernel.
-        fn: The ``triton.jit`` function.
-        signature: Argument types in Triton's words.
-        constants: The values of the compile-time arguments.
-        options: ``num_warps`` and ``num_stages``.
-        attributes: What Triton knows of arguments, by position.
-    """
-
-    op: str
-    name: str
-    fn: Any
-    signature: Mapping[str, str]
-    constants: Mapping[str, Any]
-    options: Mapping[str, Any]
-    attributes: Mapping[Any, Any]
-
-    @property
-    def key(self) -> tuple[object, ...]:
-        """Equal for kernels with the same code."""
-        given = (self.signature, self.constants, self.options, self.attributes)
-        return self.name, *(repr(sorted(x.items())) for x in given)
 
 
 def list_kernels(features: int = 64, dtype: torch.dtype = torch.bfloat16) -> list[KernelCase]:
@@ -57,47 +29,14 @@ def list_kernels(features: int = 64, dtype: torch.dtype = torch.bfloat16) -> lis
     ['target_forward', 'target_of_queries', 'target_of_keys']
     """
     import flexjag.ops  # noqa: F401  defines the operators
-    from flexjag.ops.triton_common import recorded
 
     found: dict[object, KernelCase] = {}
     for example, arguments in _examples(features, dtype).items():
         op = OPERATORS[example.split(",")[0]]
         assert op.launcher is not None, example
-        recorded.clear()
-        op.launcher(*arguments)
-        for launch in recorded:
-            case = _case(example, launch)
+        for case in note_launches(example, partial(op.launcher, *arguments)):
             found.setdefault(case.key, case)
-    recorded.clear()
     return list(found.values())
-
-
-def _case(op: str, launch: Any) -> KernelCase:
-    """What Triton's launcher would make of the arguments: 1 is a constant, 16 divides sizes and addresses."""
-    from flexjag.ops.triton_common import NAMES
-
-    signature: dict[str, str] = {}
-    constants: dict[str, Any] = dict(launch.constants)
-    attributes: dict[Any, Any] = {}
-    divisible = [["tt.divisibility", 16]]
-    for at, parameter in enumerate(launch.kernel.params):
-        value = launch.arguments.get(parameter.name)
-        if isinstance(value, Tensor):
-            signature[parameter.name] = f"*{NAMES[value.dtype]}"
-            attributes[(at,)] = divisible
-        elif parameter.is_constexpr:
-            signature[parameter.name] = "constexpr"
-        elif isinstance(value, float):
-            signature[parameter.name] = "fp32"
-        elif value == 1 and not parameter.do_not_specialize:
-            signature[parameter.name] = "constexpr"
-            constants[parameter.name] = 1
-        else:
-            signature[parameter.name] = "i32"
-            if value % 16 == 0 and not parameter.do_not_specialize:
-                attributes[(at,)] = divisible
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    return KernelCase(op, launch.kernel.fn.__name__, launch.kernel, signature, constants, options, attributes)
 
 
 def _examples(d: int, dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:

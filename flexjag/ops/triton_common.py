@@ -10,21 +10,30 @@ bitwise the same every time.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-"""What the kernels compute with. All else is left to the plain kernels."""
+from flexjag.launching import DTYPES, ceil_div, launch, power_of_2, precision
 
-NAMES = {**DTYPES, torch.int8: "i8", torch.int16: "i16", torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8"}
-"""What Triton calls the dtypes that pointers may have."""
+__all__ = [
+    "LIMIT",
+    "TILE",
+    "ceil_div",
+    "count_upto",
+    "find_tile",
+    "has_kernel",
+    "is_countable",
+    "jit",
+    "launch",
+    "num_tiles",
+    "power_of_2",
+    "precision",
+    "search",
+    "span_of",
+]
 
 LIMIT = 2**31 - 2**16
 """Rows that can be counted in 32 bits, with some to spare for a last tile."""
@@ -70,52 +79,6 @@ def span_of(offsets, segment):
     return start, (tl.load(offsets + segment + 1).to(tl.int64) - start).to(tl.int32)
 
 
-@dataclass(frozen=True, eq=False)
-class Launch:
-    """One launch of one kernel.
-
-    Attributes:
-        kernel: The ``triton.jit`` function.
-        grid: Programs per axis.
-        arguments: By name; tensors and numbers.
-        constants: The compile-time ones.
-        num_warps: Warps of a program.
-        num_stages: Stages of the software pipeline.
-    """
-
-    kernel: Any
-    grid: tuple[int, ...]
-    arguments: Mapping[str, Any]
-    constants: Mapping[str, Any]
-    num_warps: int = 4
-    num_stages: int = 2
-
-
-recorded: list[Launch] = []
-"""Launches on meta tensors, which are noted here and not made: see :mod:`flexjag.ops.kernels`."""
-
-
-def launch(kernel: Any, grid: tuple[int, ...], arguments: Mapping[str, Any], **constants: Any) -> None:
-    """Launch a kernel on the device of its first argument, unless the grid is empty.
-
-    Args:
-        kernel: The ``triton.jit`` function.
-        grid: Programs per axis.
-        arguments: By name, a tensor first; those that may have any strides have two dimensions or more.
-        constants: The compile-time ones, and ``num_warps`` and ``num_stages``.
-    """
-    if 0 in grid:
-        return
-    arguments = {k: v.contiguous() if isinstance(v, Tensor) and v.ndim == 1 else v for k, v in arguments.items()}
-    device = next(iter(arguments.values())).device
-    if device.type == "meta":
-        options = {name: constants.pop(name) for name in ("num_warps", "num_stages") if name in constants}
-        recorded.append(Launch(kernel, grid, arguments, constants, **options))
-        return
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        kernel[grid](**arguments, **{"num_stages": Launch.num_stages, **constants})
-
-
 def search(offsets: Tensor) -> dict[str, Any]:
     """The arguments with which a kernel searches offsets."""
     num_segments = offsets.shape[0] - 1
@@ -135,19 +98,3 @@ def has_kernel(*tensors: Tensor) -> bool:
 def is_countable(tensor: Tensor) -> bool:
     """Whether its sizes can be counted in 32 bits."""
     return all(n < LIMIT for n in tensor.shape)
-
-
-def ceil_div(n: int, by: int) -> int:
-    """The quotient, rounded up."""
-    return -(-n // by)
-
-
-def power_of_2(n: int, low: int = 1, high: int = 2**30) -> int:
-    """The next power of 2, within bounds."""
-    return max(low, min(high, 1 << (max(n, 1) - 1).bit_length()))
-
-
-def precision(dtype: torch.dtype) -> str:
-    """How products of float32 are made: as the user chose for cuBLAS."""
-    is_rounded = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if is_rounded else "ieee"

@@ -1,0 +1,39 @@
+"""What the printed masks and scores call in plain torch, of tensors that broadcast and of Python numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def cast(x: Any, dtype: torch.dtype) -> Any:
+    """A tensor in another dtype; a number fits any."""
+    return x.to(dtype) if isinstance(x, Tensor) else x
+
+
+def minimum(a: Any, b: Any) -> Any:
+    """The smaller one."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return torch.minimum(a, b)
+    if isinstance(a, Tensor):
+        return a.clamp(max=b)
+    return b.clamp(max=a) if isinstance(b, Tensor) else min(a, b)
+
+
+def maximum(a: Any, b: Any) -> Any:
+    """The larger one."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return torch.maximum(a, b)
+    if isinstance(a, Tensor):
+        return a.clamp(min=b)
+    return b.clamp(min=a) if isinstance(b, Tensor) else max(a, b)
+
+
+def flat_index(tensor: Tensor, *index: Any) -> Tensor:
+    """Where a contiguous tensor holds the entry at an index."""
+    at = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    for size, i in zip(tensor.shape, index, strict=True):
+        at = at * size + i
+    return at

@@ -1,0 +1,262 @@
+"""Attention by any normalizer but a softmax, with Triton kernels of our own.
+
+The plan's mask and score are printed (:mod:`flexjag.backends.triton_mods`), and the printed text is an argument of the
+operators: so they need no Python functions, and a traced graph holds all that they do.
+
+The gradients of q, k and v are the kernels'. Those of what a score or the normalizer's bias learns are summed in plain
+torch over batches of tiles, each of them computed again: deterministic, on any device, but slower than the kernels.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexjag import mods
+from flexjag import normalizers as nz
+from flexjag.backends import pointwise, tiled
+from flexjag.backends.gathers import add_at
+from flexjag.backends.normalized import scaled
+from flexjag.backends.triton_mods import Printed, emit, load
+from flexjag.expressions import has_functions, read
+from flexjag.plan import Plan
+from flexjag.tiles import TileTable
+
+NORMALIZERS: dict[str, nz.Pointwise] = {
+    "silu": nz.SiLU(),
+    "gelu": nz.GELU(),
+    "gelu_tanh": nz.GELU(approximate="tanh"),
+    "identity": nz.Identity(),
+    "sigmoid": nz.Sigmoid(0.0),
+}
+"""The functions that there are kernels for, by the kernels' names for them."""
+
+
+def name_of(normalizer: nz.Normalizer) -> str:
+    """What the kernels call a pointwise normalizer's function."""
+    if isinstance(normalizer, nz.GELU):
+        return "gelu" if normalizer.approximate == "none" else "gelu_tanh"
+    return {nz.SiLU: "silu", nz.Identity: "identity", nz.Sigmoid: "sigmoid"}[type(normalizer)]
+
+
+def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, need_rest: bool) -> tuple[Tensor, Tensor]:
+    """Attention of packed ``q [T_q, H, D]``, ``k [T_kv, G, D]``, ``v [T_kv, G, E]``; T_q and T_kv not 0.
+
+    Returns:
+        ``[T_q, H, E]`` in q's dtype, and for stick-breaking the remainder ``[T_q, H]`` in float32 (else something of no
+        meaning).
+    """
+    if isinstance(plan.normalizer, nz.StickBreaking):
+        from flexjag.backends import triton_stick_breaking
+
+        return triton_stick_breaking.run(q, k, v, plan, scale, need_rest)
+    text = printed(plan)
+    tables, transposed = tables_of(plan)
+    tiles = [plan.tiles.all_heads.row, plan.tiles.all_heads.col]
+    normalizer, name = plan.normalizer, name_of(plan.normalizer)
+    assert isinstance(normalizer, nz.Pointwise)
+    is_wide = isinstance(normalizer.scale, Tensor)
+    factor = 1.0 if isinstance(normalizer.scale, Tensor) else float(normalizer.scale)
+    out = attend(
+        q, k, v, text.captures, text.learned, text.numbers, text.source, tables, transposed, tiles, name,
+        scale, factor, plan.block_size, is_wide,
+    )  # fmt: skip
+    return (scaled(out, normalizer.scale, torch.float32).to(q.dtype) if is_wide else out), out
+
+
+def printed(plan: Plan) -> Printed:
+    """The plan's mask and score, and the bias of its normalizer, as source."""
+    score = mods.score_mod(plan.kernel_score, replace(plan.tables, look_up=read))
+    if isinstance(plan.normalizer, nz.Pointwise):
+        score = pointwise.biased(plan.normalizer, score, plan.layout, read)
+    return emit(plan.mask_mod, score, has_functions(plan.mask, plan.score))
+
+
+def tables_of(plan: Plan) -> tuple[list[Tensor], list[Tensor]]:
+    """Counts and indices of the PARTIAL tiles, then of the FULL ones: of each row, and of each column."""
+    of_rows, of_columns = (plan.tiles.kv_partial, plan.tiles.kv_full), (plan.tiles.q_partial, plan.tiles.q_full)
+    return [x for t in of_rows for x in _table(t)], [x for t in of_columns for x in _table(t)]
+
+
+def _table(table: TileTable) -> list[Tensor]:
+    """The counts ``[heads, rows]`` and the tiles ``[heads, rows, width]`` of a table, without its overlaps."""
+    heads, rows, _ = table.index.shape[1:]
+    stride, width = table.index.stride(1), table.index.stride(2)
+    return [table.count[0], table.index.as_strided((heads, rows, width), (stride, width, 1))]
+
+
+@torch.library.custom_op("flexjag::pointwise", mutates_args=())
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    captures: list[Tensor],
+    learned: list[int],
+    numbers: list[int],
+    source: str,
+    tables: list[Tensor],
+    transposed: list[Tensor],
+    tiles: list[Tensor],
+    name: str,
+    scale: float,
+    factor: float,
+    block: int,
+    is_wide: bool,
+) -> Tensor:
+    """Attention by a pointwise normalizer without its factors.
+
+    Args:
+        q: ``[T_q, H, D]``.
+        k: ``[T_kv, G, D]``.
+        v: ``[T_kv, G, E]``.
+        captures: What the printed functions read.
+        learned: Which of the captures need gradients.
+        numbers: What else they read.
+        source: The printed functions.
+        tables: Counts and indices of the PARTIAL tiles of each row, then of the FULL ones.
+        transposed: The same of each column.
+        tiles: Rows and columns of all tiles, any head's.
+        name: Of the normalizer's function.
+        scale: Factor on ``q·k``.
+        factor: Factor on the output.
+        block: Tile size.
+        is_wide: The output is to be in float32.
+
+    Returns:
+        ``[T_q, H, E]``.
+    """
+    from flexjag.backends.triton_launch import pointwise_out
+
+    out = _empty_out(q, v, is_wide)
+    return pointwise_out(q, k, v, out, captures, numbers, source, tables, name, scale, factor, block)
+
+
+@attend.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
+    return _empty_out(q, v, rest[-1])
+
+
+def _empty_out(q: Tensor, v: Tensor, is_wide: bool) -> Tensor:
+    return q.new_empty(*q.shape[:2], v.shape[2], dtype=torch.float32 if is_wide else q.dtype)
+
+
+@torch.library.custom_op("flexjag::pointwise_backward", mutates_args=())
+def differentiate(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    captures: list[Tensor],
+    numbers: list[int],
+    source: str,
+    tables: list[Tensor],
+    transposed: list[Tensor],
+    name: str,
+    scale: float,
+    factor: float,
+    block: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v of :func:`attend`."""
+    from flexjag.backends.triton_launch import pointwise_gradients
+
+    return pointwise_gradients(grad, q, k, v, captures, numbers, source, tables, transposed, name, scale, factor, block)
+
+
+@differentiate.register_fake
+def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+
+
+@torch.library.custom_op("flexjag::pointwise_learned", mutates_args=())
+def differentiate_learned(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    captures: list[Tensor],
+    learned: list[int],
+    numbers: list[int],
+    source: str,
+    tiles: list[Tensor],
+    name: str,
+    scale: float,
+    factor: float,
+    block: int,
+) -> list[Tensor]:
+    """The gradients of the captures that need them, of :func:`attend`, in plain torch."""
+    functions, act = load(source), pointwise.activation(NORMALIZERS[name])
+    assert act.backward is not None
+
+    def allowed(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return functions.plain_mask(h, i, j, captures, numbers)
+
+    p = tiled.Problem(tiles[0], tiles[1], block, q.shape[0], k.shape[0], scale, allowed, None)
+    heads = q.shape[1]
+    totals = [torch.zeros(captures[i].numel(), dtype=torch.float32, device=q.device) for i in learned]
+    with torch.autocast(q.device.type, enabled=False):
+        x, g, y, z = (
+            tiled.to_blocks(t.float(), n, block)
+            for t, n in ((q, p.rows), (grad, p.rows), (k, p.cols + 1), (v, p.cols + 1))
+        )
+        step = max(1, tiled.CHUNK_SCORES // (heads * block**2))
+        for row, col in zip(tiles[0].split(step), tiles[1].split(step), strict=True):
+            at = tiled.indices(p, row, col, heads)
+            raw = tiled.matmul(x[row] * scale, y[col].transpose(2, 3))
+            s = functions.plain_score(raw, *at[1:], captures, numbers)
+            banned = ~tiled.allowed_in(p, row, col, at)
+            dw = tiled.matmul(g[row], z[col].transpose(2, 3))
+            ds = act.backward(dw, s, act.fn(s)).masked_fill_(banned, 0.0)
+            for i, index, slope in functions.plain_slopes(raw, *at[1:], captures, numbers):
+                add_up(totals[learned.index(i)], index, (ds * slope).masked_fill_(banned, 0.0))
+    return [t.mul_(factor).view(captures[i].shape).to(captures[i].dtype) for t, i in zip(totals, learned, strict=True)]
+
+
+@differentiate_learned.register_fake
+def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, captures: list[Tensor], learned: list[int], *rest: Any):  # type: ignore[no-untyped-def]
+    return [torch.empty_like(captures[i], memory_format=torch.contiguous_format) for i in learned]
+
+
+def add_up(total: Tensor, index: Tensor, x: Tensor) -> None:
+    """Add ``[N, H, B, B]`` at flat indices that broadcast to it, in order."""
+    index = index.reshape([1] * (x.ndim - index.ndim) + list(index.shape))
+    shared = [d for d in range(x.ndim) if index.shape[d] == 1]
+    add_at(total, index.flatten(), (x.sum(shared) if shared else x).flatten())
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    q, k, v, captures, learned, numbers, source, tables, transposed, tiles, *rest = inputs
+    ctx.save_for_backward(q, k, v, *captures, *tables, *transposed, *tiles)
+    ctx.sizes = [len(x) for x in (captures, tables, transposed, tiles)]
+    ctx.learned, ctx.numbers, ctx.source, ctx.rest = learned, numbers, source, rest
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    q, k, v, *others = ctx.saved_tensors
+    captures, tables, transposed, tiles = _split(others, ctx.sizes)
+    name, scale, factor, block, _ = ctx.rest
+    grad = grad.to(q.dtype)
+    same = (captures, ctx.numbers, ctx.source)
+    dq, dk, dv = differentiate(grad, q, k, v, *same, tables, transposed, name, scale, factor, block)
+    by_capture: list[Tensor | None] = [None] * len(captures)
+    if ctx.learned:
+        found = differentiate_learned(
+            grad, q, k, v, captures, ctx.learned, ctx.numbers, ctx.source, tiles, name, scale, factor, block
+        )
+        for i, x in zip(ctx.learned, found, strict=True):
+            by_capture[i] = x
+    nothing = ([None] * len(tables), [None] * len(transposed), [None] * len(tiles))
+    none = None if ctx.learned else []  # an empty list of numbers is taken for one of tensors
+    return (dq, dk, dv, by_capture, none, None, None, *nothing, None, None, None, None, None)
+
+
+def _split(x: Sequence[Tensor], sizes: Sequence[int]) -> list[list[Tensor]]:
+    ends = list(itertools.accumulate(sizes, initial=0))
+    return [list(x[a:b]) for a, b in itertools.pairwise(ends)]
+
+
+attend.register_autograd(_backward, setup_context=_remember)

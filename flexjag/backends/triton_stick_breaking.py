@@ -1,0 +1,163 @@
+"""Stick-breaking attention with Triton kernels of our own, as operators that a graph can hold.
+
+The gradients of q, k and v are the kernels'. Those of what a score learns are summed in plain torch over batches of
+tiles, each of them computed again: deterministic, but slower than the kernels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexjag import mods
+from flexjag import normalizers as nz
+from flexjag.backends.normalized import own_values
+from flexjag.backends.pieces import own_key, tested
+from flexjag.backends.triton_mods import Printed, emit
+from flexjag.expressions import has_functions, read
+from flexjag.plan import Plan
+
+
+def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, need_rest: bool) -> tuple[Tensor, Tensor]:
+    """Attention of packed ``q [T_q, H, D]``, ``k [T_kv, G, D]``, ``v [T_kv, G, E]``; T_q and T_kv not 0.
+
+    Returns:
+        ``[T_q, H, E]`` in q's dtype, and the remainder ``[T_q, H]`` in float32.
+    """
+    normalizer = plan.normalizer
+    assert isinstance(normalizer, nz.StickBreaking)
+    text = printed(plan)
+    out, left = attend(
+        q, k, v, text.captures, text.learned, text.numbers, text.source, tiles_of(plan), scale, plan.block_size,
+        plan.layout.is_self, normalizer.remainder,
+    )  # fmt: skip
+    left = torch.exp(left)
+    if normalizer.remainder:
+        out = (out + left[..., None] * own_values(v.float(), q.shape[1], plan.layout)).to(q.dtype)
+    return out, left
+
+
+def printed(plan: Plan) -> Printed:
+    """The plan's mask, without the keys that queries line up with if the normalizer leaves them out, and its score."""
+    score = mods.score_mod(plan.kernel_score, replace(plan.tables, look_up=read))
+    return emit(tested(plan, own_key(plan)), score, has_functions(plan.mask, plan.score))
+
+
+def tiles_of(plan: Plan) -> list[Tensor]:
+    """Row, column, whether full, and whether live, of every tile of any head's mask."""
+    tiles = plan.tiles.all_heads
+    # In self-attention a tile with a key that some query lines up with has later keys, so it is not FULL anyway.
+    is_masked = own_key(plan) is not None and not plan.layout.is_self
+    return [tiles.row, tiles.col, torch.zeros_like(tiles.full) if is_masked else tiles.full, tiles.live]
+
+
+@torch.library.custom_op("flexjag::stick_breaking", mutates_args=())
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    captures: list[Tensor],
+    learned: list[int],
+    numbers: list[int],
+    source: str,
+    tiles: list[Tensor],
+    scale: float,
+    block: int,
+    is_self: bool,
+    is_wide: bool,
+) -> tuple[Tensor, Tensor]:
+    """Stick-breaking attention without what is left.
+
+    Args:
+        q: ``[T_q, H, D]``.
+        k: ``[T_kv, G, D]``.
+        v: ``[T_kv, G, E]``.
+        captures: What the printed functions read.
+        learned: Which of the captures need gradients.
+        numbers: What else they read.
+        source: The printed functions.
+        tiles: As :func:`tiles_of` lists them.
+        scale: Factor on ``q·k``.
+        block: Tile size.
+        is_self: Whether no row has a key of a larger packed index, as in self-attention.
+        is_wide: The output is to be in float32.
+
+    Returns:
+        ``[T_q, H, E]``, and the logarithm of what is left of each stick, ``[T_q, H]`` float32.
+    """
+    from flexjag.backends.triton_stick_breaking_launch import Call, run_forward
+
+    return run_forward(Call(q, k, v, captures, numbers, source, tiles, scale, block, is_self), *_empty(q, v, is_wide))
+
+
+@attend.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return _empty(q, v, rest[-1])
+
+
+def _empty(q: Tensor, v: Tensor, is_wide: bool) -> tuple[Tensor, Tensor]:
+    out = q.new_empty(*q.shape[:2], v.shape[2], dtype=torch.float32 if is_wide else q.dtype)
+    return out, q.new_empty(q.shape[:2], dtype=torch.float32)
+
+
+@torch.library.custom_op("flexjag::stick_breaking_backward", mutates_args=())
+def differentiate(
+    grad: Tensor,
+    grad_left: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    captures: list[Tensor],
+    learned: list[int],
+    numbers: list[int],
+    source: str,
+    tiles: list[Tensor],
+    scale: float,
+    block: int,
+    is_self: bool,
+) -> list[Tensor]:
+    """The gradients of q, k and v of :func:`attend`, and of the captures that need them."""
+    from flexjag.backends.triton_stick_breaking_launch import Call, run_backward
+
+    call = Call(q, k, v, captures, numbers, source, tiles, scale, block, is_self)
+    return run_backward(call, grad, grad_left, learned)
+
+
+@differentiate.register_fake
+def _(
+    grad: Tensor,
+    grad_left: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    captures: list[Tensor],
+    learned: list[int],
+    *rest: Any,
+) -> list[Tensor]:
+    like = (q, k, v, *(captures[i] for i in learned))
+    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in like]
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, captures, learned, numbers, source, tiles, scale, block, is_self, _ = inputs
+    ctx.save_for_backward(q, k, v, *captures, *tiles)
+    ctx.learned, ctx.numbers, ctx.source, ctx.rest = learned, numbers, source, (scale, block, is_self)
+
+
+def _backward(ctx: Any, grad: Tensor, grad_left: Tensor) -> tuple[Any, ...]:
+    q, k, v, *captures = ctx.saved_tensors
+    captures, tiles = captures[:-4], captures[-4:]
+    dq, dk, dv, *found = differentiate(
+        grad, grad_left, q, k, v, captures, ctx.learned, ctx.numbers, ctx.source, tiles, *ctx.rest
+    )
+    by_capture: list[Tensor | None] = [None] * len(captures)
+    for i, x in zip(ctx.learned, found, strict=True):
+        by_capture[i] = x
+    none = None if ctx.learned else []  # an empty list of numbers is taken for one of tensors
+    return (dq, dk, dv, by_capture, none, None, None, [None] * len(tiles), None, None, None, None)
+
+
+attend.register_autograd(_backward, setup_context=_remember)

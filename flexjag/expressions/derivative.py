@@ -1,0 +1,69 @@
+"""The derivative of a program, as more lines of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from flexjag.expressions.program import Program, Symbol, Value
+from flexjag.expressions.words import FUNCTIONS
+
+_where, _sign, _exp, _sin, _cos = (FUNCTIONS[name] for name in ("where", "sign", "exp", "sin", "cos"))
+
+
+def _halved(wins: Value, ties: Value) -> Symbol:
+    """The slope of the larger or the smaller of two."""
+    return _where(ties, 0.5, _where(wins, 1.0, 0.0))
+
+
+_SLOPES: dict[str, Callable[..., tuple[Value | None, ...]]] = {
+    "add": lambda y, a, b: (1.0, 1.0),
+    "sub": lambda y, a, b: (1.0, -1.0),
+    "mul": lambda y, a, b: (b, a),
+    "div": lambda y, a, b: (1.0 / b, -1.0 * y / b),
+    "minimum": lambda y, a, b: (_halved(y < b, a == b), _halved(y < a, a == b)),
+    "maximum": lambda y, a, b: (_halved(y > b, a == b), _halved(y > a, a == b)),
+    "neg": lambda y, x: (-1.0,),
+    "abs": lambda y, x: (_sign(x),),
+    "exp": lambda y, x: (y,),
+    "exp2": lambda y, x: (y * math.log(2),),
+    "log": lambda y, x: (1.0 / x,),
+    "log2": lambda y, x: (1 / math.log(2) / x,),
+    "sqrt": lambda y, x: (0.5 / y,),
+    "rsqrt": lambda y, x: (-0.5 * y / x,),
+    "tanh": lambda y, x: (1.0 - y * y,),
+    "sigmoid": lambda y, x: (y * (1.0 - y),),
+    "sin": lambda y, x: (_cos(x),),
+    "cos": lambda y, x: (-1.0 * _sin(x),),
+    "erf": lambda y, x: (_exp(-1.0 * x * x) * (2 / math.sqrt(math.pi)),),
+}
+"""The derivatives of a result y by each of its arguments; of an operation that is not listed they are 0."""
+
+
+def times(a: Value, b: Value) -> Value:
+    """The product, without a line for a factor of 1."""
+    if isinstance(a, float) and a == 1.0:
+        return b
+    return a if isinstance(b, float) and b == 1.0 else a * b
+
+
+def derivative(program: Program, result: Symbol, by: Symbol) -> Value:
+    """The derivative of a result by an argument, as more lines of its program: a symbol or a number."""
+    slopes: dict[str, Value] = {by.name: 1.0}
+    for line in list(program.lines):
+        y = line.result
+        given = [slopes.get(x.name) if isinstance(x, Symbol) else None for x in line.args]
+        if all(x is None for x in given) or not y.dtype.is_floating_point:
+            continue
+        if line.op == "where":
+            slopes[y.name] = _where(line.args[0], *(0.0 if x is None else x for x in given[1:]))
+        elif line.op == "to":
+            slopes[y.name] = given[0]
+        elif line.op in _SLOPES:
+            total: Value = None
+            for inner, outer in zip(given, _SLOPES[line.op](y, *line.args), strict=True):
+                if inner is not None:
+                    part = times(inner, outer)
+                    total = part if total is None else total + part
+            slopes[y.name] = total
+    return slopes.get(result.name, 0.0)

@@ -1,0 +1,235 @@
+"""What programs know of torch: its functions, methods and operators on symbols, with torch's rules for dtypes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexjag.expressions.program import FUNCTIONS, NAMES, Symbol, Value, apply, convert, program_of, refuse
+
+POWERS = 8
+"""The highest power that is written as a product."""
+
+
+def _dtype(*args: Value) -> torch.dtype:
+    """The dtype of a sum of numbers without dimensions."""
+    found = None
+    for x in args:
+        if isinstance(x, Symbol):
+            found = x.dtype if found is None else torch.promote_types(found, x.dtype)
+    for x in args:
+        if isinstance(x, (Symbol, bool)):
+            continue
+        if isinstance(x, float) and (found is None or not found.is_floating_point):
+            found = torch.float32
+        elif found is None or found == torch.bool:
+            found = torch.int64
+    return torch.bool if found is None else found
+
+
+def _floating(*args: Value) -> torch.dtype:
+    found = _dtype(*args)
+    return found if found.is_floating_point else torch.float32
+
+
+def _note(op: str, args: Sequence[Value], dtype: torch.dtype, result: torch.dtype | None = None) -> Symbol:
+    """An operation on arguments of one dtype, and if it is half precision, in float32."""
+    program = program_of(args)
+    wide = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+    made = program.note(op, [convert(x, wide, program) for x in args], wide if result is None else result)
+    return made if wide == dtype or result is not None else program.note("to", (made,), dtype)
+
+
+def _binary(op: str) -> Callable[..., Symbol]:
+    return lambda a, b: _note(op, (a, b), _dtype(a, b))
+
+
+def _compare(op: str) -> Callable[..., Symbol]:
+    return lambda a, b: _note(op, (a, b), _dtype(a, b), torch.bool)
+
+
+def _unary(op: str) -> Callable[..., Symbol]:
+    return lambda x: _note(op, (x,), _floating(x))
+
+
+def _logical(op: str) -> Callable[..., Symbol]:
+    def combine(*args: Value) -> Symbol:
+        return _note(op, [to_dtype(x, torch.bool) if isinstance(x, Symbol) else bool(x) for x in args], torch.bool)
+
+    return combine
+
+
+def where(condition: Value, a: Value, b: Value) -> Symbol:
+    """``torch.where`` of three arguments."""
+    program, dtype = program_of((condition, a, b)), _dtype(a, b)
+    return program.note("where", (condition, convert(a, dtype, program), convert(b, dtype, program)), dtype)
+
+
+def clamp(x: Symbol, min: Value | None = None, max: Value | None = None) -> Symbol:
+    """``torch.clamp``."""
+    x = x if min is None else _maximum(x, min)
+    return x if max is None else _minimum(x, max)
+
+
+def to_dtype(x: Symbol, dtype: Any, *_: Any, **__: Any) -> Symbol:
+    """``Tensor.to``, of which only the dtype matters."""
+    dtype = getattr(dtype, "dtype", dtype)
+    return convert(x, dtype, x.program) if isinstance(dtype, torch.dtype) else x
+
+
+def _fill(x: Symbol, value: Value, dtype: torch.dtype | None = None, **_: Any) -> Symbol:
+    return x.program.note("full", (value,), x.dtype if dtype is None else dtype)
+
+
+def _divide(a: Value, b: Value, *, rounding_mode: str | None = None) -> Symbol:
+    if rounding_mode == "floor":
+        return _floor_divide(a, b)
+    if rounding_mode is not None:
+        refuse(f"it divides with rounding_mode={rounding_mode!r}")
+    return _note("div", (a, b), _floating(a, b))
+
+
+def _floor_divide(a: Value, b: Value) -> Symbol:
+    dtype = _dtype(a, b)
+    return _note("floordiv", (a, b), dtype) if not dtype.is_floating_point else _floor(_divide(a, b))
+
+
+def _remainder(a: Value, b: Value) -> Symbol:
+    return a - _floor_divide(a, b) * b
+
+
+def _power(x: Value, exponent: Value) -> Symbol:
+    if not isinstance(x, Symbol) or not isinstance(exponent, (int, float)):
+        refuse("it takes a power that is not a plain number")
+    if exponent == 0.5:
+        return _unary("sqrt")(x)
+    if exponent != int(exponent) or not 1 <= exponent <= POWERS:
+        refuse(f"it takes the power {exponent}, and only 0.5 and 1 to {POWERS} are known here")
+    result: Value = x
+    for _ in range(int(exponent) - 1):
+        result = result * x
+    return result
+
+
+def _abs(x: Symbol) -> Symbol:
+    return _note("abs", (x,), x.dtype)
+
+
+def _negative(x: Symbol) -> Symbol:
+    return _note("neg", (x,), x.dtype)
+
+
+def _not(x: Symbol) -> Symbol:
+    if x.dtype != torch.bool:
+        refuse("it inverts bits")
+    return _note("not", (x,), torch.bool)
+
+
+def _sign(x: Value) -> Symbol:
+    return (
+        where(x > 0, 1, where(x < 0, -1, 0))
+        if not x.dtype.is_floating_point
+        else where(x > 0, 1.0, where(x < 0, -1.0, 0.0))
+    )
+
+
+def _bucketize(x: Symbol, boundaries: Any, *, right: bool = False) -> Symbol:
+    if not right or not isinstance(boundaries, Tensor) or boundaries.ndim != 1:
+        refuse("it calls bucketize, of which only right=True with a 1-D tensor is known here")
+    program, count = x.program, boundaries.shape[0]
+    wanted = convert(x, boundaries.dtype, program)
+    bits = program.number(count.bit_length())
+    return program.note("bucketize", (program.capture(boundaries), wanted, program.number(count), bits), torch.int32)
+
+
+_minimum, _maximum, _floor = _binary("minimum"), _binary("maximum"), _unary("floor")
+
+FUNCTIONS.update(
+    {
+        **{name: _binary(name) for name in ("add", "sub", "mul", "and", "or", "xor")},
+        **{name: _compare(name) for name in ("eq", "ne", "lt", "le", "gt", "ge")},
+        **{name: _unary(name) for name in ("exp", "exp2", "log", "log2", "sqrt", "rsqrt", "tanh", "sigmoid")},
+        **{name: _unary(name) for name in ("sin", "cos", "erf", "floor", "ceil")},
+        **{f"logical_{name}": _logical(name) for name in ("and", "or", "xor", "not")},
+        "minimum": _minimum,
+        "maximum": _maximum,
+        "where": where,
+        "clamp": clamp,
+        "div": _divide,
+        "floordiv": _floor_divide,
+        "mod": _remainder,
+        "pow": _power,
+        "abs": _abs,
+        "neg": _negative,
+        "invert": _not,
+        "sign": _sign,
+        "bucketize": _bucketize,
+        "relu": lambda x: _maximum(x, 0),
+        "square": lambda x: x * x,
+        "reciprocal": lambda x: _divide(1.0, x),
+        "to": to_dtype,
+        "zeros_like": lambda x, **kwargs: _fill(x, 0, **kwargs),
+        "ones_like": lambda x, **kwargs: _fill(x, 1, **kwargs),
+        "full_like": _fill,
+        "detach": lambda x: x,
+        "clone": lambda x: x,
+        "float": lambda x: to_dtype(x, torch.float32),
+        "int": lambda x: to_dtype(x, torch.int32),
+        "long": lambda x: to_dtype(x, torch.int64),
+        "bool": lambda x: to_dtype(x, torch.bool),
+    }
+)
+
+_SAME = {
+    "subtract": "sub",
+    "multiply": "mul",
+    "truediv": "div",
+    "divide": "div",
+    "true_divide": "div",
+    "floor_divide": "floordiv",
+    "remainder": "mod",
+    "bitwise_and": "and",
+    "bitwise_or": "or",
+    "bitwise_xor": "xor",
+    "bitwise_not": "invert",
+    "min": "minimum",
+    "max": "maximum",
+    "clip": "clamp",
+    "absolute": "abs",
+    "negative": "neg",
+    "less": "lt",
+    "less_equal": "le",
+    "greater": "gt",
+    "greater_equal": "ge",
+    "not_equal": "ne",
+    "type": "to",
+}
+FUNCTIONS.update({name: FUNCTIONS[same] for name, same in _SAME.items()})
+
+
+def _operator(name: str, is_swapped: bool) -> Callable[..., Any]:
+    def method(self: Symbol, *others: Any) -> Any:
+        return apply(name, (*others, self) if is_swapped else (self, *others), {})
+
+    return method
+
+
+for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor"):
+    setattr(Symbol, f"__{_name}__", _operator(_name, False))
+    setattr(Symbol, f"__r{_name}__", _operator(_name, True))
+    FUNCTIONS[f"r{_name}"] = lambda a, b, same=FUNCTIONS[_name]: same(b, a)
+for _name in ("eq", "ne", "lt", "le", "gt", "ge", "neg", "abs", "invert"):
+    setattr(Symbol, f"__{_name}__", _operator(_name, False))
+
+NAMES.update(
+    {
+        function: name
+        for name in FUNCTIONS
+        for holder in (torch, torch.Tensor, torch.special, torch.nn.functional)
+        for function in (getattr(holder, name, None), getattr(holder, f"__{name}__", None))
+        if function is not None
+    }
+)

@@ -1,0 +1,91 @@
+"""What CPU backends are expected to take: the counts, the record, the fit, and the command that makes the record."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import flexjag as fj
+from flexjag import costs
+from flexjag.bench import calibrate, main
+from flexjag.choice import expected_seconds
+
+MASKS = [
+    fj.Full(),
+    fj.Causal(),
+    fj.Window(5, 0),
+    fj.Window(5, 3),
+    fj.Prefix(4),
+    fj.Chunked(8),
+    fj.Causal() & fj.Window(5, 5),
+    fj.Window(5, 0) | fj.Prefix(4),
+    ~fj.Causal(),
+]
+
+
+@given(st.sampled_from(MASKS), st.integers(16, 60))
+def test_estimates_against_the_dense_mask(mask: fj.Mask, n: int) -> None:
+    """What a row in the middle attends is never underestimated by half, nor overestimated but for opaque masks."""
+    dense = fj.plan(fj.Jagged.from_lengths(torch.zeros(n), [n]), mask=mask).to_dense()
+    mean = float(dense.sum(1).double().mean())
+    estimate = costs.attended(mask, n)
+    assert 0.5 * mean <= estimate <= n
+    if not isinstance(mask, fj.masks.Not):
+        assert estimate <= 2 * mean + 1
+    where = dense.int()
+    first, last = where.argmax(1), n - 1 - where.flip(1).argmax(1)
+    assert costs.extent(mask, n) >= 0.5 * float((last - first + 1)[dense.any(1)].double().mean())
+
+
+def test_the_record_has_a_line_for_each_way() -> None:
+    """And no line is free: a call that costs nothing would always be chosen."""
+    ways = {"segments, whole", "segments, runs", "segments, pointwise", "tiled", "tiled, pointwise"}
+    assert set(costs.record()) == {f"{way}, {what}" for way in ways for what in ("forward", "training")}
+    for line in costs.record().values():
+        assert line.per_call >= 0
+        assert line.per_score > 0
+
+
+def test_the_record_says_where_it_was_made_and_how_well_it_chooses() -> None:
+    found = json.loads(costs.PATH.read_text())
+    assert found["environment"]["cpu"]
+    assert found["environment"]["torch"]
+    assert len(found["cases"]) == len(calibrate.KINDS) * len(calibrate.LENGTHS) * 2
+    # What the model leaves out (cache misses, partial tiles) may cost a case half its time, but not more.
+    assert max(case["regret"] for case in found["cases"]) <= 1.5
+
+
+def test_more_work_takes_longer() -> None:
+    def seconds(tokens: int, mask: fj.Mask) -> dict[str, float]:
+        x = fj.Jagged.from_lengths(torch.zeros(tokens, 2, 16), [tokens // 4] * 4)
+        return expected_seconds(fj.plan(x, mask=mask).case())
+
+    for mask in MASKS:
+        less, more = seconds(400, mask), seconds(4000, mask)
+        assert all(less[backend] < more[backend] for backend in less)
+
+
+def test_explain_gives_the_expected_times() -> None:
+    x = fj.Jagged.from_lengths(torch.zeros(300, 2, 16), [100, 200])
+    assert " ms expected, tiled " in fj.plan(x).explain()
+
+
+def test_fit_leaves_out_a_negative_coefficient() -> None:
+    works = [costs.Work("w", 1, 1), costs.Work("w", 10, 2), costs.Work("w", 100, 3)]
+    line = calibrate.fit(works, [1.0, 1.9, 2.8])
+    assert line.per_call == 0
+    assert line.per_score == pytest.approx(0.95, rel=0.05)
+
+
+def test_calibrate_measures_fits_and_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr(calibrate, "TOKENS", 60)
+    monkeypatch.setattr(calibrate, "LENGTHS", (10, 30))
+    path = tmp_path / "costs.json"
+    assert main(["calibrate", "--out", str(path)]) == 0
+    found = json.loads(path.read_text())
+    assert set(found["lines"]) == set(costs.record())
+    assert len(found["cases"]) == len(calibrate.KINDS) * 2 * 2
+    assert "90th percentile" in capsys.readouterr().out
