@@ -280,8 +280,8 @@ def choose(case: Case) -> tuple[str, str]:
         "segments": "a run of one segment's queries at a time with the keys that they may attend",
         "tiled": "plain torch over the tiles",
     }[name]
-    times = f"{expected[name] * 1e3:.3g} ms expected, {other} {expected[other] * 1e3:.3g} ms"
-    return name, f"{what}: {times}, from the lines of costs.json"
+    times = f"about {expected[name] * 1e3:.1g} ms expected, {other} {expected[other] * 1e3:.1g} ms"
+    return name, f"{what}: {times}, by the lines of costs.json"
 
 
 def expected_seconds(case: Case) -> dict[str, float]:

@@ -25,7 +25,7 @@ class Work(NamedTuple):
 
     Attributes:
         way: Which line of the record applies.
-        calls: Calls of a kernel, or rows of tiles.
+        calls: Segments, runs of queries, or rows of tiles.
         scores: Scores that are computed, for all heads, scaled to D + E = 128.
     """
 

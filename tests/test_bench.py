@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from flexjag.bench import environment, main, peak
+from flexjag.bench.attention_arms import Batch
 from flexjag.bench.measure import Results, disagreement, peak_in_subprocess, run_case, run_suite
 from flexjag.bench.registry import Arm, ArmResult, BenchError, Case, CaseResult, Figure, Options, find, load
 from flexjag.bench.report import arm_rows, figure_rows, to_markdown
-from flexjag.bench.attention_arms import Batch
 from flexjag.bench.suites_compile import EDGES, Counter, batch_lengths
 from flexjag.bench.suites_mask import causal_tiles, lognormal_lengths
 

@@ -96,10 +96,10 @@ def test_compile_suite_stops_between_batches():
 def test_clock_shares_what_is_left_by_weight(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(gpu, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    clock = Clock(80.0, ["mask-build", "attention"], start=100.0)
+    clock = Clock(80.0, ["mask-build", "ops"], start=100.0)
     assert clock.share("mask-build") == 20.0  # 1 to 3
     now[0] += 5.0
-    assert clock.share("attention") == clock.left == 75.0
+    assert clock.share("ops") == clock.left == 75.0
     now[0] += 100.0
     assert clock.left < 0
     assert Clock(0.0, ["sync"], start=0.0).share("sync") == 0.0

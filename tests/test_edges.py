@@ -303,6 +303,31 @@ def test_more_elements_than_int32_in_q() -> None:
     assert build_layout(x, x).q_pos.shape == (2**20,)
 
 
+STRIDED = {
+    "every other feature": lambda x: x.repeat_interleave(2, 2)[..., ::2],
+    "features first": lambda x: x.permute(1, 2, 0).contiguous().permute(2, 0, 1),
+    "expanded features": lambda x: x[..., :1].expand(-1, -1, x.shape[2]),
+    "heads first": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+}
+
+
+@pytest.mark.parametrize("how", list(STRIDED))
+@pytest.mark.parametrize("mask", [Causal(), Window(5, 0)], ids=repr)
+@pytest.mark.parametrize("backend", ["auto", "tiled", "segments"])
+def test_strides_do_not_matter(backend: str, mask: fj.Mask, how: str) -> None:
+    """A kernel that reads only some strides is given only those."""
+    results = []
+    for change in (STRIDED[how], lambda x: STRIDED[how](x).contiguous()):
+        generator = torch.Generator().manual_seed(0)
+        leaves = [torch.randn(50, 2, 16, dtype=torch.float64, generator=generator).requires_grad_() for _ in range(3)]
+        q, k, v = (fj.Jagged.from_lengths(change(x), [20, 0, 30]) for x in leaves)
+        out = fj.attention(q, q.with_values(k.values), q.with_values(v.values), mask=mask, backend=backend)
+        assert isinstance(out, fj.Jagged)
+        results.append((out.values, *torch.autograd.grad(out.values.square().sum(), leaves)))
+    for strided, plain in zip(*results, strict=True):
+        torch.testing.assert_close(strided, plain, rtol=1e-12, atol=1e-12)  # products in another order
+
+
 @pytest.mark.parametrize("lengths", [[], [0, 0]])
 @pytest.mark.parametrize("normalizer", [None, fj.SiLU()], ids=repr)
 def test_without_tokens_every_parameter_gets_a_zero_gradient(lengths: list[int], normalizer: object) -> None:

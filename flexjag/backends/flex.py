@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import types
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from functools import cache
 from typing import Any
 
@@ -17,6 +18,7 @@ from flexjag.plan import Plan, mark_plan
 from flexjag.upstream import fence, mend_cpu_flex_size_names
 
 Pair = tuple[Tensor, Tensor | None]
+_numbers = itertools.count()
 
 mend_cpu_flex_size_names()  # at import, because Dynamo cannot trace it and a graph may be the first to come here
 
@@ -31,20 +33,54 @@ def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, need_lse: boo
     """
     if torch.compiler.is_compiling():
         return _attend(q, k, v, plan, scale, need_lse)
-    mark_plan(plan)
-    for x in (q, k, v):
-        mark_varying(x, 0)
+    _mark(q, k, v, plan)
     return _compiled((_structure(plan, q, k, v), scale, need_lse))(q, k, v, plan, scale, need_lse)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, need_lse: bool) -> Pair:
+def with_options(options: Mapping[str, Any]) -> Callable[..., Pair]:
+    """A compiled function like :func:`run`, with these kernel options over those built in: to measure them.
+
+    Args:
+        options: FlexAttention's. On a CPU they have no meaning and are left out.
+    """
+    compiled = _compile(f"attend_with_options_{next(_numbers)}")
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, need_lse: bool) -> Pair:
+        _mark(q, k, v, plan)
+        return compiled(q, k, v, plan, scale, need_lse, options)
+
+    return attend
+
+
+def _mark(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> None:
+    """Let sizes vary from batch to batch."""
+    mark_plan(plan)
+    for x in (q, k, v):
+        mark_varying(x, 0)
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plan,
+    scale: float,
+    need_lse: bool,
+    options: Mapping[str, Any] | None = None,
+) -> Pair:
     on_cpu = not plan.layout.on_gpu
+    if on_cpu:
+        chosen = None
+    elif options is None:
+        chosen = flex_options.kernel_options(plan, q, v, need_lse)
+    else:
+        chosen = {**flex_options.built_in(plan, q, v), **options}
     keywords: dict[str, Any] = {
         "score_mod": plan.score_mod,
         "block_mask": plan.block_mask,
         "scale": scale,
         "enable_gqa": q.shape[1] != k.shape[1],
-        "kernel_options": None if on_cpu else flex_options.kernel_options(plan, q, v),
+        "kernel_options": chosen,
     }
     x, y, z = (t.transpose(0, 1)[None] for t in (q, k, v))
     if on_cpu:
@@ -68,8 +104,13 @@ def _compiled(structure: Hashable) -> Callable[..., Pair]:
     Dynamo keeps its graphs by code object and gives up after a few, so structures must not share one: the ninth mask of
     a session would otherwise be an error.
     """
-    name = f"attend_{abs(hash(structure)):x}"
-    own = types.FunctionType(_attend.__code__.replace(co_name=name), _attend.__globals__, name)
+    return _compile(f"attend_{abs(hash(structure)):x}")
+
+
+def _compile(name: str) -> Callable[..., Pair]:
+    """`_attend` by another name, which has to be new."""
+    code = _attend.__code__.replace(co_name=name)
+    own = types.FunctionType(code, _attend.__globals__, name, _attend.__defaults__)
     return torch.compile(own, fullgraph=True)
 
 

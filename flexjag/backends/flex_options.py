@@ -3,7 +3,7 @@
 FlexAttention's defaults are tuned for plain kernels. With a mask of bounds, a score and totals that vary, they run out
 of registers (a forward of head dimension 64 on an H200 stores 1.7 to 10.4 kB per thread), and a relative bias asks for
 more shared memory than the GPU has. These were chosen from the compiled code (``docs/kernels.md``, before and after),
-not yet from time on a GPU.
+not yet from time on a GPU. What was measured on the GPU at hand (:mod:`flexjag.backends.tuning`) goes over them.
 """
 
 from __future__ import annotations
@@ -14,15 +14,20 @@ import torch
 from torch import Tensor
 
 from flexjag import masks as m
-from flexjag import scores as s
+from flexjag.backends import tuning
 from flexjag.plan import Plan
 from flexjag.spans import DenseRows
 
 HALF = (torch.float16, torch.bfloat16)
 
 
-def kernel_options(plan: Plan, q: Tensor, v: Tensor) -> dict[str, Any]:
+def kernel_options(plan: Plan, q: Tensor, v: Tensor, need_lse: bool = False) -> dict[str, Any]:
     """The options for a plan and q ``[T_q, H, D]``, v ``[T_kv, G, E]``; called while a graph is traced."""
+    return built_in(plan, q, v) | tuning.lookup(plan, q, v, need_lse)
+
+
+def built_in(plan: Plan, q: Tensor, v: Tensor) -> dict[str, Any]:
+    """The options as they are without measurements."""
     # Fewer than 128 queries would else go to another kernel, by a guard: a second graph.
     options: dict[str, Any] = {"BACKEND": "TRITON"}
     if plan.layout.in_whole_tiles(plan.block_size):
@@ -54,8 +59,7 @@ def _blocks(capability: tuple[int, int], dim: int, by_key: bool) -> dict[str, An
 
 def reads_by_key(plan: Plan) -> bool:
     """Whether the mask or the score looks something up for each query and key, which takes registers to do."""
-    in_score = any(not isinstance(x, s.Alibi | s.SoftCap) for x in s.parts(plan.score))
-    return in_score or any(_looks_up(x) for x in plan.kernel_masks)
+    return tuning.score_kind(plan.score) == "lookup" or any(_looks_up(x) for x in plan.kernel_masks)
 
 
 def _looks_up(mask: m.Mask) -> bool:

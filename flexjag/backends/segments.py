@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -61,13 +62,25 @@ def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, need_lse: boo
     e = v.shape[2]
     wide = max(q.shape[2], e)  # the kernels want D == E; zeros change nothing
     q, k, v = (torch.nn.functional.pad(x, (0, wide - x.shape[2])) if x.shape[2] < wide else x for x in (q, k, v))
+    q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))  # the kernel reads no other stride
     flash = q.device.type == "cpu" and not functions.learned_tensors(plan.score, q.dtype, q.device)
     if flash and causal is not None:
-        out, lse = whole_segments.attend(list_calls(plan.layout, causal, scale), q, k, v)
+        out, lse = whole_segments.attend(_calls(plan, causal, scale), q, k, v)
         return out[..., :e], lse
     pieces = _runs(plan, scale) if causal is None else _whole_segments(plan, scale, causal)
     out, lse = _Flash.apply(pieces, q, k, v) if flash else _composite(pieces, q, k, v, need_lse)  # type: ignore[misc]
     return out[..., :e], lse
+
+
+_listed: WeakKeyDictionary[Plan, dict[tuple[bool, float], whole_segments.Calls]] = WeakKeyDictionary()
+
+
+def _calls(plan: Plan, causal: bool, scale: float) -> whole_segments.Calls:
+    """The calls of a plan, listed once for all layers that share it."""
+    known = _listed.setdefault(plan, {})
+    if (causal, scale) not in known:
+        known[causal, scale] = list_calls(plan.layout, causal, scale)
+    return known[causal, scale]
 
 
 def _whole_segments(plan: Plan, scale: float, causal: bool) -> Pieces:

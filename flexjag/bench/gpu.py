@@ -27,7 +27,7 @@ from flexjag.bench.registry import BenchError, find, load
 
 ROOT = Path(__file__).parents[2]
 OPTIONAL = ("attn_gym", "rich", "matplotlib", "cloudpickle", "fbgemm_gpu", "psutil")
-WEIGHTS = {"tests": 5.0, "sync": 1.0, "mask-build": 1.0, "attention": 3.0, "ops": 3.0, "normalizers": 3.0}
+WEIGHTS = {"tests": 5.0, "sync": 1.0, "mask-build": 1.0, "attention": 6.0, "ops": 3.0, "normalizers": 3.0}
 """Shares of the time; 2 for what is not listed. What one does not use is left to those after it."""
 START = 10.0  # seconds until a process measures anything
 GRACE = 10.0  # seconds after its budget when a process is ended
@@ -83,7 +83,7 @@ def main(argv: Sequence[str]) -> int:
         argv: The arguments behind ``gpu``.
 
     Returns:
-        0, or 1 if a test failed.
+        0, or 1 if a test failed or did not end, an arm was wrong, or a step waited for the device.
 
     Raises:
         BenchError: If the arguments are wrong or there is no GPU.
@@ -105,12 +105,12 @@ def main(argv: Sequence[str]) -> int:
     suites = [find(name).name for name in (load() if args.suites is None else args.suites)]
     session = _Session(args, suites)
     if not args.no_tests:
-        session.tests(args.tests)
+        session.tests(args.tests.resolve())
     session.sync()
     for name in suites:
         session.suite(name)
     print(f"wrote {session.path} and {session.log.name}", file=sys.stderr)
-    return 1 if session.results.get("tests", {}).get("failures") else 0
+    return 1 if session.went_wrong else 0
 
 
 class _Session:
@@ -143,6 +143,14 @@ class _Session:
         ended = self._run("tests", command, self.clock.share("tests"))
         self.results["tests"] = read_tests(ended.output) | {"cut": ended.cut, "seconds": ended.seconds}
         self._done("tests", ended)
+
+    @property
+    def went_wrong(self) -> bool:
+        """Whether a test failed or did not end, an arm is wrong, or a step waited for the device."""
+        tests = self.results.get("tests", {"failures": {}, "cut": None})
+        arms = [arm for suite in self.results["suites"] for case in suite["cases"] for arm in case["arms"]]
+        wrong = any(arm["status"] == "wrong" for arm in arms)
+        return bool(tests["failures"] or tests["cut"]) or wrong or self.results["sync"]["passed"] is False
 
     def sync(self) -> None:
         """:func:`flexjag.bench.sync.check`."""

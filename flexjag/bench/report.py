@@ -48,7 +48,8 @@ def figure_rows(suite: dict[str, Any]) -> list[Row]:
     for f in suite["figures"]:
         value = "not measured" if f["value"] is None else _value(f["value"], f["unit"])
         met = {True: "yes", False: "no", None: ""}[f["met"]]
-        rows.append((f["text"], value, f["limit"] or "", met))
+        limit = "" if f["limit"] is None else f["limit"] + (" s" if f["unit"] == "s" else "")
+        rows.append((f["text"], value, limit, met))
     return rows
 
 

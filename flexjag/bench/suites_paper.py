@@ -25,7 +25,7 @@ MIDDLE = 0.5
 WIDTH = 64  # D
 TARGETS = 16  # dense queries, or columns of the dense factor, of each segment
 
-DENSE, UNFUSED, FLASH, OURS = "padded, unfused", "jagged, unfused", "padded, SDPA", "flexjag"
+DENSE, UNFUSED, FLASH, OURS = "padded, unfused", "jagged, unfused", "padded, SDPA with a mask", "flexjag"
 SELF, TARGET, MATMUL, SOFTMAX = "self-attention", "target attention", "matmul", "softmax"
 
 

@@ -76,7 +76,7 @@ def tune(
     attend: Attend = flex.with_options,
     measure: Measure = run_case,
 ) -> list[tuning.Entry]:
-    """The entries for one kind of work: of the forward, the backward, and of inference if FLASH wins there.
+    """The entries for one kind of work: of inference, the forward and the backward.
 
     Args:
         work: One of `WORKS`.
@@ -102,7 +102,11 @@ def tune(
             options = replace(options, deadline=time.monotonic() + left)
             arms = subject.arms(attend, candidates, backward)
             case = Case(f"{work}, {subject.name}", {}, lambda arms=arms: arms, list)
-            found[subject.name] = {x.name: x for x in measure("tune", case, options, tell)}
+            results = measure("tune", case, options, tell)
+            for x in results:
+                if x.status != "ok":
+                    tell(f"tune: {case.name}: {x.name} is {x.status}: {x.reason}")
+            found[subject.name] = {x.name: x for x in results}
         return found
 
     def entry(phase: tuning.Phase, best: str, candidates: Mapping[str, tuning.Options], found: Found) -> tuning.Entry:
@@ -116,12 +120,13 @@ def tune(
     if (score, exact) == ("none", True) and tuning.flash_is_installed():
         with_flash[FLASH] = {"BACKEND": "FLASH"}
     found = run(with_flash, False, 2 * len(about))
+    best = pick(found, list(with_flash))
+    if best is not None:
+        made.append(entry("inference", best, with_flash, found))
     best = pick(found, list(candidates))
     if best is not None:
         ahead = candidates[best]
         made.append(entry("forward", best, candidates, found))
-    if pick(found, list(with_flash)) == FLASH:
-        made.append(entry("inference", FLASH, with_flash, found))
     candidates = {BUILT_IN: {}, **backward_candidates(sizes, here.capability, shared)}
     found = run({name: {**ahead, **options} for name, options in candidates.items()}, True, len(about))
     best = pick(found, list(candidates))
@@ -160,7 +165,7 @@ def main(argv: Sequence[str]) -> int:
         0.
 
     Raises:
-        BenchError: If the arguments are wrong, there is no GPU, or nothing was right.
+        BenchError: If the arguments are wrong or there is no GPU.
         OSError: If the file cannot be written.
     """
     args = _parse(argv)
@@ -193,7 +198,7 @@ def _tune_all(
         made = tune(work, sizes, here, shared, (end - time.monotonic()) / (len(jobs) - i), tell, **injected)
         tuning.write(out, made)
         if not made:
-            print(f"{work}, D {sizes.dim}: no time for any candidate, or none is right: the options built in stay")
+            print(f"{work}, D {sizes.dim}: no candidate was right in the time there was, so the file stays as it is")
         for x in made:
             print(f"{work}, D {sizes.dim}, {x.work.phase}: {x.measured['best']}")
     print(f"wrote {out}", file=sys.stderr)

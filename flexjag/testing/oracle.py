@@ -238,7 +238,7 @@ def _compare_norms(
 
 def _compute(backend: str, dtype: torch.dtype, normalizer: Normalizer) -> torch.dtype:
     """The dtype of a backend's intermediates."""
-    wide = backend == "tiled" or not isinstance(normalizer, Softmax)
+    wide = backend == "tiled" or (backend != "triton" and not isinstance(normalizer, Softmax))
     return torch.float32 if wide and dtype in HALF else dtype
 
 
