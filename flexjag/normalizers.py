@@ -128,6 +128,9 @@ class StickBreaking(Normalizer):
     only. What no key took, ``prod_k (1 - b_ik)``, is the remainder: with it the weights sum to one. It needs a mask
     that allows no later key, such as ``Causal()``, ``Window(w, 0)``, or either of them ``&`` anything.
 
+    On a GPU the backward notes 8 bytes for each query, step of 32 to 128 keys in a tile, and head, for as many groups
+    of heads at once as fit 256 MiB, but at least one: 2 GB a head for one causal segment of 131,072 tokens.
+
     Args:
         attend_current: Whether a query may attend the key it lines up with (j = i). The paper's does not.
         remainder: Add ``remainder * v_i`` to the output, so that the weights of every row sum to one. Self-attention

@@ -55,6 +55,7 @@ ONE: dict[str, Callable[[Tensor], Tensor]] = {
     "waves": lambda x: torch.sin(x) * torch.cos(x) + torch.erf(x),
     "bounded": lambda x: torch.tanh(x) + torch.sigmoid(x) + x.clamp(-1, 1) * x.abs() + x.relu(),
     "choice": lambda x: torch.where(x > 0.3, x**3, -x) + torch.maximum(x, x * x) - torch.minimum(x, 2 * x),
+    "detached": lambda x: x * x.detach() + (x.clamp(-1, 1) - x).detach(),
     "flat": lambda x: torch.floor(x) + (x > 0).float() + x.detach() * 0,
 }
 
@@ -75,8 +76,39 @@ def test_derivatives_are_autograds(name: str) -> None:
         torch.testing.assert_close(known[slope.name], grad, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("fn", [torch.relu, lambda x: x.clamp(0, 1), lambda x: torch.maximum(x, x * 0)])
+@pytest.mark.parametrize("value", [0.0, 1.0, -1.0])
+def test_slopes_at_a_tie_are_torchs(fn: Callable[[Tensor], Tensor], value: float) -> None:
+    """Where a model starts from zeros, every score is one."""
+    program = Program()
+    x = program.symbol("x", torch.float64)
+    slope = derivative(program, fn(x), x)  # type: ignore[arg-type]
+    leaf = torch.tensor(value, dtype=torch.float64, requires_grad=True)
+    known = _run(program, {"x": leaf.detach()})
+    assert float(known[slope.name]) == float(torch.autograd.grad(fn(leaf), leaf)[0])
+
+
+def test_sums_of_bools_are_bools() -> None:
+    """Of a GPU's single bits, a sum would carry over."""
+    program = Program()
+    q, kv = program.symbol("q", torch.int32), program.symbol("kv", torch.int32)
+    _ = ((q > kv) + (kv == 0)) * (q != 2)
+    assert [line.op for line in program.lines] == ["gt", "eq", "or", "ne", "and"]
+    with pytest.raises(NotImplementedError, match="sub on bools"):
+        _ = (q > kv) - (kv == 0)
+
+
+def test_a_dtype_is_found_behind_a_device() -> None:
+    program = Program()
+    x = program.symbol("x", torch.float32)
+    assert x.to("cpu", torch.int32).dtype == torch.int32
+    with pytest.raises(NotImplementedError, match="by a string"):
+        x.type("torch.IntTensor")
+
+
 def _run(program: Program, known: dict[str, Tensor]) -> dict[str, Tensor]:
     torch_names = {"div": "true_divide", "and": "bitwise_and", "or": "bitwise_or", "not": "logical_not"}
+    torch_names |= {"clamp_min": "maximum", "clamp_max": "minimum", "relu": "maximum"}
     for line in program.lines:
         args = [known[x.name] if hasattr(x, "name") else torch.as_tensor(x, dtype=torch.float64) for x in line.args]
         if line.op == "where":

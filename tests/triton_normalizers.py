@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -29,6 +30,7 @@ LENGTHS = [20, 7, 0, 18]
 TOTAL = sum(LENGTHS)
 LIMITS = torch.tensor([5, 0, 20, 11])
 LEFT = torch.tensor([3.0, -1.0])
+CAP = torch.tensor(1.5)
 
 
 def ids(tokens: int, size: int = 7) -> Tensor:
@@ -48,6 +50,7 @@ MASKS: dict[str, Callable[[int], fj.Mask]] = {
     "other groups": lambda tokens: ~fj.SameGroup(ids(tokens)),
     "heads": lambda tokens: fj.PerHead([fj.Causal(), fj.Window(5, 5) & ~fj.SameGroup(ids(tokens))]),
     "function": lambda tokens: fj.MaskMod(lambda b, h, q, kv: (q % 3 != 0) & (kv <= q) & ~((b == 1) & (kv == 2))),
+    "sum of bools": lambda tokens: fj.MaskMod(lambda b, h, q, kv: ((q >= kv) + (kv == 0)) * (kv != 3) > 0),
     "function and tensors": lambda tokens: fj.MaskMod(lambda b, h, q, kv: (kv < LIMITS[b]) | (q - kv == h)),
 }
 """Masks by the number of tokens, of keys and queries alike."""
@@ -71,6 +74,7 @@ SCORES: dict[str, Callable[[int], fj.Score | None]] = {
     "relative": lambda tokens: fj.RelativeBias(rand(HEADS, 17)),
     "relative, far": lambda tokens: fj.RelativeBias(rand(HEADS, 201)),
     "buckets": lambda tokens: fj.BucketedBias(rand(HEADS, 4), torch.tensor([-8, 0, 8])),
+    "buckets with strides": lambda tokens: fj.BucketedBias(rand(HEADS, 4), torch.tensor([-8, 99, 0, 99, 8])[::2]),
     "no bucket": lambda tokens: fj.BucketedBias(rand(HEADS, 1), torch.zeros(0)),
     "times": lambda tokens: fj.TimeBias(rand(HEADS, 9), times(tokens), fj.TimeBias.log_boundaries(8)),
     "times in half hours": lambda tokens: fj.TimeBias(
@@ -80,6 +84,12 @@ SCORES: dict[str, Callable[[int], fj.Score | None]] = {
     "function": lambda tokens: fj.ScoreMod(_bend),
     "function of whole numbers": lambda tokens: fj.ScoreMod(_whole),
     "function without the product": lambda tokens: fj.ScoreMod(lambda x, b, h, q, kv: (q - kv).to(x.dtype)),
+    "function of the head": lambda tokens: fj.ScoreMod(lambda x, b, h, q, kv: LEFT[h].to(x.dtype)),
+    "function of the query": lambda tokens: fj.ScoreMod(lambda x, b, h, q, kv: q.to(x.dtype) / 10),
+    "detached": lambda tokens: fj.ScoreMod(lambda x, b, h, q, kv: x * x.detach() + (x.clamp(-1, 1) - x).detach()),
+    "clamped by tensors": lambda tokens: fj.ScoreMod(
+        lambda x, b, h, q, kv: x.clamp(min=-CAP, max=CAP) * np.float64(0.5)
+    ),
 }
 
 

@@ -13,12 +13,14 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from flexjag import mods
 from flexjag import normalizers as nz
+from flexjag import scores as s
 from flexjag.backends import pointwise, tiled
 from flexjag.backends.gathers import add_at
 from flexjag.backends.normalized import scaled
@@ -69,8 +71,24 @@ def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, need_rest: bo
     return (scaled(out, normalizer.scale, torch.float32).to(q.dtype) if is_wide else out), out
 
 
+_known: WeakKeyDictionary[Plan, dict[tuple[bool, ...], Printed]] = WeakKeyDictionary()
+
+
 def printed(plan: Plan) -> Printed:
-    """The plan's mask and score, and the bias of its normalizer, as source."""
+    """The plan's mask and score, and the bias of its normalizer, as source; printed once for all layers.
+
+    But a user's function may close over what changes, and is printed anew each time.
+    """
+    if torch.compiler.is_compiling() or has_functions(plan.mask, plan.score):
+        return _print(plan)
+    learns = [x.requires_grad for x in (*s.tensors(plan.score), *nz.tensors(plan.normalizer))]
+    known, key = _known.setdefault(plan, {}), (torch.is_grad_enabled(), *learns)
+    if key not in known:
+        known[key] = _print(plan)
+    return known[key]
+
+
+def _print(plan: Plan) -> Printed:
     score = mods.score_mod(plan.kernel_score, replace(plan.tables, look_up=read))
     if isinstance(plan.normalizer, nz.Pointwise):
         score = pointwise.biased(plan.normalizer, score, plan.layout, read)
@@ -225,7 +243,7 @@ def add_up(total: Tensor, index: Tensor, x: Tensor) -> None:
     """Add ``[N, H, B, B]`` at flat indices that broadcast to it, in order."""
     index = index.reshape([1] * (x.ndim - index.ndim) + list(index.shape))
     shared = [d for d in range(x.ndim) if index.shape[d] == 1]
-    add_at(total, index.flatten(), (x.sum(shared) if shared else x).flatten())
+    add_at(total, index.flatten(), (x.sum(shared) if shared else x).flatten().to(total.dtype))
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -239,6 +257,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     q, k, v, *others = ctx.saved_tensors
     captures, tables, transposed, tiles = _split(others, ctx.sizes)
     name, scale, factor, block, _ = ctx.rest
+    if q.dtype == torch.float16:  # a small factor keeps products in its range
+        grad, factor = grad * factor, 1.0
     grad = grad.to(q.dtype)
     same = (captures, ctx.numbers, ctx.source)
     dq, dk, dv = differentiate(grad, q, k, v, *same, tables, transposed, name, scale, factor, block)

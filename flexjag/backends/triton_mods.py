@@ -150,6 +150,7 @@ _OPERATORS = {
     "gt": "{} > {}",
     "ge": "{} >= {}",
     "neg": "-{}",
+    "detach": "{}",
     "not": "{} == 0",
 }
 _UNARY = ("abs", "exp", "exp2", "log", "log2", "sqrt", "rsqrt", "sin", "cos", "erf", "floor", "ceil")
@@ -163,6 +164,7 @@ _TRITON = {
     "maximum": "tl.maximum({}, {}, propagate_nan=tl.PropagateNan.ALL)",
     "where": "tl.where({}, {}, {})",
 }
+_TRITON |= {"clamp_min": _TRITON["maximum"], "clamp_max": _TRITON["minimum"], "relu": _TRITON["maximum"]}
 _PLAIN = {
     **_OPERATORS,
     **{name: f"torch.{name}({{}})" for name in (*_UNARY, "tanh", "sigmoid")},
@@ -171,13 +173,24 @@ _PLAIN = {
     "maximum": "maximum({}, {})",
     "where": "torch.where({}, {}, {})",
 }
+_PLAIN |= {"clamp_min": _PLAIN["maximum"], "clamp_max": _PLAIN["minimum"], "relu": _PLAIN["maximum"]}
 
 
 def _function(name: str, parameters: str, result: Value, program: Program, words: dict[str, str]) -> str:
     """The source of one function."""
-    lines = [_line(line, words) for line in needed(program, [result])]
-    head = ["@jit"] if words is _TRITON else []
-    return "\n".join([*head, f"def {name}({parameters}):", *lines, f"    return {_text(result)}", ""])
+    needs = needed(program, [result])
+    lines = [_line(line, words) for line in needs]
+    head, returned = ["@jit"] if words is _TRITON else [], _text(result)
+    if name.endswith("score") and result.name != parameters.split(",")[0] and not _reads(needs, parameters):
+        # A score that ignores q·k may be the same for a whole row, but kernels want a tile.
+        returned = f"tl.broadcast_to({returned}, s.shape)" if words is _TRITON else f"{returned}.expand(s.shape)"
+    return "\n".join([*head, f"def {name}({parameters}):", *lines, f"    return {returned}", ""])
+
+
+def _reads(lines: Sequence[Instruction], parameters: str) -> bool:
+    """Whether some line reads the first parameter."""
+    first = parameters.split(",")[0]
+    return any(isinstance(x, Symbol) and x.name == first for line in lines for x in line.args)
 
 
 def _slopes(parameters: str, taken: list[tuple[Instruction, Value]], program: Program) -> str:

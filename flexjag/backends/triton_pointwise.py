@@ -19,7 +19,8 @@ from flexjag.backends.triton_math import jit, sigmoid, tanh
 VARYING = [
     "num_q", "num_kv", "numbers", "partial_row", "partial_head", "full_row", "full_head", "count_head",
 ]  # fmt: skip
-"""Arguments that change from batch to batch: Triton is not to compile anew if one is 1 or divisible by 16."""
+"""Arguments that change from batch to batch: Triton is not to compile anew if one is 1 or divisible by 16. Of a tuple
+(`numbers`) Triton 3.7 does so all the same: at most three kernels for each size that a mask or score reads."""
 
 
 @jit

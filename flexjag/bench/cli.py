@@ -48,7 +48,7 @@ def _run(argv: list[str]) -> int:
     from flexjag.bench import run
 
     parser = Parser("flexjag bench", description="Measure what flexjag claims, beside what it replaces.")
-    suites = f"default all: {', '.join(load())}; or: report FILE…, gpu --out DIR, tune"
+    suites = f"default all: {', '.join(load())}; or: report FILE…, gpu --out DIR, tune, calibrate"
     parser.add_argument("suites", nargs="*", metavar="SUITE", help=suites)
     parser.add_argument("--out", type=Path, metavar="DIR", help="write the results there, as one JSON file")
     parser.add_argument("--json", action="store_true", help="print the results as JSON instead of as tables")
@@ -128,7 +128,7 @@ def _tune(argv: list[str]) -> int:
 
 def _report(argv: list[str]) -> int:
     parser = Parser("flexjag bench report", description="A page with pictures, or tables, from results files.")
-    parser.add_argument("files", nargs="+", type=Path, metavar="RESULTS.json")
+    parser.add_argument("files", nargs="+", type=Path, metavar="RESULTS.json", help="or folders of them")
     where = parser.add_mutually_exclusive_group()
     where.add_argument(
         "--write",
@@ -141,7 +141,8 @@ def _report(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     from flexjag.bench import plots, report, run
 
-    results = [run.read(path) for path in args.files]
+    files = [file for path in args.files for file in (sorted(path.glob("*.json")) if path.is_dir() else [path])]
+    results = [run.read(path) for path in files]
     if args.print:
         for one in results:
             report.print_results(one)

@@ -183,14 +183,19 @@ def program_of(args: Sequence[Any]) -> Program:
 def apply(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What a torch function, method or operator of this name makes of symbols."""
     program = program_of(args)
-    given = []
-    for x in args:
-        if isinstance(x, Tensor) and x.ndim == 0:
-            x = look_up(program, x, ())
-        if isinstance(x, Rows) or (isinstance(x, Tensor) and name != "bucketize"):
-            refuse("it computes with a whole row of a tensor: index all of its dimensions")
-        given.append(x)
-    return FUNCTIONS[name](*given, **kwargs)
+    given = [_argument(x, program, name) for x in args]
+    return FUNCTIONS[name](*given, **{key: _argument(x, program, name) for key, x in kwargs.items()})
+
+
+def _argument(x: Any, program: Program, name: str) -> Any:
+    """An argument of a function of torch: a symbol, a Python number, or what only says how."""
+    if isinstance(x, Tensor) and x.ndim == 0:
+        return look_up(program, x, ())
+    if isinstance(x, Rows) or (isinstance(x, Tensor) and name != "bucketize"):
+        refuse("it computes with a whole row of a tensor: index all of its dimensions")
+    if not isinstance(x, (Symbol, Tensor)) and hasattr(x, "dtype") and hasattr(x, "item"):
+        return x.item()  # a scalar of numpy, which prints as code of its own
+    return x
 
 
 def convert(x: Value, dtype: torch.dtype, program: Program) -> Value:

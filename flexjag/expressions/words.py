@@ -43,8 +43,20 @@ def _note(op: str, args: Sequence[Value], dtype: torch.dtype, result: torch.dtyp
     return made if wide == dtype or result is not None else program.note("to", (made,), dtype)
 
 
+_OF_BOOLS = {"add": "or", "mul": "and", "minimum": "and", "maximum": "or", "and": "and", "or": "or", "xor": "xor"}
+"""What torch means by operations on two bools; sums of a GPU's single bits would carry over."""
+
+
 def _binary(op: str) -> Callable[..., Symbol]:
-    return lambda a, b: _note(op, (a, b), _dtype(a, b))
+    def combine(a: Value, b: Value) -> Symbol:
+        dtype = _dtype(a, b)
+        if dtype != torch.bool:
+            return _note(op, (a, b), dtype)
+        if op not in _OF_BOOLS:
+            refuse(f"it calls {op} on bools")
+        return _note(_OF_BOOLS[op], (a, b), dtype)
+
+    return combine
 
 
 def _compare(op: str) -> Callable[..., Symbol]:
@@ -69,15 +81,28 @@ def where(condition: Value, a: Value, b: Value) -> Symbol:
 
 
 def clamp(x: Symbol, min: Value | None = None, max: Value | None = None) -> Symbol:
-    """``torch.clamp``."""
-    x = x if min is None else _maximum(x, min)
-    return x if max is None else _minimum(x, max)
+    """``torch.clamp``, whose slope at a bound is 1."""
+    for op, bound in (("clamp_min", min), ("clamp_max", max)):
+        x = x if bound is None else _note(op, (x, bound), _dtype(x, bound))
+    return x
 
 
-def to_dtype(x: Symbol, dtype: Any, *_: Any, **__: Any) -> Symbol:
+def _relu(x: Symbol) -> Symbol:
+    return _note("relu", (x, 0.0), x.dtype) if x.dtype.is_floating_point else _maximum(x, 0)
+
+
+def _detach(x: Symbol) -> Symbol:
+    """The same number, of which no derivative is taken."""
+    return _note("detach", (x,), x.dtype) if x.dtype.is_floating_point else x
+
+
+def to_dtype(x: Symbol, *args: Any, **kwargs: Any) -> Symbol:
     """``Tensor.to``, of which only the dtype matters."""
-    dtype = getattr(dtype, "dtype", dtype)
-    return convert(x, dtype, x.program) if isinstance(dtype, torch.dtype) else x
+    if any(isinstance(a, str) and "Tensor" in a for a in args):
+        refuse("it names a dtype by a string")
+    dtypes = [getattr(a, "dtype", a) for a in (*args, *kwargs.values())]
+    dtype = next((a for a in dtypes if isinstance(a, torch.dtype)), None)
+    return x if dtype is None else convert(x, dtype, x.program)
 
 
 def _fill(x: Symbol, value: Value, dtype: torch.dtype | None = None, **_: Any) -> Symbol:
@@ -119,6 +144,8 @@ def _abs(x: Symbol) -> Symbol:
 
 
 def _negative(x: Symbol) -> Symbol:
+    if x.dtype == torch.bool:
+        refuse("it calls neg on bools")
     return _note("neg", (x,), x.dtype)
 
 
@@ -142,6 +169,7 @@ def _bucketize(x: Symbol, boundaries: Any, *, right: bool = False) -> Symbol:
     program, count = x.program, boundaries.shape[0]
     wanted = convert(x, boundaries.dtype, program)
     bits = program.number(count.bit_length())
+    boundaries = boundaries if boundaries.is_contiguous() else boundaries.contiguous()  # read without strides
     return program.note("bucketize", (program.capture(boundaries), wanted, program.number(count), bits), torch.int32)
 
 
@@ -167,14 +195,14 @@ FUNCTIONS.update(
         "invert": _not,
         "sign": _sign,
         "bucketize": _bucketize,
-        "relu": lambda x: _maximum(x, 0),
+        "relu": _relu,
         "square": lambda x: x * x,
         "reciprocal": lambda x: _divide(1.0, x),
         "to": to_dtype,
         "zeros_like": lambda x, **kwargs: _fill(x, 0, **kwargs),
         "ones_like": lambda x, **kwargs: _fill(x, 1, **kwargs),
         "full_like": _fill,
-        "detach": lambda x: x,
+        "detach": _detach,
         "clone": lambda x: x,
         "float": lambda x: to_dtype(x, torch.float32),
         "int": lambda x: to_dtype(x, torch.int32),
