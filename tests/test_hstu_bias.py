@@ -334,3 +334,6 @@ def test_malformed_masks_raise() -> None:
         hstu_mask(x, max_attn_len=0)
     with pytest.raises(MaskError, match=r"targets: must be integers, one per segment; got shape=\(2,\)"):
         hstu_mask(x, targets=torch.tensor([1, 2]))
+    for wrong in (6, -1):
+        with pytest.raises(MaskError, match=rf"targets: must be from 0 to .*; got targets\[0\]={wrong}, length=5"):
+            hstu_mask(x, targets=torch.tensor([wrong]))

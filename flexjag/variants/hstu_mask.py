@@ -37,7 +37,8 @@ def hstu_mask(
         Exact spans, one per token, or with targets two. Works inside ``torch.compile``.
 
     Raises:
-        MaskError: If a number is out of range, `targets` is not ``[S]``, or k has other segments than q.
+        MaskError: If a number is out of range (those of `targets` are looked at on CPU only), `targets` is not
+            ``[S]``, or k has other segments than q.
 
     >>> from flexjag import plan
     >>> x = Jagged.from_lengths(torch.zeros(5), [5])
@@ -94,3 +95,11 @@ def _check(
         rule = "must be integers, one per segment"
         shape = tuple(targets.shape)
         raise MaskError(explain_values("targets", rule, shape=shape, dtype=targets.dtype, segments=q.num_segments))
+    # On a GPU, and in a traced graph, looking at the numbers would wait for them.
+    if targets is not None and targets.device.type == "cpu" and not torch.compiler.is_compiling():
+        wrong = ((targets < 0) | (targets > k.lengths)).nonzero()
+        if wrong.numel():
+            at = int(wrong[0])
+            rule = "must be from 0 to the segment's length"
+            values = {f"targets[{at}]": int(targets[at]), "length": int(k.lengths[at])}
+            raise MaskError(explain_values("targets", rule, **values))
