@@ -26,8 +26,8 @@ def list_kernels(features: int = 64, dtype: torch.dtype = torch.bfloat16) -> lis
         features: D and E.
         dtype: Of q, k and v: float32, bfloat16 or float16.
 
-    >>> [case.name for case in list_kernels()[:3]]
-    ['pointwise_forward', 'pointwise_of_queries', 'pointwise_of_keys']
+    >>> list_kernels()[0].name
+    'pointwise_forward'
     """
     found: dict[object, KernelCase] = {}
     for example, launches in _examples(features, dtype).items():
