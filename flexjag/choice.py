@@ -280,8 +280,17 @@ def choose(case: Case) -> tuple[str, str]:
         "segments": "a run of one segment's queries at a time with the keys that they may attend",
         "tiled": "plain torch over the tiles",
     }[name]
-    times = f"about {expected[name] * 1e3:.1g} ms expected, {other} {expected[other] * 1e3:.1g} ms"
+    times = f"about {_about(expected[name])} ms expected, {other} {_about(expected[other])} ms"
     return name, f"{what}: {times}, by the lines of costs.json"
+
+
+def _about(seconds: float) -> str:
+    """Milliseconds to one digit, which is what the estimate is worth.
+
+    >>> _about(0.0432), _about(0.00016)
+    ('40', '0.2')
+    """
+    return f"{float(f'{seconds * 1e3:.1g}'):g}"
 
 
 def expected_seconds(case: Case) -> dict[str, float]:

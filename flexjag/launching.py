@@ -131,10 +131,11 @@ def _case(op: str, made: Launch) -> KernelCase:
                 return f"*{NAMES[value.dtype]}"
             if isinstance(value, float):
                 return "fp32"
-            if value == 1 and not parameter.do_not_specialize:
+            is_special = len(place) > 1 or not parameter.do_not_specialize  # which Triton ignores in a tuple
+            if value == 1 and is_special:
                 constants[place if len(place) > 1 else parameter.name] = 1
                 return "constexpr"
-            if value % 16 == 0 and not parameter.do_not_specialize:
+            if value % 16 == 0 and is_special:
                 attributes[place] = divisible
             return "i32"
 

@@ -75,11 +75,13 @@ def test_number_of_calls(lengths: list[int], calls: int) -> None:
 
 def attended(lengths: list[int], kv_lengths: list[int], mask: fj.Mask, backend: str) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(0)
-    q = torch.randn(sum(lengths), 4, 16, generator=generator).requires_grad_()
-    k, v = (torch.randn(sum(kv_lengths), 2, 16, generator=generator).requires_grad_() for _ in range(2))
+    shapes = [(sum(lengths), 4, 16), (sum(kv_lengths), 2, 16), (sum(kv_lengths), 2, 16)]
+    q, k, v = (torch.randn(x, dtype=torch.float64, generator=generator).requires_grad_() for x in shapes)
     x = fj.Jagged.from_lengths(q, lengths)
     y = fj.Jagged.from_lengths(k, kv_lengths)
-    out, lse = fj.attention(x, y, y.with_values(v), mask=mask, return_lse=True, backend=backend)
+    found = fj.attention(x, y, y.with_values(v), mask=mask, return_lse=True, backend=backend)
+    assert isinstance(found, tuple)
+    out, lse = found
     finite = lse.values.masked_fill(lse.values.isinf(), 0.0)
     grads = torch.autograd.grad(out.values.square().sum() + finite.sum(), (q, k, v))
     return out.values.detach(), lse.values.detach(), *grads
@@ -101,4 +103,4 @@ def test_calls_together_give_what_the_reference_gives(
     """All kinds of calls in one batch, grouped heads and the gradient of the log-sum-exp included."""
     got, exact = (attended(lengths, kv_lengths or lengths, mask, backend) for backend in ("segments", "reference"))
     for x, y in zip(got, exact, strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)  # float32 sums of 130 terms in another order
+        torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)  # float64 sums of 130 terms in another order

@@ -13,19 +13,17 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from flexjag import mods
 from flexjag import normalizers as nz
-from flexjag import scores as s
 from flexjag.backends import pointwise, tiled
 from flexjag.backends.gathers import add_at
 from flexjag.backends.normalized import scaled
-from flexjag.backends.triton_mods import Printed, emit, load
-from flexjag.expressions import has_functions, read
+from flexjag.backends.triton_mods import Printed, emit, load, once
+from flexjag.expressions import read
 from flexjag.plan import Plan
 from flexjag.tiles import TileTable
 
@@ -71,28 +69,16 @@ def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, need_rest: bo
     return (scaled(out, normalizer.scale, torch.float32).to(q.dtype) if is_wide else out), out
 
 
-_known: WeakKeyDictionary[Plan, dict[tuple[bool, ...], Printed]] = WeakKeyDictionary()
-
-
 def printed(plan: Plan) -> Printed:
-    """The plan's mask and score, and the bias of its normalizer, as source; printed once for all layers.
+    """The plan's mask and score, and the bias of its normalizer, as source."""
 
-    But a user's function may close over what changes, and is printed anew each time.
-    """
-    if torch.compiler.is_compiling() or has_functions(plan.mask, plan.score):
-        return _print(plan)
-    learns = [x.requires_grad for x in (*s.tensors(plan.score), *nz.tensors(plan.normalizer))]
-    known, key = _known.setdefault(plan, {}), (torch.is_grad_enabled(), *learns)
-    if key not in known:
-        known[key] = _print(plan)
-    return known[key]
+    def write(is_checked: bool) -> Printed:
+        score = mods.score_mod(plan.kernel_score, replace(plan.tables, look_up=read))
+        if isinstance(plan.normalizer, nz.Pointwise):
+            score = pointwise.biased(plan.normalizer, score, plan.layout, read)
+        return emit(plan.mask_mod, score, is_checked)
 
-
-def _print(plan: Plan) -> Printed:
-    score = mods.score_mod(plan.kernel_score, replace(plan.tables, look_up=read))
-    if isinstance(plan.normalizer, nz.Pointwise):
-        score = pointwise.biased(plan.normalizer, score, plan.layout, read)
-    return emit(plan.mask_mod, score, has_functions(plan.mask, plan.score))
+    return once(plan, write)
 
 
 def tables_of(plan: Plan) -> tuple[list[Tensor], list[Tensor]]:

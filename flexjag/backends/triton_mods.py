@@ -11,10 +11,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
+from flexjag import normalizers as nz
+from flexjag import scores as s
 from flexjag.expressions import (
     Instruction,
     Program,
@@ -23,10 +26,12 @@ from flexjag.expressions import (
     as_symbol,
     convert,
     derivative,
+    has_functions,
     looks_up_pairs,
     needed,
     times,
 )
+from flexjag.plan import Plan
 
 MaskFunction = Callable[[Any, Any, Any, Any], Any]
 ScoreFunction = Callable[[Any, Any, Any, Any, Any], Any]
@@ -85,6 +90,28 @@ class Functions:
     plain_score: Callable[..., Any]
     plain_slopes: Callable[..., Any]
     is_heavy: bool
+
+
+_known: WeakKeyDictionary[Plan, dict[tuple[bool, ...], Printed]] = WeakKeyDictionary()
+
+
+def once(plan: Plan, write: Callable[[bool], Printed]) -> Printed:
+    """What `write` prints of a plan, printed once for all layers.
+
+    But a user's function may close over what changes, and is printed anew each time.
+
+    Args:
+        plan: The plan, whose kernels' source `write` prints.
+        write: Told whether the plan has users' functions, whose lookups may be out of range.
+    """
+    is_checked = has_functions(plan.mask, plan.score)
+    if is_checked or torch.compiler.is_compiling():
+        return write(is_checked)
+    learns = [x.requires_grad for x in (*s.tensors(plan.score), *nz.tensors(plan.normalizer))]
+    known, key = _known.setdefault(plan, {}), (torch.is_grad_enabled(), *learns)
+    if key not in known:
+        known[key] = write(is_checked)
+    return known[key]
 
 
 def emit(mask: MaskFunction, score: ScoreFunction | None, is_checked: bool = False) -> Printed:

@@ -16,8 +16,8 @@ from flexjag import mods
 from flexjag import normalizers as nz
 from flexjag.backends.normalized import own_values
 from flexjag.backends.pieces import own_key, tested
-from flexjag.backends.triton_mods import Printed, emit
-from flexjag.expressions import has_functions, read
+from flexjag.backends.triton_mods import Printed, emit, once
+from flexjag.expressions import read
 from flexjag.plan import Plan
 
 
@@ -42,15 +42,20 @@ def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, need_rest: bo
 
 def printed(plan: Plan) -> Printed:
     """The plan's mask, without the keys that queries line up with if the normalizer leaves them out, and its score."""
-    score = mods.score_mod(plan.kernel_score, replace(plan.tables, look_up=read))
-    return emit(tested(plan, own_key(plan)), score, has_functions(plan.mask, plan.score))
+
+    def write(is_checked: bool) -> Printed:
+        score = mods.score_mod(plan.kernel_score, replace(plan.tables, look_up=read))
+        return emit(tested(plan, own_key(plan)), score, is_checked)
+
+    return once(plan, write)
 
 
 def tiles_of(plan: Plan) -> list[Tensor]:
     """Row, column, whether full, and whether live, of every tile of any head's mask."""
     tiles = plan.tiles.all_heads
     # In self-attention a tile with a key that some query lines up with has later keys, so it is not FULL anyway.
-    is_masked = own_key(plan) is not None and not plan.layout.is_self
+    assert isinstance(plan.normalizer, nz.StickBreaking)
+    is_masked = not plan.normalizer.attend_current and not plan.layout.is_self
     return [tiles.row, tiles.col, torch.zeros_like(tiles.full) if is_masked else tiles.full, tiles.live]
 
 

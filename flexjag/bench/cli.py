@@ -76,7 +76,7 @@ def _calibrate(argv: list[str]) -> int:
     from flexjag import costs
     from flexjag.bench import calibrate, run
 
-    text = "Measure the CPU backends and fit the lines by which auto chooses between them. Takes about two minutes."
+    text = "Measure the CPU backends and fit the lines by which auto chooses between them. Takes about three minutes."
     parser = Parser("flexjag bench calibrate", description=text)
     parser.add_argument(
         "--out", type=Path, default=costs.PATH, metavar="FILE", help="where to write; default: where auto reads"
