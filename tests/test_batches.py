@@ -43,10 +43,10 @@ def test_what_is_taken_can_be_put_back(pairs: list[tuple[int, int]], groups: int
     q = ends([n for n, _ in pairs])
     kv = ends([m for _, m in pairs])
     batches, unmet, _ = list_batches(q, kv, False)
-    x = torch.randn(q[-1], 2, 3)
+    x = torch.randn(q[-1], 2, 3).transpose(0, 1)[None]  # heads in front
     back = torch.full_like(x, torch.nan)
     for start, end in unmet:
-        back[start:end] = x[start:end]
+        back[:, :, start:end] = x[:, :, start:end]
     for batch in batches:
         batch.put(back, batch.take(x, True, groups), True)
         padded = batch.take_gradient(torch.ones_like(x), groups)

@@ -43,36 +43,54 @@ class Batch:
     own_kv: Tensor | None = None
 
     def take(self, x: Tensor, is_query: bool, groups: int | None) -> Tensor:
-        """From packed ``[T, heads, D]`` to ``[count * groups, heads / groups, tokens, D]``.
+        """From packed tokens ``[1, heads, T, D]`` to ``[count * groups, heads / groups, tokens, D]``.
 
-        Without `groups` to ``[count, heads, tokens, D]``, a view where tokens are a range.
+        Without `groups` to ``[count, heads, tokens, D]``. A view where tokens are a range and `groups` is None or
+        `count` is 1. The heads are in front in all arguments here, as views of ``[T, heads, D]``; D may be missing.
         """
         at, tokens = (self.q, self.n) if is_query else (self.kv, self.m)
-        x = x[at[0] : at[1]] if isinstance(at, tuple) else x.index_select(0, at)
-        return self._by_head(x, tokens, groups)
+        if isinstance(at, tuple):
+            if self.count == 1:
+                return _one(x, at, groups)
+            x = x.narrow(2, at[0], at[1] - at[0]).unflatten(2, (self.count, tokens))[0].transpose(0, 1)
+            return x if groups is None else x.reshape(self.count * groups, -1, *x.shape[2:])
+        return self._by_head(x[0].transpose(0, 1).index_select(0, at), tokens, groups)
 
     def take_gradient(self, g: Tensor, groups: int | None) -> Tensor:
         """As :meth:`take` of a gradient of the queries' outputs, 0 in padding."""
         if self.own_q is None:
             return self.take(g, True, groups)
         assert isinstance(self.q, Tensor)
+        g = g[0].transpose(0, 1)
         flat = g.new_zeros(self.q.shape[0], *g.shape[1:])
         flat.index_copy_(0, self.own_q, g.index_select(0, self.q[self.own_q]))
         return self._by_head(flat, self.n, groups)
 
     def _by_head(self, x: Tensor, tokens: int, groups: int | None) -> Tensor:
+        """From gathered tokens ``[count * tokens, heads, D]``."""
         x = x.view(self.count, tokens, *x.shape[1:]).transpose(1, 2)
         return x if groups is None else x.reshape(self.count * groups, -1, *x.shape[2:])
 
     def put(self, out: Tensor, x: Tensor, is_query: bool) -> None:
-        """Write ``[..., tokens, D]``, with the batch and the heads in front, to packed ``[T, heads, D]``."""
+        """Write ``[..., tokens, D]``, with the batch and the heads in front, to packed ``[1, heads, T, D]``."""
         at, tokens, own = (self.q, self.n, self.own_q) if is_query else (self.kv, self.m, self.own_kv)
-        x = x.reshape(self.count, out.shape[1], tokens, *out.shape[2:]).transpose(1, 2)
-        if isinstance(at, tuple):
-            out[at[0] : at[1]].view(x.shape).copy_(x)
+        heads = out.shape[1]
+        if isinstance(at, tuple) and self.count == 1:
+            _one(out, at, x.shape[0]).copy_(x)
             return
-        x = x.reshape(self.count * tokens, *out.shape[1:])
-        out.index_copy_(0, *((at, x) if own is None else (at[own], x.index_select(0, own))))
+        x = x.reshape(self.count, heads, tokens, *out.shape[3:])
+        if isinstance(at, tuple):
+            out.narrow(2, at[0], at[1] - at[0]).unflatten(2, (self.count, tokens))[0].copy_(x.transpose(0, 1))
+            return
+        x = x.transpose(1, 2).reshape(self.count * tokens, heads, *out.shape[3:])
+        packed = out[0].transpose(0, 1)
+        packed.index_copy_(0, *((at, x) if own is None else (at[own], x.index_select(0, own))))
+
+
+def _one(x: Tensor, at: Range, groups: int | None) -> Tensor:
+    """One segment's tokens ``[groups or 1, ..., tokens, D]``: few operations, as each costs a microsecond."""
+    x = x.narrow(2, at[0], at[1] - at[0])
+    return x if groups is None or groups == 1 else x[0].unflatten(0, (groups, -1))
 
 
 def list_batches(q_ends: list[int], kv_ends: list[int], pad_keys: bool) -> tuple[list[Batch], list[Range], list[Range]]:

@@ -71,17 +71,19 @@ class _Whole(torch.autograd.Function):
     def forward(ctx: Any, calls: Calls, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         groups = _groups(q, k)
         acc = torch.float64 if q.dtype == torch.float64 else torch.float32
-        out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=acc)
+        out, lse = torch.empty_like(q), q.new_empty((q.shape[1], q.shape[0]), dtype=acc).t()
         for start, end in calls.unmet_q:
             out[start:end] = 0.0
             lse[start:end] = -torch.inf
+        heads_q, heads_k, heads_v, heads_out, heads_lse = _heads_first(q, k, v, out, lse)
         for batch in calls.batches:
-            x, y, z = (batch.take(t, is_query, groups) for t, is_query in ((q, True), (k, False), (v, False)))
+            x = batch.take(heads_q, True, groups)
+            y, z = (batch.take(t, False, groups) for t in (heads_k, heads_v))
             part, log = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
                 x, *_shared(y, z, x), 0.0, calls.causal, attn_mask=None, scale=calls.scale
             )
-            batch.put(out, part, True)
-            batch.put(lse, log, True)
+            batch.put(heads_out, part, True)
+            batch.put(heads_lse, log, True)
         ctx.calls = calls
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(q, k, v, out, lse)
@@ -104,26 +106,33 @@ class _Whole(torch.autograd.Function):
         for target, unmet in zip(grads, (calls.unmet_q, calls.unmet_kv, calls.unmet_kv), strict=True):
             for start, end in unmet:
                 target[start:end] = 0.0
+        heads_q, heads_k, heads_v, heads_out, heads_lse, heads_grad = _heads_first(q, k, v, out, lse, grad_out)
+        targets = _heads_first(*grads)
         for batch in calls.batches:
-            x, o, log = (batch.take(t, True, groups) for t in (q, out, lse[..., None]))
-            y, z = (batch.take(t, False, groups) for t in (k, v))
+            x, o, log = (batch.take(t, True, groups) for t in (heads_q, heads_out, heads_lse))
+            y, z = (batch.take(t, False, groups) for t in (heads_k, heads_v))
             parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                batch.take_gradient(grad_out, groups),
+                batch.take_gradient(heads_grad, groups),
                 x,
                 *_shared(y, z, x),
                 o,
-                log[..., 0].contiguous(),
+                log.contiguous(),
                 0.0,
                 calls.causal,
                 attn_mask=None,
                 scale=calls.scale,
             )
-            for target, part, is_query in zip(grads, parts, (True, False, False), strict=True):
-                batch.put(target, part if is_query or groups is None else part.sum(1), is_query)
+            for target, part, is_query in zip(targets, parts, (True, False, False), strict=True):
+                batch.put(target, part if is_query or groups is None else part.sum(1, keepdim=True), is_query)
         return None, *(g[..., :dim] for g in grads)
+
+
+def _heads_first(*packed: Tensor) -> list[Tensor]:
+    """``[T, heads, ...]`` as views ``[1, heads, T, ...]``."""
+    return [x.transpose(0, 1)[None] for x in packed]
 
 
 def _shared(y: Tensor, z: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values with the queries' number of heads, a group's head seen as many times as it is shared."""
     heads = x.shape[1]
-    return y.expand(-1, heads, -1, -1), z.expand(-1, heads, -1, -1)
+    return (y, z) if y.shape[1] == heads else (y.expand(-1, heads, -1, -1), z.expand(-1, heads, -1, -1))

@@ -40,11 +40,11 @@ class Padding:
     def real(self) -> Tensor:
         """Boolean ``[S, N]``: which places hold a token."""
         flat = torch.zeros(self.segments * self.longest, dtype=torch.bool, device=self.index.device)
-        return flat.index_fill(0, self.index, True).view(self.segments, self.longest)
+        return flat.index_fill_(0, self.index, True).view(self.segments, self.longest)
 
     def pad(self, x: Tensor, fill: float = 0.0) -> Tensor:
         """``[T, ...]`` to ``[S, N, ...]``, zeros or `fill` behind the segments' ends."""
-        flat = x.new_full((self.segments * self.longest, *x.shape[1:]), fill).index_copy(0, self.index, x)
+        flat = x.new_full((self.segments * self.longest, *x.shape[1:]), fill).index_copy_(0, self.index, x)
         return flat.view(self.segments, self.longest, *x.shape[1:])
 
     def unpad(self, x: Tensor) -> Tensor:

@@ -181,6 +181,20 @@ def _extreme(reduce: Callable[..., Tensor], fill: float) -> Call:
     return padded
 
 
+def _pad(b: Batch, x: Tensor) -> Tensor:
+    """From what the op is given: no index is ready."""
+    return x.new_zeros(b.segments * b.longest, x.shape[1]).index_copy_(0, _kept(b), x).unflatten(0, (-1, b.longest))
+
+
+def _unpad(b: Batch, dense: Tensor) -> Tensor:
+    return dense.flatten(0, 1).index_select(0, _kept(b))
+
+
+def _kept(b: Batch) -> Tensor:
+    """``[T]``: the rows of a padded batch that are tokens, from the lengths."""
+    return (torch.arange(b.longest, device=b.device) < b.lengths[:, None]).flatten().nonzero()[:, 0]
+
+
 def _mean(b: Batch, x: Tensor) -> Tensor:
     return b.pad(x).sum(1) / b.lengths.clamp(min=1)[:, None]
 
@@ -301,14 +315,14 @@ OPS: dict[str, Op] = {
     "jagged_to_padded_dense": Op(
         ("x",),
         lambda b, x: ops.jagged_to_padded_dense(b.jagged(x), b.longest),
-        lambda b, x: b.pad(x),
+        _pad,
         lambda f, b, x: f.jagged_to_padded_dense(x, [b.offsets], [b.longest], 0.0),
         "jagged_to_padded_dense",
     ),
     "dense_to_jagged": Op(
         ("dense",),
         lambda b, dense: ops.dense_to_jagged(dense, b.offsets, total=b.tokens).values,
-        lambda b, dense: b.unpad(dense),
+        _unpad,
         lambda f, b, dense: f.dense_to_jagged(dense, [b.offsets], b.tokens)[0],
         "dense_to_jagged",
     ),

@@ -69,8 +69,9 @@ def row_index(starts: Tensor, offsets: Tensor, total: int) -> Tensor:
     [5, 6, 0, 1, 2]
     """
     shift = starts[: offsets.shape[0] - 1].long() - offsets[:-1]
-    row = torch.arange(total, device=offsets.device)
-    return torch.repeat_interleave(shift, offsets.diff(), output_size=total) + row
+    return torch.repeat_interleave(shift, offsets.diff(), output_size=total).add_(
+        torch.arange(total, device=offsets.device)
+    )
 
 
 def padded_index(offsets: Tensor, size: int, total: int) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from flexjag.errors import LayoutError, ShapeError, explain_values
 from flexjag.jagged import Jagged
 from flexjag.ops.checks import check_index, check_jagged, check_total
-from flexjag.ops.packed import cut, is_short, lengths_of, padded_index, unknown_size
+from flexjag.ops.packed import cut, lengths_of, padded_index, unknown_size
 from flexjag.ops.register import define
 
 
@@ -73,22 +73,12 @@ def pad(values: Tensor, offsets: Tensor, max_length: int | None, fill: float) ->
     """``[T, ...]`` to ``[S, N, ...]``; N None for the longest."""
     lengths = lengths_of(offsets, values.shape[0])
     size = max(lengths, default=0) if max_length is None else max_length
-    out = values.new_empty((len(lengths) * size, *values.shape[1:]))
-    if is_short(lengths, values.device) and max(lengths) <= size:
-        out.fill_(fill).index_copy_(0, padded_index(offsets, size, values.shape[0]), values)
-        return out.view(len(lengths), size, *values.shape[1:])
-    if out.numel():
-        kept = [min(n, size) for n in lengths]
-        rows = out.split([part for n in kept for part in (n, size - n)])
-        given = list(cut(values, lengths))
-        if max(lengths) > size:
-            given = [row[:size] for row in given]
-        torch.ops.aten._foreach_copy_(list(rows[0::2]), given)
-        if fill == 0:
-            torch.ops.aten._foreach_zero_(list(rows[1::2]))
-        else:
-            for row in rows[1::2]:
-                row.fill_(fill)
+    out = values.new_full((len(lengths) * size, *values.shape[1:]), fill)
+    if max(lengths, default=0) <= size:
+        out.index_copy_(0, padded_index(offsets, size, values.shape[0]), values)
+    elif size:
+        rows = out.split([part for n in lengths for part in (min(n, size), size - min(n, size))])
+        torch.ops.aten._foreach_copy_(list(rows[0::2]), [row[:size] for row in cut(values, lengths)])
     return out.view(len(lengths), size, *values.shape[1:])
 
 
@@ -106,14 +96,13 @@ def unpad(dense: Tensor, offsets: Tensor, total: int | None, allow_longer: bool)
     if longest > size and not allow_longer:
         seen = {"longest": longest, "dense": tuple(dense.shape)}
         raise LayoutError(explain_values("offsets", "no segment may be longer than the rows of dense", **seen))
-    out = dense.new_empty((sum(lengths), *dense.shape[2:]))
-    if is_short(lengths, dense.device) and longest <= size:
-        return torch.index_select(dense.flatten(0, 1), 0, padded_index(offsets, size, sum(lengths)), out=out)
+    if longest <= size:
+        return dense.flatten(0, 1).index_select(0, padded_index(offsets, size, sum(lengths)))
     rows = [row[:n] for row, n in zip(dense.unbind(0), lengths, strict=True)]
-    if longest > size:
-        missing = dense.new_zeros((longest - size, *dense.shape[2:]))
-        rows = [part for row, n in zip(rows, lengths, strict=True) for part in (row, missing[: max(n - size, 0)])]
-    return torch.cat(rows, out=out) if rows else out
+    missing = dense.new_zeros((longest - size, *dense.shape[2:]))
+    return torch.cat(
+        [part for row, n in zip(rows, lengths, strict=True) for part in (row, missing[: max(n - size, 0)])]
+    )
 
 
 @unpad.register_fake

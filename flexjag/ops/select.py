@@ -150,12 +150,7 @@ def take(values: Tensor, starts: Tensor, offsets: Tensor, total: int | None) -> 
 
     `starts` may have a last entry that is not used.
     """
-    out = values.new_empty((_count(offsets, total), *values.shape[1:]))
-    lengths = lengths_of(offsets, None)
-    if is_short(lengths, values.device):
-        return torch.index_select(values, 0, row_index(starts, offsets, out.shape[0]), out=out)
-    pieces = [values[a : a + n] for a, n in zip(starts.tolist(), lengths, strict=False)]
-    return torch.cat(pieces, out=out) if pieces else out
+    return values.index_select(0, row_index(starts, offsets, _count(offsets, total)))
 
 
 @take.register_fake
