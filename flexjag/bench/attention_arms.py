@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
@@ -24,6 +25,7 @@ from flexjag.plan import plan
 from flexjag.scores import Alibi, RelativeBias, Score
 
 LOOP = "SDPA loop over segments"
+SLICED = "SDPA loop over slices q[a:b]"
 PADDED = "padded SDPA, mask per segment"
 SHARED = "padded SDPA, one mask for all"
 DENSE = "padded dense softmax"
@@ -96,6 +98,7 @@ class Batch:
         plain = self.kind.score is None and as_window(self.kind.mask) is not None
         found = [
             self._arm(LOOP, self._loop),
+            self._arm(SLICED, partial(self._loop, sliced=True), absent=None if self.backward else "as the other loop"),
             self._arm(PADDED, partial(self._padded, shared=False), 3 * matrix),
             self._arm(SHARED, partial(self._padded, shared=True), 2 * matrix, absent=self._reaches_padding),
             self._arm(DENSE, self._dense, 8 * matrix),
@@ -173,8 +176,9 @@ class Batch:
 
     # Loops and padding
 
-    def _loop(self) -> Callable[[], Tensor]:
-        options = self._options()
+    def _loop(self, sliced: bool = False) -> Callable[[], Tensor]:
+        """Cut by ``split``; or by slices, as most people write it: each one's gradient is as large as the batch."""
+        options, ends = self._options(), list(itertools.pairwise(itertools.accumulate(self.lengths, initial=0)))
 
         def one(bias: Tensor | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             x, y, z = (t.transpose(0, 1)[None] for t in (q, k, v))
@@ -189,8 +193,8 @@ class Batch:
 
         def forward() -> Tensor:
             shared = bias()
-            pieces = zip(*(x.split(self.lengths) for x in self.leaves[:3]), strict=True)
-            return torch.cat([one(shared, *piece) for piece in pieces])
+            cuts = [([x[a:b] for a, b in ends] if sliced else x.split(self.lengths)) for x in self.leaves[:3]]
+            return torch.cat([one(shared, *piece) for piece in zip(*cuts, strict=True)])
 
         return forward
 

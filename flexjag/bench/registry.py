@@ -50,7 +50,7 @@ class Options:
 
     quick: bool = False
     device: str = "cpu"
-    rounds: int = 11
+    rounds: int = 21
     seconds_per_arm: float = 30.0
     memory: bool = True
     seed: int = 0
