@@ -7,11 +7,13 @@ metadata only, so the same ones explain a plan, choose a backend and reject an i
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from flexjag import costs, expressions
 from flexjag import masks as m
@@ -23,6 +25,7 @@ from flexjag.normalizers import GELU, Identity, Normalizer, Pointwise, Sigmoid, 
 
 BACKENDS = ("reference", "tiled", "segments", "flex", "varlen", "triton")
 LONG_LEARNED = 16384  # keys over which a learned bias, a gradient of all keys per call of segments, wastes too much
+SHARED = 2**22  # numbers in a bias for all segments: 16 MB in float32
 WIDEST = 256  # features that a Triton program keeps of a token
 HALF = (torch.float16, torch.bfloat16)
 
@@ -303,6 +306,10 @@ def expected_seconds(case: Case) -> dict[str, float]:
         kind = "pointwise"
     elif case.score is None and m.as_window(mask) in SDPA_WINDOWS and case.scale > 0:
         kind = "whole"
+    elif (
+        is_by_position(mask, case.score, layout.is_self) and heads * math.prod(costs.lengths(*sizes[:3])[1:]) <= SHARED
+    ):
+        kind = "shared bias"
     else:
         kind = "runs"
     works = {
@@ -310,6 +317,39 @@ def expected_seconds(case: Case) -> dict[str, float]:
         "tiled": costs.work_of_tiles("tiled" if softmax else "tiled, pointwise", mask, *sizes),
     }
     return {backend: costs.seconds(work, bool(case.grad)) for backend, work in works.items()}
+
+
+def is_by_position(mask: m.Mask, score: s.Score | None, is_self: bool) -> bool:
+    """Whether mask and score see nothing of a token but its position in its segment, so that one bias fits them all.
+
+    >>> is_by_position(m.Causal() & m.Window(9, 0), None, True), is_by_position(m.Prefix(torch.tensor([2])), None, True)
+    (True, False)
+    """
+    by_position = all(isinstance(part, (s.Alibi, s.RelativeBias, s.BucketedBias)) for part in s.parts(score))
+    return by_position and _mask_is_by_position(mask, is_self)
+
+
+def _mask_is_by_position(mask: m.Mask, is_self: bool) -> bool:
+    match mask:
+        case m.And() | m.Or():
+            return _mask_is_by_position(mask.left, is_self) and _mask_is_by_position(mask.right, is_self)
+        case m.Not():
+            return _mask_is_by_position(mask.mask, is_self)
+        case m.PerHead():
+            return all(_mask_is_by_position(one, is_self) for one in mask.masks)
+        case m.Full():
+            return True
+        case m.Causal():
+            return is_self or mask.align == "start"
+        case m.Window():
+            fixed = not isinstance(mask.left, Tensor) and not isinstance(mask.right, Tensor)
+            return fixed and (is_self or mask.align == "start")
+        case m.Prefix() | m.GlobalTokens():
+            return not isinstance(mask.n, Tensor)
+        case m.Chunked():
+            return not isinstance(mask.size, Tensor)
+        case _:
+            return False
 
 
 SDPA_WINDOWS = ((None, None, "start"), (None, None, "end"), (None, 0, "start"))

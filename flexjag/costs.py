@@ -15,7 +15,11 @@ from typing import NamedTuple
 from flexjag import masks as m
 
 PATH = Path(__file__).with_name("costs.json")
-ROWS = {"segments, runs": 256, "segments, pointwise": 128}  # queries of a call, as the backends cut them
+ROWS = {
+    "segments, runs": 256,
+    "segments, shared bias": 256,
+    "segments, pointwise": 128,
+}  # queries of a call, as the backends cut them
 TILE = 128
 DIMS = 128  # D + E of the measurements, to which a score's time is in proportion
 
@@ -55,7 +59,7 @@ def work_of_segments(way: str, mask: m.Mask, segments: int, num_q: int, num_kv: 
     """Calls and scores of the backend ``segments``.
 
     Args:
-        way: ``"segments, whole"``, ``"segments, runs"`` or ``"segments, pointwise"``.
+        way: ``"segments, whole"``, ``"segments, runs"``, ``"segments, shared bias"`` or ``"segments, pointwise"``.
         mask: The mask.
         segments: S.
         num_q: T_q.

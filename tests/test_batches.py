@@ -1,6 +1,7 @@
 """How whole segments share calls of a kernel: every token in one call, and back where it came from."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import flexjag as fj
-from flexjag.backends.batches import ADJACENT, GATHERED, SHORT, Batch, list_batches
+from flexjag.backends import runs
+from flexjag.backends.batches import ADJACENT, GATHERED, SHORT, Batch, Cut, Packed, list_batches
 
 LENGTHS = st.one_of(st.integers(0, 40), st.sampled_from([15, 16, 17, 127, 128, 129, 300]))
 
@@ -43,13 +45,14 @@ def test_what_is_taken_can_be_put_back(pairs: list[tuple[int, int]], groups: int
     q = ends([n for n, _ in pairs])
     kv = ends([m for _, m in pairs])
     batches, unmet, _ = list_batches(q, kv, False)
-    x = torch.randn(q[-1], 2, 3).transpose(0, 1)[None]  # heads in front
+    x = torch.randn(q[-1], 2, 3)
     back = torch.full_like(x, torch.nan)
     for start, end in unmet:
-        back[:, :, start:end] = x[:, :, start:end]
+        back[start:end] = x[start:end]
+    cut = Cut([batch.q for batch in batches if isinstance(batch.q, tuple)], q[-1])
     for batch in batches:
-        batch.put(back, batch.take(x, True, groups), True)
-        padded = batch.take_gradient(torch.ones_like(x), groups)
+        batch.put(Packed(back, cut), batch.take(Packed(x, cut), True, groups), True)
+        padded = batch.take_gradient(Packed(torch.ones_like(x), cut), groups)
         assert int(padded.sum()) == 6 * len(tokens(batch, True))
     assert torch.equal(back, x)
 
@@ -104,3 +107,92 @@ def test_calls_together_give_what_the_reference_gives(
     got, exact = (attended(lengths, kv_lengths or lengths, mask, backend) for backend in ("segments", "reference"))
     for x, y in zip(got, exact, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)  # float64 sums of 130 terms in another order
+
+
+def masked_by_position(name: str, heads: int) -> tuple[fj.Mask, fj.Score | None]:
+    table = torch.linspace(-1, 1, heads * 21, dtype=torch.float64).view(heads, 21)
+    cases: dict[str, tuple[fj.Mask, fj.Score | None]] = {
+        "window": (fj.Window(7, 2), None),
+        "rows without keys": (fj.Prefix(3) & fj.Window(4, 0), None),
+        "complement": (~fj.Window(3, 3) | fj.Prefix(1), fj.Alibi.from_heads(heads)),
+        "per head": (fj.PerHead([fj.Causal(), fj.Window(5, 0), fj.Chunked(8), fj.GlobalTokens(2)]), None),
+        "table": (fj.Causal(), fj.RelativeBias(table)),
+        "buckets": (fj.Window(None, 4), fj.BucketedBias(table[:, :4].contiguous(), torch.tensor([-8, 0, 3]))),
+    }
+    return cases[name]
+
+
+BY_POSITION = ["window", "rows without keys", "complement", "per head", "table", "buckets"]
+
+
+@pytest.mark.parametrize("lengths", [[20, 0, 1, 300, 7], [1], [0, 0], [257, 255]], ids=str)
+@pytest.mark.parametrize("name", BY_POSITION)
+def test_one_bias_for_all_segments(name: str, lengths: list[int]) -> None:
+    """The backend that shares it gives what the dense definition does; also between segments of other lengths."""
+    mask, score = masked_by_position(name, 4)
+    kv_lengths = [n + 3 * (n % 2) for n in lengths]
+    for keys in (lengths, kv_lengths):
+        shapes = [(sum(lengths), 4, 16), (sum(keys), 2, 16), (sum(keys), 2, 16)]
+        q, k, v = (torch.randn(x, dtype=torch.float64, requires_grad=True) for x in shapes)
+        x = fj.Jagged.from_lengths(q, lengths)
+        y = fj.Jagged.from_lengths(k, keys) if keys is not lengths else x.with_values(k)
+        found = {}
+        for backend in ("segments", "reference"):
+            made = fj.attention(x, y, y.with_values(v), mask=mask, score=score, backend=backend, return_lse=True)
+            out, lse = (t.values for t in made)
+            loss = (out * out).sum() + torch.where(lse == -torch.inf, 0.0, lse).sum()
+            found[backend] = (out.detach(), lse.detach(), *torch.autograd.grad(loss, (q, k, v)))
+        for got, wanted in zip(*found.values(), strict=True):
+            torch.testing.assert_close(got, wanted, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["complement", "table", "buckets"])
+def test_a_learned_bias_of_all_segments_has_its_gradient(name: str, dtype: torch.dtype) -> None:
+    lengths = [20, 0, 1, 300, 7]
+    mask, score = masked_by_position(name, 4)
+    assert isinstance(score, fj.Alibi | fj.RelativeBias | fj.BucketedBias)
+    field = "slopes" if isinstance(score, fj.Alibi) else "table"
+    q, k, v = (torch.randn(sum(lengths), h, 16, dtype=dtype) for h in (4, 2, 2))
+    learned = getattr(score, field).to(torch.float32 if dtype == torch.bfloat16 else dtype)
+    found = {}
+    for backend, to in (("segments", dtype), ("reference", torch.float64)):
+        leaves = [t.to(to).requires_grad_() for t in (q, k, v)]
+        held = learned.double().requires_grad_() if to == torch.float64 else learned.clone().requires_grad_()
+        x = fj.Jagged.from_lengths(leaves[0], lengths)
+        own = replace(score, **{field: held})
+        out = fj.attention(
+            x, x.with_values(leaves[1]), x.with_values(leaves[2]), mask=mask, score=own, backend=backend
+        ).values
+        found[backend] = torch.autograd.grad((out.double() ** 2).sum(), [*leaves, held])
+    # A table's entry sums up to 45,000 pairs in another order: about the root of that in roundings. In bfloat16 what
+    # is summed was rounded more coarsely than the sums are.
+    limit = (8 if dtype == torch.bfloat16 else 256) * torch.finfo(dtype).eps
+    for got, wanted in zip(*found.values(), strict=True):
+        assert float((got.double() - wanted).abs().max()) <= limit * float(wanted.abs().max().clamp(min=1.0))
+
+
+def test_a_shared_bias_follows_its_tensors() -> None:
+    """It is kept with the plan, so a change in place has to be seen; and one that is trained is never kept."""
+    x = fj.Jagged.from_lengths(torch.randn(60, 2, 8, dtype=torch.float64), [20, 40])
+    for trained in (False, True):
+        table = torch.zeros(2, 5, dtype=torch.float64, requires_grad=trained)
+        plan = fj.plan(x, mask=fj.Causal(), score=fj.RelativeBias(table))
+        with torch.no_grad():
+            before = fj.attention(x, x, x, plan=plan, backend="segments").values
+            table += torch.linspace(-3, 3, 10, dtype=torch.float64).view(2, 5)
+            after = fj.attention(x, x, x, plan=plan, backend="segments").values
+            wanted = fj.attention(x, x, x, plan=plan, backend="reference").values
+        assert not torch.allclose(before, after)
+        torch.testing.assert_close(after, wanted)
+
+
+def test_a_bias_that_is_too_large_is_not_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = fj.Jagged.from_lengths(torch.randn(60, 2, 8, dtype=torch.float64), [20, 40])
+    plan = fj.plan(x, mask=fj.Window(5, 0))
+    for limit, shares in ((40 * 40 * 2, True), (40 * 40 * 2 - 1, False)):
+        monkeypatch.setattr(runs, "SHARED", limit)
+        runs._listed.clear()
+        assert (runs.runs_of_queries(plan, 1.0, 2, torch.float64, True).shared is not None) == shares
+        out = fj.attention(x, x, x, plan=plan, backend="segments").values
+        torch.testing.assert_close(out, fj.attention(x, x, x, plan=plan, backend="reference").values)

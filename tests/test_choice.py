@@ -124,7 +124,7 @@ CHOICES = [
     (case(), "segments"),
     (case(Full()), "segments"),
     (case(tokens=20), "segments"),  # two tokens per segment, which share a call
-    (case(fj.Window(9, 0), tokens=20), "tiled"),  # and do not
+    (case(fj.Window(torch.full((10,), 9), 0), tokens=20), "tiled"),  # and do not
     (case(tracing=True), "tiled"),
     (case(Causal() & Prefix(3)), "segments"),
     (case(Causal() & Prefix(3), score=ALIBI), "segments"),

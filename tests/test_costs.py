@@ -43,7 +43,14 @@ def test_estimates_against_the_dense_mask(mask: fj.Mask, n: int) -> None:
 
 def test_the_record_has_a_line_for_each_way() -> None:
     """And no line is free: a call that costs nothing would always be chosen."""
-    ways = {"segments, whole", "segments, runs", "segments, pointwise", "tiled", "tiled, pointwise"}
+    ways = {
+        "segments, whole",
+        "segments, runs",
+        "segments, shared bias",
+        "segments, pointwise",
+        "tiled",
+        "tiled, pointwise",
+    }
     assert set(costs.record()) == {f"{way}, {what}" for way in ways for what in ("forward", "training")}
     for line in costs.record().values():
         assert line.per_call >= 0
@@ -84,7 +91,7 @@ def test_fit_leaves_out_a_negative_coefficient() -> None:
 def test_calibrate_measures_fits_and_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.setattr(calibrate, "TOKENS", 60)
     monkeypatch.setattr(calibrate, "LENGTHS", (10, 30))
-    monkeypatch.setattr(calibrate, "KINDS", [calibrate.KINDS[i] for i in (0, 1, 3)])  # one of each way
+    monkeypatch.setattr(calibrate, "KINDS", [calibrate.KINDS[i] for i in (0, 1, 3, 5)])  # one of each way
     monkeypatch.setattr(gc, "collect", lambda: 0)  # half a second each, after other tests
     path = tmp_path / "costs.json"
     assert main(["calibrate", "--out", str(path)]) == 0

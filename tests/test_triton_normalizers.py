@@ -159,6 +159,10 @@ def test_fixed_capacity_zeroes_the_spare_rows(normalizer: str, worker: Worker) -
         assert not x[48:].any()
 
 
+def test_operators_are_what_they_claim(worker: Worker) -> None:
+    call(worker, "check_operators")
+
+
 def test_one_graph_for_all_batches(worker: Worker) -> None:
     assert call(worker, "trace", [[20, 7, 0, 13], [20, 30], [60, 2, 5]]) == ([0], [0])
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 import flexjag as fj
 from flexjag import mods
+from flexjag.backends import triton as triton_backend
 from flexjag.backends.triton_mods import emit, load
 from flexjag.codegen.interpreter import mend_interpreter
 from flexjag.expressions import has_functions, read
@@ -254,6 +255,27 @@ def fill_capacity(normalizer: str) -> list[Tensor]:
     plan = fj.plan(q, mask=fj.Causal(), normalizer=NORMALIZERS[normalizer](tokens), **options)
     out = fj.attention(q, k, v, plan=plan, backend="triton").values
     return [out.detach(), *torch.autograd.grad((out**2).sum(), values)]
+
+
+def check_operators() -> None:
+    """``opcheck`` of the three operators, with a bias that is learned and without."""
+    prepare()
+    for bias in (None, rand(HEADS).requires_grad_()):
+        q, k, v = (x.values for x in needing_gradients(*make_qkv([20, 0, 3], heads=HEADS, dtype=torch.float32)))
+        x = fj.Jagged.from_lengths(q, [20, 0, 3])
+        normalizer = SiLU() if bias is None else Sigmoid(bias)
+        plan = fj.plan(x, mask=fj.Causal(), normalizer=normalizer, block_size=16)
+        text, tables = triton_backend.printed(plan), triton_backend.tables_of(plan)
+        tiles = [plan.tiles.all_heads.row, plan.tiles.all_heads.col]
+        name, grad = triton_backend.name_of(normalizer), torch.randn_like(v)
+        given = (q, k, v, text.captures, text.learned, text.numbers, text.source)
+        torch.library.opcheck(triton_backend.attend, (*given, *tables, tiles, name, 0.25, 1.0, 16, False))
+        q, k, v = (y.detach() for y in (q, k, v))
+        captures, tests = [y.detach() for y in text.captures], ("test_schema", "test_faketensor")
+        arguments = (grad, q, k, v, captures, text.numbers, text.source, *tables, name, 0.25, 1.0, 16)
+        torch.library.opcheck(triton_backend.differentiate, arguments, test_utils=tests)
+        arguments = (grad, q, k, v, captures, text.learned, text.numbers, text.source, tiles, name, 0.25, 1.0, 16)
+        torch.library.opcheck(triton_backend.differentiate_learned, arguments, test_utils=tests)
 
 
 def trace(batches: Sequence[list[int]]) -> tuple[list[int], list[int]]:

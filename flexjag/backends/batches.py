@@ -1,12 +1,13 @@
 """Whole segments in few calls: those of one shape that lie side by side as they are, short ones gathered and padded.
 
-A call costs about 30 µs before it computes anything, and 80 with gradients (costs.json); so segments of up to
+A call costs about 20 µs before it computes anything, and 70 with gradients (costs.json); so segments of up to
 SHORT tokens share calls. They are padded to a multiple of ROUND by copies of their own last token: a mask rules the
 copies out as keys, and what they compute as queries is dropped. So no segment reads another's values.
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -14,10 +15,31 @@ from torch import Tensor
 
 Range = tuple[int, int]
 
-SHORT = 128  # tokens of a segment up to which gathering costs less than a call of its own
+SHORT = 32  # tokens of a segment up to which gathering costs less than a call of its own
 ROUND = 16  # a vector of floats
 GATHERED = 2048  # tokens gathered at once: their copies stay in a core's cache
 ADJACENT = 8192  # tokens of adjacent segments at once: bounds what the kernel allocates
+
+
+class Cut:
+    """The ranges of one side as pieces of one split: a view of its own for each costs more than 16 tokens' scores."""
+
+    def __init__(self, ranges: list[Range], total: int) -> None:
+        bounds = sorted({0, total, *itertools.chain.from_iterable(ranges)})
+        self.sizes = [b - a for a, b in itertools.pairwise(bounds)]
+        self.number = {start: number for number, start in enumerate(bounds)}
+
+
+class Packed:
+    """Packed tokens ``[T, heads, ...]``, and views ``[1, heads, tokens, ...]`` of all ranges."""
+
+    def __init__(self, tokens: Tensor, cut: Cut) -> None:
+        self.tokens, self._number = tokens, cut.number
+        self._pieces = tokens.transpose(0, 1)[None].split(cut.sizes, 2)
+
+    def piece(self, at: Range) -> Tensor:
+        """One of the ranges."""
+        return self._pieces[self._number[at[0]]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,54 +64,51 @@ class Batch:
     own_q: Tensor | None = None
     own_kv: Tensor | None = None
 
-    def take(self, x: Tensor, is_query: bool, groups: int | None) -> Tensor:
-        """From packed tokens ``[1, heads, T, D]`` to ``[count * groups, heads / groups, tokens, D]``.
+    def take(self, x: Packed, is_query: bool, groups: int | None) -> Tensor:
+        """To ``[count * groups, heads / groups, tokens, ...]``, without `groups` to ``[count, heads, tokens, ...]``.
 
-        Without `groups` to ``[count, heads, tokens, D]``. A view where tokens are a range and `groups` is None or
-        `count` is 1. The heads are in front in all arguments here, as views of ``[T, heads, D]``; D may be missing.
+        A view where tokens are a range and `groups` is None or `count` is 1.
         """
         at, tokens = (self.q, self.n) if is_query else (self.kv, self.m)
-        if isinstance(at, tuple):
-            if self.count == 1:
-                return _one(x, at, groups)
-            x = x.narrow(2, at[0], at[1] - at[0]).unflatten(2, (self.count, tokens))[0].transpose(0, 1)
-            return x if groups is None else x.reshape(self.count * groups, -1, *x.shape[2:])
-        return self._by_head(x[0].transpose(0, 1).index_select(0, at), tokens, groups)
+        if isinstance(at, Tensor):
+            return self._by_head(x.tokens.index_select(0, at), tokens, groups)
+        piece = x.piece(at)
+        if self.count == 1:
+            return _grouped(piece, groups)
+        piece = piece[0].unflatten(1, (self.count, tokens)).transpose(0, 1)
+        return piece if groups is None else piece.reshape(self.count * groups, -1, *piece.shape[2:])
 
-    def take_gradient(self, g: Tensor, groups: int | None) -> Tensor:
+    def take_gradient(self, x: Packed, groups: int | None) -> Tensor:
         """As :meth:`take` of a gradient of the queries' outputs, 0 in padding."""
         if self.own_q is None:
-            return self.take(g, True, groups)
+            return self.take(x, True, groups)
         assert isinstance(self.q, Tensor)
-        g = g[0].transpose(0, 1)
-        flat = g.new_zeros(self.q.shape[0], *g.shape[1:])
-        flat.index_copy_(0, self.own_q, g.index_select(0, self.q[self.own_q]))
+        flat = x.tokens.new_zeros(self.q.shape[0], *x.tokens.shape[1:])
+        flat.index_copy_(0, self.own_q, x.tokens.index_select(0, self.q[self.own_q]))
         return self._by_head(flat, self.n, groups)
 
     def _by_head(self, x: Tensor, tokens: int, groups: int | None) -> Tensor:
-        """From gathered tokens ``[count * tokens, heads, D]``."""
+        """From gathered tokens ``[count * tokens, heads, ...]``."""
         x = x.view(self.count, tokens, *x.shape[1:]).transpose(1, 2)
         return x if groups is None else x.reshape(self.count * groups, -1, *x.shape[2:])
 
-    def put(self, out: Tensor, x: Tensor, is_query: bool) -> None:
-        """Write ``[..., tokens, D]``, with the batch and the heads in front, to packed ``[1, heads, T, D]``."""
+    def put(self, out: Packed, x: Tensor, is_query: bool) -> None:
+        """Write ``[..., tokens, ...]``, with the batch and the heads in front, to the packed tokens."""
         at, tokens, own = (self.q, self.n, self.own_q) if is_query else (self.kv, self.m, self.own_kv)
-        heads = out.shape[1]
-        if isinstance(at, tuple) and self.count == 1:
-            _one(out, at, x.shape[0]).copy_(x)
-            return
-        x = x.reshape(self.count, heads, tokens, *out.shape[3:])
         if isinstance(at, tuple):
-            out.narrow(2, at[0], at[1] - at[0]).unflatten(2, (self.count, tokens))[0].copy_(x.transpose(0, 1))
+            piece = out.piece(at)
+            if self.count == 1:
+                _grouped(piece, x.shape[0]).copy_(x)
+            else:
+                piece = piece[0].unflatten(1, (self.count, tokens))
+                piece.copy_(x.reshape(self.count, -1, *x.shape[2:]).transpose(0, 1))
             return
-        x = x.transpose(1, 2).reshape(self.count * tokens, heads, *out.shape[3:])
-        packed = out[0].transpose(0, 1)
-        packed.index_copy_(0, *((at, x) if own is None else (at[own], x.index_select(0, own))))
+        x = x.reshape(self.count, -1, *x.shape[2:]).transpose(1, 2).reshape(self.count * tokens, *out.tokens.shape[1:])
+        out.tokens.index_copy_(0, *((at, x) if own is None else (at[own], x.index_select(0, own))))
 
 
-def _one(x: Tensor, at: Range, groups: int | None) -> Tensor:
-    """One segment's tokens ``[groups or 1, ..., tokens, D]``: few operations, as each costs a microsecond."""
-    x = x.narrow(2, at[0], at[1] - at[0])
+def _grouped(x: Tensor, groups: int | None) -> Tensor:
+    """A segment's ``[1, heads, tokens, ...]`` as ``[groups, heads / groups, tokens, ...]``."""
     return x if groups is None or groups == 1 else x[0].unflatten(0, (groups, -1))
 
 

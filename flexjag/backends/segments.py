@@ -6,8 +6,7 @@ copies and the autograd nodes of a loop in user code, and gives the log-sum-exp 
 
 from __future__ import annotations
 
-import itertools
-from dataclasses import dataclass
+import math
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -17,36 +16,15 @@ from torch.autograd.function import once_differentiable
 
 from flexjag import functions
 from flexjag import masks as m
-from flexjag.backends import whole_segments
+from flexjag.backends import runs, whole_segments
 from flexjag.backends.batches import Range
+from flexjag.backends.runs import Pieces, bias_of, runs_of_queries
 from flexjag.backends.whole_segments import list_calls, with_lse_gradient
 from flexjag.choice import SDPA_WINDOWS
-from flexjag.layout import INT32_MAX
 from flexjag.plan import Plan
 
-ROWS = 256  # queries per call where a mask tensor is needed: bounds the mask, and lets a window skip keys
-
 Pair = tuple[Tensor, Tensor]
-
-
-@dataclass(frozen=True, eq=False)
-class Pieces:
-    """A plan cut into calls of SDPA, on the host.
-
-    Attributes:
-        plan: The plan.
-        scale: Factor on ``q·k``.
-        q_ranges: Packed query rows of each call: all rows, in order, the spare ones last.
-        kv_ranges: Packed keys of each call; empty if its rows attend nothing.
-        causal: SDPA's own causal flag does the mask, a call is a whole segment, and all keys come in order;
-            None if the calls take a mask tensor.
-    """
-
-    plan: Plan
-    scale: float
-    q_ranges: list[Range]
-    kv_ranges: list[Range]
-    causal: bool | None
+LOG2_E = math.log2(math.e)
 
 
 def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, need_lse: bool) -> Pair:
@@ -63,12 +41,20 @@ def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, need_lse: boo
     wide = max(q.shape[2], e)  # the kernels want D == E; zeros change nothing
     q, k, v = (torch.nn.functional.pad(x, (0, wide - x.shape[2])) if x.shape[2] < wide else x for x in (q, k, v))
     q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))  # the kernel reads no other stride
-    flash = q.device.type == "cpu" and not functions.learned_tensors(plan.score, q.dtype, q.device)
-    if flash and causal is not None:
+    on_cpu, acc = q.device.type == "cpu", torch.float64 if q.dtype == torch.float64 else torch.float32
+    if causal is not None and on_cpu:
         out, lse = whole_segments.attend(_calls(plan, causal, scale), q, k, v)
         return out[..., :e], lse
-    pieces = _runs(plan, scale) if causal is None else _whole_segments(plan, scale, causal)
-    out, lse = _Flash.apply(pieces, q, k, v) if flash else _composite(pieces, q, k, v, need_lse)  # type: ignore[misc]
+    if causal is not None:
+        pieces = runs.whole_segments(plan, scale, causal)
+    else:
+        pieces = runs_of_queries(plan, scale, q.shape[1], acc, may_share=on_cpu)
+    learned = functions.learned_tensors(plan.score, q.dtype, q.device)
+    if on_cpu and (pieces.shared is not None or not learned):
+        bias = pieces.shared.bias if pieces.shared is not None and learned else None
+        out, lse = _Flash.apply(pieces, bias, q, k, v)  # type: ignore[misc]
+    else:
+        out, lse = _composite(pieces, q, k, v, need_lse)
     return out[..., :e], lse
 
 
@@ -81,51 +67,6 @@ def _calls(plan: Plan, causal: bool, scale: float) -> whole_segments.Calls:
     if (causal, scale) not in known:
         known[causal, scale] = list_calls(plan.layout, causal, scale)
     return known[causal, scale]
-
-
-def _whole_segments(plan: Plan, scale: float, causal: bool) -> Pieces:
-    layout = plan.layout
-    q, kv = layout.q_offsets.tolist(), layout.kv_offsets.tolist()
-    # The spare rows of either side are pieces of their own, which meet nothing.
-    q_ranges = [*itertools.pairwise(q), (q[-1], layout.num_q), (layout.num_q, layout.num_q)]
-    kv_ranges = [*itertools.pairwise(kv), (kv[-1], kv[-1]), (kv[-1], layout.num_kv)]
-    return Pieces(plan, scale, q_ranges, kv_ranges, causal)
-
-
-def _runs(plan: Plan, scale: float) -> Pieces:
-    """Runs of at most ROWS queries of one segment, each with the keys between its first and its last allowed one."""
-    layout = plan.layout
-    ends = layout.q_offsets.tolist()
-    q_ranges = [(at, min(at + ROWS, end)) for start, end in itertools.pairwise(ends) for at in range(start, end, ROWS)]
-    q_ranges.append((ends[-1], layout.num_q))
-    lo = torch.cat([torch.where(x.outer.hi > x.outer.lo, x.outer.lo, INT32_MAX) for x in plan.sandwiches]).amin(0)
-    hi = torch.cat([torch.where(x.outer.hi > x.outer.lo, x.outer.hi, 0) for x in plan.sandwiches]).amax(0)
-    run = torch.repeat_interleave(torch.tensor([b - a for a, b in q_ranges], device=lo.device))
-    first = lo.new_full((len(q_ranges),), INT32_MAX).scatter_reduce(0, run, lo, "amin").tolist()
-    last = hi.new_zeros(len(q_ranges)).scatter_reduce(0, run, hi, "amax").tolist()
-    return Pieces(plan, scale, q_ranges, [(a, b) if a < b else (0, 0) for a, b in zip(first, last, strict=True)], None)
-
-
-def _bias(pieces: Pieces, index: int, heads: int, acc: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
-    """The additive bias ``[1, H or 1, n, m]``, -inf where masked, and ``[1, H or 1, n]`` which rows have no key.
-
-    A row without keys attends everything for the kernel's sake; the caller zeroes it. None for the second if all
-    rows have one.
-    """
-    if pieces.causal is not None:
-        return None, None
-    plan, device = pieces.plan, pieces.plan.layout.device
-    q = torch.arange(*pieces.q_ranges[index], device=device)[None, :, None]
-    kv = torch.arange(*pieces.kv_ranges[index], device=device)[None, None]
-    h = torch.arange(heads, device=device)[:, None, None]
-    allowed = plan.mask_mod(h.new_zeros(()), h, q, kv).expand(-1, q.shape[1], kv.shape[2])
-    no_key = ~allowed.any(2)
-    some = bool(no_key.any())
-    bias = torch.zeros((), dtype=acc, device=device)  # not in half precision: a bias may be hundreds
-    if plan.score_mod is not None:
-        bias = plan.score_mod(bias.expand(1, *allowed.shape[1:]), h.new_zeros(()), h, q, kv).to(acc)
-    bias = torch.where(allowed | no_key[..., None] if some else allowed, bias, -torch.inf)
-    return bias[None], no_key[None] if some else None
 
 
 def _cut(x: Tensor, ranges: list[Range], shape: tuple[int, int], in_order: bool) -> tuple[Tensor, ...]:
@@ -142,10 +83,13 @@ def _grouped(x: Tensor, shape: tuple[int, int]) -> Tensor:
 
 
 class _Flash(torch.autograd.Function):
-    """ATen's CPU flash kernel per run of queries, with the mask and the score as a bias."""
+    """ATen's CPU flash kernel per run of queries, with the mask and the score as a bias.
+
+    `bias` is that of all segments where it needs a gradient, which ATen's backward does not give; else None.
+    """
 
     @staticmethod
-    def forward(ctx: Any, pieces: Pieces, q: Tensor, k: Tensor, v: Tensor) -> Pair:
+    def forward(ctx: Any, pieces: Pieces, bias: Tensor | None, q: Tensor, k: Tensor, v: Tensor) -> Pair:
         heads, groups = q.shape[1], k.shape[1]
         shape = (1, heads) if heads == groups else (groups, heads // groups)
         acc = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -157,17 +101,17 @@ class _Flash(torch.autograd.Function):
                 o.zero_()
                 log_sum.fill_(-torch.inf)
                 continue
-            bias, no_key = _bias(pieces, index, heads, acc)
-            assert bias is not None
+            own, no_key = bias_of(pieces, index, heads, acc)
+            assert own is not None
             part, log = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                x, y, z, 0.0, False, attn_mask=_grouped(bias, shape), scale=pieces.scale
+                x, y, z, 0.0, False, attn_mask=_grouped(own, shape), scale=pieces.scale
             )
             o.copy_(part)
             log_sum.copy_(log.view(log_sum.shape))
             if no_key is not None:
                 o.masked_fill_(_grouped(no_key, shape)[..., None], 0.0)
                 log_sum.masked_fill_(_grouped(no_key, shape), -torch.inf)
-        ctx.pieces, ctx.shape = pieces, shape
+        ctx.pieces, ctx.shape, ctx.bias_shape = pieces, shape, None if bias is None else bias.shape
         ctx.set_materialize_grads(False)
         lse = lse.t()
         ctx.save_for_backward(q, k, v, out, lse)
@@ -190,6 +134,7 @@ class _Flash(torch.autograd.Function):
         if grad_lse is not None:
             q, k, v, out, grad_out = with_lse_gradient(q, k, v, out, grad_out, grad_lse.masked_fill(no_keys, 0.0))
         grads = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        grad_bias = None if ctx.bias_shape is None else q.new_zeros(ctx.bias_shape, dtype=acc)
         queries = [_cut(t, pieces.q_ranges, shape, True) for t in (q, grad_out, out, grads[0], lse)]
         keys = [_cut(t, pieces.kv_ranges, shape, False) for t in (k, v)]
         key_grads = [_cut(t, pieces.kv_ranges, (1, groups), False) for t in grads[1:]]
@@ -197,28 +142,40 @@ class _Flash(torch.autograd.Function):
             if x.shape[2] == 0 or y.shape[2] == 0:
                 dx.zero_()
                 continue
-            bias, no_key = _bias(pieces, index, heads, acc)
-            assert bias is not None
+            own, no_key = bias_of(pieces, index, heads, acc)
+            assert own is not None
             if no_key is not None:
                 g = g.masked_fill(_grouped(no_key, shape)[..., None], 0.0)
                 # At +inf their weights are 0; at 0 a steep bias would overflow.
                 log_sum = log_sum.masked_fill(_grouped(no_key, shape), torch.inf)
-            parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                g,
-                x,
-                y,
-                z,
-                o,
-                log_sum.contiguous(),
-                0.0,
-                False,
-                attn_mask=_grouped(bias, shape),
-                scale=pieces.scale,
-            )
+            own = _grouped(own, shape)
+            if grad_bias is None:
+                parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                    g, x, y, z, o, log_sum.contiguous(), 0.0, False, attn_mask=own, scale=pieces.scale
+                )
+            else:
+                *parts, ds = _differentiate(g, x, y, z, o, log_sum, own, pieces.scale)
+                i, j = pieces.runs.places[index]
+                target = grad_bias[..., i : i + x.shape[2], j : j + y.shape[2]]
+                ds = ds.reshape(1, heads, *ds.shape[2:])
+                target.add_(ds if target.shape[1] == heads else ds.sum(1, keepdim=True))
             dx.copy_(parts[0])
             for target, part in ((dy, parts[1]), (dz, parts[2])):
                 target.add_(part if heads == groups else part.sum(1)[None])
-        return None, *(g[..., :dim] for g in grads)
+        return None, grad_bias, *(g[..., :dim] for g in grads)
+
+
+def _differentiate(
+    g: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bias: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v and of the scores, ``[..., n, m]``, from the log-sum-exp, all in its precision."""
+    g, q, k, v, out = (t.to(lse.dtype) for t in (g, q, k, v, out))
+    p = torch.matmul(q * scale, k.transpose(-1, -2)).add_(bias).sub_(lse[..., None])
+    p = p.mul_(LOG2_E).exp2_()  # exp is many times slower where it underflows
+    delta = (g * out).sum(-1, keepdim=True)
+    ds = torch.matmul(g, v.transpose(-1, -2)).sub_(delta).mul_(p)
+    dq, dk = torch.matmul(ds, k).mul_(scale), torch.matmul(ds.transpose(-1, -2), q).mul_(scale)
+    return dq, dk, torch.matmul(p.transpose(-1, -2), g), ds
 
 
 def _composite(pieces: Pieces, q: Tensor, k: Tensor, v: Tensor, need_lse: bool) -> Pair:
@@ -236,7 +193,7 @@ def _composite(pieces: Pieces, q: Tensor, k: Tensor, v: Tensor, need_lse: bool) 
             outs.append(q.new_zeros(x.shape) + link)
             lses.append(q.new_full(x.shape[:2], -torch.inf, dtype=acc) + link)
             continue
-        bias, no_key = _bias(pieces, index, heads, acc)
+        bias, no_key = bias_of(pieces, index, heads, acc)
         x = x.transpose(0, 1)[None]
         y, z = (t.transpose(0, 1)[None].repeat_interleave(repeats, 1) for t in (y, z))
         causal = bool(pieces.causal)

@@ -21,7 +21,8 @@ from flexjag import functions
 from flexjag.layout import blocks
 from flexjag.plan import Plan
 
-CHUNK_SCORES = 2**20  # scores held at once: about what a CPU core's L2 cache holds
+CHUNK_SCORES = 2**20  # scores held at once on a CPU: about what a core's L2 cache holds
+CHUNK_SCORES_GPU = 2**24  # 64 MB of float32: fills a GPU, where smaller operations only wait for launches; unmeasured
 
 Pair = tuple[Tensor, Tensor]
 
@@ -161,9 +162,14 @@ def _traced(q: Tensor, k: Tensor, v: Tensor, p: Problem) -> Pair:
     return from_blocks(out / total[..., None], p.num_q), from_blocks(lse, p.num_q)
 
 
+def tiles_at_once(device: torch.device, heads: int, block: int) -> int:
+    """Tiles of `heads` heads whose scores are held at once."""
+    return max(1, (CHUNK_SCORES if device.type == "cpu" else CHUNK_SCORES_GPU) // (heads * block**2))
+
+
 def chunks(p: Problem, heads: int) -> list[tuple[int, int]]:
-    """Slices of the tile list, each of whole tile rows and of about CHUNK_SCORES scores."""
-    most = max(1, CHUNK_SCORES // (heads * p.block**2))
+    """Slices of the tile list, each of whole tile rows and of about as many scores as are held at once."""
+    most = tiles_at_once(p.row.device, heads, p.block)
     counts = torch.bincount(p.row[p.col < p.cols], minlength=p.rows).tolist()
     out, start, size = [], 0, 0
     for n in counts:

@@ -207,7 +207,7 @@ def differentiate_learned(
             tiled.to_blocks(t.float(), n, block)
             for t, n in ((q, p.rows), (grad, p.rows), (k, p.cols + 1), (v, p.cols + 1))
         )
-        step = max(1, tiled.CHUNK_SCORES // (heads * block**2))
+        step = tiled.tiles_at_once(q.device, heads, block)
         for row, col in zip(tiles[0].split(step), tiles[1].split(step), strict=True):
             at = tiled.indices(p, row, col, heads)
             raw = tiled.matmul(x[row] * scale, y[col].transpose(2, 3))

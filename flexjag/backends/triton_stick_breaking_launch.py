@@ -232,7 +232,7 @@ def _add_learned(
             (call.v[:, groups], p.cols + 1),
         )
     )
-    step = max(1, tiled.CHUNK_SCORES // (heads * block**2))
+    step = tiled.tiles_at_once(row.device, heads, block)
     for start in range(0, row.shape[0], step):
         some = slice(start, start + step)
         at = tiled.indices(p, row[some], col[some], heads)

@@ -9,8 +9,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from flexjag.backends.batches import Batch, Range, list_batches
+from flexjag.backends.batches import Batch, Cut, Packed, Range, list_batches
 from flexjag.layout import Layout
+
+
+FLASH = torch._scaled_dot_product_flash_attention_for_cpu  # pyright: ignore[reportPrivateImportUsage]
+"""The same as ``torch.ops.aten._scaled_dot_product_flash_attention_for_cpu``, 2.5 µs sooner."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,6 +23,8 @@ class Calls:
 
     Attributes:
         batches: The calls.
+        q_cut: Where they cut the packed queries.
+        kv_cut: Where they cut the packed keys.
         unmet_q: Packed queries without a key.
         unmet_kv: Packed keys without a query.
         causal: Whether the mask is causal; else it is full.
@@ -26,6 +32,8 @@ class Calls:
     """
 
     batches: list[Batch]
+    q_cut: Cut
+    kv_cut: Cut
     unmet_q: list[Range]
     unmet_kv: list[Range]
     causal: bool
@@ -37,8 +45,10 @@ def list_calls(layout: Layout, causal: bool, scale: float) -> Calls:
     q = layout.q_offsets.tolist()
     kv = q if layout.is_self else layout.kv_offsets.tolist()
     batches, unmet_q, unmet_kv = list_batches(q, kv, pad_keys=causal and layout.is_self)
-    spare = [(q[-1], layout.num_q)], [(kv[-1], layout.num_kv)]
-    return Calls(batches, unmet_q + spare[0], unmet_kv + spare[1], causal, scale)
+    q_cut = Cut([b.q for b in batches if isinstance(b.q, tuple)], layout.num_q)
+    kv_cut = Cut([b.kv for b in batches if isinstance(b.kv, tuple)], layout.num_kv)
+    spare_q, spare_kv = (q[-1], layout.num_q), (kv[-1], layout.num_kv)
+    return Calls(batches, q_cut, kv_cut, [*unmet_q, spare_q], [*unmet_kv, spare_kv], causal, scale)
 
 
 def _groups(q: Tensor, k: Tensor) -> int | None:
@@ -75,15 +85,14 @@ class _Whole(torch.autograd.Function):
         for start, end in calls.unmet_q:
             out[start:end] = 0.0
             lse[start:end] = -torch.inf
-        heads_q, heads_k, heads_v, heads_out, heads_lse = _heads_first(q, k, v, out, lse)
+        packed_q, packed_out, packed_lse = (Packed(t, calls.q_cut) for t in (q, out, lse))
+        packed_k, packed_v = (Packed(t, calls.kv_cut) for t in (k, v))
         for batch in calls.batches:
-            x = batch.take(heads_q, True, groups)
-            y, z = (batch.take(t, False, groups) for t in (heads_k, heads_v))
-            part, log = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                x, *_shared(y, z, x), 0.0, calls.causal, attn_mask=None, scale=calls.scale
-            )
-            batch.put(heads_out, part, True)
-            batch.put(heads_lse, log, True)
+            x = batch.take(packed_q, True, groups)
+            y, z = batch.take(packed_k, False, groups), batch.take(packed_v, False, groups)
+            part, log = FLASH(x, *_shared(y, z, x), 0.0, calls.causal, attn_mask=None, scale=calls.scale)
+            batch.put(packed_out, part, True)
+            batch.put(packed_lse, log, True)
         ctx.calls = calls
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(q, k, v, out, lse)
@@ -106,13 +115,16 @@ class _Whole(torch.autograd.Function):
         for target, unmet in zip(grads, (calls.unmet_q, calls.unmet_kv, calls.unmet_kv), strict=True):
             for start, end in unmet:
                 target[start:end] = 0.0
-        heads_q, heads_k, heads_v, heads_out, heads_lse, heads_grad = _heads_first(q, k, v, out, lse, grad_out)
-        targets = _heads_first(*grads)
+        packed_q, packed_out, packed_lse, packed_grad, packed_dq = (
+            Packed(t, calls.q_cut) for t in (q, out, lse, grad_out, grads[0])
+        )
+        packed_k, packed_v, packed_dk, packed_dv = (Packed(t, calls.kv_cut) for t in (k, v, *grads[1:]))
+        targets = packed_dq, packed_dk, packed_dv
         for batch in calls.batches:
-            x, o, log = (batch.take(t, True, groups) for t in (heads_q, heads_out, heads_lse))
-            y, z = (batch.take(t, False, groups) for t in (heads_k, heads_v))
+            x, o, log = (batch.take(t, True, groups) for t in (packed_q, packed_out, packed_lse))
+            y, z = (batch.take(t, False, groups) for t in (packed_k, packed_v))
             parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                batch.take_gradient(heads_grad, groups),
+                batch.take_gradient(packed_grad, groups),
                 x,
                 *_shared(y, z, x),
                 o,
@@ -125,11 +137,6 @@ class _Whole(torch.autograd.Function):
             for target, part, is_query in zip(targets, parts, (True, False, False), strict=True):
                 batch.put(target, part if is_query or groups is None else part.sum(1, keepdim=True), is_query)
         return None, *(g[..., :dim] for g in grads)
-
-
-def _heads_first(*packed: Tensor) -> list[Tensor]:
-    """``[T, heads, ...]`` as views ``[1, heads, T, ...]``."""
-    return [x.transpose(0, 1)[None] for x in packed]
 
 
 def _shared(y: Tensor, z: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -26,6 +26,8 @@ TOKENS, HEADS, DIM = 4096, 4, 64
 LENGTHS = (4, 15, 60, 250, 1000, 4000)  # no divisors of a tile
 KINDS: tuple[tuple[str, Mask, Normalizer], ...] = (
     ("whole", Causal(), Softmax()),
+    ("shared bias", Window(128, 0), Softmax()),
+    ("shared bias", Window(128, 0) | Prefix(4), Softmax()),
     ("runs", Window(128, 0), Softmax()),
     ("runs", Window(128, 0) | Prefix(4), Softmax()),
     ("pointwise", Causal(), SiLU()),
@@ -62,7 +64,7 @@ def measure(tell: Tell, rounds: int = 5) -> list[Point]:
         segments = round(TOKENS / length)
         tokens = segments * length
         arms = [
-            Arm(backend, _call(backend, mask, normalizer, length, segments, grad), lambda got: None)
+            Arm(backend, _call(backend, kind, mask, normalizer, length, segments, grad), lambda got: None)
             for backend in ways(kind)
         ]
         name = f"{mask!r}, {segments} segments of {length}"
@@ -77,7 +79,7 @@ def measure(tell: Tell, rounds: int = 5) -> list[Point]:
 
 
 def _call(
-    backend: str, mask: Mask, normalizer: Normalizer, length: int, segments: int, grad: bool
+    backend: str, kind: str, mask: Mask, normalizer: Normalizer, length: int, segments: int, grad: bool
 ) -> Callable[[], Callable[[], Any]]:
     def make() -> Callable[[], Any]:
         generator = torch.Generator().manual_seed(0)
@@ -86,7 +88,8 @@ def _call(
         ]
         q, k, v = (Jagged.from_lengths(x, [length] * segments) for x in leaves)
         k, v = q.with_values(k.values), q.with_values(v.values)
-        made = plan(q, mask=mask, normalizer=normalizer)
+        own = Window(torch.full((segments,), length), None)  # allows every key, but keeps segments from sharing a bias
+        made = plan(q, mask=mask & own if kind == "runs" else mask, normalizer=normalizer)
         weights = torch.ones_like(leaves[0])
 
         def call() -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import platform
 import subprocess
@@ -13,8 +12,6 @@ from typing import Any
 import torch
 
 from flexjag.bench import nvml
-
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 
 
 def describe(device: str) -> dict[str, Any]:
@@ -49,21 +46,6 @@ def free_memory(device: str) -> int | None:
         return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     known = [x for x in (_meminfo("MemAvailable"), _cgroup_free()) if x is not None]
     return min(known) if known else None
-
-
-def keep_freed_memory() -> str:
-    """Make this process reuse the memory that it frees, and tell how. Without it, small CPU timings are luck.
-
-    glibc maps blocks of 32 MiB and more anew each time, and gives the heap's end back when it is free. Then an arm pays
-    for thousands of page faults or for none, depending on what ran before it.
-    """
-    try:
-        libc = ctypes.CDLL(None)
-        mallopt, _ = libc.mallopt, libc.gnu_get_libc_version
-    except (OSError, AttributeError, TypeError):
-        return "the system's"
-    kept = mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-    return "glibc, freed memory is kept" if kept else "glibc"
 
 
 def cpu_model() -> str:

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from flexjag.bench.environment import describe, keep_freed_memory
+from flexjag.bench.environment import describe
 from flexjag.bench.measure import iterate
 from flexjag.bench.registry import BenchError, Options, Suite, Tell
 
@@ -44,16 +44,12 @@ def measure(results: dict[str, Any], suites: Sequence[Suite], options: Options, 
 
 
 def begin(options: Options) -> dict[str, Any]:
-    """Results without a suite: what they are measured on and with, and which seed.
-
-    On a CPU the process keeps the memory that it frees from here on.
-    """
-    allocator = {"allocator": keep_freed_memory()} if options.device == "cpu" else {}
+    """Results without a suite: what they are measured on and with, and which seed."""
     return {
         "schema": SCHEMA,
         "quick": options.quick,
         "seed": options.seed,
-        "environment": describe(options.device) | allocator,
+        "environment": describe(options.device),
         "suites": [],
     }
 

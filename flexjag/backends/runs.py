@@ -1,0 +1,196 @@
+"""What a call of SDPA gets: whole segments, or runs of a segment's queries with the keys between the allowed ones.
+
+Where mask and score see nothing but positions within a segment, one bias serves all segments: it is evaluated for the
+longest one, and each run takes its rows and columns. Otherwise every run's is evaluated for itself.
+"""
+
+from __future__ import annotations
+
+import itertools
+from bisect import bisect_right
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from flexjag import scores as s
+from flexjag.backends.batches import Range
+from flexjag.choice import SHARED, is_by_position
+from flexjag.jagged import Jagged
+from flexjag.layout import INT32_MAX
+from flexjag.plan import Plan, outline
+
+ROWS = 256  # queries per call where a mask tensor is needed: bounds the mask, and lets a window skip keys
+
+
+@dataclass(frozen=True, eq=False)
+class Shared:
+    """One bias for all segments.
+
+    Attributes:
+        bias: ``[1, H or 1, N, M]`` for the longest segment, -inf where masked.
+        keyless: For each run, which of its rows have no key, ``[1, H or 1, n]``; None if all have one.
+    """
+
+    bias: Tensor
+    keyless: list[Tensor | None]
+
+
+@dataclass(frozen=True, eq=False)
+class Runs:
+    """A plan cut into calls, on the host.
+
+    Attributes:
+        q_ranges: Packed query rows of each call: all rows, in order, the spare ones last.
+        kv_ranges: Packed keys of each call; empty if its rows attend nothing.
+        places: Of each call, its first query and its first key, counted from their segment's start.
+    """
+
+    q_ranges: list[Range]
+    kv_ranges: list[Range]
+    places: list[tuple[int, int]]
+
+
+@dataclass(frozen=True, eq=False)
+class Pieces:
+    """The calls of SDPA for a plan.
+
+    Attributes:
+        plan: The plan.
+        scale: Factor on ``q·k``.
+        runs: What each call covers.
+        causal: SDPA's own causal flag does the mask, a call is a whole segment, and all keys come in order;
+            None if the calls take a mask tensor.
+        shared: The bias of all calls; None if each has its own.
+    """
+
+    plan: Plan
+    scale: float
+    runs: Runs
+    causal: bool | None
+    shared: Shared | None = None
+
+    @property
+    def q_ranges(self) -> list[Range]:
+        """Packed query rows of each call."""
+        return self.runs.q_ranges
+
+    @property
+    def kv_ranges(self) -> list[Range]:
+        """Packed keys of each call."""
+        return self.runs.kv_ranges
+
+
+def whole_segments(plan: Plan, scale: float, causal: bool) -> Pieces:
+    """A call per segment."""
+    layout = plan.layout
+    q, kv = layout.q_offsets.tolist(), layout.kv_offsets.tolist()
+    # The spare rows of either side are pieces of their own, which meet nothing.
+    q_ranges = [*itertools.pairwise(q), (q[-1], layout.num_q), (layout.num_q, layout.num_q)]
+    kv_ranges = [*itertools.pairwise(kv), (kv[-1], kv[-1]), (kv[-1], layout.num_kv)]
+    return Pieces(plan, scale, Runs(q_ranges, kv_ranges, [(0, 0)] * len(q_ranges)), causal)
+
+
+def runs_of_queries(plan: Plan, scale: float, heads: int, acc: torch.dtype, may_share: bool) -> Pieces:
+    """Calls of at most ROWS queries of one segment, each with the keys between its first and its last allowed one.
+
+    Args:
+        plan: The plan.
+        scale: Factor on ``q·k``.
+        heads: H.
+        acc: Of the bias.
+        may_share: Whether no gradient is to flow into the bias.
+    """
+    known = _listed.setdefault(plan, {})
+    if "runs" not in known:
+        known["runs"] = _list_runs(plan)
+    runs = known["runs"]
+    assert isinstance(runs, Runs)
+    held = [*s.tensors(plan.score), *(x.boundaries for x in s.parts(plan.score) if isinstance(x, s.BucketedBias))]
+    if not may_share or not is_by_position(plan.mask, plan.score, plan.layout.is_self):
+        return Pieces(plan, scale, runs, None)
+    key = (heads, acc, *((id(t), t._version) for t in held))
+    if key in known:
+        shared = known[key]
+        assert shared is None or isinstance(shared, Shared)
+        return Pieces(plan, scale, runs, None, shared)
+    shared = _share(plan, runs, heads, acc)
+    if not any(t.requires_grad for t in held):  # else the next step has other numbers, maybe in the same tensors
+        known[key] = shared
+    return Pieces(plan, scale, runs, None, shared)
+
+
+_listed: WeakKeyDictionary[Plan, dict[object, Runs | Shared | None]] = WeakKeyDictionary()
+"""What was listed for a plan, for all layers that share it."""
+
+
+def _list_runs(plan: Plan) -> Runs:
+    layout = plan.layout
+    ends, kv_ends = layout.q_offsets.tolist(), layout.kv_offsets.tolist()
+    q_ranges = [(at, min(at + ROWS, end)) for start, end in itertools.pairwise(ends) for at in range(start, end, ROWS)]
+    owner = [bisect_right(ends, a) - 1 for a, _ in q_ranges]
+    q_ranges.append((ends[-1], layout.num_q))
+    lo = torch.cat([torch.where(x.outer.hi > x.outer.lo, x.outer.lo, INT32_MAX) for x in plan.sandwiches]).amin(0)
+    hi = torch.cat([torch.where(x.outer.hi > x.outer.lo, x.outer.hi, 0) for x in plan.sandwiches]).amax(0)
+    run = torch.repeat_interleave(torch.tensor([b - a for a, b in q_ranges], device=lo.device))
+    first = lo.new_full((len(q_ranges),), INT32_MAX).scatter_reduce(0, run, lo, "amin").tolist()
+    last = hi.new_zeros(len(q_ranges)).scatter_reduce(0, run, hi, "amax").tolist()
+    kv_ranges = [(a, b) if a < b else (0, 0) for a, b in zip(first, last, strict=True)]
+    places = [(q[0] - ends[x], kv[0] - kv_ends[x]) for q, kv, x in zip(q_ranges, kv_ranges, owner, strict=False)]
+    return Runs(q_ranges, kv_ranges, [*places, (0, 0)])
+
+
+def _share(plan: Plan, runs: Runs, heads: int, acc: torch.dtype) -> Shared | None:
+    """The bias of the longest segment, if it is small enough."""
+    layout = plan.layout
+    n, m = int(layout.q_offsets.diff().max()), int(layout.kv_offsets.diff().max())
+    if n * m * heads > SHARED:
+        return None
+    one_q, one_kv = (_one_segment(tokens, layout.device) for tokens in (n, m))
+    one = outline(one_q, None if layout.is_self else one_kv, plan.mask, plan.score, plan.normalizer)
+    bias, allowed = _evaluate(one, torch.arange(n), torch.arange(m), heads, acc)
+    keyless: list[Tensor | None] = []
+    for (a, b), (c, d), (i, j) in zip(runs.q_ranges, runs.kv_ranges, runs.places, strict=True):
+        none = ~allowed[:, i : i + b - a, j : j + d - c].any(2)[None]
+        keyless.append(none if a < b and c < d and bool(none.any()) else None)
+    return Shared(bias.masked_fill(~allowed, -torch.inf)[None], keyless)
+
+
+def _one_segment(tokens: int, device: torch.device) -> Jagged:
+    return Jagged(torch.empty(tokens, 0, device=device), torch.tensor([0, tokens], device=device))
+
+
+def _evaluate(plan: Plan, rows: Tensor, keys: Tensor, heads: int, acc: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Score and mask of packed queries ``[n]`` and keys ``[m]``, ``[H or 1, n, m]``.
+
+    The score is not in half precision: a bias may be hundreds.
+    """
+    device = plan.layout.device
+    h = torch.arange(heads, device=device)[:, None, None]
+    q, kv = rows.to(device)[None, :, None], keys.to(device)[None, None]
+    allowed = plan.mask_mod(h.new_zeros(()), h, q, kv).expand(-1, q.shape[1], kv.shape[2])
+    bias = torch.zeros((), dtype=acc, device=device)
+    if plan.score_mod is not None:
+        bias = plan.score_mod(bias.expand(1, *allowed.shape[1:]), h.new_zeros(()), h, q, kv).to(acc)
+    return bias, allowed
+
+
+def bias_of(pieces: Pieces, index: int, heads: int, acc: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+    """The additive bias ``[1, H or 1, n, m]``, -inf where masked, and ``[1, H or 1, n]`` which rows have no key.
+
+    A row without keys attends everything for the kernel's sake; the caller zeroes it. None for the second if all
+    rows have one.
+    """
+    if pieces.causal is not None:
+        return None, None
+    (a, b), (c, d) = pieces.q_ranges[index], pieces.kv_ranges[index]
+    if pieces.shared is not None:
+        i, j = pieces.runs.places[index]
+        bias, no_key = pieces.shared.bias[..., i : i + b - a, j : j + d - c], pieces.shared.keyless[index]
+        return (bias, None) if no_key is None else (bias.masked_fill(no_key[..., None], 0.0), no_key)
+    bias, allowed = _evaluate(pieces.plan, torch.arange(a, b), torch.arange(c, d), heads, acc)
+    none = ~allowed.any(2)
+    some = bool(none.any())
+    bias = torch.where(allowed | none[..., None] if some else allowed, bias, -torch.inf)
+    return bias[None], none[None] if some else None
