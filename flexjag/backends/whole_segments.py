@@ -12,7 +12,6 @@ from torch.autograd.function import once_differentiable
 from flexjag.backends.batches import Batch, Cut, Packed, Range, list_batches
 from flexjag.layout import Layout
 
-
 FLASH = torch._scaled_dot_product_flash_attention_for_cpu  # pyright: ignore[reportPrivateImportUsage]
 """The same as ``torch.ops.aten._scaled_dot_product_flash_attention_for_cpu``, 2.5 µs sooner."""
 

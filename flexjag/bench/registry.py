@@ -51,7 +51,7 @@ class Options:
     quick: bool = False
     device: str = "cpu"
     rounds: int = 21
-    seconds_per_arm: float = 30.0
+    seconds_per_arm: float = 10.0
     memory: bool = True
     seed: int = 0
     budget: float | None = None
