@@ -213,6 +213,30 @@ def test_peak_memory_of_a_known_allocation():
         assert found["bytes"] <= 2**27 * 1.2
 
 
+AFTER_OTHERS = """
+import torch
+from flexjag.bench import peak
+if {first}:
+    peak.give_back_freed_memory()
+for size in range(18, 25):  # 1 to 64 MiB, each freed before the next
+    torch.ones(2**size)
+kept = [torch.ones(2**21), torch.ones(2**20)]
+del kept[0]
+print(peak.measure_peak(lambda: torch.ones(2**22))["bytes"])
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's high-water mark")
+def test_peak_memory_does_not_use_what_others_freed():
+    seen = []
+    for first in (True, False):
+        command = [sys.executable, "-c", AFTER_OTHERS.format(first=first)]
+        seen.append(int(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
+    assert seen[0] >= 2**24 * 0.95  # 16 MiB
+    if platform.libc_ver()[0] == "glibc":
+        assert seen[1] < seen[0]  # which is why
+
+
 def test_peak_memory_in_a_fresh_process():
     found = peak_in_subprocess("mask-build", "documents, 2,048 tokens", "create_block_mask, eager", QUICK)
     assert found["bytes"] >= 2048**2  # the dense boolean mask alone

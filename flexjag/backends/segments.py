@@ -27,11 +27,11 @@ Pair = tuple[Tensor, Tensor]
 LOG2_E = math.log2(math.e)
 
 
-def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, need_lse: bool) -> Pair:
+def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, need_lse: bool) -> tuple[Tensor, Tensor | None]:
     """Attention of packed ``q [T_q, H, D]``, ``k [T_kv, G, D]``, ``v [T_kv, G, E]``.
 
     Returns:
-        ``[T_q, H, E]`` and the log-sum-exp ``[T_q, H]``, the latter in at least float32.
+        ``[T_q, H, E]`` and the log-sum-exp ``[T_q, H]``, the latter in at least float32; maybe None if not needed.
     """
     window = m.as_window(plan.mask)
     # The kernel masks before it scales: with a scale of 0 or less, -inf turns into NaN or +inf.
@@ -43,7 +43,7 @@ def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, need_lse: boo
     q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))  # the kernel reads no other stride
     on_cpu, acc = q.device.type == "cpu", torch.float64 if q.dtype == torch.float64 else torch.float32
     if causal is not None and on_cpu:
-        out, lse = whole_segments.attend(_calls(plan, causal, scale), q, k, v)
+        out, lse = whole_segments.attend(_calls(plan, causal, scale), q, k, v, need_lse)
         return out[..., :e], lse
     if causal is not None:
         pieces = runs.whole_segments(plan, scale, causal)

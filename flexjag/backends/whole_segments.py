@@ -68,17 +68,22 @@ def with_lse_gradient(
     return q, k, v, out, torch.nn.functional.pad(grad_out, (0, 1), value=1.0)
 
 
-def attend(calls: Calls, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """``[T_q, H, D]`` and the log-sum-exp ``[T_q, H]`` of packed ``q [T_q, H, D]``, k and v ``[T_kv, G, D]``."""
-    return _Whole.apply(calls, q, k, v)  # type: ignore[misc]
+def attend(calls: Calls, q: Tensor, k: Tensor, v: Tensor, need_lse: bool) -> tuple[Tensor, Tensor | None]:
+    """``[T_q, H, D]`` and the log-sum-exp ``[T_q, H]`` of packed ``q [T_q, H, D]``, k and v ``[T_kv, G, D]``.
+
+    The latter may be None if it is not needed.
+    """
+    return _Whole.apply(calls, need_lse, q, k, v)  # type: ignore[misc]
 
 
 class _Whole(torch.autograd.Function):
     """:func:`attend`, forward and backward."""
 
     @staticmethod
-    def forward(ctx: Any, calls: Calls, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        groups = _groups(q, k)
+    def forward(
+        ctx: Any, calls: Calls, need_lse: bool, q: Tensor, k: Tensor, v: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        groups, need_lse = _groups(q, k), need_lse or any(ctx.needs_input_grad)
         acc = torch.float64 if q.dtype == torch.float64 else torch.float32
         out, lse = torch.empty_like(q), q.new_empty((q.shape[1], q.shape[0]), dtype=acc).t()
         for start, end in calls.unmet_q:
@@ -91,7 +96,10 @@ class _Whole(torch.autograd.Function):
             y, z = batch.take(packed_k, False, groups), batch.take(packed_v, False, groups)
             part, log = FLASH(x, *_shared(y, z, x), 0.0, calls.causal, attn_mask=None, scale=calls.scale)
             batch.put(packed_out, part, True)
-            batch.put(packed_lse, log, True)
+            if need_lse:
+                batch.put(packed_lse, log, True)
+        if not need_lse:
+            return out, None
         ctx.calls = calls
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(q, k, v, out, lse)
@@ -135,7 +143,7 @@ class _Whole(torch.autograd.Function):
             )
             for target, part, is_query in zip(targets, parts, (True, False, False), strict=True):
                 batch.put(target, part if is_query or groups is None else part.sum(1, keepdim=True), is_query)
-        return None, *(g[..., :dim] for g in grads)
+        return None, None, *(g[..., :dim] for g in grads)
 
 
 def _shared(y: Tensor, z: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ the arm runs once from `make` to its result.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import json
 import sys
@@ -18,9 +19,12 @@ import torch
 
 from flexjag.bench.registry import Arm, Case, Options, find
 
+M_MMAP_THRESHOLD = -3  # of malloc.h
+
 
 def main(argv: list[str]) -> int:
     """Print the figures of SUITE CASE ARM THREADS OPTIONS as JSON; the options are JSON too."""
+    give_back_freed_memory()
     suite, name, arm, threads, asked = argv
     torch.set_num_threads(int(threads))
     options = Options(**json.loads(asked))
@@ -36,6 +40,16 @@ def main(argv: list[str]) -> int:
 
 def _named(arms: Sequence[Arm], name: str) -> Arm:
     return next(x for x in arms if x.name == name)
+
+
+def give_back_freed_memory() -> None:
+    """Make glibc return every block of 128 KiB and more to the system once it is freed.
+
+    By default it keeps larger and larger ones, the more of them it has seen freed. What ran before an arm would then
+    have made room for it, and resident memory would not grow at all.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 128 * 1024)
 
 
 def measure_peak(call: Callable[[], object]) -> dict[str, Any]:

@@ -50,8 +50,8 @@ class Options:
 
     quick: bool = False
     device: str = "cpu"
-    rounds: int = 21
-    seconds_per_arm: float = 10.0
+    rounds: int = 11
+    seconds_per_arm: float = 6.0
     memory: bool = True
     seed: int = 0
     budget: float | None = None
