@@ -187,6 +187,44 @@ def test_a_shared_bias_follows_its_tensors() -> None:
         torch.testing.assert_close(after, wanted)
 
 
+def test_a_shared_bias_in_inference_mode() -> None:
+    """Its tensors count no versions there, and what is kept must serve a later training step."""
+    with torch.inference_mode():
+        score = fj.Alibi.from_heads(2)
+        x = fj.Jagged.from_lengths(torch.randn(60, 2, 8), [20, 40])
+        before = fj.attention(x, x, x, mask=fj.Causal(), score=score, backend="segments").values
+    values = torch.randn(60, 2, 8, dtype=torch.float64, requires_grad=True)
+    y = fj.Jagged.from_lengths(values, [20, 40])
+    plan = fj.plan(y, mask=fj.Window(9, 0))
+    with torch.inference_mode():
+        fj.attention(y, y, y, plan=plan, backend="segments")
+    out = fj.attention(y, y, y, plan=plan, backend="segments").values
+    wanted = fj.attention(y, y, y, plan=plan, backend="reference").values
+    given, expected = (torch.autograd.grad(t.square().sum(), values)[0] for t in (out, wanted))
+    torch.testing.assert_close(given, expected)
+    y = fj.Jagged(x.values.clone(), x.offsets.clone())
+    after = fj.attention(y, y, y, mask=fj.Causal(), score=fj.Alibi.from_heads(2), backend="segments").values
+    assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize("outside", [True, False])
+def test_a_trained_bias_under_autocast(outside: bool) -> None:
+    """The products of its gradient stay in float32, whether the backward runs in the context or not."""
+    table = torch.linspace(-1, 1, 10).view(2, 5).requires_grad_()
+    values = torch.randn(60, 2, 8)
+    found = []
+    for enabled in (False, True):
+        x = fj.Jagged.from_lengths(values, [20, 40])
+        with torch.autocast("cpu", enabled=enabled):
+            loss = fj.attention(x, x, x, mask=fj.Causal(), score=fj.RelativeBias(table), backend="segments")
+            loss = loss.values.square().sum()
+            if not outside:
+                found += torch.autograd.grad(loss, table)
+        if outside:
+            found += torch.autograd.grad(loss, table)
+    assert torch.equal(*found)
+
+
 def test_a_bias_that_is_too_large_is_not_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     x = fj.Jagged.from_lengths(torch.randn(60, 2, 8, dtype=torch.float64), [20, 40])
     plan = fj.plan(x, mask=fj.Window(5, 0))

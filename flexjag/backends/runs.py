@@ -110,13 +110,15 @@ def runs_of_queries(plan: Plan, scale: float, heads: int, acc: torch.dtype, may_
     held = [*s.tensors(plan.score), *(x.boundaries for x in s.parts(plan.score) if isinstance(x, s.BucketedBias))]
     if not may_share or not is_by_position(plan.mask, plan.score, plan.layout.is_self):
         return Pieces(plan, scale, runs, None)
-    key = (heads, acc, *((id(t), t._version) for t in held))
+    # A tensor that is trained has other numbers in the next step, and one made in inference mode tells no changes.
+    may_keep = not any(t.requires_grad or t.is_inference() for t in held)
+    key = (heads, acc, *((id(t), t._version) for t in held)) if may_keep else None
     if key in known:
         shared = known[key]
         assert shared is None or isinstance(shared, Shared)
         return Pieces(plan, scale, runs, None, shared)
     shared = _share(plan, runs, heads, acc)
-    if not any(t.requires_grad for t in held):  # else the next step has other numbers, maybe in the same tensors
+    if key is not None:
         known[key] = shared
     return Pieces(plan, scale, runs, None, shared)
 

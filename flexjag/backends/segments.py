@@ -169,13 +169,14 @@ def _differentiate(
     g: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bias: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and of the scores, ``[..., n, m]``, from the log-sum-exp, all in its precision."""
-    g, q, k, v, out = (t.to(lse.dtype) for t in (g, q, k, v, out))
-    p = torch.matmul(q * scale, k.transpose(-1, -2)).add_(bias).sub_(lse[..., None])
-    p = p.mul_(LOG2_E).exp2_()  # exp is many times slower where it underflows
-    delta = (g * out).sum(-1, keepdim=True)
-    ds = torch.matmul(g, v.transpose(-1, -2)).sub_(delta).mul_(p)
-    dq, dk = torch.matmul(ds, k).mul_(scale), torch.matmul(ds.transpose(-1, -2), q).mul_(scale)
-    return dq, dk, torch.matmul(p.transpose(-1, -2), g), ds
+    with torch.autocast("cpu", enabled=False):
+        g, q, k, v, out = (t.to(lse.dtype) for t in (g, q, k, v, out))
+        p = torch.matmul(q * scale, k.transpose(-1, -2)).add_(bias).sub_(lse[..., None])
+        p = p.mul_(LOG2_E).exp2_()  # exp is many times slower where it underflows
+        delta = (g * out).sum(-1, keepdim=True)
+        ds = torch.matmul(g, v.transpose(-1, -2)).sub_(delta).mul_(p)
+        dq, dk = torch.matmul(ds, k).mul_(scale), torch.matmul(ds.transpose(-1, -2), q).mul_(scale)
+        return dq, dk, torch.matmul(p.transpose(-1, -2), g), ds
 
 
 def _composite(pieces: Pieces, q: Tensor, k: Tensor, v: Tensor, need_lse: bool) -> Pair:
