@@ -7,7 +7,6 @@ metadata only, so the same ones explain a plan, choose a backend and reject an i
 from __future__ import annotations
 
 import importlib.util
-import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from flexjag.normalizers import GELU, Identity, Normalizer, Pointwise, Sigmoid, 
 
 BACKENDS = ("reference", "tiled", "segments", "flex", "varlen", "triton")
 LONG_LEARNED = 16384  # keys over which a learned bias, a gradient of all keys per call of segments, wastes too much
-SHARED = 2**22  # numbers in a bias for all segments: 16 MB in float32
+SHARED = 2**22  # numbers in a bias for all segments, if it depends on the head: 16 MB in float32
 WIDEST = 256  # features that a Triton program keeps of a token
 HALF = (torch.float16, torch.bfloat16)
 
@@ -273,7 +272,7 @@ def choose(case: Case) -> tuple[str, str]:
         return "tiled", "a graph is being traced, and on CPU only tiled can be traced with gradients"
     why = refusal("segments", case)
     learned = torch.is_grad_enabled() and any(t.requires_grad for t in s.tensors(case.score))
-    if why is None and learned and case.layout.num_kv > LONG_LEARNED:
+    if why is None and learned and case.layout.num_kv > LONG_LEARNED and not _shares_bias(case):
         why = "each of its calls would make a gradient of all keys, for the learned bias"
     if why is not None:
         return "tiled", f"plain torch over the tiles, because of segments: {why}"
@@ -306,9 +305,7 @@ def expected_seconds(case: Case) -> dict[str, float]:
         kind = "pointwise"
     elif case.score is None and m.as_window(mask) in SDPA_WINDOWS and case.scale > 0:
         kind = "whole"
-    elif (
-        is_by_position(mask, case.score, layout.is_self) and heads * math.prod(costs.lengths(*sizes[:3])[1:]) <= SHARED
-    ):
+    elif _shares_bias(case):
         kind = "shared bias"
     else:
         kind = "runs"
@@ -350,6 +347,15 @@ def _mask_is_by_position(mask: m.Mask, is_self: bool) -> bool:
             return not isinstance(mask.size, Tensor)
         case _:
             return False
+
+
+def _shares_bias(case: Case) -> bool:
+    """Whether ``segments`` evaluates one bias for all segments; as far as their mean length tells."""
+    layout = case.layout
+    _, n, keys = costs.lengths(layout.num_segments, layout.num_q, layout.num_kv)
+    runs = costs.work_of_segments("segments, runs", case.mask, layout.num_segments, layout.num_q, layout.num_kv, 1.0)
+    small = n * keys <= min(2 * runs.scores, SHARED / (case.dims or (1,))[0])
+    return small and is_by_position(case.mask, case.score, layout.is_self)
 
 
 SDPA_WINDOWS = ((None, None, "start"), (None, None, "end"), (None, 0, "start"))

@@ -125,10 +125,13 @@ def masked_by_position(name: str, heads: int) -> tuple[fj.Mask, fj.Score | None]
 BY_POSITION = ["window", "rows without keys", "complement", "per head", "table", "buckets"]
 
 
-@pytest.mark.parametrize("lengths", [[20, 0, 1, 300, 7], [1], [0, 0], [257, 255]], ids=str)
+@pytest.mark.parametrize("lengths", [[20, 0, 1, 300, 7], [1, 1], [0, 2], [257, 255]], ids=str)
 @pytest.mark.parametrize("name", BY_POSITION)
-def test_one_bias_for_all_segments(name: str, lengths: list[int]) -> None:
+def test_one_bias_for_all_segments(name: str, lengths: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """The backend that shares it gives what the dense definition does; also between segments of other lengths."""
+    made: list[runs.Shared | None] = []
+    share = runs._share
+    monkeypatch.setattr(runs, "_share", lambda *given: made.append(share(*given)) or made[-1])
     mask, score = masked_by_position(name, 4)
     kv_lengths = [n + 3 * (n % 2) for n in lengths]
     for keys in (lengths, kv_lengths):
@@ -138,12 +141,26 @@ def test_one_bias_for_all_segments(name: str, lengths: list[int]) -> None:
         y = fj.Jagged.from_lengths(k, keys) if keys is not lengths else x.with_values(k)
         found = {}
         for backend in ("segments", "reference"):
-            made = fj.attention(x, y, y.with_values(v), mask=mask, score=score, backend=backend, return_lse=True)
-            out, lse = (t.values for t in made)
+            both = fj.attention(x, y, y.with_values(v), mask=mask, score=score, backend=backend, return_lse=True)
+            out, lse = (t.values for t in both)
             loss = (out * out).sum() + torch.where(lse == -torch.inf, 0.0, lse).sum()
             found[backend] = (out.detach(), lse.detach(), *torch.autograd.grad(loss, (q, k, v)))
         for got, wanted in zip(*found.values(), strict=True):
             torch.testing.assert_close(got, wanted, rtol=1e-11, atol=1e-11)
+    if len(lengths) > 4 and name != "rows without keys":  # where there is less to compute if each run has its own
+        assert len(made) == 2
+        assert all(x is not None for x in made)
+
+
+@pytest.mark.parametrize("offsets", [[0], [0, 0, 0], [0, 3]], ids=str)
+def test_a_shared_bias_and_spare_rows(offsets: list[int]) -> None:
+    values = torch.randn(5, 2, 8, dtype=torch.float64, requires_grad=True)
+    x = fj.Jagged(values, torch.tensor(offsets))
+    plan = fj.plan(x, mask=fj.Window(2, 0), max_tokens=5)
+    out, wanted = (fj.attention(x, x, x, plan=plan, backend=b).values for b in ("segments", "reference"))
+    given, expected = (torch.autograd.grad(t.square().sum(), values)[0] for t in (out, wanted))
+    torch.testing.assert_close(out, wanted)
+    torch.testing.assert_close(given, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
@@ -175,16 +192,30 @@ def test_a_learned_bias_of_all_segments_has_its_gradient(name: str, dtype: torch
 def test_a_shared_bias_follows_its_tensors() -> None:
     """It is kept with the plan, so a change in place has to be seen; and one that is trained is never kept."""
     x = fj.Jagged.from_lengths(torch.randn(60, 2, 8, dtype=torch.float64), [20, 40])
+    step = torch.linspace(-3, 3, 10, dtype=torch.float64).view(2, 5)
     for trained in (False, True):
         table = torch.zeros(2, 5, dtype=torch.float64, requires_grad=trained)
         plan = fj.plan(x, mask=fj.Causal(), score=fj.RelativeBias(table))
-        with torch.no_grad():
-            before = fj.attention(x, x, x, plan=plan, backend="segments").values
-            table += torch.linspace(-3, 3, 10, dtype=torch.float64).view(2, 5)
-            after = fj.attention(x, x, x, plan=plan, backend="segments").values
-            wanted = fj.attention(x, x, x, plan=plan, backend="reference").values
-        assert not torch.allclose(before, after)
-        torch.testing.assert_close(after, wanted)
+        for changed in (table, table.data, torch.from_numpy(table.numpy(force=True))):  # the last two tell no version
+            with torch.no_grad():
+                before = fj.attention(x, x, x, plan=plan, backend="segments").values
+                changed.add_(step)
+                after = fj.attention(x, x, x, plan=plan, backend="segments").values
+                wanted = fj.attention(x, x, x, plan=plan, backend="reference").values
+            assert not torch.allclose(before, after)
+            torch.testing.assert_close(after, wanted)
+        assert len(runs._kept[plan].biases) == 1
+
+
+def test_a_bias_that_is_trained_later_has_its_gradient() -> None:
+    x = fj.Jagged.from_lengths(torch.randn(60, 2, 8), [20, 40])
+    table = torch.zeros(2, 5)
+    plan = fj.plan(x, mask=fj.Causal(), score=fj.RelativeBias(table))
+    for _ in range(2):  # the second time with a bias kept
+        assert not fj.attention(x, x, x, plan=plan, backend="segments").values.requires_grad
+    table.requires_grad_()
+    out = fj.attention(x, x, x, plan=plan, backend="segments").values
+    assert bool(torch.autograd.grad(out.square().sum(), table)[0].any())
 
 
 def test_a_shared_bias_in_inference_mode() -> None:
@@ -227,10 +258,9 @@ def test_a_trained_bias_under_autocast(outside: bool) -> None:
 
 def test_a_bias_that_is_too_large_is_not_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     x = fj.Jagged.from_lengths(torch.randn(60, 2, 8, dtype=torch.float64), [20, 40])
-    plan = fj.plan(x, mask=fj.Window(5, 0))
     for limit, shares in ((40 * 40 * 2, True), (40 * 40 * 2 - 1, False)):
         monkeypatch.setattr(runs, "SHARED", limit)
-        runs._listed.clear()
+        plan = fj.plan(x, mask=fj.Window(5, 0))
         assert (runs.runs_of_queries(plan, 1.0, 2, torch.float64, True).shared is not None) == shares
         out = fj.attention(x, x, x, plan=plan, backend="segments").values
         torch.testing.assert_close(out, fj.attention(x, x, x, plan=plan, backend="reference").values)

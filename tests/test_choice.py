@@ -132,7 +132,8 @@ CHOICES = [
     (case(Causal() & (fj.Window(9, 0) | Prefix(3)), tokens=10 * 5000), "tiled"),  # a gap over long segments
     (case(Causal() & fj.Window(9, 0), tokens=10 * 5000), "segments"),
     (case(score=fj.Alibi(torch.ones(2, requires_grad=True))), "segments"),
-    (case(score=fj.Alibi(torch.ones(2, requires_grad=True)), tokens=20_000), "tiled"),
+    (case(score=fj.Alibi(torch.ones(2, requires_grad=True)), tokens=20_000), "segments"),  # which share a bias
+    (case(score=fj.Alibi(torch.ones(2, requires_grad=True)), tokens=200_000), "tiled"),
     (case(score=ALIBI >> SoftCap(1.0)), "tiled"),
 ]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from bisect import bisect_right
 from dataclasses import dataclass
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -100,31 +101,32 @@ def runs_of_queries(plan: Plan, scale: float, heads: int, acc: torch.dtype, may_
         scale: Factor on ``q·k``.
         heads: H.
         acc: Of the bias.
-        may_share: Whether no gradient is to flow into the bias.
+        may_share: Whether one bias may serve all calls; gradients flow into it.
     """
-    known = _listed.setdefault(plan, {})
-    if "runs" not in known:
-        known["runs"] = _list_runs(plan)
-    runs = known["runs"]
-    assert isinstance(runs, Runs)
-    held = [*s.tensors(plan.score), *(x.boundaries for x in s.parts(plan.score) if isinstance(x, s.BucketedBias))]
+    if plan not in _kept:
+        _kept[plan] = _Kept(_list_runs(plan), {})
+    kept = _kept[plan]
     if not may_share or not is_by_position(plan.mask, plan.score, plan.layout.is_self):
-        return Pieces(plan, scale, runs, None)
-    # A tensor that is trained has other numbers in the next step, and one made in inference mode tells no changes.
-    may_keep = not any(t.requires_grad or t.is_inference() for t in held)
-    key = (heads, acc, *((id(t), t._version) for t in held)) if may_keep else None
-    if key in known:
-        shared = known[key]
-        assert shared is None or isinstance(shared, Shared)
-        return Pieces(plan, scale, runs, None, shared)
-    shared = _share(plan, runs, heads, acc)
-    if key is not None:
-        known[key] = shared
-    return Pieces(plan, scale, runs, None, shared)
+        return Pieces(plan, scale, kept.runs, None)
+    held = [*s.tensors(plan.score), *(x.boundaries for x in s.parts(plan.score) if isinstance(x, s.BucketedBias))]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in held):
+        return Pieces(plan, scale, kept.runs, None, _share(plan, kept.runs, heads, acc))
+    copies, shared = kept.biases.get((heads, acc), (None, None))
+    # The values decide: tensors are written to in ways that their version does not tell.
+    if copies is None or not all(torch.equal(x, y) for x, y in zip(copies, held, strict=True)):
+        shared = _share(plan, kept.runs, heads, acc)
+        kept.biases[heads, acc] = [t.detach().clone() for t in held], shared
+    return Pieces(plan, scale, kept.runs, None, shared)
 
 
-_listed: WeakKeyDictionary[Plan, dict[object, Runs | Shared | None]] = WeakKeyDictionary()
-"""What was listed for a plan, for all layers that share it."""
+class _Kept(NamedTuple):
+    """What was listed for a plan, for all layers that share it: its runs; by H and dtype, a bias and what it is of."""
+
+    runs: Runs
+    biases: dict[tuple[int, torch.dtype], tuple[list[Tensor], Shared | None]]
+
+
+_kept: WeakKeyDictionary[Plan, _Kept] = WeakKeyDictionary()
 
 
 def _list_runs(plan: Plan) -> Runs:
@@ -144,10 +146,16 @@ def _list_runs(plan: Plan) -> Runs:
 
 
 def _share(plan: Plan, runs: Runs, heads: int, acc: torch.dtype) -> Shared | None:
-    """The bias of the longest segment, if it is small enough."""
+    """The bias of the longest segment; None if that is large, or more to compute than the runs' own biases are.
+
+    Those are computed twice, as the backward needs them again.
+    """
     layout = plan.layout
+    if layout.num_segments == 0:
+        return None
     n, m = int(layout.q_offsets.diff().max()), int(layout.kv_offsets.diff().max())
-    if n * m * heads > SHARED:
+    needed = sum((b - a) * (d - c) for (a, b), (c, d) in zip(runs.q_ranges, runs.kv_ranges, strict=True))
+    if n * m > 2 * needed or n * m * heads > SHARED:
         return None
     one_q, one_kv = (_one_segment(tokens, layout.device) for tokens in (n, m))
     one = outline(one_q, None if layout.is_self else one_kv, plan.mask, plan.score, plan.normalizer)

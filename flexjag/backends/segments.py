@@ -7,6 +7,7 @@ copies and the autograd nodes of a loop in user code, and gives the log-sum-exp 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -18,8 +19,8 @@ from flexjag import functions
 from flexjag import masks as m
 from flexjag.backends import runs, whole_segments
 from flexjag.backends.batches import Range
-from flexjag.backends.runs import Pieces, bias_of, runs_of_queries
-from flexjag.backends.whole_segments import list_calls, with_lse_gradient
+from flexjag.backends.runs import Pieces, Shared, bias_of, runs_of_queries
+from flexjag.backends.whole_segments import FLASH, list_calls, with_lse_gradient
 from flexjag.choice import SDPA_WINDOWS
 from flexjag.plan import Plan
 
@@ -58,12 +59,12 @@ def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, need_lse: boo
     return out[..., :e], lse
 
 
-_listed: WeakKeyDictionary[Plan, dict[tuple[bool, float], whole_segments.Calls]] = WeakKeyDictionary()
+_calls_of: WeakKeyDictionary[Plan, dict[tuple[bool, float], whole_segments.Calls]] = WeakKeyDictionary()
 
 
 def _calls(plan: Plan, causal: bool, scale: float) -> whole_segments.Calls:
     """The calls of a plan, listed once for all layers that share it."""
-    known = _listed.setdefault(plan, {})
+    known = _calls_of.setdefault(plan, {})
     if (causal, scale) not in known:
         known[causal, scale] = list_calls(plan.layout, causal, scale)
     return known[causal, scale]
@@ -103,18 +104,18 @@ class _Flash(torch.autograd.Function):
                 continue
             own, no_key = bias_of(pieces, index, heads, acc)
             assert own is not None
-            part, log = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                x, y, z, 0.0, False, attn_mask=_grouped(own, shape), scale=pieces.scale
-            )
+            part, log = FLASH(x, y, z, 0.0, False, attn_mask=_grouped(own, shape), scale=pieces.scale)
             o.copy_(part)
             log_sum.copy_(log.view(log_sum.shape))
             if no_key is not None:
                 o.masked_fill_(_grouped(no_key, shape)[..., None], 0.0)
                 log_sum.masked_fill_(_grouped(no_key, shape), -torch.inf)
-        ctx.pieces, ctx.shape, ctx.bias_shape = pieces, shape, None if bias is None else bias.shape
+        ctx.pieces, ctx.shape = pieces, shape
+        if bias is not None and pieces.shared is not None:  # held by the graph only, which lets go of it
+            ctx.pieces, ctx.keyless = replace(pieces, shared=None), pieces.shared.keyless
         ctx.set_materialize_grads(False)
         lse = lse.t()
-        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.save_for_backward(q, k, v, out, lse, bias)
         return out, lse
 
     @staticmethod
@@ -124,7 +125,9 @@ class _Flash(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         pieces, shape = ctx.pieces, ctx.shape
         grad_out, grad_lse = grad_outputs
-        q, k, v, out, lse = ctx.saved_tensors
+        q, k, v, out, lse, bias = ctx.saved_tensors
+        if bias is not None:
+            pieces = replace(pieces, shared=Shared(bias, ctx.keyless))
         heads, groups, dim = q.shape[1], k.shape[1], q.shape[2]
         acc = lse.dtype
         no_keys = lse == -torch.inf  # what flows back into those rows may be NaN, as 0 · -inf
@@ -134,7 +137,7 @@ class _Flash(torch.autograd.Function):
         if grad_lse is not None:
             q, k, v, out, grad_out = with_lse_gradient(q, k, v, out, grad_out, grad_lse.masked_fill(no_keys, 0.0))
         grads = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        grad_bias = None if ctx.bias_shape is None else q.new_zeros(ctx.bias_shape, dtype=acc)
+        grad_bias = None if bias is None else torch.zeros_like(bias)
         queries = [_cut(t, pieces.q_ranges, shape, True) for t in (q, grad_out, out, grads[0], lse)]
         keys = [_cut(t, pieces.kv_ranges, shape, False) for t in (k, v)]
         key_grads = [_cut(t, pieces.kv_ranges, (1, groups), False) for t in grads[1:]]
@@ -171,7 +174,7 @@ def _differentiate(
     """Gradients of q, k, v and of the scores, ``[..., n, m]``, from the log-sum-exp, all in its precision."""
     with torch.autocast("cpu", enabled=False):
         g, q, k, v, out = (t.to(lse.dtype) for t in (g, q, k, v, out))
-        p = torch.matmul(q * scale, k.transpose(-1, -2)).add_(bias).sub_(lse[..., None])
+        p = torch.matmul(q, k.transpose(-1, -2)).mul_(scale).add_(bias).sub_(lse[..., None])
         p = p.mul_(LOG2_E).exp2_()  # exp is many times slower where it underflows
         delta = (g * out).sum(-1, keepdim=True)
         ds = torch.matmul(g, v.transpose(-1, -2)).sub_(delta).mul_(p)
@@ -180,7 +183,7 @@ def _differentiate(
 
 
 def _composite(pieces: Pieces, q: Tensor, k: Tensor, v: Tensor, need_lse: bool) -> Pair:
-    """SDPA by its public door: any device, and gradients for a learned bias."""
+    """SDPA by its public door: any device, and gradients for a learned bias that segments do not share."""
     dtype, heads, repeats = q.dtype, q.shape[1], q.shape[1] // k.shape[1]
     acc = torch.float64 if dtype == torch.float64 else torch.float32
     if pieces.causal is None:  # SDPA wants the bias in q's dtype, and half precision is too coarse for one

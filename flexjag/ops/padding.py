@@ -68,13 +68,19 @@ def dense_to_jagged(dense: Tensor, offsets: Tensor, *, total: int | None = None,
     return Jagged(unpad(dense, offsets, total, allow_longer), offsets)
 
 
+WITHOUT_INDEX_COPY = {
+    *(torch.uint16, torch.uint32, torch.uint64),
+    *(torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz),
+}
+
+
 @define("pad")
 def pad(values: Tensor, offsets: Tensor, max_length: int | None, fill: float) -> Tensor:
     """``[T, ...]`` to ``[S, N, ...]``; N None for the longest."""
     lengths = lengths_of(offsets, values.shape[0])
     size = max(lengths, default=0) if max_length is None else max_length
     out = values.new_full((len(lengths) * size, *values.shape[1:]), fill)
-    if max(lengths, default=0) <= size:
+    if max(lengths, default=0) <= size and values.dtype not in WITHOUT_INDEX_COPY:
         out.index_copy_(0, padded_index(offsets, size, values.shape[0]), values)
     elif size:
         rows = out.split([part for n in lengths for part in (min(n, size), size - min(n, size))])

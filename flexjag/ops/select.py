@@ -150,7 +150,9 @@ def take(values: Tensor, starts: Tensor, offsets: Tensor, total: int | None) -> 
 
     `starts` may have a last entry that is not used.
     """
-    return values.index_select(0, row_index(starts, offsets, _count(offsets, total)))
+    count = _count(offsets, total)
+    lengths_of(offsets, count)  # which says what is wrong with them
+    return values.index_select(0, row_index(starts, offsets, count))
 
 
 @take.register_fake

@@ -13,8 +13,9 @@ from ops_table import OPS, Op, Result, both, others
 from torch import Tensor
 
 from flexjag import Jagged, ops
-from flexjag.errors import BackendError
+from flexjag.errors import BackendError, LayoutError
 from flexjag.ops import packed
+from flexjag.ops.select import take
 from flexjag.testing import lengths as lengths_strategy
 
 EPS = torch.finfo(torch.float64).eps
@@ -227,3 +228,28 @@ def test_split_undoes_concat() -> None:
     for got, wanted in zip(found, parts, strict=True):
         assert torch.equal(got.values, wanted.values)
         assert torch.equal(got.offsets, wanted.offsets)
+
+
+@pytest.mark.parametrize("lengths", [[40, 0, 35], [3, 0, 2]], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.uint16, torch.uint64, torch.float8_e4m3fn, torch.int8, torch.complex64], ids=str
+)
+def test_padding_takes_any_dtype(dtype: torch.dtype, lengths: list[int]) -> None:
+    """Also those for which PyTorch has no index_copy on a CPU."""
+    values = torch.randint(0, 100, (sum(lengths), 3)).to(torch.float32).to(dtype)
+    x = Jagged.from_lengths(values, lengths)
+    for size in (45, 2):
+        dense = ops.jagged_to_padded_dense(x, size)
+        assert dense.dtype == dtype
+        for row, piece in zip(dense, values.split(lengths), strict=True):
+            kept = piece[:size]
+            assert torch.equal(row[: len(kept)].view(torch.uint8), kept.view(torch.uint8))
+            assert not bool(row[len(kept) :].view(torch.uint8).any())
+    back = ops.dense_to_jagged(ops.jagged_to_padded_dense(x, 45), x.offsets).values
+    assert torch.equal(back.view(torch.uint8), values.view(torch.uint8))
+
+
+@pytest.mark.parametrize(("offsets", "rule"), [([0, 3, 2], "must not decrease"), ([1, 2, 3], "must start at 0")])
+def test_ranges_of_bad_offsets_are_refused(offsets: list[int], rule: str) -> None:
+    with pytest.raises(LayoutError, match=rule):
+        take(torch.randn(5, 2), torch.tensor([0, 1]), torch.tensor(offsets), None)
