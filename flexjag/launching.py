@@ -37,6 +37,7 @@ class Launch:
         constants: The compile-time ones.
         num_warps: Warps of a program.
         num_stages: Stages of the software pipeline.
+        maxnreg: Registers that a thread may have, on NVIDIA's GPUs; None leaves it to their assembler.
     """
 
     kernel: Any
@@ -45,7 +46,11 @@ class Launch:
     constants: Mapping[str, Any]
     num_warps: int = 4
     num_stages: int = 2
+    maxnreg: int | None = None
 
+
+ALL_REGISTERS = 255
+"""Left alone, NVIDIA's assembler spills a few of up to 255 registers to fit one more block on a multiprocessor."""
 
 recorded: list[Launch] = []
 """Launches on meta tensors, which are noted here and not made: see :func:`note_launches`."""
@@ -58,16 +63,19 @@ def launch(kernel: Any, grid: tuple[int, ...], arguments: Mapping[str, Any], **c
         kernel: The ``triton.jit`` function.
         grid: Programs per axis.
         arguments: By name, a tensor first; those that may have any strides have two dimensions or more.
-        constants: The compile-time ones, and ``num_warps`` and ``num_stages``.
+        constants: The compile-time ones, and ``num_warps``, ``num_stages`` and ``maxnreg``.
     """
     if 0 in grid:
         return
+    maxnreg = constants.pop("maxnreg", None)
     arguments = {name: _packed(value) for name, value in arguments.items()}
     device = next(iter(arguments.values())).device
     if device.type == "meta":
         options = {name: constants.pop(name) for name in ("num_warps", "num_stages") if name in constants}
-        recorded.append(Launch(kernel, grid, arguments, constants, **options))
+        recorded.append(Launch(kernel, grid, arguments, constants, **options, maxnreg=maxnreg))
         return
+    if maxnreg is not None and device.type == "cuda" and torch.version.hip is None:
+        constants["maxnreg"] = maxnreg
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         kernel[grid](**arguments, **{"num_stages": Launch.num_stages, **constants})
 
@@ -86,7 +94,7 @@ class KernelCase:
         fn: The ``triton.jit`` function.
         signature: Argument types in Triton's words.
         constants: The values of the compile-time arguments.
-        options: ``num_warps`` and ``num_stages``.
+        options: ``num_warps``, ``num_stages`` and, where it is set, ``maxnreg``.
         attributes: What Triton knows of arguments, by position.
     """
 
@@ -141,6 +149,7 @@ def _case(op: str, made: Launch) -> KernelCase:
 
         signature[parameter.name] = "constexpr" if parameter.is_constexpr else kind_of(value, (at,))
     options = {"num_warps": made.num_warps, "num_stages": made.num_stages}
+    options |= {} if made.maxnreg is None else {"maxnreg": made.maxnreg}
     return KernelCase(op, made.kernel.fn.__name__, made.kernel, signature, constants, options, attributes)
 
 

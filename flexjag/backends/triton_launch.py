@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flexjag.backends.triton_mods import load
 from flexjag.backends.triton_pointwise import ACTIVATIONS, pointwise_forward, pointwise_of_keys, pointwise_of_queries
-from flexjag.launching import ceil_div, launch, power_of_2, precision
+from flexjag.launching import ALL_REGISTERS, ceil_div, launch, power_of_2, precision
 
 CAREFUL = 16
 """Queries and keys of a step where sums were not finite: rarely needed, so it must only fit."""
@@ -109,6 +109,7 @@ def _run(
     constants |= {"TILE": tile, "PRECISION": precision(q.dtype), **functions}
     given = {**arguments, "spoiled": spoiled}
     grid = (ceil_div(side.shape[0], blocks[axis]), heads)
+    constants["maxnreg"] = ALL_REGISTERS
     launch(kernel, grid, given, **constants, **blocks, CAREFUL=False, num_warps=warps)
     blocks = dict.fromkeys(blocks, CAREFUL)
     grid = (ceil_div(side.shape[0], CAREFUL), heads)

@@ -15,7 +15,7 @@ from flexjag.backends.stick_breaking import EXACT
 from flexjag.backends.triton import add_up
 from flexjag.backends.triton_mods import Functions, load
 from flexjag.backends.triton_stick_breaking_kernels import find_spoiled, of_keys, of_queries, stick_breaking, sum_right
-from flexjag.launching import launch, power_of_2, precision
+from flexjag.launching import ALL_REGISTERS, launch, power_of_2, precision
 from flexjag.layout import blocks
 
 NOTES = 2**28
@@ -79,7 +79,7 @@ class Call:
         chosen = {name: given[name] for name in kernel.arg_names}
         constants = {name: x for name, x in chosen.items() if name in CONSTANT}
         arguments = {name: x for name, x in chosen.items() if name not in CONSTANT}
-        options = {"num_warps": sizes["num_warps"], "num_stages": sizes["num_stages"]}
+        options = {"num_warps": sizes["num_warps"], "num_stages": sizes["num_stages"], "maxnreg": ALL_REGISTERS}
         launch(kernel, (rows, programs), arguments, **constants, **options)
 
     def row_lists(self) -> dict[str, Tensor]:
