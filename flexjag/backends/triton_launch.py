@@ -17,7 +17,7 @@ CAREFUL = 16
 
 
 _SIZES: dict[tuple[str, bool, bool], dict[int, tuple[int, int, int]]] = {
-    ("forward", True, False): {64: (64, 64, 4), 128: (128, 64, 8), 256: (64, 32, 8)},
+    ("forward", True, False): {64: (64, 64, 4), 128: (128, 32, 8), 256: (64, 32, 8)},
     ("forward", True, True): {64: (64, 32, 4), 128: (32, 32, 4), 256: (32, 32, 8)},
     ("queries", True, False): {64: (64, 64, 4), 128: (64, 32, 4), 256: (32, 32, 8)},
     ("queries", True, True): {64: (32, 32, 4), 128: (32, 32, 4), 256: (32, 32, 8)},

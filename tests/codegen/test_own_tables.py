@@ -50,23 +50,9 @@ def test_the_page_says_what_the_assembler_says(name: str) -> None:
     assert said == [cell(usage, target) for usage in made]
 
 
-def spilled(text: str) -> int:
-    """Bytes per thread, from a cell of the page."""
-    return int(text.split(" / ")[1].strip("*"))
-
-
 @pytest.mark.parametrize("name", WRITTEN)
-def test_little_of_ours_spills_and_nothing_asks_for_too_much(name: str) -> None:
-    """Nothing on sm_80 and sm_90, but for the pass that ends at once where all sums are finite.
-
-    sm_100's assembler spills a few bytes of its own choice, for one more block on a multiprocessor.
-    """
-    for row, cells in read_section(PAGE, name):
-        by_target = dict(zip(TARGETS, cells, strict=True))
-        bytes_of = {target: spilled(text) for target, text in by_target.items()}
-        assert max(bytes_of.values()) <= (0 if name == "ops" else 68), row
-        assert "CAREFUL" in row.settings or bytes_of["sm_80"] == bytes_of["sm_90"] == 0, row
-        assert all(text.count("**") == 2 * bool(bytes_of[target]) for target, text in by_target.items()), row
+def test_nothing_of_ours_spills_or_asks_for_too_much(name: str) -> None:
+    assert not [(row, cells) for row, cells in read_section(PAGE, name) if "**" in " ".join(cells)]
 
 
 def test_the_page_has_the_ragged_operations() -> None:
