@@ -11,8 +11,10 @@ from torch import Tensor
 
 import flexjag as fj
 from flexjag.backends import runs
-from flexjag.backends.batches import ADJACENT, GATHERED, SHORT, Batch, Cut, Packed, list_batches
+from flexjag.backends.batches import ADJACENT, GATHERED, LONGEST, SHORT, Batch, Cut, Packed, list_batches
 
+WIDTH = 256
+FEW = SHORT // WIDTH  # tokens that share calls
 LENGTHS = st.one_of(st.integers(0, 40), st.sampled_from([15, 16, 17, 127, 128, 129, 300]))
 
 
@@ -28,23 +30,23 @@ def tokens(batch: Batch, is_query: bool) -> list[int]:
     return at.tolist() if own is None else at[own].tolist()
 
 
-@given(st.lists(st.tuples(LENGTHS, LENGTHS), max_size=12), st.booleans(), st.booleans())
-def test_every_token_is_in_one_call(pairs: list[tuple[int, int]], is_self: bool, pad_keys: bool) -> None:
+@given(st.lists(st.tuples(LENGTHS, LENGTHS), max_size=12), st.sampled_from([64, 256]), st.booleans(), st.booleans())
+def test_every_token_is_in_one_call(pairs: list[tuple[int, int]], width: int, is_self: bool, pad_keys: bool) -> None:
     """Every query and every key: once in a call, or in a segment without a counterpart."""
     q = ends([n for n, _ in pairs])
     kv = q if is_self else ends([m for _, m in pairs])
-    batches, unmet_q, unmet_kv = list_batches(q, kv, pad_keys and is_self)
+    batches, unmet_q, unmet_kv = list_batches(q, kv, width, pad_keys)
     for is_query, offsets, unmet in ((True, q, unmet_q), (False, kv, unmet_kv)):
         seen = [t for batch in batches for t in tokens(batch, is_query)] + [t for r in unmet for t in range(*r)]
         assert sorted(seen) == list(range(offsets[-1]))
 
 
-@given(st.lists(st.tuples(LENGTHS, LENGTHS), min_size=1, max_size=12), st.sampled_from([None, 1, 2]))
-def test_what_is_taken_can_be_put_back(pairs: list[tuple[int, int]], groups: int | None) -> None:
+@given(st.lists(st.tuples(LENGTHS, LENGTHS), min_size=1, max_size=12), st.sampled_from([None, 1, 2]), st.booleans())
+def test_what_is_taken_can_be_put_back(pairs: list[tuple[int, int]], groups: int | None, pad_keys: bool) -> None:
     """take() and put() are inverse, and padding is 0 in gradients."""
     q = ends([n for n, _ in pairs])
     kv = ends([m for _, m in pairs])
-    batches, unmet, _ = list_batches(q, kv, False)
+    batches, unmet, _ = list_batches(q, kv, WIDTH, pad_keys)
     x = torch.randn(q[-1], 2, 3)
     back = torch.full_like(x, torch.nan)
     for start, end in unmet:
@@ -65,15 +67,22 @@ def test_what_is_taken_can_be_put_back(pairs: list[tuple[int, int]], groups: int
         ([300, 300, 299], 2),
         ([17, 20, 31, 32], 1),  # gathered, padded to 32
         ([17, 20, 90], 2),
-        ([17] * (GATHERED // 32 + 1), 2),
-        ([SHORT + 1, 5, SHORT + 2], 3),
+        ([17, 18] * (GATHERED // WIDTH // 64) + [19], 2),
+        ([FEW + 1, 5, FEW + 2], 3),
         ([ADJACENT // 2] * 3, 2),
         ([0, 0], 0),
     ],
 )
 def test_number_of_calls(lengths: list[int], calls: int) -> None:
     offsets = ends(lengths)
-    assert len(list_batches(offsets, offsets, True)[0]) == calls
+    assert len(list_batches(offsets, offsets, WIDTH, True)[0]) == calls
+
+
+@pytest.mark.parametrize(("width", "tokens"), [(64, LONGEST), (512, 24), (4096, 16)])
+def test_wide_tokens_are_gathered_less(width: int, tokens: int) -> None:
+    for longest, calls in ((tokens, 1), (tokens + 1, 2)):
+        offsets = ends([longest, longest - 1])
+        assert len(list_batches(offsets, offsets, width, True)[0]) == calls
 
 
 def attended(lengths: list[int], kv_lengths: list[int], mask: fj.Mask, backend: str) -> tuple[Tensor, ...]:
@@ -97,8 +106,9 @@ def attended(lengths: list[int], kv_lengths: list[int], mask: fj.Mask, backend: 
         ([3, 20, 31, 17, 0, 5, 16, 16, 130, 130, 1], None),
         ([3, 20, 31, 17, 4, 5, 16, 16, 30, 30], [5, 2, 31, 0, 7, 20, 16, 16, 30, 30]),
         ([20, 31, 25, 22], [7, 7, 7, 7]),
+        ([16, 5, 16, 30], [20, 31, 25, 22]),
     ],
-    ids=["self", "cross", "padded_queries"],
+    ids=["self", "cross", "padded_queries", "padded_keys"],
 )
 def test_calls_together_give_what_the_reference_gives(
     lengths: list[int], kv_lengths: list[int] | None, mask: fj.Mask

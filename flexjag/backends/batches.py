@@ -1,8 +1,9 @@
 """Whole segments in few calls: those of one shape that lie side by side as they are, short ones gathered and padded.
 
-A call costs about 20 µs before it computes anything, and 70 with gradients (costs.json); so segments of up to
-SHORT tokens share calls. They are padded to a multiple of ROUND by copies of their own last token: a mask rules the
-copies out as keys, and what they compute as queries is dropped. So no segment reads another's values.
+A call costs about 20 µs before it computes anything, and 70 with gradients (costs.json); so segments of up to SHORT
+numbers, be it many tokens of one head or few of many, share calls. They are padded to a multiple of ROUND by copies of
+their own last token: a mask rules the copies out as keys, and what they compute as queries is dropped. So no segment
+reads another's values.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from torch import Tensor
 
 Range = tuple[int, int]
 
-SHORT = 32  # tokens of a segment up to which gathering costs less than a call of its own
-ROUND = 16  # a vector of floats
-GATHERED = 2048  # tokens gathered at once: their copies stay in a core's cache
+SHORT = 12288  # numbers of a segment, in one operand, up to which gathering costs less than a call of its own
+LONGEST = 192  # tokens of such a segment: with one narrow head, what padding adds to the scores counts as well
+ROUND = 16  # a vector of floats, and tokens that are always few enough
+GATHERED = 2**19  # numbers gathered at once: their copies stay in a core's cache
 ADJACENT = 8192  # tokens of adjacent segments at once: bounds what the kernel allocates
 
 
@@ -87,6 +89,18 @@ class Batch:
         flat.index_copy_(0, self.own_q, x.tokens.index_select(0, self.q[self.own_q]))
         return self._by_head(flat, self.n, groups)
 
+    def bias(self, heads: Tensor) -> Tensor | None:
+        """What rules the padded keys out: -inf for them, ``[count * groups, 1, 1, m]``; None if there are none.
+
+        Args:
+            heads: Keys as :meth:`take` gave them, for the groups and the precision.
+        """
+        if self.own_kv is None:
+            return None
+        dtype = torch.float64 if heads.dtype == torch.float64 else torch.float32
+        bias = torch.full((self.count * self.m,), -torch.inf, dtype=dtype).index_fill_(0, self.own_kv, 0.0)
+        return bias.view(self.count, 1, 1, self.m).repeat_interleave(heads.shape[0] // self.count, 0)
+
     def _by_head(self, x: Tensor, tokens: int, groups: int | None) -> Tensor:
         """From gathered tokens ``[count * tokens, heads, ...]``."""
         x = x.view(self.count, tokens, *x.shape[1:]).transpose(1, 2)
@@ -112,14 +126,16 @@ def _grouped(x: Tensor, groups: int | None) -> Tensor:
     return x if groups is None or groups == 1 else x[0].unflatten(0, (groups, -1))
 
 
-def list_batches(q_ends: list[int], kv_ends: list[int], pad_keys: bool) -> tuple[list[Batch], list[Range], list[Range]]:
+def list_batches(
+    q_ends: list[int], kv_ends: list[int], width: int, pad_keys: bool
+) -> tuple[list[Batch], list[Range], list[Range]]:
     """Cut a batch of segments into calls.
 
     Args:
         q_ends: The queries' offsets.
         kv_ends: The keys' offsets.
-        pad_keys: Whether keys behind a segment's last may be padded; needs a mask that rules them out by position,
-            and as many keys as queries.
+        width: Numbers of a query: heads times features.
+        pad_keys: Whether keys behind a segment's last may be padded; needs a mask that rules them out.
 
     Returns:
         The calls, and the packed queries and keys that are in none: their segment has no key, or no query.
@@ -129,6 +145,7 @@ def list_batches(q_ends: list[int], kv_ends: list[int], pad_keys: bool) -> tuple
     alone_q: list[Range] = []
     alone_kv: list[Range] = []
     index, segments = 0, len(q_ends) - 1
+    longest = min(max(SHORT // width, ROUND), LONGEST)
     while index < segments:
         first = index
         n, m = q_ends[first + 1] - q_ends[first], kv_ends[first + 1] - kv_ends[first]
@@ -137,7 +154,7 @@ def list_batches(q_ends: list[int], kv_ends: list[int], pad_keys: bool) -> tuple
             alone_q.append((q_ends[first], q_ends[index]))
             alone_kv.append((kv_ends[first], kv_ends[index]))
             continue
-        rounded = -(-n // ROUND) * ROUND
+        padded = _rounded(n), _rounded(m) if pad_keys else m
         most = ADJACENT // max(n, m)
         while (
             index < segments
@@ -146,8 +163,8 @@ def list_batches(q_ends: list[int], kv_ends: list[int], pad_keys: bool) -> tuple
             and kv_ends[index + 1] - kv_ends[index] == m
         ):
             index += 1
-        if max(n, m) <= SHORT and (rounded != n or index == first + 1):
-            short.setdefault((rounded, rounded if pad_keys else m), []).extend(range(first, index))
+        if max(n, m) <= longest and (padded != (n, m) or index == first + 1):
+            short.setdefault(padded, []).extend(range(first, index))
             continue
         at = (q_ends[first], q_ends[index]), (kv_ends[first], kv_ends[index])
         batches.append(Batch(index - first, n, m, *at))
@@ -156,10 +173,14 @@ def list_batches(q_ends: list[int], kv_ends: list[int], pad_keys: bool) -> tuple
             q, kv = ((ends[members[0]], ends[members[0] + 1]) for ends in (q_ends, kv_ends))
             batches.append(Batch(1, q[1] - q[0], kv[1] - kv[0], q, kv))
             continue
-        each = max(1, GATHERED // max(n, m))
+        each = max(1, GATHERED // width // max(n, m))
         for start in range(0, len(members), each):
             batches.append(_gathered(n, m, members[start : start + each], q_ends, kv_ends))
     return batches, alone_q, alone_kv
+
+
+def _rounded(tokens: int) -> int:
+    return -(-tokens // ROUND) * ROUND
 
 
 def _gathered(n: int, m: int, members: list[int], q_ends: list[int], kv_ends: list[int]) -> Batch:

@@ -44,7 +44,7 @@ def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, need_lse: boo
     q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))  # the kernel reads no other stride
     on_cpu, acc = q.device.type == "cpu", torch.float64 if q.dtype == torch.float64 else torch.float32
     if causal is not None and on_cpu:
-        out, lse = whole_segments.attend(_calls(plan, causal, scale), q, k, v, need_lse)
+        out, lse = whole_segments.attend(_calls(plan, q.shape[1] * wide, causal, scale), q, k, v, need_lse)
         return out[..., :e], lse
     if causal is not None:
         pieces = runs.whole_segments(plan, scale, causal)
@@ -59,15 +59,15 @@ def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, need_lse: boo
     return out[..., :e], lse
 
 
-_calls_of: WeakKeyDictionary[Plan, dict[tuple[bool, float], whole_segments.Calls]] = WeakKeyDictionary()
+_calls_of: WeakKeyDictionary[Plan, dict[tuple[int, bool, float], whole_segments.Calls]] = WeakKeyDictionary()
 
 
-def _calls(plan: Plan, causal: bool, scale: float) -> whole_segments.Calls:
+def _calls(plan: Plan, width: int, causal: bool, scale: float) -> whole_segments.Calls:
     """The calls of a plan, listed once for all layers that share it."""
     known = _calls_of.setdefault(plan, {})
-    if (causal, scale) not in known:
-        known[causal, scale] = list_calls(plan.layout, causal, scale)
-    return known[causal, scale]
+    if (width, causal, scale) not in known:
+        known[width, causal, scale] = list_calls(plan.layout, width, causal, scale)
+    return known[width, causal, scale]
 
 
 def _cut(x: Tensor, ranges: list[Range], shape: tuple[int, int], in_order: bool) -> tuple[Tensor, ...]:

@@ -39,11 +39,11 @@ class Calls:
     scale: float
 
 
-def list_calls(layout: Layout, causal: bool, scale: float) -> Calls:
-    """Cut a batch into calls. Reads the offsets on the host."""
+def list_calls(layout: Layout, width: int, causal: bool, scale: float) -> Calls:
+    """Cut a batch into calls, where a query is `width` numbers. Reads the offsets on the host."""
     q = layout.q_offsets.tolist()
     kv = q if layout.is_self else layout.kv_offsets.tolist()
-    batches, unmet_q, unmet_kv = list_batches(q, kv, pad_keys=causal and layout.is_self)
+    batches, unmet_q, unmet_kv = list_batches(q, kv, width, pad_keys=layout.is_self or not causal)
     q_cut = Cut([b.q for b in batches if isinstance(b.q, tuple)], layout.num_q)
     kv_cut = Cut([b.kv for b in batches if isinstance(b.kv, tuple)], layout.num_kv)
     spare_q, spare_kv = (q[-1], layout.num_q), (kv[-1], layout.num_kv)
@@ -94,7 +94,8 @@ class _Whole(torch.autograd.Function):
         for batch in calls.batches:
             x = batch.take(packed_q, True, groups)
             y, z = batch.take(packed_k, False, groups), batch.take(packed_v, False, groups)
-            part, log = FLASH(x, *_shared(y, z, x), 0.0, calls.causal, attn_mask=None, scale=calls.scale)
+            bias = None if calls.causal else batch.bias(y)
+            part, log = FLASH(x, *_shared(y, z, x), 0.0, calls.causal, attn_mask=bias, scale=calls.scale)
             batch.put(packed_out, part, True)
             if need_lse:
                 batch.put(packed_lse, log, True)
@@ -138,7 +139,7 @@ class _Whole(torch.autograd.Function):
                 log.contiguous(),
                 0.0,
                 calls.causal,
-                attn_mask=None,
+                attn_mask=None if calls.causal else batch.bias(y),
                 scale=calls.scale,
             )
             for target, part, is_query in zip(targets, parts, (True, False, False), strict=True):

@@ -50,8 +50,8 @@ class Options:
 
     quick: bool = False
     device: str = "cpu"
-    rounds: int = 11
-    seconds_per_arm: float = 6.0
+    rounds: int = 31
+    seconds_per_arm: float = 4.0
     memory: bool = True
     seed: int = 0
     budget: float | None = None
