@@ -10,13 +10,12 @@ from torch import Tensor
 
 from flexjag import choice, normalizers
 from flexjag.choice import check_normalizer
-from flexjag.errors import PlanError, ShapeError, explain_values
+from flexjag.errors import PlanError, ShapeError, assert_on_device, explain_values
 from flexjag.jagged import Jagged, check_same_layout
 from flexjag.masks import Mask, num_mask_heads
 from flexjag.normalizers import Normalizer, num_bias_heads
 from flexjag.plan import Plan, outline, with_tiles
 from flexjag.scores import Score, check_tokens, num_score_heads, tensors
-from flexjag.tiles import assert_on_device
 
 
 def attention(
@@ -54,7 +53,8 @@ def attention(
         return_remainder: Also return what is left of each row's stick, for a stick-breaking normalizer.
         backend: ``"auto"``, ``"reference"``, ``"tiled"``, ``"segments"``, ``"flex"``, ``"varlen"`` or ``"triton"``. A
             named backend that cannot run the plan raises; it never falls back.
-        validate: Check the contents of the offsets (one device sync).
+        validate: Check the contents of the offsets (one device sync; in a traced graph an assertion). Outside of
+            graphs, those on a CPU are always checked.
 
     Returns:
         Values ``[T_q, H, E]`` on q's offsets; with `return_lse` also the log-sum-exp ``[T_q, H]``, with
@@ -244,6 +244,10 @@ def merge(parts: Sequence[tuple[Jagged, Jagged]]) -> tuple[Jagged, Jagged]:
     """
     if not parts:
         raise ShapeError(explain_values("parts", "must hold at least one (out, lse)", parts=parts))
+    for part in parts:
+        if not isinstance(part, tuple | list) or len(part) != 2:
+            rule = "must be pairs (out, lse), which attention gives with return_lse=True"
+            raise ShapeError(explain_values("parts", rule, type=type(part).__name__))
     first = parts[0][0]
     for out, lse in parts:
         for part in (out, lse):

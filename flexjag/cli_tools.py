@@ -22,8 +22,9 @@ MOST_SEGMENTS = 2**20
 
 LANGUAGE = (
     "Masks: full, causal, causal(end), window(left[, right[, align]]), prefix(n), chunked(size), global(n), "
-    "combined by ~, & and | and parentheses; window(256) is 256 tokens back and none ahead; a number may be a list "
-    "with one per segment. Scores: alibi, softcap(cap), relative(max_distance), composed by >>."
+    "combined by ~, & and | and parentheses; window(256) is 256 tokens back and none ahead (in Python Window(256, 0)), "
+    "none is no limit; a number may be a list with one per segment. "
+    "Scores: alibi, softcap(cap), relative(max_distance), composed by >>."
 )
 
 _GENERATOR = re.compile(r"(?P<name>[a-z]+):(?P<numbers>[^x]*)x(?P<count>\d{1,9})")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
+
 
 class FlexjagError(Exception):
     """Base class of every error raised on purpose by flexjag."""
@@ -87,3 +90,8 @@ def explain_values(argument: str, rule: str, **seen: object) -> str:
     """
     values = ", ".join(f"{name}={value!r}" for name, value in seen.items())
     return f"{argument}: {rule}; got {values}" if seen else f"{argument}: {rule}"
+
+
+def assert_on_device(holds: Tensor, message: str) -> None:
+    """Fail if a boolean scalar is False, without waiting for the device: a later call reports it there."""
+    torch._assert_async(holds, message)  # pyright: ignore[reportPrivateImportUsage, reportPrivateUsage]

@@ -91,10 +91,11 @@ def explain(plan: Plan) -> str:
     )
     spans = f"{f['spans_per_row']} span{'s' if f['spans_per_row'] != 1 else ''} per row"
     exact = f"exact, {spans}" if plan.exact else f"within {spans}; the rest is a predicate, evaluated in PARTIAL tiles"
+    segments = f"{f['segments']} segment{'s' if f['segments'] != 1 else ''}"
     rows, cols = plan.grid
     partial = plan.num_tiles - plan.num_full
     lines = [
-        f"batch     {f['segments']} segments, {tokens}, longest {f['longest']}, on {f['device']}",
+        f"batch     {segments}, {tokens}, longest {f['longest']}, on {f['device']}",
         f"mask      {f['mask']} — {exact}",
         f"score     {f['score'] or 'none'}; normalizer {f['normalizer']}",
         f"tiles     {plan.num_tiles} of {rows} x {cols} ({plan.density:.1%}) at {plan.block_size} x {plan.block_size}: "

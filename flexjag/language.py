@@ -61,7 +61,9 @@ _PYTHON_ONLY = (
     "scoremod",
     "relativebias",
     "bucketedbias",
+    "bucketed",
     "timebias",
+    "time",
 )
 
 NodeType = TypeVar("NodeType", m.Mask, s.Score)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flexjag.errors import LayoutError, PlanError, explain_values
+from flexjag.errors import LayoutError, PlanError, assert_on_device, explain_values
 from flexjag.jagged import Jagged, check_offsets, segment_ids
 
 INT32_MAX = 2**31 - 1
@@ -100,10 +100,20 @@ def _gather(offsets: Tensor, index: Tensor) -> Tensor:
     return offsets[index.long().clamp(max=offsets.shape[0] - 1)]
 
 
-def _are_offsets(offsets: Tensor, total: int) -> bool:
-    """Whether they start at 0, never decrease and end at `total`."""
-    ends = int(offsets[0]) == 0 and int(offsets[-1]) == total
-    return ends and bool((offsets[1:] >= offsets[:-1]).all())
+def _are_offsets(x: Jagged, has_spare: bool) -> Tensor:
+    """Boolean scalar: whether x's offsets start at 0, never decrease and end at its rows, or before spare ones.
+
+    Without a slice: one of S differences would make S = 1 a graph of its own.
+    """
+    rows = x.values.shape[0]
+    end = x.offsets[-1] <= rows if has_spare else x.offsets[-1] == rows
+    return (x.offsets[0] == 0) & end & (x.offsets.cummax(0).values == x.offsets).all()
+
+
+def _looks_right(x: Jagged, has_spare: bool, max_length: int | None) -> bool:
+    """Whether x's offsets are offsets, and no segment passes `max_length`. Reads the device."""
+    right = bool(_are_offsets(x, has_spare))
+    return right and (max_length is None or bool((x.offsets.diff() <= max_length).all()))
 
 
 def build_layout(
@@ -116,8 +126,9 @@ def build_layout(
         k: The key/value batch, with as many segments.
         max_tokens: The fixed number of query rows; ``q.values`` must have exactly this many, of which
             the first ``offsets[-1]`` are used.
-        max_length: A bound on every segment's length, checked only under `validate`.
-        validate: Check the contents of the offsets (one device sync). On CPU they are always checked.
+        max_length: A bound on every segment's length, checked as the offsets are.
+        validate: Check the contents of the offsets (one device sync; in a traced graph an assertion). Outside
+            of graphs, those on a CPU are always checked.
 
     Raises:
         LayoutError: If the numbers of segments or the devices differ, T is over int32, or, under
@@ -140,12 +151,16 @@ def build_layout(
         raise PlanError(
             explain_values("max_tokens", "must equal the rows of q.values", max_tokens=max_tokens, rows=num_q)
         )
-    on_host = q.offsets.device.type == "cpu" and not torch.compiler.is_compiling()
-    if on_host and max_tokens is None and not validate:  # looking is free, so look
-        validate = not all(_are_offsets(x.offsets, x.values.shape[0]) for x in ((q,) if q is k else (q, k)))
-    if validate:
-        for name, x in (("q", q), ("k", k)):
-            total = int(x.offsets[-1]) if max_tokens is not None else x.values.shape[0]
+    tracing, on_cpu = torch.compiler.is_compiling(), q.offsets.device.type == "cpu"
+    has_spare = max_tokens is not None
+    sides = (("q", q),) if q is k else (("q", q), ("k", k))
+    if tracing and validate:  # a bound on the lengths is asserted with the tiles
+        for name, x in sides:
+            rule = "must start at 0, not decrease, and end at the number of packed tokens"
+            assert_on_device(_are_offsets(x, has_spare), f"{name}.offsets: {rule}")
+    elif not tracing and (validate or (on_cpu and not all(_looks_right(x, has_spare, max_length) for _, x in sides))):
+        for name, x in sides:
+            total = int(x.offsets[-1]) if has_spare else x.values.shape[0]
             check_offsets(x.offsets, total, f"{name}.offsets")
             if total > x.values.shape[0]:
                 raise LayoutError(
@@ -173,5 +188,5 @@ def build_layout(
         kv_start=_gather(kv_offsets, q_segment),
         kv_end=_gather(kv_offsets, q_segment + 1),
         is_self=is_self,
-        has_spare=max_tokens is not None,
+        has_spare=has_spare,
     )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from flexjag.errors import AmbiguousMaskError, MaskError, explain_values
-from flexjag.nodes import Node, node
+from flexjag.nodes import Node, check_tensor, node
 
 Bound = int | Tensor
 Align = Literal["start", "end"]
@@ -183,6 +183,8 @@ class Rows(Mask):
     hi: Tensor
 
     def __post_init__(self) -> None:
+        check_tensor(MaskError, "lo", self.lo)
+        check_tensor(MaskError, "hi", self.hi)
         floating = self.lo.dtype.is_floating_point or self.hi.dtype.is_floating_point
         if (
             self.lo.shape != self.hi.shape
@@ -215,7 +217,10 @@ class SameGroup(Mask):
 
     def __post_init__(self) -> None:
         for name, ids in (("ids", self.ids), ("kv_ids", self.kv_ids)):
-            if ids is not None and (ids.ndim != 1 or ids.dtype.is_floating_point):
+            if ids is None:
+                continue
+            check_tensor(MaskError, name, ids)
+            if ids.ndim != 1 or ids.dtype.is_floating_point:
                 raise MaskError(
                     explain_values(name, "must be a 1-D integer tensor", shape=tuple(ids.shape), dtype=ids.dtype)
                 )
@@ -234,6 +239,7 @@ class Dense(Mask):
     values: Tensor
 
     def __post_init__(self) -> None:
+        check_tensor(MaskError, "values", self.values)
         if self.values.dtype != torch.bool or self.values.ndim not in (1, 2):
             raise MaskError(
                 explain_values(

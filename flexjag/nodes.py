@@ -7,13 +7,43 @@ from typing import Any, TypeVar, dataclass_transform
 
 from torch import Tensor
 
+from flexjag.errors import explain_values
+
 NodeType = TypeVar("NodeType", bound=type)
+NodeKind = TypeVar("NodeKind")
 
 
 @dataclass_transform(frozen_default=True)
 def node(cls: NodeType) -> NodeType:
     """Make `cls` a frozen dataclass that compares tensors by identity, so that it has a hash."""
     return dataclass(frozen=True, eq=False, repr=False)(cls)  # type: ignore[return-value]
+
+
+def check_tensor(error: type[ValueError], name: str, given: object, hint: str = "") -> None:
+    """Check that what a node was given as a tensor is one.
+
+    Args:
+        error: What to raise.
+        name: The argument.
+        given: Its value.
+        hint: What else would do, after "must be a tensor".
+    """
+    if not isinstance(given, Tensor):
+        raise error(explain_values(name, f"must be a tensor{hint}", **{name: given}))
+
+
+def check_node(error: type[ValueError], kind: type[NodeKind], given: object) -> NodeKind:
+    """Check that an argument is a node of a kind, Mask or Score, and return it."""
+    if isinstance(given, kind):
+        return given
+    name = kind.__name__.lower()
+    if isinstance(given, Tensor):
+        hint, seen = "; wrap a boolean matrix in Dense" if name == "mask" else "", {"shape": tuple(given.shape)}
+    elif isinstance(given, type):
+        hint, seen = ", not its class", {name: given.__name__}
+    else:
+        hint, seen = f"; wrap a function in {kind.__name__}Mod", {name: given}
+    raise error(explain_values(name, f"must be a flexjag {name}{hint}", **seen))
 
 
 def _fields(value: Any) -> tuple[Field[Any], ...]:

@@ -12,13 +12,14 @@ from torch import Tensor
 from flexjag import choice, functions, mods, viz
 from flexjag import masks as m
 from flexjag import scores as s
-from flexjag.errors import MaskError, PlanError, ScoreError, ShapeError, explain_values
+from flexjag.errors import MaskError, PlanError, ScoreError, ShapeError, assert_on_device, explain_values
 from flexjag.explain import explain
 from flexjag.jagged import Jagged, mark_varying
 from flexjag.layout import Layout, blocks, build_layout
+from flexjag.nodes import check_node
 from flexjag.normalizers import Normalizer, Softmax
 from flexjag.spans import Sandwich, Spans, sandwich
-from flexjag.tiles import TileList, Tiles, assert_on_device, block_mask, build_tables, list_tiles, refine
+from flexjag.tiles import TileList, Tiles, block_mask, build_tables, list_tiles, refine
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -237,10 +238,12 @@ def plan(
         max_tokens: The fixed number of rows of ``q.values``, of which the first ``offsets[-1]`` are used;
             the others get zeros.
         max_length: A bound on every segment's length. With it the plan has fixed capacity and planning never
-            waits for the device, so it fits in a CUDA graph. A batch that breaks it fails an assertion.
+            waits for the device, so it fits in a CUDA graph. A batch that breaks it is an error; on a GPU and in
+            a traced graph an assertion, which a later call reports.
         refine_tiles: Evaluate an opaque mask on its PARTIAL tiles to prove more of them EMPTY or FULL.
             Default: if it takes at most 2**26 evaluations, and never in a traced graph or with `max_length`.
-        validate: Check the contents of the offsets and the bounds (one device sync).
+        validate: Check the contents of the offsets and the bounds (one device sync; in a traced graph an assertion).
+            Outside of graphs, those on a CPU are always checked.
 
     Returns:
         The plan. Pass it to :func:`flexjag.attention` with any q, k, v of the same layout.
@@ -368,10 +371,8 @@ def _mark_mask(mask: m.Mask | None) -> None:
 
 
 def _check_plan(mask: object, score: object, normalizer: object, block_size: int, max_length: int | None) -> None:
-    if not isinstance(mask, m.Mask):
-        raise MaskError(explain_values("mask", "must be a flexjag mask; wrap a function in MaskMod", mask=mask))
-    if score is not None and not isinstance(score, s.Score):
-        raise ScoreError(explain_values("score", "must be a flexjag score; wrap a function in ScoreMod", score=score))
+    mask = check_node(MaskError, m.Mask, mask)
+    score = None if score is None else check_node(ScoreError, s.Score, score)
     if not isinstance(normalizer, Normalizer):
         raise PlanError(explain_values("normalizer", "must be a flexjag normalizer", normalizer=normalizer))
     if not isinstance(block_size, int) or block_size < 16 or block_size & (block_size - 1):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flexjag.errors import ScoreError, explain_values
 from flexjag.jagged import mark_varying
-from flexjag.nodes import Node, node
+from flexjag.nodes import Node, check_tensor, node
 
 ScoreFunction = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -56,6 +56,7 @@ class Alibi(Score):
     slopes: Tensor
 
     def __post_init__(self) -> None:
+        check_tensor(ScoreError, "slopes", self.slopes, "; for the paper's slopes call Alibi.from_heads(H)")
         if self.slopes.ndim != 1 or not self.slopes.dtype.is_floating_point:
             raise ScoreError(
                 explain_values(
@@ -66,6 +67,8 @@ class Alibi(Score):
     @staticmethod
     def from_heads(num_heads: int, device: torch.device | str | None = None) -> Alibi:
         """The paper's geometric slopes ``2**(-8 (h + 1) / H)``."""
+        if not isinstance(num_heads, int) or num_heads < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ScoreError(explain_values("num_heads", "must be an int of at least 1", num_heads=num_heads))
         exponent = torch.arange(1, num_heads + 1, dtype=torch.float32, device=device) * (-8.0 / num_heads)
         return Alibi(torch.exp2(exponent))
 
@@ -81,7 +84,8 @@ class SoftCap(Score):
     cap: float
 
     def __post_init__(self) -> None:
-        if not 0 < self.cap < float("inf"):
+        number = isinstance(self.cap, int | float)  # pyright: ignore[reportUnnecessaryIsInstance]
+        if not number or not 0 < self.cap < float("inf"):
             raise ScoreError(explain_values("cap", "must be a positive number", cap=self.cap))
 
 
@@ -96,6 +100,7 @@ class RelativeBias(Score):
     table: Tensor
 
     def __post_init__(self) -> None:
+        check_tensor(ScoreError, "table", self.table)
         if self.table.ndim != 2 or self.table.shape[1] % 2 != 1 or not self.table.dtype.is_floating_point:
             raise ScoreError(
                 explain_values(
@@ -158,6 +163,7 @@ class TimeBias(Score):
         for name, times in (("times", self.times), ("kv_times", self.kv_times)):
             if times is None:
                 continue
+            check_tensor(ScoreError, name, times)
             if times.ndim != 1 or times.requires_grad:
                 rule = "must be 1-D, one per packed token, without a gradient"
                 raise ScoreError(explain_values(name, rule, shape=tuple(times.shape), dtype=times.dtype))
@@ -180,6 +186,8 @@ class TimeBias(Score):
 
 
 def _check_buckets(table: Tensor, boundaries: Tensor) -> None:
+    check_tensor(ScoreError, "table", table)
+    check_tensor(ScoreError, "boundaries", boundaries)
     fits = table.ndim == 2 and boundaries.ndim == 1 and table.shape[1] == boundaries.shape[0] + 1
     if not fits or not table.dtype.is_floating_point or boundaries.requires_grad:
         rule = "table must be float [H, K + 1] for K boundaries [K]"

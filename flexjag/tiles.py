@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from flexjag.errors import assert_on_device
 from flexjag.layout import blocks
 from flexjag.spans import Spans
 
@@ -56,11 +57,6 @@ class TileTable:
 
     count: Tensor
     index: Tensor
-
-
-def assert_on_device(holds: Tensor, message: str) -> None:
-    """Fail if a boolean scalar is False, without waiting for the device: a later call reports it there."""
-    torch._assert_async(holds, message)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _by_row(x: Tensor, rows: int, block: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import flexjag as fj
-from flexjag.backends import runs
+from flexjag.backends import runs, whole_segments
 from flexjag.backends.batches import ADJACENT, GATHERED, LONGEST, SHORT, Batch, Cut, Packed, list_batches
 
 WIDTH = 256
@@ -66,8 +67,9 @@ def test_what_is_taken_can_be_put_back(pairs: list[tuple[int, int]], groups: int
         ([300] * 4, 1),
         ([300, 300, 299], 2),
         ([17, 20, 31, 32], 1),  # gathered, padded to 32
-        ([17, 20, 90], 2),
-        ([17, 18] * (GATHERED // WIDTH // 64) + [19], 2),
+        ([17, 20, 31], 3),  # so few are not
+        ([17, 20, 31, 32, 90], 2),
+        ([17, 18] * (GATHERED // WIDTH // 64) + [19] * 4, 2),  # no three alike side by side: those are one call
         ([FEW + 1, 5, FEW + 2], 3),
         ([ADJACENT // 2] * 3, 2),
         ([0, 0], 0),
@@ -78,10 +80,10 @@ def test_number_of_calls(lengths: list[int], calls: int) -> None:
     assert len(list_batches(offsets, offsets, WIDTH, True)[0]) == calls
 
 
-@pytest.mark.parametrize(("width", "tokens"), [(64, LONGEST), (512, 24), (4096, 16)])
+@pytest.mark.parametrize(("width", "tokens"), [(64, LONGEST), (512, 24), (4096, 3)])
 def test_wide_tokens_are_gathered_less(width: int, tokens: int) -> None:
-    for longest, calls in ((tokens, 1), (tokens + 1, 2)):
-        offsets = ends([longest, longest - 1])
+    for longest, calls in ((tokens, 1), (tokens + 1, 4)):
+        offsets = ends([longest, longest - 1] * 2)
         assert len(list_batches(offsets, offsets, width, True)[0]) == calls
 
 
@@ -97,6 +99,60 @@ def attended(lengths: list[int], kv_lengths: list[int], mask: fj.Mask, backend: 
     finite = lse.values.masked_fill(lse.values.isinf(), 0.0)
     grads = torch.autograd.grad(out.values.square().sum() + finite.sum(), (q, k, v))
     return out.values.detach(), lse.values.detach(), *grads
+
+
+@pytest.mark.parametrize(("n", "m"), [(17, 17), (33, 33), (47, 47), (1, 40)])
+def test_segments_alike_side_by_side_are_not_copied(n: int, m: int) -> None:
+    """They share a call as they are, so only a few short ones are worth gathering with others."""
+    q, kv = ends([n] * 64), ends([m] * 64)
+    (batch,), _, _ = list_batches(q, kv, WIDTH, True)
+    assert batch.q == (0, 64 * n)
+    assert batch.kv == (0, 64 * m)
+
+
+def test_gathered_tokens_are_bounded_on_both_sides() -> None:
+    """Few queries of many keys fill the cache with keys."""
+    pairs = [(1 + s % 7, 33 + s % 14) for s in range(256)]
+    batches, _, _ = list_batches(ends([n for n, _ in pairs]), ends([m for _, m in pairs]), WIDTH, True)
+    assert max(batch.count * batch.m for batch in batches) <= GATHERED // WIDTH
+
+
+def test_the_plan_of_two_widths_is_cut_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, bool, int]] = []
+
+    def spy(q: list[int], kv: list[int], width: int, pad_keys: bool) -> tuple[list[Batch], list[Any], list[Any]]:
+        found = list_batches(q, kv, width, pad_keys)
+        seen.append((width, pad_keys, len(found[0])))
+        return found
+
+    monkeypatch.setattr(whole_segments, "list_batches", spy)
+    x = fj.Jagged.from_lengths(torch.zeros(600), [150, 151, 149, 150])
+    for mask in (fj.Causal(), fj.Full()):
+        plan = fj.plan(x, mask=mask)
+        for heads, dim, wide in ((1, 64, 64), (4, 64, 64), (1, 32, 64), (2, 0, 0)):
+            q, v = (x.with_values(torch.randn(600, heads, d)) for d in (dim, wide))
+            fj.attention(q, q, v, plan=plan, backend="segments")
+    # The third with a scale of its own, and as wide as its values.
+    assert seen == [(64, True, 1), (256, True, 4), (64, True, 1), (2, True, 1)] * 2
+
+
+@pytest.mark.parametrize("mask", [fj.Causal(), fj.Full()], ids=repr)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gathered_segments_in_lower_precision(mask: fj.Mask, dtype: torch.dtype) -> None:
+    lengths, kv_lengths = [3, 20, 31, 17, 5], None if isinstance(mask, fj.Causal) else [20, 31, 25, 22, 7]
+    shapes = [(76, 4, 16), *[(76 if kv_lengths is None else 105, 2, 16)] * 2]
+    given = [torch.randn(shape).to(dtype) for shape in shapes]
+    found = []
+    for to, backend in ((dtype, "segments"), (torch.float64, "reference")):
+        leaves = [t.to(to).requires_grad_() for t in given]
+        x = fj.Jagged.from_lengths(leaves[0], lengths)
+        y = x.with_values(leaves[1]) if kv_lengths is None else fj.Jagged.from_lengths(leaves[1], kv_lengths)
+        out = fj.attention(x, y, y.with_values(leaves[2]), mask=mask, backend=backend).values
+        found.append((out.detach(), *torch.autograd.grad(out.double().square().sum(), leaves)))
+    # Sums of up to 31 terms of either sign; a gradient is rounded about five times on its way.
+    limit = 32 * torch.finfo(dtype).eps
+    for got, wanted in zip(*found, strict=True):
+        assert float((got.double() - wanted).abs().max()) <= limit * float(wanted.abs().max().clamp(min=1.0))
 
 
 @pytest.mark.parametrize("mask", [fj.Causal(), fj.Full()], ids=repr)

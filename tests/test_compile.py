@@ -273,3 +273,20 @@ def test_tilde_is_traced() -> None:
         return fj.attention(x, x, x, mask=~fj.Causal()).values
 
     assert_compiles(attend, three_batches(nothing), backend="aot_eager")
+
+
+def test_offsets_are_looked_at_inside_a_graph_if_asked() -> None:
+    """By an assertion, which asks for no graph of its own."""
+
+    def attend(x: fj.Jagged) -> torch.Tensor:
+        out = fj.attention(x, x, x, mask=fj.Causal(), validate=True)
+        assert isinstance(out, fj.Jagged)
+        return out.values
+
+    batches = [[5, 7], [3, 1, 9], [8], [2, 0, 0, 4]]
+    given = [(fj.Jagged.from_lengths(torch.randn(sum(n), 2, 16, dtype=torch.float64), n),) for n in batches]
+    assert_compiles(attend, given, backward=False, after_each=equal_to_eager(attend, given))
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    for wrong in ([0, 5, 20], [0, 7, 5, 12], [0, -3, 12], [1, 5, 12], [0, 5, 11]):
+        with pytest.raises(RuntimeError, match=r"q\.offsets: must start at 0, not decrease"):
+            compiled(fj.Jagged(torch.randn(12, 2, 16), torch.tensor(wrong)))

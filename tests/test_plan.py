@@ -108,6 +108,9 @@ BAD = [
     ({"normalizer": "softmax"}, PlanError, r"normalizer: must be a flexjag normalizer; got normalizer='softmax'"),
     ({"block_size": 100}, PlanError, r"block_size: must be a power of two of at least 16; got block_size=100"),
     ({"block_size": 8}, PlanError, r"block_size: must be a power of two of at least 16; got block_size=8"),
+    ({"mask": torch.ones(9, 9)}, MaskError, r"mask: must be a flexjag mask; wrap a boolean matrix .* shape=\(9, 9\)$"),
+    ({"mask": fj.Causal}, MaskError, r"mask: must be a flexjag mask, not its class; got mask='Causal'"),
+    ({"max_length": 2}, PlanError, r"max_length: must bound every segment of q; got max_length=2, longest=\d"),
     ({"max_length": -1}, PlanError, r"max_length: must be an int of at least 0; got max_length=-1"),
     ({"max_tokens": 4}, PlanError, r"max_tokens: must equal the rows of q.values; got max_tokens=4, rows=5"),
     (

@@ -1,14 +1,18 @@
-"""The README's example runs as printed, and its links lead somewhere."""
+"""The README's example runs as printed, its links lead somewhere, and its table shows what was measured."""
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 import pytest
 import torch
 
 import flexjag as fj
+from flexjag.bench.attention_arms import AUTO, DENSE, LOOP, PADDED, SHARED, SLICED
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -38,3 +42,41 @@ def test_relative_links_exist(page: str) -> None:
     assert links
     for link in links:
         assert (path.parent / link).exists(), link
+
+
+def newest_result(suite: str) -> dict[str, dict[str, dict[str, Any]]]:
+    """The arms of each case in the newest file of results that has the suite."""
+    files = sorted((ROOT / "docs/results").glob("cpu-*.json"), reverse=True)
+    suites = (s for f in files for s in json.loads(f.read_text(encoding="utf-8"))["suites"] if s["name"] == suite)
+    return {case["name"]: {arm["name"]: arm for arm in case["arms"]} for case in next(suites)["cases"]}
+
+
+COLUMNS = {
+    "flexjag": [AUTO],
+    "SDPA loop": [LOOP],
+    "slices": [SLICED],
+    "padded SDPA": [PADDED, SHARED],  # the faster one
+    "padded dense": [DENSE],
+}
+ROWS = {
+    "causal": "causal",
+    r"`Window(128, 0) \| Prefix(4)`, ALiBi": "window | prefix + ALiBi",
+    "causal, trained relative bias": "causal + trained relative bias",
+    "causal, peak extra memory": "causal",
+}
+
+
+def test_the_table_of_times_is_that_of_the_newest_results() -> None:
+    cases = newest_result("attention")
+    table = re.search(r"^\| forward \+ backward.*?\n\n", TEXT, re.MULTILINE | re.DOTALL)
+    assert table is not None
+    header, _, *lines = ([cell.strip() for cell in re.split(r"(?<!\\)\|", x)[1:-1]] for x in table[0].split("\n")[:-2])
+    assert [line[0] for line in lines] == list(ROWS)
+    for name, *cells in lines:
+        arms = cases[f"{ROWS[name]}, forward + backward, log-normal"]
+        for column, cell in zip(header[1:], cells, strict=True):
+            found = [arms[arm] for arm in COLUMNS[column] if arms[arm]["status"] == "ok"]
+            if "memory" in name:
+                assert cell == f"{min(arm['memory_bytes'] for arm in found) / 1e6:.0f} MB"
+            else:
+                assert cell == f"{min(median(arm['seconds']) for arm in found) * 1e3:.0f} ms"

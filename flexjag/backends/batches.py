@@ -2,23 +2,24 @@
 
 A call costs about 20 µs before it computes anything, and 70 with gradients (costs.json); so segments of up to SHORT
 numbers, be it many tokens of one head or few of many, share calls. They are padded to a multiple of ROUND by copies of
-their own last token: a mask rules the copies out as keys, and what they compute as queries is dropped. So no segment
-reads another's values.
+their own last token: a causal mask or a bias rules the copies out as keys, and what they compute as queries is dropped.
+So no segment reads another's values. (An infinite number in a segment's last value turns into NaN by it, as 0 · inf.)
 """
 
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 Range = tuple[int, int]
 
-SHORT = 12288  # numbers of a segment, in one operand, up to which gathering costs less than a call of its own
+SHORT = 12288  # numbers of a segment's queries up to which gathering costs less than a call of its own
 LONGEST = 192  # tokens of such a segment: with one narrow head, what padding adds to the scores counts as well
-ROUND = 16  # a vector of floats, and tokens that are always few enough
+ROUND = 16  # a vector of floats
+FEWEST = 4  # segments that are worth gathering
 GATHERED = 2**19  # numbers gathered at once: their copies stay in a core's cache
 ADJACENT = 8192  # tokens of adjacent segments at once: bounds what the kernel allocates
 
@@ -65,6 +66,7 @@ class Batch:
     kv: Range | Tensor
     own_q: Tensor | None = None
     own_kv: Tensor | None = None
+    _biases: dict[tuple[torch.dtype, int], Tensor] = field(default_factory=dict[tuple[torch.dtype, int], Tensor])
 
     def take(self, x: Packed, is_query: bool, groups: int | None) -> Tensor:
         """To ``[count * groups, heads / groups, tokens, ...]``, without `groups` to ``[count, heads, tokens, ...]``.
@@ -89,17 +91,22 @@ class Batch:
         flat.index_copy_(0, self.own_q, x.tokens.index_select(0, self.q[self.own_q]))
         return self._by_head(flat, self.n, groups)
 
-    def bias(self, heads: Tensor) -> Tensor | None:
+    def bias(self, dtype: torch.dtype, groups: int | None) -> Tensor | None:
         """What rules the padded keys out: -inf for them, ``[count * groups, 1, 1, m]``; None if there are none.
 
         Args:
-            heads: Keys as :meth:`take` gave them, for the groups and the precision.
+            dtype: Of the operands; the bias of those in half precision is float32.
+            groups: As :meth:`take` takes it.
         """
         if self.own_kv is None:
             return None
-        dtype = torch.float64 if heads.dtype == torch.float64 else torch.float32
-        bias = torch.full((self.count * self.m,), -torch.inf, dtype=dtype).index_fill_(0, self.own_kv, 0.0)
-        return bias.view(self.count, 1, 1, self.m).repeat_interleave(heads.shape[0] // self.count, 0)
+        key = torch.float64 if dtype == torch.float64 else torch.float32, groups or 1
+        if key not in self._biases:
+            with torch.inference_mode(False):  # it may serve a training step later
+                bias = self.own_kv.new_full((self.count * self.m,), -torch.inf, dtype=key[0])
+                bias = bias.index_fill_(0, self.own_kv, 0.0).view(self.count, 1, 1, self.m)
+                self._biases[key] = bias.repeat_interleave(key[1], 0)
+        return self._biases[key]
 
     def _by_head(self, x: Tensor, tokens: int, groups: int | None) -> Tensor:
         """From gathered tokens ``[count * tokens, heads, ...]``."""
@@ -134,8 +141,9 @@ def list_batches(
     Args:
         q_ends: The queries' offsets.
         kv_ends: The keys' offsets.
-        width: Numbers of a query: heads times features.
-        pad_keys: Whether keys behind a segment's last may be padded; needs a mask that rules them out.
+        width: Numbers of a query: heads times features, at least 1.
+        pad_keys: Whether keys behind a segment's last may be padded. They must be ruled out then: by a causal mask over
+            as many keys as queries, or by :meth:`Batch.bias`.
 
     Returns:
         The calls, and the packed queries and keys that are in none: their segment has no key, or no query.
@@ -145,7 +153,7 @@ def list_batches(
     alone_q: list[Range] = []
     alone_kv: list[Range] = []
     index, segments = 0, len(q_ends) - 1
-    longest = min(max(SHORT // width, ROUND), LONGEST)
+    longest = min(SHORT // width, LONGEST)
     while index < segments:
         first = index
         n, m = q_ends[first + 1] - q_ends[first], kv_ends[first + 1] - kv_ends[first]
@@ -163,19 +171,21 @@ def list_batches(
             and kv_ends[index + 1] - kv_ends[index] == m
         ):
             index += 1
-        if max(n, m) <= longest and (padded != (n, m) or index == first + 1):
+        alike = index - first  # of which many share a call as they are
+        if max(n, m) * alike <= longest and (padded != (n, m) or alike == 1):
             short.setdefault(padded, []).extend(range(first, index))
             continue
         at = (q_ends[first], q_ends[index]), (kv_ends[first], kv_ends[index])
         batches.append(Batch(index - first, n, m, *at))
     for (n, m), members in short.items():
-        if len(members) == 1:
-            q, kv = ((ends[members[0]], ends[members[0] + 1]) for ends in (q_ends, kv_ends))
-            batches.append(Batch(1, q[1] - q[0], kv[1] - kv[0], q, kv))
-            continue
         each = max(1, GATHERED // width // max(n, m))
         for start in range(0, len(members), each):
-            batches.append(_gathered(n, m, members[start : start + each], q_ends, kv_ends))
+            chunk = members[start : start + each]
+            if len(chunk) < FEWEST:
+                pairs = [((q_ends[s], q_ends[s + 1]), (kv_ends[s], kv_ends[s + 1])) for s in chunk]
+                batches += [Batch(1, q[1] - q[0], kv[1] - kv[0], q, kv) for q, kv in pairs]
+            else:
+                batches.append(_gathered(n, m, chunk, q_ends, kv_ends))
     return batches, alone_q, alone_kv
 
 
@@ -191,7 +201,7 @@ def _gathered(n: int, m: int, members: list[int], q_ends: list[int], kv_ends: li
 
 def _indices(tokens: int, members: list[int], ends: list[int]) -> tuple[Tensor, Tensor | None]:
     """``[count * tokens]``: the members' packed tokens, the last of each repeated; and which are not repeated."""
-    bounds = torch.tensor([(ends[s], ends[s + 1]) for s in members])
-    at = bounds[:, :1] + torch.arange(tokens)
+    bounds = torch.tensor([(ends[s], ends[s + 1]) for s in members], device="cpu")
+    at = bounds[:, :1] + torch.arange(tokens, device="cpu")
     own = (at < bounds[:, 1:]).flatten()
     return torch.minimum(at, bounds[:, 1:] - 1).flatten(), None if bool(own.all()) else own.nonzero()[:, 0]

@@ -39,12 +39,12 @@ def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, need_lse: boo
     own = plan.score is None and window in SDPA_WINDOWS and scale > 0
     causal = window == (None, 0, "start") if own else None
     e = v.shape[2]
-    wide = max(q.shape[2], e)  # the kernels want D == E; zeros change nothing
+    wide = max(q.shape[2], e, 1)  # the kernels want D == E > 0; zeros change nothing
     q, k, v = (torch.nn.functional.pad(x, (0, wide - x.shape[2])) if x.shape[2] < wide else x for x in (q, k, v))
     q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))  # the kernel reads no other stride
     on_cpu, acc = q.device.type == "cpu", torch.float64 if q.dtype == torch.float64 else torch.float32
     if causal is not None and on_cpu:
-        out, lse = whole_segments.attend(_calls(plan, q.shape[1] * wide, causal, scale), q, k, v, need_lse)
+        out, lse = whole_segments.attend(_calls(plan, max(1, q.shape[1] * wide), causal, scale), q, k, v, need_lse)
         return out[..., :e], lse
     if causal is not None:
         pieces = runs.whole_segments(plan, scale, causal)

@@ -94,7 +94,7 @@ class _Whole(torch.autograd.Function):
         for batch in calls.batches:
             x = batch.take(packed_q, True, groups)
             y, z = batch.take(packed_k, False, groups), batch.take(packed_v, False, groups)
-            bias = None if calls.causal else batch.bias(y)
+            bias = None if calls.causal else batch.bias(y.dtype, groups)
             part, log = FLASH(x, *_shared(y, z, x), 0.0, calls.causal, attn_mask=bias, scale=calls.scale)
             batch.put(packed_out, part, True)
             if need_lse:
@@ -139,7 +139,7 @@ class _Whole(torch.autograd.Function):
                 log.contiguous(),
                 0.0,
                 calls.causal,
-                attn_mask=None if calls.causal else batch.bias(y),
+                attn_mask=None if calls.causal else batch.bias(y.dtype, groups),
                 scale=calls.scale,
             )
             for target, part, is_query in zip(targets, parts, (True, False, False), strict=True):

@@ -75,10 +75,5 @@ def row_index(starts: Tensor, offsets: Tensor, total: int) -> Tensor:
 
 
 def padded_index(offsets: Tensor, size: int, total: int) -> Tensor:
-    """``[total]``: where each packed row stands among the flattened rows of ``[S, size, ...]``.
-
-    No segment may be longer than `size`.
-    """
-    if offsets.device.type == "cpu":  # a third of the time; elsewhere a sync
-        return (torch.arange(size) < offsets.diff()[:, None]).flatten().nonzero()[:, 0]
+    """``[total]``: where each packed row stands among the flattened rows of ``[S, size, ...]``."""
     return row_index(torch.arange(offsets.shape[0] - 1, device=offsets.device) * size, offsets, total)

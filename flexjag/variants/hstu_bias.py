@@ -145,5 +145,7 @@ def next_times(times: Jagged) -> Jagged:
     >>> next_times(Jagged.from_lengths(torch.tensor([1, 4, 9, 2, 5]), [3, 2])).values.tolist()
     [4, 9, 9, 5, 5]
     """
+    if not isinstance(times, Jagged):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise LayoutError(explain_values("times", "must be a flexjag.Jagged", type=type(times).__name__))
     after = torch.arange(1, times.values.shape[0] + 1, device=times.device)
     return times.with_values(times.values[torch.minimum(after, _ends(times) - 1)])

@@ -8,6 +8,7 @@ from torch import Tensor
 from flexjag.errors import MaskError, explain_values
 from flexjag.jagged import Jagged, segment_ids
 from flexjag.masks import Rows
+from flexjag.nodes import check_tensor
 
 
 def hstu_mask(
@@ -91,6 +92,8 @@ def _check(
     ):
         if not isinstance(value, int) or value < least:
             raise MaskError(explain_values(name, f"must be an int of at least {least}", value=value))
+    if targets is not None:
+        check_tensor(MaskError, "targets", targets)
     if targets is not None and (targets.shape != (q.num_segments,) or targets.dtype.is_floating_point):
         rule = "must be integers, one per segment"
         shape = tuple(targets.shape)
