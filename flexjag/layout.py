@@ -110,9 +110,9 @@ def _are_offsets(x: Jagged, has_spare: bool) -> Tensor:
     return (x.offsets[0] == 0) & end & (x.offsets.cummax(0).values == x.offsets).all()
 
 
-def _looks_right(x: Jagged, has_spare: bool, max_length: int | None) -> bool:
+def _looks_right(x: Jagged, max_length: int | None) -> bool:
     """Whether x's offsets are offsets, and no segment passes `max_length`. Reads the device."""
-    right = bool(_are_offsets(x, has_spare))
+    right = bool(_are_offsets(x, has_spare=False))
     return right and (max_length is None or bool((x.offsets.diff() <= max_length).all()))
 
 
@@ -128,7 +128,7 @@ def build_layout(
             the first ``offsets[-1]`` are used.
         max_length: A bound on every segment's length, checked as the offsets are.
         validate: Check the contents of the offsets (one device sync; in a traced graph an assertion). Outside
-            of graphs, those on a CPU are always checked.
+            of graphs, those on a CPU are always checked, but with `max_tokens`.
 
     Raises:
         LayoutError: If the numbers of segments or the devices differ, T is over int32, or, under
@@ -151,14 +151,14 @@ def build_layout(
         raise PlanError(
             explain_values("max_tokens", "must equal the rows of q.values", max_tokens=max_tokens, rows=num_q)
         )
-    tracing, on_cpu = torch.compiler.is_compiling(), q.offsets.device.type == "cpu"
-    has_spare = max_tokens is not None
+    tracing, has_spare = torch.compiler.is_compiling(), max_tokens is not None
+    may_look = q.offsets.device.type == "cpu" and not has_spare  # fixed capacity promises not to, so nowhere
     sides = (("q", q),) if q is k else (("q", q), ("k", k))
     if tracing and validate:  # a bound on the lengths is asserted with the tiles
         for name, x in sides:
             rule = "must start at 0, not decrease, and end at the number of packed tokens"
             assert_on_device(_are_offsets(x, has_spare), f"{name}.offsets: {rule}")
-    elif not tracing and (validate or (on_cpu and not all(_looks_right(x, has_spare, max_length) for _, x in sides))):
+    elif not tracing and (validate or (may_look and not all(_looks_right(x, max_length) for _, x in sides))):
         for name, x in sides:
             total = int(x.offsets[-1]) if has_spare else x.values.shape[0]
             check_offsets(x.offsets, total, f"{name}.offsets")

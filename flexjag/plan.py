@@ -238,12 +238,12 @@ def plan(
         max_tokens: The fixed number of rows of ``q.values``, of which the first ``offsets[-1]`` are used;
             the others get zeros.
         max_length: A bound on every segment's length. With it the plan has fixed capacity and planning never
-            waits for the device, so it fits in a CUDA graph. A batch that breaks it is an error; on a GPU and in
-            a traced graph an assertion, which a later call reports.
+            waits for the device, so it fits in a CUDA graph. A batch that breaks it is an error; on a GPU, in a
+            traced graph and with `max_tokens` an assertion, which a later call reports.
         refine_tiles: Evaluate an opaque mask on its PARTIAL tiles to prove more of them EMPTY or FULL.
             Default: if it takes at most 2**26 evaluations, and never in a traced graph or with `max_length`.
         validate: Check the contents of the offsets and the bounds (one device sync; in a traced graph an assertion).
-            Outside of graphs, those on a CPU are always checked.
+            Outside of graphs, those on a CPU are always checked, but with `max_tokens`.
 
     Returns:
         The plan. Pass it to :func:`flexjag.attention` with any q, k, v of the same layout.
