@@ -153,7 +153,8 @@ def build_layout(
         )
     tracing, has_spare = torch.compiler.is_compiling(), max_tokens is not None
     may_look = q.offsets.device.type == "cpu" and not has_spare  # fixed capacity promises not to, so nowhere
-    sides = (("q", q),) if q is k else (("q", q), ("k", k))
+    is_self = q.offsets is k.offsets and num_q == num_kv
+    sides = (("q", q),) if is_self else (("q", q), ("k", k))
     if tracing and validate:  # a bound on the lengths is asserted with the tiles
         for name, x in sides:
             rule = "must start at 0, not decrease, and end at the number of packed tokens"
@@ -173,7 +174,6 @@ def build_layout(
                         "max_length", f"must bound every segment of {name}", max_length=max_length, longest=longest
                     )
                 )
-    is_self = q.offsets is k.offsets and num_q == num_kv
     q_offsets = q.offsets.to(torch.int32)
     q_segment = segment_ids(q_offsets, num_q).to(torch.int32)
     kv_offsets = q_offsets if is_self else k.offsets.to(torch.int32)

@@ -107,22 +107,22 @@ CONSTRUCTORS = [
         r"lengths: must not exceed the padded length; got longest=3, padded=2",
     ),
     (lambda: jagged([5]).to_padded(max_length=-1), ShapeError, r"max_length: must not be negative; got max_length=-1"),
-    (lambda: fj.Alibi(8), ScoreError, r"slopes: must be a tensor; for the paper's slopes call Alibi.from_.* slopes=8"),  # type: ignore[arg-type]
-    (lambda: fj.Alibi.from_heads("2"), ScoreError, r"num_heads: must be an int of at least 1; got num_heads='2'"),  # type: ignore[arg-type]
-    (lambda: fj.SoftCap("3"), ScoreError, r"cap: must be a positive number; got cap='3'"),  # type: ignore[arg-type]
-    (lambda: fj.RelativeBias(9), ScoreError, r"table: must be a tensor; got table=9"),  # type: ignore[arg-type]
-    (lambda: fj.BucketedBias(torch.zeros(1, 2), [3]), ScoreError, r"boundaries: must be a tensor; got .*=\[3\]"),  # type: ignore[arg-type]
+    (lambda: fj.Alibi(8), ScoreError, r"slopes: must be a tensor; for the paper's slopes call Alibi.from_.* slopes=8"),
+    (lambda: fj.Alibi.from_heads("2"), ScoreError, r"num_heads: must be an int of at least 1; got num_heads='2'"),
+    (lambda: fj.SoftCap("3"), ScoreError, r"cap: must be a positive number; got cap='3'"),
+    (lambda: fj.RelativeBias(9), ScoreError, r"table: must be a tensor; got table=9"),
+    (lambda: fj.BucketedBias(torch.zeros(1, 2), [3]), ScoreError, r"boundaries: must be a tensor; got .*=\[3\]"),
     (
-        lambda: fj.TimeBias(torch.zeros(1, 2), [1], torch.zeros(1)),  # type: ignore[arg-type]
+        lambda: fj.TimeBias(torch.zeros(1, 2), [1], torch.zeros(1)),
         ScoreError,
         r"times: must be a tensor; got times=\[1\]",
     ),
-    (lambda: fj.SameGroup([1, 2]), MaskError, r"ids: must be a tensor; got ids=\[1, 2\]"),  # type: ignore[arg-type]
-    (lambda: fj.Dense([1, 2]), MaskError, r"values: must be a tensor; got values=\[1, 2\]"),  # type: ignore[arg-type]
-    (lambda: fj.Rows(1, 2), MaskError, r"lo: must be a tensor; got lo=1"),  # type: ignore[arg-type]
-    (lambda: hstu_mask(jagged([5]), targets=2), MaskError, r"targets: must be a tensor; got targets=2"),  # type: ignore[arg-type]
-    (lambda: next_times(torch.arange(4)), LayoutError, r"times: must be a flexjag.Jagged; got type='Tensor'"),  # type: ignore[arg-type]
-    (lambda: fj.merge([jagged([5])]), ShapeError, r"parts: must be pairs \(out, lse\), which attention gives with ret"),  # type: ignore[list-item]
+    (lambda: fj.SameGroup([1, 2]), MaskError, r"ids: must be a tensor; got ids=\[1, 2\]"),
+    (lambda: fj.Dense([1, 2]), MaskError, r"values: must be a tensor; got values=\[1, 2\]"),
+    (lambda: fj.Rows(1, 2), MaskError, r"lo: must be a tensor; got lo=1"),
+    (lambda: hstu_mask(jagged([5]), targets=2), MaskError, r"targets: must be a tensor; got targets=2"),
+    (lambda: next_times(torch.arange(4)), LayoutError, r"times: must be a flexjag.Jagged; got type='Tensor'"),
+    (lambda: fj.merge([jagged([5])]), ShapeError, r"parts: must be pairs \(out, lse\), which attention gives with ret"),
 ]
 
 

@@ -87,6 +87,13 @@ def test_wide_tokens_are_gathered_less(width: int, tokens: int) -> None:
         assert len(list_batches(offsets, offsets, width, True)[0]) == calls
 
 
+def gathers(lengths: list[int], kv_lengths: list[int] | None, width: int, pad_keys: bool) -> bool:
+    """Whether a call gathers its segments, so that a test of that does test it."""
+    q = ends(lengths)
+    kv = q if kv_lengths is None else ends(kv_lengths)
+    return any(isinstance(batch.q, Tensor) for batch in list_batches(q, kv, width, pad_keys)[0])
+
+
 def attended(lengths: list[int], kv_lengths: list[int], mask: fj.Mask, backend: str) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(0)
     shapes = [(sum(lengths), 4, 16), (sum(kv_lengths), 2, 16), (sum(kv_lengths), 2, 16)]
@@ -139,8 +146,9 @@ def test_the_plan_of_two_widths_is_cut_for_each(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("mask", [fj.Causal(), fj.Full()], ids=repr)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_gathered_segments_in_lower_precision(mask: fj.Mask, dtype: torch.dtype) -> None:
-    lengths, kv_lengths = [3, 20, 31, 17, 5], None if isinstance(mask, fj.Causal) else [20, 31, 25, 22, 7]
-    shapes = [(76, 4, 16), *[(76 if kv_lengths is None else 105, 2, 16)] * 2]
+    lengths, kv_lengths = [3, 20, 31, 17, 25, 5], None if isinstance(mask, fj.Causal) else [20, 31, 25, 22, 30, 7]
+    assert gathers(lengths, kv_lengths, 4 * 16, True)
+    shapes = [(101, 4, 16), *[(101 if kv_lengths is None else 135, 2, 16)] * 2]
     given = [torch.randn(shape).to(dtype) for shape in shapes]
     found = []
     for to, backend in ((dtype, "segments"), (torch.float64, "reference")):
@@ -159,10 +167,10 @@ def test_gathered_segments_in_lower_precision(mask: fj.Mask, dtype: torch.dtype)
 @pytest.mark.parametrize(
     ("lengths", "kv_lengths"),
     [
-        ([3, 20, 31, 17, 0, 5, 16, 16, 130, 130, 1], None),
-        ([3, 20, 31, 17, 4, 5, 16, 16, 30, 30], [5, 2, 31, 0, 7, 20, 16, 16, 30, 30]),
+        ([3, 20, 31, 17, 0, 5, 9, 12, 16, 16, 130, 130, 25, 1], None),
+        ([3, 20, 31, 17, 4, 5, 16, 16, 18, 30, 30, 25], [5, 2, 31, 0, 7, 20, 16, 16, 20, 30, 30, 27]),
         ([20, 31, 25, 22], [7, 7, 7, 7]),
-        ([16, 5, 16, 30], [20, 31, 25, 22]),
+        ([16, 5, 11, 9], [20, 31, 25, 22]),
     ],
     ids=["self", "cross", "padded_queries", "padded_keys"],
 )
@@ -170,6 +178,9 @@ def test_calls_together_give_what_the_reference_gives(
     lengths: list[int], kv_lengths: list[int] | None, mask: fj.Mask
 ) -> None:
     """All kinds of calls in one batch, grouped heads and the gradient of the log-sum-exp included."""
+    full = isinstance(mask, fj.Full)
+    same_m = kv_lengths is None or len(set(kv_lengths)) == 1
+    assert gathers(lengths, kv_lengths, 4 * 16, full or kv_lengths is None) == (full or same_m)
     got, exact = (attended(lengths, kv_lengths or lengths, mask, backend) for backend in ("segments", "reference"))
     for x, y in zip(got, exact, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)  # float64 sums of 130 terms in another order

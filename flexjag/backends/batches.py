@@ -1,15 +1,15 @@
 """Whole segments in few calls: those of one shape that lie side by side as they are, short ones gathered and padded.
 
-A call costs about 20 µs before it computes anything, and 70 with gradients (costs.json); so segments of up to SHORT
-numbers, be it many tokens of one head or few of many, share calls. They are padded to a multiple of ROUND by copies of
-their own last token: a causal mask or a bias rules the copies out as keys, and what they compute as queries is dropped.
-So no segment reads another's values. (An infinite number in a segment's last value turns into NaN by it, as 0 · inf.)
+A call costs tens of microseconds before it computes anything, more with gradients; so segments of up to SHORT numbers,
+be it many tokens of one head or few of many, share calls. They are padded to a multiple of ROUND by copies of their own
+last token: a causal mask or a bias rules the copies out as keys, and what they compute as queries is dropped. So no
+segment reads another's values. (An infinite number in a segment's last value turns into NaN by it, as 0 · inf.)
 """
 
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -57,6 +57,7 @@ class Batch:
         kv: Packed keys, likewise.
         own_q: Which of the gathered queries are no padding; None if all are.
         own_kv: Which of the gathered keys are no padding; None if all are.
+        key_bias: ``[count, 1, 1, m]`` float32 that rules out the others: -inf for them; None if there are none.
     """
 
     count: int
@@ -66,7 +67,7 @@ class Batch:
     kv: Range | Tensor
     own_q: Tensor | None = None
     own_kv: Tensor | None = None
-    _biases: dict[tuple[torch.dtype, int], Tensor] = field(default_factory=dict[tuple[torch.dtype, int], Tensor])
+    key_bias: Tensor | None = None
 
     def take(self, x: Packed, is_query: bool, groups: int | None) -> Tensor:
         """To ``[count * groups, heads / groups, tokens, ...]``, without `groups` to ``[count, heads, tokens, ...]``.
@@ -92,21 +93,11 @@ class Batch:
         return self._by_head(flat, self.n, groups)
 
     def bias(self, dtype: torch.dtype, groups: int | None) -> Tensor | None:
-        """What rules the padded keys out: -inf for them, ``[count * groups, 1, 1, m]``; None if there are none.
-
-        Args:
-            dtype: Of the operands; the bias of those in half precision is float32.
-            groups: As :meth:`take` takes it.
-        """
-        if self.own_kv is None:
+        """`key_bias` as the kernel wants it beside operands of `dtype`, ``[count * groups, 1, 1, m]``."""
+        if self.key_bias is None:
             return None
-        key = torch.float64 if dtype == torch.float64 else torch.float32, groups or 1
-        if key not in self._biases:
-            with torch.inference_mode(False):  # it may serve a training step later
-                bias = self.own_kv.new_full((self.count * self.m,), -torch.inf, dtype=key[0])
-                bias = bias.index_fill_(0, self.own_kv, 0.0).view(self.count, 1, 1, self.m)
-                self._biases[key] = bias.repeat_interleave(key[1], 0)
-        return self._biases[key]
+        bias = self.key_bias.to(torch.promote_types(dtype, torch.float32))
+        return bias if groups is None else bias.repeat_interleave(groups, 0)
 
     def _by_head(self, x: Tensor, tokens: int, groups: int | None) -> Tensor:
         """From gathered tokens ``[count * tokens, heads, ...]``."""
@@ -196,7 +187,11 @@ def _rounded(tokens: int) -> int:
 def _gathered(n: int, m: int, members: list[int], q_ends: list[int], kv_ends: list[int]) -> Batch:
     q, own_q = _indices(n, members, q_ends)
     kv, own_kv = (q, own_q) if kv_ends is q_ends and m == n else _indices(m, members, kv_ends)
-    return Batch(len(members), n, m, q, kv, own_q, own_kv)
+    bias = None
+    if own_kv is not None:
+        bias = torch.full((len(members), 1, 1, m), -torch.inf, device="cpu")
+        bias.view(-1)[own_kv] = 0.0
+    return Batch(len(members), n, m, q, kv, own_q, own_kv, bias)
 
 
 def _indices(tokens: int, members: list[int], ends: list[int]) -> tuple[Tensor, Tensor | None]:

@@ -44,7 +44,7 @@ def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, need_lse: boo
     q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))  # the kernel reads no other stride
     on_cpu, acc = q.device.type == "cpu", torch.float64 if q.dtype == torch.float64 else torch.float32
     if causal is not None and on_cpu:
-        out, lse = whole_segments.attend(_calls(plan, max(1, q.shape[1] * wide), causal, scale), q, k, v, need_lse)
+        out, lse = whole_segments.attend(_calls(plan, q.shape[1] * wide, causal, scale), q, k, v, need_lse)
         return out[..., :e], lse
     if causal is not None:
         pieces = runs.whole_segments(plan, scale, causal)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from flexjag.errors import LayoutError, ScoreError, explain_values
 from flexjag.jagged import Jagged, check_same_layout
+from flexjag.ops.checks import check_jagged
 from flexjag.scores import RelativeBias, Score, TimeBias
 
 
@@ -145,7 +146,6 @@ def next_times(times: Jagged) -> Jagged:
     >>> next_times(Jagged.from_lengths(torch.tensor([1, 4, 9, 2, 5]), [3, 2])).values.tolist()
     [4, 9, 9, 5, 5]
     """
-    if not isinstance(times, Jagged):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise LayoutError(explain_values("times", "must be a flexjag.Jagged", type=type(times).__name__))
+    check_jagged(times, "times")
     after = torch.arange(1, times.values.shape[0] + 1, device=times.device)
     return times.with_values(times.values[torch.minimum(after, _ends(times) - 1)])

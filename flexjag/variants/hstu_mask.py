@@ -92,14 +92,15 @@ def _check(
     ):
         if not isinstance(value, int) or value < least:
             raise MaskError(explain_values(name, f"must be an int of at least {least}", value=value))
-    if targets is not None:
-        check_tensor(MaskError, "targets", targets)
-    if targets is not None and (targets.shape != (q.num_segments,) or targets.dtype.is_floating_point):
+    if targets is None:
+        return
+    check_tensor(MaskError, "targets", targets)
+    if targets.shape != (q.num_segments,) or targets.dtype.is_floating_point:
         rule = "must be integers, one per segment"
         shape = tuple(targets.shape)
         raise MaskError(explain_values("targets", rule, shape=shape, dtype=targets.dtype, segments=q.num_segments))
     # On a GPU, and in a traced graph, looking at the numbers would wait for them.
-    if targets is not None and targets.device.type == "cpu" and not torch.compiler.is_compiling():
+    if targets.device.type == "cpu" and not torch.compiler.is_compiling():
         wrong = ((targets < 0) | (targets > k.lengths)).nonzero()
         if wrong.numel():
             at = int(wrong[0])
