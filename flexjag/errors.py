@@ -38,6 +38,10 @@ class BackendError(FlexjagError, RuntimeError):
     """A backend asked to run what it cannot run. The message names one that can."""
 
 
+class DifferentiationError(FlexjagError, RuntimeError):
+    """A derivative that is not offered. The message names what offers it."""
+
+
 class TargetError(FlexjagError, ValueError):
     """A GPU architecture that kernels cannot be made for."""
 
