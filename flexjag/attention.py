@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flexjag import choice, normalizers
 from flexjag.choice import check_normalizer
+from flexjag.differentiation import needs_plain_operations
 from flexjag.errors import PlanError, ShapeError, assert_on_device, explain_values
 from flexjag.jagged import Jagged, check_same_layout
 from flexjag.masks import Mask, num_mask_heads
@@ -106,6 +107,7 @@ def attention(
         scale=scale,
         lse=return_lse,
         dims=(heads, groups, q.values.shape[2], v.values.shape[2]),
+        plain=needs_plain_operations(),
     )
     name = choice.pick(backend, case)
     if plan.made_tiles is None and name in ("tiled", "flex", "triton"):
@@ -114,22 +116,37 @@ def attention(
         learned = (*tensors(plan.score), *normalizers.tensors(plan.normalizer))
         out, lse = _nothing(q.values, k.values, v.values, *(x for x in learned if x.dtype.is_floating_point))
         lse = lse.exp() + 1 if return_remainder else lse
-    elif name == "reference":
-        from flexjag.backends import reference
-
-        out, lse = reference.run(
-            q.values, k.values, v.values, plan.layout, plan.mask, plan.score, scale, plan.normalizer
-        )
+    elif torch.is_autocast_enabled(q.values.device.type):  # backends choose the dtypes they compute in
+        with torch.autocast(q.values.device.type, enabled=False):
+            out, lse = _execute(name, q.values, k.values, v.values, plan, scale, return_lse)
     else:
-        out, lse = _runner(name, plan.normalizer)(q.values, k.values, v.values, plan, scale, return_lse)
+        out, lse = _execute(name, q.values, k.values, v.values, plan, scale, return_lse)
     if not return_lse and not return_remainder:
         return q.with_values(out)
     assert lse is not None
     return q.with_values(out), q.with_values(lse)
 
 
+def _execute(
+    name: str, q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, return_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Run a backend. What spare rows hold goes nowhere, nor what flows back into their results."""
+    run = _runner(name, plan.normalizer)
+    if not plan.layout.has_spare:
+        return run(q, k, v, plan, scale, return_lse)
+    layout = plan.layout
+    spare, spare_keys = (x >= layout.num_segments for x in (layout.q_segment, layout.kv_segment))
+    q, k, v = (x.masked_fill(at[:, None, None], 0.0) for x, at in ((q, spare), (k, spare_keys), (v, spare_keys)))
+    out, rest = run(q, k, v, plan, scale, return_lse)
+    nothing = 1.0 if isinstance(plan.normalizer, normalizers.StickBreaking) else -torch.inf
+    rest = None if rest is None or rest.ndim != 2 else rest.masked_fill(spare[:, None], nothing)
+    return out.masked_fill(spare[:, None, None], 0.0), rest
+
+
 def _runner(name: str, normalizer: Normalizer):  # type: ignore[no-untyped-def]
     """A backend's `run`, imported on first use: `import flexjag` must stay light."""
+    if name == "reference":
+        return _reference
     if name == "triton":
         from flexjag.backends import triton
 
@@ -147,6 +164,13 @@ def _runner(name: str, normalizer: Normalizer):  # type: ignore[no-untyped-def]
     else:
         from flexjag.backends import varlen as module
     return module.run
+
+
+def _reference(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, return_lse: bool) -> tuple[Tensor, Tensor]:
+    from flexjag.backends import reference
+
+    plan = plan.learning_in(torch.promote_types(q.dtype, torch.float32))
+    return reference.run(q, k, v, plan.layout, plan.mask, plan.score, scale, plan.normalizer)
 
 
 def _nothing(q: Tensor, k: Tensor, v: Tensor, *learned: Tensor) -> tuple[Tensor, Tensor]:
@@ -215,6 +239,8 @@ def check_plan(plan: Plan, q: Jagged, k: Jagged, *, validate: bool = False) -> N
             if difference is None and not torch.equal(given.to(torch.int32), planned):
                 at = int((given != planned).nonzero()[0])
                 difference = {f"{name}.offsets[{at}]": int(given[at]), f"plan's offsets[{at}]": int(planned[at])}
+    if not torch.compiler.is_compiling() and (change := plan.reading.change()) is not None:
+        raise PlanError(explain_values("plan", f"{change} that its mask's function reads; make the plan anew"))
     if not same or difference is not None:
         rule = "was made for another layout; make one per batch, with flexjag.plan(q, k) if their offsets differ"
         values = {"plan_tokens": made[:2], "plan_segments": made[2], "tokens": seen[:2], "segments": seen[2]}

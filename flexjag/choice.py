@@ -45,6 +45,7 @@ class Case:
         dims: ``(H, G, D, E)``.
         scale: Factor on ``q·k``.
         block_size: Tile size.
+        plain: A ``torch.func`` transform or forward-mode AD is at work, which know plain torch operations only.
     """
 
     layout: Layout
@@ -58,6 +59,7 @@ class Case:
     dims: tuple[int, int, int, int] | None = None
     scale: float = 1.0
     block_size: int = 128
+    plain: bool = False
 
     @property
     def on_cuda(self) -> bool:
@@ -180,6 +182,8 @@ def refusal(backend: str, case: Case) -> str | None:
     """
     if backend not in _RULES:
         raise BackendError(f"backend: must be 'auto' or one of {', '.join(BACKENDS)}; got backend={backend!r}")
+    if case.plain and backend not in ("reference", "tiled"):
+        return "torch.func transforms and forward-mode AD know plain torch operations only"
     if not isinstance(case.normalizer, (Softmax, Pointwise, StickBreaking)):
         return f"it has no case for the normalizer {case.normalizer!r}"
     if isinstance(case.normalizer, Softmax) and backend == "triton":
@@ -256,6 +260,8 @@ def choose(case: Case) -> tuple[str, str]:
 
     On CUDA the order is by what the kernels are built for, not yet by a measurement of ours.
     """
+    if case.plain:
+        return "tiled", "torch.func transforms and forward-mode AD know plain torch operations only"
     if case.on_cuda and not isinstance(case.normalizer, Softmax):
         why_not = refusal("triton", case)
         if why_not is None:

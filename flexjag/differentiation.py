@@ -37,7 +37,7 @@ def first_order_only(what: str) -> Callable[[Callable[..., Gradients]], Callable
                 found = backward(ctx, saved, *grad_outputs)
             if not torch.is_grad_enabled():
                 return found
-            sources = [x for x in (*grad_outputs, *saved) if isinstance(x, Tensor) and x.requires_grad]
+            sources = [x for x in (*grad_outputs, *saved) if x is not None and x.requires_grad]
             return _Last.apply(what, len(found), *found, *sources)  # type: ignore[no-any-return]
 
         return run
@@ -51,7 +51,7 @@ class _Last(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, what: str, count: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
         ctx.what = what
-        return tuple(None if x is None else x.view_as(x) for x in tensors[:count])
+        return tuple(x if x is None else x.view_as(x) for x in tensors[:count])
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
@@ -59,7 +59,7 @@ class _Last(torch.autograd.Function):
 
 
 def needs_plain_operations() -> bool:
-    """Whether a ``torch.func`` transform or forward-mode AD is at work, which see through plain torch operations only."""
+    """Whether a ``torch.func`` transform or forward-mode AD is at work, which know plain torch operations only."""
     if torch.compiler.is_compiling():
         return False
     level: int = torch.autograd.forward_ad._current_level  # pyright: ignore[reportPrivateUsage]

@@ -1,8 +1,12 @@
-"""Users' functions of scalars, called once and watched: what they read, what they learn, what is wrong with them."""
+"""Users' functions of scalars: called once and watched, frozen, and read in another precision."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+import types
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,20 +15,28 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from flexjag import masks as m
 from flexjag import scores as s
-from flexjag.errors import FlexjagError, MaskError, ScoreError, explain_values
+from flexjag.errors import MaskError, ScoreError, explain_values
+from flexjag.nodes import Node, NodeKind, held_tensors, replaced, walk
+
+Place = tuple[Tensor, Tensor, Tensor, Tensor]
+"""The b, h, i and j of a query and a key that exist, 0-d int32 each: what functions are tried on."""
 
 
 class _Watch(TorchFunctionMode):
-    """Sees every tensor that torch functions are given, and tells apart those they made themselves."""
+    """Sees every tensor that torch functions are given, and tells apart arguments and what they made themselves."""
 
-    def __init__(self) -> None:
+    def __init__(self, args: Sequence[Tensor]) -> None:
         super().__init__()
+        self.args = {id(x) for x in args}
+        self.used: set[int] = set()
         self.made: dict[int, Tensor] = {}
         self.given: dict[int, Tensor] = {}  # the values keep the ids from being reused
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         for x in tree_leaves((args, kwargs or {})):
-            if isinstance(x, Tensor) and id(x) not in self.made:
+            if id(x) in self.args:
+                self.used.add(id(x))
+            elif isinstance(x, Tensor) and id(x) not in self.made:
                 self.given[id(x)] = x
         out = func(*args, **(kwargs or {}))
         self.made.update({id(x): x for x in tree_leaves(out) if isinstance(x, Tensor)})
@@ -40,76 +52,217 @@ class Substitute(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         args, kwargs = tree_map(lambda x: self.new.get(id(x), x), (args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+class _ReadWide(TorchFunctionMode):
+    """Torch functions that are given a half-precision tensor that learns get it in `dtype` instead."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        args, kwargs = tree_map(lambda x: widened(x, self.dtype) if isinstance(x, Tensor) else x, (args, kwargs or {}))
         return func(*args, **kwargs)
 
 
-def depends_on_head(mask: m.Mask, device: torch.device) -> bool:
+def widened(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor that learns in at least `dtype`; others as they are, which they are read as soon as they are used."""
+    if not x.requires_grad or not x.dtype.is_floating_point:
+        return x
+    return x.to(torch.promote_types(x.dtype, dtype))
+
+
+class _Wide:
+    """A function that reads what it learns in another precision."""
+
+    def __init__(self, func: Callable[..., Tensor], dtype: torch.dtype) -> None:
+        self.func, self.dtype = func, dtype
+        self.__name__ = getattr(func, "__name__", type(func).__name__)
+
+    def __call__(self, *args: Tensor) -> Tensor:
+        with _ReadWide(self.dtype):
+            return self.func(*args)
+
+
+def learning_in(node: NodeKind, dtype: torch.dtype, place: Place | None) -> NodeKind:
+    """The node with all that it learns read in at least `dtype`, so that gradients add up in it and are rounded once.
+
+    Args:
+        node: A score or a normalizer.
+        dtype: What scores are computed in.
+        place: Where its functions may be tried; None if nowhere, as in a graph.
+    """
+    if not torch.is_grad_enabled():
+        return node
+
+    def leaf(x: Any) -> Any:
+        if isinstance(x, Tensor):
+            return widened(x, dtype)
+        known = place is not None and all(widened(t, dtype) is t for t in _try(x, dtype, place).given.values())
+        return x if known else _Wide(x, dtype)
+
+    return replaced(node, leaf)
+
+
+def frozen(
+    node: NodeKind, tensors: Callable[[Tensor], Tensor] = lambda x: x, with_globals: bool = False
+) -> NodeKind:
+    """The node as it is now: the names in its functions are bound to what they mean at this moment.
+
+    Otherwise a backward, which evaluates them again, would see what they mean by then, as in a loop that makes
+    ``lambda s, b, h, i, j: s * c`` for one c after the other.
+
+    Args:
+        node: A mask or a score.
+        tensors: What to hold in place of each tensor in its fields and closures.
+        with_globals: Bind global names as well, not only those of closures. TorchDynamo cannot trace such functions.
+    """
+    memo: dict[int, Any] = {}
+
+    def leaf(x: Any) -> Any:
+        if id(x) not in memo:
+            memo[id(x)] = x  # what a function that calls itself finds
+            memo[id(x)] = tensors(x) if isinstance(x, Tensor) else _rebound(x, leaf, with_globals)
+        return memo[id(x)]
+
+    return replaced(node, leaf)
+
+
+def global_names(code: types.CodeType) -> Iterator[str]:
+    """The names that a function's code, and the code of functions in it, may look up in its module."""
+    yield from code.co_names
+    for x in code.co_consts:
+        if isinstance(x, types.CodeType):
+            yield from global_names(x)
+
+
+def _rebound(x: Any, leaf: Callable[[Any], Any], with_globals: bool) -> Any:
+    """A function or partial with `leaf` of all that it is bound to; anything else as it is."""
+    if isinstance(x, functools.partial):
+        keywords = {name: leaf(y) for name, y in x.keywords.items()}
+        return functools.partial(leaf(x.func), *(leaf(y) for y in x.args), **keywords)
+    if not isinstance(x, types.FunctionType):
+        return x
+    space = x.__globals__
+    if with_globals:
+        space = {name: space[name] for name in (*global_names(x.__code__), "__builtins__") if name in space}
+        mine = {name: y for name, y in space.items() if getattr(y, "__module__", None) == x.__module__}
+        space |= {name: leaf(y) for name, y in mine.items() if isinstance(y, types.FunctionType)}
+    elif not x.__closure__:
+        return x
+    cells = tuple(_rebound_cell(c, leaf) for c in x.__closure__ or ())
+    twin = types.FunctionType(x.__code__, space, x.__name__, x.__defaults__, cells)
+    twin.__kwdefaults__, twin.__qualname__, twin.__module__ = x.__kwdefaults__, x.__qualname__, x.__module__
+    return twin
+
+
+def _rebound_cell(cell: types.CellType, leaf: Callable[[Any], Any]) -> types.CellType:
+    try:
+        return types.CellType(leaf(cell.cell_contents))
+    except ValueError:  # a name without a value yet
+        return cell
+
+
+def _try(fn: Callable[..., Tensor], dtype: torch.dtype | None, place: Place) -> _Watch:
+    """What a mask's function reads, or with a dtype a score's, called once."""
+    args = place if dtype is None else (torch.zeros((), dtype=dtype, device=place[0].device), *place)
+    with _Watch(args) as watch:
+        fn(*args)
+    return watch
+
+
+def captured(node: Node | None, dtype: torch.dtype, place: Place | None) -> list[Tensor]:
+    """Every tensor that a mask or a score reads, its functions included, which are called once and watched."""
+    if node is None:
+        return []
+    found = {id(x): x for x in held_tensors(node)}
+    for one in walk(node):
+        if place is not None and isinstance(one, (m.MaskMod, s.ScoreMod)):
+            found.update(_try(one.fn, dtype if isinstance(one, s.ScoreMod) else None, place).given)
+    return list(found.values())
+
+
+def learned_tensors(score: s.Score | None, dtype: torch.dtype, place: Place | None) -> list[Tensor]:
+    """The tensors of a score that need gradients, its functions' included. Empty when gradients are off."""
+    if not torch.is_grad_enabled():
+        return []
+    return [x for x in captured(score, dtype, place) if x.requires_grad]
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """What a mask's functions read when it was made.
+
+    Attributes:
+        tensors: Tensors, and how often each had been written to.
+        names: Modules' names, and what they meant.
+    """
+
+    tensors: list[tuple[Tensor, int]]
+    names: list[tuple[dict[str, Any], str, Any]]
+
+    @staticmethod
+    def of(mask: m.Mask, place: Place | None) -> Reading:
+        """Functions are called once. Inference tensors are left out: nothing counts their writes."""
+        functions = [one.fn for one in walk(mask) if isinstance(one, m.MaskMod)]
+        tensors = [x for fn in functions for x in (() if place is None else _try(fn, None, place).given.values())]
+        plain = [fn for fn in functions if isinstance(fn, types.FunctionType)]
+        names = [(fn.__globals__, name) for fn in plain for name in global_names(fn.__code__) if name in fn.__globals__]
+        return Reading(
+            [(x, x._version) for x in tensors if not x.is_inference()], [(g, name, g[name]) for g, name in names]
+        )
+
+    def change(self) -> str | None:
+        """What was written to or bound anew since, or None."""
+        for x, count in self.tensors:
+            if x._version != count:
+                return f"a tensor {list(x.shape)} was written to"
+        return next((f"{name} was bound anew" for g, name, x in self.names if g.get(name) is not x), None)
+
+
+def depends_on_head(mask: m.Mask, place: Place) -> bool:
     """Whether a user's predicate in the mask looks at its `h`, found by calling it once and watching."""
-    match mask:
-        case m.And() | m.Or():
-            return depends_on_head(mask.left, device) or depends_on_head(mask.right, device)
-        case m.Not():
-            return depends_on_head(mask.mask, device)
-        case m.MaskMod():
-            zero = [torch.zeros((), dtype=torch.int32, device=device) for _ in range(4)]
-            with _Watch() as watch:
-                mask.fn(*zero)
-            return id(zero[1]) in watch.given
-        case _:
-            return not type(mask).__module__.startswith("flexjag.")  # a user's node may look at it
+    for one in walk(mask):
+        if isinstance(one, m.MaskMod):
+            if id(place[1]) in _try(one.fn, None, place).used:
+                return True
+        elif not type(one).__module__.startswith("flexjag."):  # a user's node may look at it
+            return True
+    return False
 
 
-def check_functions(mask: m.Mask, score: s.Score | None, device: torch.device) -> None:
-    """Call every user's function once, as a backend will, to tell mistakes in it by its name.
+def check_functions(node: m.Mask | s.Score, place: Place | None) -> None:
+    """Call every user's function in a mask or score once, as a backend will, to tell mistakes in it by its name.
+
+    Args:
+        node: The mask or the score.
+        place: Where; nothing is called without one.
 
     Raises:
         MaskError: If a mask's function fails or does not return one bool.
         ScoreError: If a score's function fails or does not return one float.
     """
-    zero, one = torch.zeros(1, dtype=torch.int32, device=device), torch.zeros(1, device=device)
-    found: list[tuple[type[FlexjagError], Callable[..., Tensor], tuple[Tensor, ...], str]] = []
-    found += [(MaskError, fn, (zero,) * 4, "(b, h, q_pos, kv_pos) -> bool") for fn in _functions(mask)]
-    for part in s.parts(score):
-        if isinstance(part, s.ScoreMod):
-            found.append((ScoreError, part.fn, (one, *(zero,) * 4), "(score, b, h, q_pos, kv_pos) -> float"))
-    for error, fn, args, signature in found:
-        name = getattr(fn, "__name__", type(fn).__name__)
-        rule = f"{name} must be {signature} in tensor operations: & | ~ and torch.where, not and, or, not, if"
-        try:
-            out = torch.vmap(fn)(*args)
-        except (RuntimeError, ValueError, TypeError, IndexError) as reason:
-            raise error(explain_values("fn", rule, error=str(reason).split("\n")[0])) from reason
-        if (out.dtype == torch.bool) != (error is MaskError) or out.shape != (1,):
-            raise error(explain_values("fn", rule, dtype=out.dtype, shape=tuple(out.shape[1:])))
+    if place is None:
+        return
+    at = tuple(x.reshape(1) for x in place)
+    for one in walk(node):
+        if isinstance(one, m.MaskMod):
+            _check(MaskError, one.fn, at, "(b, h, q_pos, kv_pos) -> bool")
+        elif isinstance(one, s.ScoreMod):
+            score = torch.zeros(1, device=at[0].device)
+            _check(ScoreError, one.fn, (score, *at), "(score, b, h, q_pos, kv_pos) -> float")
 
 
-def _functions(mask: m.Mask) -> list[Callable[..., Tensor]]:
-    match mask:
-        case m.MaskMod():
-            return [mask.fn]
-        case m.And() | m.Or():
-            return _functions(mask.left) + _functions(mask.right)
-        case m.Not():
-            return _functions(mask.mask)
-        case m.PerHead():
-            return [fn for one in mask.masks for fn in _functions(one)]
-        case _:
-            return []
-
-
-def learned_tensors(score: s.Score | None, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    """The tensors of a score that need gradients, including those a user's function closes over.
-
-    Each function is called once, on one score, and watched. Empty when gradients are off.
-    """
-    found: dict[int, Tensor] = {}
-    if score is None or not torch.is_grad_enabled():
-        return []
-    for node in s.parts(score):
-        if isinstance(node, s.ScoreMod):
-            zero = [torch.zeros((), dtype=torch.int32, device=device) for _ in range(4)]
-            with _Watch() as watch:
-                node.fn(torch.zeros((), dtype=dtype, device=device), *zero)
-            found.update(watch.given)
-    found.update({id(x): x for x in s.tensors(score)})
-    return [x for x in found.values() if x.requires_grad]
+def _check(error: type[ValueError], fn: Callable[..., Any], args: tuple[Tensor, ...], signature: str) -> None:
+    name = getattr(fn, "__name__", type(fn).__name__)
+    rule = f"{name} must be {signature} in tensor operations: & | ~ and torch.where, not and, or, not, if"
+    try:
+        out = torch.vmap(fn)(*args)
+    except (RuntimeError, ValueError, TypeError, IndexError) as reason:
+        raise error(explain_values("fn", rule, error=str(reason).split("\n")[0])) from reason
+    if not isinstance(out, Tensor):
+        raise error(explain_values("fn", rule, type=type(out).__name__))
+    if (out.dtype == torch.bool) != (error is MaskError) or out.shape != (1,):
+        raise error(explain_values("fn", rule, dtype=out.dtype, shape=tuple(out.shape[1:])))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from flexjag.errors import AmbiguousMaskError, MaskError, explain_values
-from flexjag.nodes import Node, check_tensor, node
+from flexjag.nodes import Node, check_tensor, is_integer, node, saturated
 
 Bound = int | Tensor
 Align = Literal["start", "end"]
@@ -52,7 +52,7 @@ def _check_mask(other: object, operator: str) -> Mask:
 
 def _check_bound(name: str, value: object, minimum: int) -> None:
     if isinstance(value, Tensor):
-        if value.ndim != 1 or value.dtype.is_floating_point or value.dtype == torch.bool:
+        if value.ndim != 1 or not is_integer(value):
             raise MaskError(
                 explain_values(
                     name,
@@ -61,8 +61,10 @@ def _check_bound(name: str, value: object, minimum: int) -> None:
                     dtype=value.dtype,
                 )
             )
-        if value.device.type == "cpu" and not torch.compiler.is_compiling() and bool((value < minimum).any()):
-            raise MaskError(explain_values(name, f"must be at least {minimum} everywhere", least=int(value.min())))
+        if value.device.type == "cpu" and not torch.compiler.is_compiling():
+            least = int(saturated(value).min()) if value.shape[0] else minimum
+            if least < minimum:
+                raise MaskError(explain_values(name, f"must be at least {minimum} everywhere", least=least))
     elif not isinstance(value, int) or isinstance(value, bool):
         raise MaskError(explain_values(name, "must be an int or a per-segment integer tensor", value=value))
     elif value < minimum:
@@ -185,7 +187,7 @@ class Rows(Mask):
     def __post_init__(self) -> None:
         check_tensor(MaskError, "lo", self.lo)
         check_tensor(MaskError, "hi", self.hi)
-        floating = self.lo.dtype.is_floating_point or self.hi.dtype.is_floating_point
+        floating = not all(is_integer(x) for x in (self.lo, self.hi))
         if (
             self.lo.shape != self.hi.shape
             or self.lo.ndim not in (1, 2)
@@ -208,7 +210,7 @@ class SameGroup(Mask):
     """Keys whose id equals the query's: a document inside a segment, a round, a window, a bucket.
 
     Args:
-        ids: ``[T_q]`` integers per packed query token.
+        ids: ``[T_q]`` integers (or bools) per packed query token.
         kv_ids: ``[T_kv]`` per packed key token, when keys are not the queries' tokens.
     """
 
@@ -220,10 +222,15 @@ class SameGroup(Mask):
             if ids is None:
                 continue
             check_tensor(MaskError, name, ids)
-            if ids.ndim != 1 or ids.dtype.is_floating_point:
+            if ids.ndim != 1 or ids.dtype.is_floating_point or ids.dtype.is_complex:
                 raise MaskError(
-                    explain_values(name, "must be a 1-D integer tensor", shape=tuple(ids.shape), dtype=ids.dtype)
+                    explain_values(
+                        name, "must be a 1-D integer or bool tensor", shape=tuple(ids.shape), dtype=ids.dtype
+                    )
                 )
+        if self.kv_ids is not None and (self.ids.dtype == torch.uint64) != (self.kv_ids.dtype == torch.uint64):
+            rule = "must both be uint64 or neither, as no integer type holds the values of both"
+            raise MaskError(explain_values("ids, kv_ids", rule, ids=self.ids.dtype, kv_ids=self.kv_ids.dtype))
 
 
 @node

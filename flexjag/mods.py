@@ -37,8 +37,8 @@ class RowTables:
     """The per-query-row tensors that mods read, padded to a tile multiple where kernels round up.
 
     Attributes:
-        segment: ``[T']`` int32, the batch index `b` that user functions see.
-        q_pos: ``[T']`` int32.
+        segment: ``[T']`` int32, the batch index `b` that user functions see; of a row without keys, another row's.
+        q_pos: ``[T']`` int32, likewise.
         kv_start: ``[T']`` int32.
         kv_last: ``[T']`` int32, local position of the segment's last key (at least 0).
         shift: ``[T']`` int32, ``kv_start + q_pos``: ``kv - shift[q]`` is the relative position.
@@ -70,18 +70,25 @@ class RowTables:
 def row_tables(layout: Layout, block: int) -> RowTables:
     """The tables of a layout.
 
+    Rows without keys, the spare ones among them, are given the segment and position of one that has some: what users'
+    functions are told must exist.
+
     A GPU's kernels round the query rows up to a tile, so everything per row is padded to one. FlexAttention's CPU
     kernels never read past T, so there nothing is padded and one size symbol serves all.
     """
-    segment, q_pos = layout.q_segment, layout.q_pos
-    if layout.has_spare:  # spare rows belong to no segment; what user functions are told must still be in range
-        spare = segment >= layout.num_segments
-        segment, q_pos = segment.masked_fill(spare, 0), q_pos.masked_fill(spare, 0)
-    last = (layout.kv_length() - 1).clamp(min=0)
-    columns = (segment, q_pos, layout.kv_start, last, layout.kv_start + q_pos)
+    keys, zero = layout.kv_length(), layout.q_pos.new_zeros(1)
+    rows = blocks(layout.num_q, block) * block if layout.on_gpu else layout.num_q
+    some = torch.cat([keys, zero]).argmax(0, keepdim=True)
+
+    def existing(x: Tensor) -> Tensor:
+        known = torch.cat([x, zero]).index_select(0, some)
+        x = torch.where(keys > 0, x, known)
+        return fence(torch.cat([x, known.expand(rows - layout.num_q)])) if layout.on_gpu else x
+
+    others = layout.kv_start, (keys - 1).clamp(min=0), layout.kv_start + layout.q_pos
     if layout.on_gpu:
-        columns = (_pad_rows(x, blocks(layout.num_q, block) * block) for x in columns)
-    return RowTables(*columns, rounded=layout.on_gpu)
+        others = (_pad_rows(x, rows) for x in others)
+    return RowTables(existing(layout.q_segment), existing(layout.q_pos), *others, rounded=layout.on_gpu)
 
 
 def _pad_rows(x: Tensor, rows: int) -> Tensor:

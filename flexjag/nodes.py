@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable, Iterator
 from dataclasses import Field, dataclass, fields, is_dataclass
 from typing import Any, TypeVar, dataclass_transform
 
+import torch
 from torch import Tensor
 
 from flexjag.errors import explain_values
@@ -30,6 +33,19 @@ def check_tensor(error: type[ValueError], name: str, given: object, hint: str = 
     """
     if not isinstance(given, Tensor):
         raise error(explain_values(name, f"must be a tensor{hint}", **{name: given}))
+
+
+def is_integer(x: Tensor) -> bool:
+    """Whether a tensor holds integers, of any width and sign; bools are none."""
+    return not (x.dtype.is_floating_point or x.dtype.is_complex or x.dtype == torch.bool)
+
+
+def saturated(integers: Tensor) -> Tensor:
+    """Integers of any dtype as int64; what only uint64 can hold becomes the largest."""
+    if integers.dtype != torch.uint64:
+        return integers.to(torch.int64)
+    signed = integers.view(torch.int64)
+    return torch.where(signed < 0, torch.iinfo(torch.int64).max, signed)
 
 
 def check_node(error: type[ValueError], kind: type[NodeKind], given: object) -> NodeKind:
@@ -84,6 +100,50 @@ class Node:
                 text = repr(value)
             parts.append(f"align={text}" if f.name == "align" else text)
         return f"{type(self).__name__}({', '.join(parts)})"
+
+
+def walk(node: Node) -> Iterator[Node]:
+    """The node and all nodes in its fields, depth first."""
+    yield node
+    for f in _fields(node):
+        value = getattr(node, f.name)
+        for x in value if isinstance(value, tuple) else (value,):  # pyright: ignore[reportUnknownVariableType]
+            if isinstance(x, Node):
+                yield from walk(x)
+
+
+def held_tensors(node: Node) -> list[Tensor]:
+    """The tensors in the fields of the node and of its nodes."""
+    values = (getattr(one, f.name) for one in walk(node) for f in _fields(one))
+    return [x for x in values if isinstance(x, Tensor)]
+
+
+def replaced(node: NodeKind, leaf: Callable[[Any], Any]) -> NodeKind:
+    """The node with every tensor and function in it, and in its nodes, replaced by `leaf` of it.
+
+    The node itself if nothing changes. Nothing is checked again: `leaf` must keep shapes, dtypes and devices or widen.
+    """
+    changed: dict[str, Any] = {}
+    for f in _fields(node):
+        old = getattr(node, f.name)
+        new = _replaced(old, leaf)
+        if new is not old:
+            changed[f.name] = new
+    if not changed:
+        return node
+    twin = copy.copy(node)
+    for name, value in changed.items():
+        object.__setattr__(twin, name, value)  # a user's node may have an __init__ of its own
+    return twin
+
+
+def _replaced(value: Any, leaf: Callable[[Any], Any]) -> Any:
+    if isinstance(value, Node):
+        return replaced(value, leaf)
+    if isinstance(value, tuple):
+        new = tuple(_replaced(x, leaf) for x in value)  # pyright: ignore[reportUnknownVariableType]
+        return new if any(x is not y for x, y in zip(new, value, strict=True)) else value  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
+    return leaf(value) if isinstance(value, Tensor) or callable(value) else value
 
 
 def _structure(value: Any) -> Any:

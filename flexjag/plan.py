@@ -2,184 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from flexjag import choice, functions, mods, viz
+from flexjag import choice, functions, mods
 from flexjag import masks as m
 from flexjag import scores as s
-from flexjag.errors import MaskError, PlanError, ScoreError, ShapeError, assert_on_device, explain_values
-from flexjag.explain import explain
+from flexjag.errors import assert_on_device
 from flexjag.jagged import Jagged, mark_varying
 from flexjag.layout import Layout, blocks, build_layout
-from flexjag.nodes import check_node
+from flexjag.nodes import walk
 from flexjag.normalizers import Normalizer, Softmax
+from flexjag.recipe import Notes, Plan, check_arguments, check_score, place_in
 from flexjag.spans import Sandwich, Spans, sandwich
-from flexjag.tiles import TileList, Tiles, block_mask, build_tables, list_tiles, refine
+from flexjag.tiles import TileList, Tiles, build_tables, list_tiles, refine
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-    from torch.nn.attention.flex_attention import BlockMask
+__all__ = ["Plan", "plan"]
 
 REFINE_LIMIT = 2**26  # predicate evaluations that refining may cost when nobody asked for it
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Plan:
-    """What every layer of a model needs to attend over one batch. Made by :func:`plan`.
-
-    Attributes:
-        layout: Where the tokens sit.
-        mask: The mask as given.
-        score: The score as given, or None.
-        normalizer: The normalizer.
-        block_size: Tile size.
-        sandwiches: The mask's spans, one entry per distinct head mask.
-        head_of: ``[H]`` int32, which entry each query head uses; None if there is one for all.
-        tables: Per-row tensors that the mods read.
-        kernel_masks: What a kernel tests, one per sandwich, padded like `tables`.
-        kernel_score: The score, padded likewise.
-        made_tiles: Tile lists and tables; None in an outline, which only some backends can run.
-        max_length: The bound that was given, or None.
-        sample: ``(H, D, dtype, grad)`` of the q that was planned for, if it had heads.
-    """
-
-    layout: Layout
-    mask: m.Mask
-    score: s.Score | None
-    normalizer: Normalizer
-    block_size: int
-    sandwiches: tuple[Sandwich, ...]
-    head_of: Tensor | None
-    tables: mods.RowTables
-    kernel_masks: tuple[m.Mask, ...]
-    kernel_score: s.Score | None
-    made_tiles: Tiles | None
-    max_length: int | None
-    sample: tuple[int, int, torch.dtype, bool] | None
-
-    @property
-    def tiles(self) -> Tiles:
-        """Tile lists and tables."""
-        assert self.made_tiles is not None, "an outline never leaves attention()"
-        return self.made_tiles
-
-    @property
-    def mask_mod(self) -> Callable[..., Tensor]:
-        """FlexAttention's ``mask_mod(b, h, q_idx, kv_idx)`` on packed indices, isolation included."""
-        return mods.mask_mod(self.kernel_masks, self.head_of, self.tables, self.layout)
-
-    @property
-    def score_mod(self) -> Callable[..., Tensor] | None:
-        """FlexAttention's ``score_mod(score, b, h, q_idx, kv_idx)`` on packed indices, or None."""
-        return mods.score_mod(self.kernel_score, self.tables)
-
-    @property
-    def block_mask(self) -> BlockMask:
-        """FlexAttention's BlockMask; with `score_mod`, all that ``flex_attention`` needs.
-
-        >>> x = Jagged.from_lengths(torch.zeros(300, 1, 16), [100, 200])
-        >>> plan(x, mask=m.Causal()).block_mask.shape
-        (1, 1, 300, 300)
-        """
-        return block_mask(self.tiles, self.mask_mod, self.layout.num_q, self.layout.num_kv, self.block_size)
-
-    @property
-    def exact(self) -> bool:
-        """Whether the mask is exactly its spans, so that no predicate is left to evaluate."""
-        return all(x.exact for x in self.sandwiches)
-
-    @property
-    def num_tiles(self) -> int:
-        """Non-empty tiles, all heads' masks united. Reads the device."""
-        return int(self.tiles.all_heads.live.sum())
-
-    @property
-    def num_full(self) -> int:
-        """Tiles that need no masking, all heads' masks united. Reads the device."""
-        return int(self.tiles.all_heads.full.sum())
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Tile rows and tile columns of the packed score matrix."""
-        return blocks(self.layout.num_q, self.block_size), blocks(self.layout.num_kv, self.block_size)
-
-    @property
-    def density(self) -> float:
-        """The share of the packed T_q × T_kv score matrix that lies in non-empty tiles."""
-        rows, cols = self.grid
-        return self.num_tiles / (rows * cols) if self.layout.num_q and self.layout.num_kv else 0.0
-
-    @property
-    def flops(self) -> int:
-        """Floating-point operations of one forward over the non-empty tiles: ``4·tiles·block²·H·D``.
-
-        Raises:
-            PlanError: If the plan was made from values without heads ``[T, H, D]``.
-        """
-        if self.sample is None:
-            raise PlanError(
-                explain_values("q", "FLOPs need a plan made from values of shape [T, H, D], to know H and D")
-            )
-        heads, dim = self.sample[:2]
-        return 4 * self.num_tiles * self.block_size**2 * heads * dim
-
-    @property
-    def backend(self) -> str:
-        """What ``backend="auto"`` takes for the q that was planned for."""
-        return choice.choose(self.case())[0]
-
-    def case(self, **known: object) -> choice.Case:
-        """The plan as backends' rules see it, with what the caller knows besides."""
-        if not known and self.sample is not None:
-            heads, dim, dtype, grad = self.sample
-            known = {"dtype": dtype, "grad": grad, "dims": (heads, heads, dim, dim)}
-        known["block_size"] = self.block_size
-        return choice.Case(self.layout, self.mask, self.score, self.normalizer, **known)  # type: ignore[arg-type]
-
-    def to_dense(self, heads: int | None = None) -> Tensor:
-        """The mask as bool ``[T_q, T_kv]``, or ``[H, T_q, T_kv]`` if `heads` is given. For tests and pictures.
-
-        Args:
-            heads: H. Needed if the mask depends on the head.
-        """
-        device = self.layout.device
-        if heads is None and self.head_of is not None:
-            heads = self.head_of.shape[0]
-        q = torch.arange(self.layout.num_q, device=device)[:, None]
-        kv = torch.arange(self.layout.num_kv, device=device)[None]
-        h = torch.arange(heads or 1, device=device)[:, None, None]
-        if not q.numel() or not kv.numel():
-            dense = torch.zeros(heads or 1, q.shape[0], kv.shape[1], dtype=torch.bool, device=device)
-        else:
-            shape = (heads or 1, q.shape[0], kv.shape[1])
-            dense = self.mask_mod(h.new_zeros(()), h, q[None], kv[None]).expand(shape)
-        return dense if heads is not None else dense[0]
-
-    def explain(self) -> str:
-        """What was decided and why, for people: backend, tiles, FLOPs, bytes."""
-        return explain(self)
-
-    def show(self, head: int = 0) -> Figure:
-        """A picture of the tiles and segments, as a matplotlib Figure.
-
-        Args:
-            head: Which head to draw, if the mask depends on the head.
-        """
-        return viz.draw_plan(self, head)
-
-    def _repr_html_(self) -> str:
-        return viz.to_html(self)
-
-    def __repr__(self) -> str:
-        return (
-            f"Plan({self.mask!r}, score={self.score!r}, segments={self.layout.num_segments}, "
-            f"tokens={self.layout.num_q}x{self.layout.num_kv}, block_size={self.block_size})"
-        )
 
 
 def _head_masks(mask: m.Mask) -> tuple[list[m.Mask], list[int] | None]:
@@ -232,6 +74,8 @@ def plan(
         q: The query batch. Only its layout is used, so ``[T]`` token ids do as well as ``[T, H, D]``.
         k: The key/value batch, if its offsets differ from q's (cross- and target attention).
         mask: Default :class:`~flexjag.masks.Full`. Isolation between segments is always on.
+            A plan holds the mask as it was made: tensors in it and in its functions' closures are copied, and if one
+            that a function reads elsewhere is written to later, using the plan is an error.
         score: Default none. It is kept, not copied: a plan made once sees a parameter's later values.
         normalizer: Default :class:`~flexjag.normalizers.Softmax`.
         block_size: Tile size, a power of two of at least 16; 128 is what GPU kernels like.
@@ -277,12 +121,18 @@ def outline(
     """The part of :func:`plan` that is linear in the tokens: everything but the tiles."""
     mask = m.Full() if mask is None else mask
     normalizer = Softmax() if normalizer is None else normalizer
-    _check_plan(mask, score, normalizer, block_size, max_length)
+    check_arguments(mask, score, normalizer, block_size, max_length)
     layout = build_layout(q, q if k is None else k, max_tokens=max_tokens, max_length=max_length, validate=validate)
     choice.check_normalizer(layout, mask, normalizer, lse=False, remainder=False)
-    s.check_tokens(score, layout.num_q, layout.num_kv)
+    tables = mods.row_tables(layout, block_size)
+    check_score(score, layout, tables)
+    reading = functions.Reading([], [])
     if not torch.compiler.is_compiling():
-        functions.check_functions(mask, score, layout.device)
+        mask = functions.frozen(mask, torch.clone)
+        if any(isinstance(x, m.MaskMod) for x in walk(mask)):
+            place = place_in(layout, tables)
+            functions.check_functions(mask, place)
+            reading = functions.Reading.of(mask, place)
     head_masks, head_of = _head_masks(mask)
     heads = None
     if head_of is not None:  # filled on the device: uploading a list would wait for it
@@ -292,7 +142,6 @@ def outline(
         grad = q.values.requires_grad and torch.is_grad_enabled()
         sample = (q.values.shape[1], q.values.shape[2], q.values.dtype, grad)
     sandwiches = tuple(sandwich(one, layout) for one in head_masks)
-    tables = mods.row_tables(layout, block_size)
     return Plan(
         layout=layout,
         mask=mask,
@@ -306,6 +155,8 @@ def outline(
         kernel_score=None if score is None else mods.rounded(score, tables),
         made_tiles=None,
         max_length=max_length,
+        reading=reading,
+        notes=Notes(),
         sample=sample,
     )
 
@@ -370,20 +221,6 @@ def _mark_mask(mask: m.Mask | None) -> None:
                 mark_varying(x, x.ndim - 1)
 
 
-def _check_plan(mask: object, score: object, normalizer: object, block_size: int, max_length: int | None) -> None:
-    mask = check_node(MaskError, m.Mask, mask)
-    score = None if score is None else check_node(ScoreError, s.Score, score)
-    if not isinstance(normalizer, Normalizer):
-        raise PlanError(explain_values("normalizer", "must be a flexjag normalizer", normalizer=normalizer))
-    if not isinstance(block_size, int) or block_size < 16 or block_size & (block_size - 1):
-        raise PlanError(explain_values("block_size", "must be a power of two of at least 16", block_size=block_size))
-    if max_length is not None and (not isinstance(max_length, int) or max_length < 0):
-        raise PlanError(explain_values("max_length", "must be an int of at least 0", max_length=max_length))
-    heads = {h for h in (m.num_mask_heads(mask), s.num_score_heads(score)) if h is not None}
-    if len(heads) > 1:
-        raise ShapeError(explain_values("mask, score", "must agree on the number of heads", heads=sorted(heads)))
-
-
 def _refined(
     tiles: TileList, x: Sandwich, tables: mods.RowTables, layout: Layout, block: int, wanted: bool | None
 ) -> TileList:
@@ -391,7 +228,8 @@ def _refined(
         return tiles
     if wanted is None and tiles.row.shape[0] * block**2 > REFINE_LIMIT:
         return tiles
-    if x.rest is None or functions.depends_on_head(x.rest, layout.device):
+    place = place_in(layout, tables)
+    if x.rest is None or place is None or functions.depends_on_head(x.rest, place):
         return tiles  # one list of tiles has to do for all heads
     test = mods.mask_mod((mods.kernel_mask(x, tables),), None, tables, layout)
     zero = torch.zeros((), dtype=torch.int32, device=layout.device)

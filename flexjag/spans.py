@@ -15,7 +15,7 @@ from flexjag import masks as m
 from flexjag.dispatch import Interpretation
 from flexjag.errors import MaskError, explain_values
 from flexjag.layout import INT32_MAX, Layout
-from flexjag.nodes import node
+from flexjag.nodes import node, saturated
 
 MAX_SPANS = 8
 
@@ -149,7 +149,7 @@ def _exact(layout: Layout, lo: Tensor, hi: Tensor) -> Sandwich:
 
 def _bound(value: m.Bound, layout: Layout, name: str) -> Tensor | int:
     if isinstance(value, int):
-        return value
+        return min(value, INT32_MAX)
     if value.shape[0] != layout.num_segments or value.device != layout.device:
         raise MaskError(
             explain_values(
@@ -160,7 +160,7 @@ def _bound(value: m.Bound, layout: Layout, name: str) -> Tensor | int:
                 device=str(value.device),
             )
         )
-    return layout.per_row(value.clamp(max=INT32_MAX).to(torch.int32))
+    return layout.per_row(saturated(value).clamp(max=INT32_MAX).to(torch.int32))
 
 
 def _diagonal(layout: Layout, align: m.Align) -> Tensor:
@@ -229,8 +229,9 @@ def _(mask: m.Rows, layout: Layout) -> Sandwich:
     _check_rows("lo", mask.lo, layout.num_q, layout)
     lo, hi = (x if x.ndim == 2 else x[None] for x in (mask.lo, mask.hi))
     low, high = layout.kv_start.long(), layout.kv_end.long()
-    lo = (lo.long().clamp(-INT32_MAX, INT32_MAX) + low).clamp(min=low, max=high).to(torch.int32)
-    hi = (hi.long().clamp(-INT32_MAX, INT32_MAX) + low).clamp(min=low, max=high).to(torch.int32)
+    lo, hi = (
+        (saturated(x).clamp(-INT32_MAX, INT32_MAX) + low).clamp(min=low, max=high).to(torch.int32) for x in (lo, hi)
+    )
     outer, cut = _canonical(lo, hi, widen=True)
     outer = _clip(outer, layout.kv_start, layout.kv_end)
     if not cut:
@@ -271,12 +272,21 @@ def _(mask: m.Dense, layout: Layout) -> Sandwich:
     return Sandwich(_nothing(layout), outer, DenseRows(packed, base.int() if packed.shape[0] <= INT32_MAX else base))
 
 
+def _comparable(ids: Tensor) -> Tensor:
+    """Ids as int32 or int64, equal where they were: unsigned 64-bit ones by their bits."""
+    if ids.dtype in (torch.int32, torch.int64):
+        return ids
+    return ids.view(torch.int64) if ids.dtype == torch.uint64 else ids.to(torch.int64)
+
+
 @sandwich.register(m.SameGroup)
 def _(mask: m.SameGroup, layout: Layout) -> Sandwich:
     """Outer: first to last key of the group. Inner: the same where the group has no gap."""
     _check_rows("ids", mask.ids, layout.num_q, layout)
-    kv_ids = mask.ids if mask.kv_ids is None else mask.kv_ids
+    ids, kv_ids = _comparable(mask.ids), _comparable(mask.ids if mask.kv_ids is None else mask.kv_ids)
     _check_rows("kv_ids" if mask.kv_ids is not None else "ids", kv_ids, layout.num_kv, layout)
+    if ids is not mask.ids or (mask.kv_ids is not None and kv_ids is not mask.kv_ids):
+        mask = m.SameGroup(ids, None if mask.kv_ids is None else kv_ids)
     by_id = torch.argsort(kv_ids, stable=True)
     order = by_id[torch.argsort(layout.kv_segment[by_id], stable=True)]  # by segment, then id, then index
     # Ids are replaced by their rank so that (segment, rank) fits one sortable number.
@@ -284,8 +294,8 @@ def _(mask: m.SameGroup, layout: Layout) -> Sandwich:
     span = layout.num_kv + 2
     rank = torch.searchsorted(values, kv_ids[order].contiguous())
     key = layout.kv_segment[order].long() * span + rank
-    q_rank = torch.searchsorted(values, mask.ids.to(values.dtype).contiguous())
-    here = values[q_rank.clamp(max=max(layout.num_kv - 1, 0))] == mask.ids if layout.num_kv else q_rank > 0
+    q_rank = torch.searchsorted(values, ids.contiguous())
+    here = values[q_rank.clamp(max=max(layout.num_kv - 1, 0))] == ids if layout.num_kv else q_rank > 0
     q_key = layout.q_segment.long() * span + torch.where(here, q_rank, layout.num_kv + 1)
     first = torch.searchsorted(key, q_key)
     last = torch.searchsorted(key, q_key, right=True)

@@ -138,16 +138,18 @@ def test_packed_matrices_must_fill_the_segments() -> None:
         fj.plan(jagged(LENGTHS), mask=Dense.from_list([MATRIX])).mask_mod  # noqa: B018
 
 
+PLACE = (torch.tensor(0), torch.tensor(0), torch.tensor(0), torch.tensor(0))
+
+
 def test_depends_on_head() -> None:
-    cpu = torch.device("cpu")
-    assert functions.depends_on_head(~(Causal() | MaskMod(lambda b, h, q, kv: (h == 0) & (q > kv))), cpu)
-    assert not functions.depends_on_head(Causal() & MaskMod(lambda b, h, q, kv: q > kv + b), cpu)
+    assert functions.depends_on_head(~(Causal() | MaskMod(lambda b, h, q, kv: (h == 0) & (q > kv))), PLACE)
+    assert not functions.depends_on_head(Causal() & MaskMod(lambda b, h, q, kv: q > kv + b), PLACE)
 
 
 def test_learned_tensors_finds_closures() -> None:
     weight, other = torch.ones(2, requires_grad=True), torch.ones(2)
     score = fj.ScoreMod(lambda x, b, h, q, kv: x * weight[h] + other[h]) >> Alibi(torch.ones(2, requires_grad=True))
-    found = functions.learned_tensors(score, torch.float32, torch.device("cpu"))
+    found = functions.learned_tensors(score, torch.float32, PLACE)
     assert {id(x) for x in found} == {id(weight), id(fj.scores.parts(score)[1].slopes)}  # type: ignore[attr-defined]
     with torch.no_grad():
-        assert functions.learned_tensors(score, torch.float32, torch.device("cpu")) == []
+        assert functions.learned_tensors(score, torch.float32, PLACE) == []

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flexjag.differentiation import needs_plain_operations
+
 
 def add_at(out: Tensor, index: Tensor, x: Tensor) -> Tensor:
     """Add each x[n] to out[index[n]], in place and in order."""
@@ -19,15 +21,25 @@ def add_at(out: Tensor, index: Tensor, x: Tensor) -> Tensor:
     return out.index_put_((index,), x, accumulate=True)  # which sorts; index_add_ and scatter_add_ are atomic there
 
 
-@torch.library.custom_op("flexjag::take_tiles", mutates_args=())
 def take_tiles(x: Tensor, index: Tensor) -> Tensor:
     """``x[index]`` along the first dimension; its backward is :func:`add_tiles`."""
+    return x.index_select(0, index) if needs_plain_operations() else _take_tiles(x, index)
+
+
+def add_tiles(x: Tensor, index: Tensor, count: int) -> Tensor:
+    """``[count, ...]``: the sum of the ``x[n]`` with each index; its backward is :func:`take_tiles`."""
+    if needs_plain_operations():
+        return x.new_zeros(count, *x.shape[1:]).index_add(0, index, x)
+    return _add_tiles(x, index, count)
+
+
+@torch.library.custom_op("flexjag::take_tiles", mutates_args=())
+def _take_tiles(x: Tensor, index: Tensor) -> Tensor:
     return x.index_select(0, index)
 
 
 @torch.library.custom_op("flexjag::add_tiles", mutates_args=())
-def add_tiles(x: Tensor, index: Tensor, count: int) -> Tensor:
-    """``[count, ...]``: the sum of the ``x[n]`` with each index; its backward is :func:`take_tiles`."""
+def _add_tiles(x: Tensor, index: Tensor, count: int) -> Tensor:
     return add_at(x.new_zeros(count, *x.shape[1:]), index, x)
 
 
@@ -47,18 +59,20 @@ def look_up(table: Tensor, *index: Tensor) -> Tensor:
     >>> look_up(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([0, 1]), torch.tensor([1, 0]))
     tensor([2., 3.])
     """
+    if needs_plain_operations():
+        return table[index]
     at = index[0].long()
     for size, more in zip(table.shape[1:], index[1:], strict=True):
         at = at * size + more
     return _look_up(table.flatten(), at)
 
 
-@take_tiles.register_fake
+@_take_tiles.register_fake
 def _(x: Tensor, index: Tensor) -> Tensor:
     return x.new_empty(index.shape[0], *x.shape[1:])
 
 
-@add_tiles.register_fake
+@_add_tiles.register_fake
 def _(x: Tensor, index: Tensor, count: int) -> Tensor:
     return x.new_empty(count, *x.shape[1:])
 
@@ -78,11 +92,11 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.count = inputs[0].shape[0]
 
 
-take_tiles.register_autograd(
-    lambda ctx, grad: (add_tiles(grad, ctx.saved_tensors[0], ctx.count), None), setup_context=_remember
+_take_tiles.register_autograd(
+    lambda ctx, grad: (_add_tiles(grad, ctx.saved_tensors[0], ctx.count), None), setup_context=_remember
 )
-add_tiles.register_autograd(
-    lambda ctx, grad: (take_tiles(grad, ctx.saved_tensors[0]), None, None), setup_context=_remember
+_add_tiles.register_autograd(
+    lambda ctx, grad: (_take_tiles(grad, ctx.saved_tensors[0]), None, None), setup_context=_remember
 )
 _look_up.register_autograd(
     lambda ctx, grad: (_sum_looked_up(grad, ctx.saved_tensors[0], ctx.count), None), setup_context=_remember

@@ -8,20 +8,21 @@ memory beyond the inputs stays at a few pieces, and every gradient is summed in 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from flexjag import functions, mods
+from flexjag import mods
 from flexjag import normalizers as nz
 from flexjag.backends import pointwise, stick_breaking, tiled
 from flexjag.backends.gathers import add_tiles, look_up, take_tiles
 from flexjag.backends.pieces import Piece, Walk, walk_runs, walk_tiles
+from flexjag.backends.tiled import Held
+from flexjag.backends.whole_segments import FIRST_ORDER
+from flexjag.differentiation import first_order_only, needs_plain_operations
 from flexjag.layout import Layout
 from flexjag.plan import Plan
 
@@ -38,12 +39,16 @@ class _Job:
         attend: What the normalizer does with the scores of a piece.
         differentiate: Its gradient by hand; None if autograd is to find it.
         score: The score on packed indices, or None.
+        held: What score and normalizer read.
+        whole: How the call is cut into one piece, where it can be.
     """
 
     walk: Walk
     attend: Attend
     differentiate: Differentiate | None
     score: Callable[..., Tensor] | None
+    held: Held
+    whole: Callable[[], Walk] | None
 
     def score_of(self, piece: Piece, s: Tensor) -> Tensor:
         """The modified scores."""
@@ -63,38 +68,45 @@ def run_tiled(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, need_re
         ``[T_q, H, E]`` in q's dtype, and for stick-breaking the remainder ``[T_q, H]`` in float32 or float64 (else
         something of no meaning). Half precision is computed in float32.
     """
-    return _run(q, k, v, plan, scale, walk_tiles(plan))
+    plain = torch.compiler.is_compiling() or needs_plain_operations()
+    return _run(q, k, v, plan, scale, partial(walk_tiles, plan), partial(walk_tiles, plan, whole=True), plain)
 
 
 def run_segments(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, need_rest: bool) -> tuple[Tensor, Tensor]:
     """The backend ``segments`` for any normalizer but a softmax; as :func:`run_tiled`."""
-    return _run(q, k, v, plan, scale, walk_runs(plan, q.shape[1]))
+    return _run(q, k, v, plan, scale, partial(walk_runs, plan, q.shape[1]), None, False)
 
 
-def _run(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, walk: Walk) -> tuple[Tensor, Tensor]:
-    dtype, normalizer = q.dtype, plan.normalizer
+def _run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plan,
+    scale: float,
+    walk: Callable[[], Walk],
+    whole: Callable[[], Walk] | None,
+    plain: bool,
+) -> tuple[Tensor, Tensor]:
+    dtype = q.dtype
     compute = torch.float64 if dtype == torch.float64 else torch.float32
+    plan = plan.learning_in(compute) if plain else plan.learning_in(compute).frozen()
+    normalizer = plan.normalizer
     q, k, v = q.to(compute) * scale, k.to(compute), v.to(compute)
-    job = _Job(walk, *_weigh(plan), _score(plan))
-    with torch.autocast(q.device.type, enabled=False):  # the dtype was chosen above
-        if torch.compiler.is_compiling():
-            out, left = _traced(q, k, v, job)
-        else:
-            learned = [*functions.learned_tensors(plan.score, compute, q.device), *_learned_bias(normalizer)]
-            out, left = _Pieces.apply(job, len(learned), *learned, q, k, v)  # type: ignore[misc]
-        if isinstance(normalizer, nz.StickBreaking):
-            left = torch.exp(left)
-            if normalizer.remainder:
-                out = out + left * own_values(v, q.shape[1], plan.layout)
-        elif isinstance(normalizer, nz.Pointwise):
-            out = scaled(out, normalizer.scale, compute)
-        left = left if isinstance(normalizer, nz.Pointwise) else left[..., 0]
+    if plain:
+        assert whole is not None
+        out, left = _all_at_once(q, k, v, _Job(whole(), *_weigh(plan), _score(plan), Held([], [], []), None))
+    else:
+        held = Held.of(plan, compute)
+        job = _Job(walk(), *_weigh(plan), _score(plan), held, whole)
+        out, left = _Pieces.apply(job, *held.wide, q, k, v)  # type: ignore[misc]
+    if isinstance(normalizer, nz.StickBreaking):
+        left = torch.exp(left)
+        if normalizer.remainder:
+            out = out + left * own_values(v, q.shape[1], plan.layout)
+    elif isinstance(normalizer, nz.Pointwise):
+        out = scaled(out, normalizer.scale, compute)
+    left = left if isinstance(normalizer, nz.Pointwise) else left[..., 0]
     return out.to(dtype), left
-
-
-def _learned_bias(normalizer: nz.Normalizer) -> list[Tensor]:
-    bias = getattr(normalizer, "bias", None)
-    return [bias] if isinstance(bias, Tensor) and bias.requires_grad and torch.is_grad_enabled() else []
 
 
 def scaled(out: Tensor, scale: float | Tensor, compute: torch.dtype) -> Tensor:
@@ -122,11 +134,12 @@ def _weigh(plan: Plan) -> tuple[Attend, Differentiate | None]:
 def _score(plan: Plan) -> Callable[..., Tensor] | None:
     score = tiled.in_dtype(mods.score_mod(plan.score, replace(plan.tables, look_up=look_up)))
     if isinstance(plan.normalizer, nz.Pointwise):
-        return pointwise.biased(plan.normalizer, score, plan.layout)
+        return pointwise.weighed(plan.normalizer, score, plan.layout)
     return score
 
 
-def _traced(q: Tensor, k: Tensor, v: Tensor, job: _Job) -> tuple[Tensor, Tensor]:
+def _all_at_once(q: Tensor, k: Tensor, v: Tensor, job: _Job) -> tuple[Tensor, Tensor]:
+    """Attention in one piece, in plain operations that autograd and graphs see through."""
     walk = job.walk
     x, y, z = (walk.open(t, is_query) for t, is_query in ((q, True), (k, False), (v, False)))
     (piece,) = walk.pieces(q.shape[1])
@@ -139,8 +152,8 @@ class _Pieces(torch.autograd.Function):
     """The eager path: piece by piece, computed again in the backward."""
 
     @staticmethod
-    def forward(ctx: Any, job: _Job, num_learned: int, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-        walk, (q, k, v) = job.walk, tensors[num_learned:]
+    def forward(ctx: Any, job: _Job, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        walk, (q, k, v) = job.walk, tensors[-3:]
         x, y, z = (walk.open(t, is_query) for t, is_query in ((q, True), (k, False), (v, False)))
         out, left = (walk.open(q.new_zeros(*q.shape[:2], n), True) for n in (v.shape[2], 1))
         for piece in walk.pieces(q.shape[1]):
@@ -148,28 +161,39 @@ class _Pieces(torch.autograd.Function):
             walk.rows(out, piece).copy_(one)
             if rest is not None:
                 walk.rows(left, piece).copy_(rest)
-        ctx.job, ctx.originals = job, tensors[:num_learned]
-        ctx.save_for_backward(*tensors)
+        ctx.job = job
+        ctx.save_for_backward(*tensors, *job.held.fixed)
         ctx.set_materialize_grads(False)
         return walk.close(out, q.shape[0]).contiguous(), walk.close(left, q.shape[0]).contiguous()
 
     @staticmethod
-    @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, grad_out: Tensor | None, grad_left: Tensor | None
+        ctx: Any, *grads: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        with torch.autocast(ctx.saved_tensors[-1].device.type, enabled=False):
-            return _backward(ctx, grad_out, grad_left)
+        job: _Job = ctx.job
+        if job.whole is None or not torch.is_grad_enabled():
+            return tuple(_backward(ctx, *grads))
+        tensors = ctx.saved_tensors[: len(job.held.wide) + 3]
+        with torch.autocast(tensors[-1].device.type, enabled=False):
+            attend = partial(_all_at_once, job=replace(job, walk=job.whole()))
+            return None, *tiled.differentiable_gradients(attend, job.held, tensors, grads)
 
 
-def _backward(ctx: Any, grad_out: Tensor | None, grad_left: Tensor | None) -> tuple[Tensor | None, ...]:
-    job: _Job = ctx.job
+@first_order_only(FIRST_ORDER)
+def _backward(
+    ctx: Any, saved: Sequence[Tensor], grad_out: Tensor | None, grad_left: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    with torch.autocast(saved[0].device.type, enabled=False):
+        return None, *_gradients(ctx.job, saved, grad_out, grad_left)
+
+
+def _gradients(
+    job: _Job, saved: Sequence[Tensor], grad_out: Tensor | None, grad_left: Tensor | None
+) -> list[Tensor | None]:
     walk = job.walk
-    saved = ctx.saved_tensors  # once: checkpointing recomputes the forward at each reading
     # Leaves of their own: one learned tensor may have been computed from another.
-    learned = tuple(x.detach().requires_grad_() for x in saved[: len(ctx.originals)])
-    swap = functions.Substitute(ctx.originals, learned) if learned else nullcontext()
-    inputs = saved[len(learned) :]
+    learned = [x.detach().requires_grad_() for x in saved[: len(job.held.wide)]]
+    inputs = saved[len(learned) : len(learned) + 3]
     x, y, z = (walk.open(t, is_query) for t, is_query in zip(inputs, (True, False, False), strict=True))
     grads = [torch.zeros_like(t) for t in (x, y, z)]
     dlearned = [torch.zeros_like(t) for t in learned]
@@ -177,7 +201,7 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_left: Tensor | None) -> tu
     for piece in walk.pieces(inputs[0].shape[1]):
         tensors = walk.rows(x, piece), walk.keys(y, piece), walk.keys(z, piece)
         flowing = [None if g is None else walk.rows(g, piece) for g in (g_out, g_left)]
-        parts = (_by_hand if job.differentiate else _by_autograd)(job, piece, tensors, flowing, learned, swap)
+        parts = (_by_hand if job.differentiate else _by_autograd)(job, piece, tensors, flowing, learned)
         for index, part in enumerate(parts):
             if part is None:
                 continue
@@ -188,7 +212,7 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_left: Tensor | None) -> tu
             else:
                 dlearned[index - 3] += part
     packed = (walk.close(g, t.shape[0]) for g, t in zip(grads, inputs, strict=True))
-    return (None, None, *dlearned, *packed)
+    return [*dlearned, *packed]
 
 
 def _by_autograd(
@@ -197,11 +221,10 @@ def _by_autograd(
     tensors: Sequence[Tensor],
     flowing: Sequence[Tensor | None],
     learned: Sequence[Tensor],
-    swap: AbstractContextManager[Any],
 ) -> Sequence[Tensor | None]:
     """The gradients of a piece's queries, keys and values, and of the learned tensors; None for zeros."""
     leaves = [t.detach().requires_grad_() for t in tensors]
-    with torch.enable_grad(), swap:
+    with torch.enable_grad(), job.held.read_as(learned):
         outs = job.run(piece, *leaves)
     pairs = [(o, g) for o, g in zip(outs, flowing, strict=True) if o is not None and g is not None and o.requires_grad]
     if not pairs:
@@ -215,7 +238,6 @@ def _by_hand(
     tensors: Sequence[Tensor],
     flowing: Sequence[Tensor | None],
     learned: Sequence[Tensor],
-    swap: AbstractContextManager[Any],
 ) -> Sequence[Tensor | None]:
     """The same of a pointwise normalizer, where autograd has only the score to differentiate."""
     assert job.differentiate is not None
@@ -227,7 +249,7 @@ def _by_hand(
         x, grad = x.index_select(0, piece.local), grad.index_select(0, piece.local)
     raw = s = tiled.matmul(x, y.transpose(2, 3))
     if job.score is not None:
-        with torch.enable_grad(), swap:
+        with torch.enable_grad(), job.held.read_as(learned):
             s = job.score_of(piece, raw.requires_grad_())
     ds, dz = job.differentiate(s.detach(), piece.allowed, z, grad)
     more: Sequence[Tensor | None] = [None] * len(learned)

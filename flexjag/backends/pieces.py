@@ -99,25 +99,23 @@ def tested(plan: Plan, own: Tensor | None) -> Callable[..., Tensor]:
     return mask if own is None else lambda b, h, q, kv: mask(b, h, q, kv) & (kv != own[q])
 
 
-def walk_tiles(plan: Plan) -> Walk:
-    """Batches of tiles, all of them at once if traced."""
+def walk_tiles(plan: Plan, whole: bool = False) -> Walk:
+    """Batches of tiles, or all of them at once."""
     tiles, block = plan.tiles.all_heads, plan.block_size
     num_q, num_kv = plan.layout.num_q, plan.layout.num_kv
     test = tested(plan, own_key(plan))
     p = tiled.Problem(tiles.row, tiles.col, block, num_q, num_kv, 1.0, test, None)
-    traced = torch.compiler.is_compiling()
-    rows = (
-        p.rows + 1 if traced else p.rows
-    )  # a spare one, so that no size can be 1: Dynamo would compile that case anew
+    # A spare one, so that no size of a graph can be 1: Dynamo would compile that case anew.
+    rows = p.rows + 1 if whole else p.rows
 
     def pieces(heads: int) -> Iterator[Piece]:
-        for start, end in [(0, p.row.shape[0])] if traced else tiled.chunks(p, heads):
+        for start, end in [(0, p.row.shape[0])] if whole else tiled.chunks(p, heads):
             row, col = p.row[start:end], p.col[start:end]
-            first, last = (0, rows) if traced else (int(row[0]), int(row[-1]) + 1)
+            first, last = (0, rows) if whole else (int(row[0]), int(row[-1]) + 1)
             b, h, q, kv = tiled.indices(p, row, col, heads)
             # Expanded, a lookup by head alone is undone by its own backward, not by a sum over all tiles, which
             # Inductor would compile anew when there are many.
-            at = (b, h.expand(row.shape[0], -1, -1, -1), q, kv) if traced else (b, h, q, kv)
+            at = (b, h.expand(row.shape[0], -1, -1, -1), q, kv) if whole else (b, h, q, kv)
             yield Piece(first, last, col, row - first, at, tiled.allowed_in(p, row, col, at))
 
     def opened(x: Tensor, is_query: bool) -> Tensor:

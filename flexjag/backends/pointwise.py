@@ -60,26 +60,37 @@ def _(normalizer: nz.Sigmoid) -> Activation:
     return Activation(torch.sigmoid, lambda grad, s, w: torch.ops.aten.sigmoid_backward(grad, w), -torch.inf)
 
 
-def biased(
+def weighed(
     normalizer: nz.Pointwise, score: Score | None, layout: Layout, look_up: Callable[..., Tensor] = look_up
 ) -> Score | None:
-    """The score, and after it the bias that the normalizer adds to what it is applied to, read by `look_up`."""
+    """What the normalizer's function is applied to, of a score on packed indices; None for plain products.
+
+    That is the score and the normalizer's bias, read by `look_up`. A key that a score of -inf rules out weighs
+    nothing, as a key that is not allowed does.
+    """
+    add = _bias(normalizer, layout, look_up)
+    if score is None:
+        return add
+    neutral = activation(normalizer).neutral
+
+    def whole(s: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        s = score(s, b, h, q, kv)
+        s = s if neutral == -torch.inf else torch.where(s == -torch.inf, neutral, s)
+        return s if add is None else add(s, b, h, q, kv)
+
+    return whole
+
+
+def _bias(normalizer: nz.Pointwise, layout: Layout, look_up: Callable[..., Tensor]) -> Score | None:
     if not isinstance(normalizer, nz.Sigmoid):
-        return score
+        return None
     bias = normalizer.bias
     if bias is None:
         rows = -layout.kv_length().clamp(min=1).to(torch.float64).log()
-        add: Callable[[Tensor, Tensor, Tensor], Tensor | float] = lambda s, h, q: rows[q].to(s.dtype)  # noqa: E731
-    elif isinstance(bias, Tensor):
-        add = lambda s, h, q: look_up(bias, h).to(s.dtype)  # noqa: E731
-    else:
-        add = lambda s, h, q: float(bias)  # noqa: E731
-
-    def then_biased(s: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-        s = s if score is None else score(s, b, h, q, kv)
-        return s + add(s, h, q)
-
-    return then_biased
+        return lambda s, b, h, q, kv: s + rows[q].to(s.dtype)
+    if isinstance(bias, Tensor):
+        return lambda s, b, h, q, kv: s + look_up(bias, h).to(s.dtype)
+    return lambda s, b, h, q, kv: s + float(bias)
 
 
 def _masked(act: Activation, in_place: bool, s: Tensor, banned: Tensor) -> Tensor:

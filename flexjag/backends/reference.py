@@ -17,6 +17,7 @@ from flexjag import scores as s
 from flexjag.choice import diagonal_align
 from flexjag.dispatch import Interpretation
 from flexjag.layout import Layout
+from flexjag.nodes import saturated
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +58,8 @@ dense = Interpretation("dense mask")
 
 
 def _at(bound: m.Bound, seg: Segment) -> int:
-    return int(bound[seg.index]) if isinstance(bound, Tensor) else bound
+    value = int(bound[seg.index]) if isinstance(bound, Tensor) else bound
+    return min(value, 2**32)  # more than any position, and what arithmetic on positions can hold
 
 
 def _lined_up(align: str, seg: Segment) -> Tensor:
@@ -103,7 +105,7 @@ def _(mask: m.GlobalTokens, seg: Segment) -> Tensor:
 
 @dense.register(m.Rows)
 def _(mask: m.Rows, seg: Segment) -> Tensor:
-    lo, hi = (x.reshape(-1, x.shape[-1])[:, seg.q_rows, None] for x in (mask.lo, mask.hi))
+    lo, hi = (saturated(x).reshape(-1, x.shape[-1])[:, seg.q_rows, None] for x in (mask.lo, mask.hi))
     return ((lo <= seg.j) & (seg.j < hi)).any(0)
 
 
@@ -306,7 +308,7 @@ def run(
         scores = x @ y.transpose(1, 2) * scale
         if score is not None:
             scores = rescore(score, scores, seg).to(q.dtype)  # its tensors may be wider than q
-        allowed = dense_allowed(mask, normalizer, seg, layout.is_self)
+        allowed = dense_allowed(mask, normalizer, seg, layout.is_self) & (scores != -torch.inf)
         weights, rest = weigh(normalizer, scores, allowed, seg)
         out = (weights @ z).masked_fill(~allowed.any(2)[..., None], 0.0)
         if isinstance(normalizer, nz.StickBreaking) and normalizer.remainder:

@@ -9,17 +9,15 @@ from __future__ import annotations
 import itertools
 from bisect import bisect_right
 from dataclasses import dataclass
-from typing import NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from flexjag import scores as s
 from flexjag.backends.batches import Range
 from flexjag.choice import SHARED, is_by_position
 from flexjag.jagged import Jagged
 from flexjag.layout import INT32_MAX
+from flexjag.nodes import held_tensors
 from flexjag.plan import Plan, outline
 
 ROWS = 256  # queries per call where a mask tensor is needed: bounds the mask, and lets a window skip keys
@@ -103,30 +101,21 @@ def runs_of_queries(plan: Plan, scale: float, heads: int, acc: torch.dtype, may_
         acc: Of the bias.
         may_share: Whether one bias may serve all calls; gradients flow into it.
     """
-    if plan not in _kept:
-        _kept[plan] = _Kept(_list_runs(plan), {})
-    kept = _kept[plan]
+    if "runs" not in plan.notes:
+        plan.notes["runs"] = _list_runs(plan)
+    runs: Runs = plan.notes["runs"]
     if not may_share or not is_by_position(plan.mask, plan.score, plan.layout.is_self):
-        return Pieces(plan, scale, kept.runs, None)
-    held = [*s.tensors(plan.score), *(x.boundaries for x in s.parts(plan.score) if isinstance(x, s.BucketedBias))]
+        return Pieces(plan, scale, runs, None)
+    held = [] if plan.score is None else held_tensors(plan.score)
     if torch.is_grad_enabled() and any(t.requires_grad for t in held):
-        return Pieces(plan, scale, kept.runs, None, _share(plan, kept.runs, heads, acc))
-    copies, shared = kept.biases.get((heads, acc), (None, None))
+        return Pieces(plan, scale, runs, None, _share(plan, runs, heads, acc))
+    key = "bias", plan.score, heads, acc
+    copies, shared = plan.notes.get(key, (None, None))
     # The values decide: tensors are written to in ways that their version does not tell.
     if copies is None or not all(torch.equal(x, y) for x, y in zip(copies, held, strict=True)):
-        shared = _share(plan, kept.runs, heads, acc)
-        kept.biases[heads, acc] = [t.detach().clone() for t in held], shared
-    return Pieces(plan, scale, kept.runs, None, shared)
-
-
-class _Kept(NamedTuple):
-    """What was listed for a plan, for all layers that share it: its runs; by H and dtype, a bias and what it is of."""
-
-    runs: Runs
-    biases: dict[tuple[int, torch.dtype], tuple[list[Tensor], Shared | None]]
-
-
-_kept: WeakKeyDictionary[Plan, _Kept] = WeakKeyDictionary()
+        shared = _share(plan, runs, heads, acc)
+        plan.notes[key] = [t.detach().clone() for t in held], shared
+    return Pieces(plan, scale, runs, None, shared)
 
 
 def _list_runs(plan: Plan) -> Runs:
@@ -183,6 +172,7 @@ def _evaluate(plan: Plan, rows: Tensor, keys: Tensor, heads: int, acc: torch.dty
     bias = torch.zeros((), dtype=acc, device=device)
     if plan.score_mod is not None:
         bias = plan.score_mod(bias.expand(1, *allowed.shape[1:]), h.new_zeros(()), h, q, kv).to(acc)
+        allowed = allowed & (bias != -torch.inf)  # a row may be left without a key by that
     return bias, allowed
 
 

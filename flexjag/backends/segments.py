@@ -7,21 +7,21 @@ copies and the autograd nodes of a loop in user code, and gives the log-sum-exp 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from flexjag import functions
 from flexjag import masks as m
 from flexjag.backends import runs, whole_segments
 from flexjag.backends.batches import Range
 from flexjag.backends.runs import Pieces, Shared, bias_of, runs_of_queries
-from flexjag.backends.whole_segments import FLASH, list_calls, with_lse_gradient
+from flexjag.backends.whole_segments import FIRST_ORDER, FLASH, list_calls, with_lse_gradient
 from flexjag.choice import SDPA_WINDOWS
+from flexjag.differentiation import first_order_only
+from flexjag.nodes import held_tensors
 from flexjag.plan import Plan
 
 Pair = tuple[Tensor, Tensor]
@@ -43,6 +43,7 @@ def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, need_lse: boo
     q, k, v = (torch.nn.functional.pad(x, (0, wide - x.shape[2])) if x.shape[2] < wide else x for x in (q, k, v))
     q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))  # the kernel reads no other stride
     on_cpu, acc = q.device.type == "cpu", torch.float64 if q.dtype == torch.float64 else torch.float32
+    plan = plan.learning_in(acc)
     if causal is not None and on_cpu:
         out, lse = whole_segments.attend(_calls(plan, q.shape[1] * wide, causal, scale), q, k, v, need_lse)
         return out[..., :e], lse
@@ -50,7 +51,8 @@ def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, need_lse: boo
         pieces = runs.whole_segments(plan, scale, causal)
     else:
         pieces = runs_of_queries(plan, scale, q.shape[1], acc, may_share=on_cpu)
-    learned = functions.learned_tensors(plan.score, q.dtype, q.device)
+    held = [] if plan.score is None else held_tensors(plan.score)
+    learned = torch.is_grad_enabled() and any(x.requires_grad for x in held)
     if on_cpu and (pieces.shared is not None or not learned):
         bias = pieces.shared.bias if pieces.shared is not None and learned else None
         out, lse = _Flash.apply(pieces, bias, q, k, v)  # type: ignore[misc]
@@ -59,15 +61,12 @@ def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, need_lse: boo
     return out[..., :e], lse
 
 
-_calls_of: WeakKeyDictionary[Plan, dict[tuple[int, bool, float], whole_segments.Calls]] = WeakKeyDictionary()
-
-
 def _calls(plan: Plan, width: int, causal: bool, scale: float) -> whole_segments.Calls:
     """The calls of a plan, listed once for all layers that share it."""
-    known = _calls_of.setdefault(plan, {})
-    if (width, causal, scale) not in known:
-        known[width, causal, scale] = list_calls(plan.layout, width, causal, scale)
-    return known[width, causal, scale]
+    key = "calls", width, causal, scale
+    if key not in plan.notes:
+        plan.notes[key] = list_calls(plan.layout, width, causal, scale)
+    return plan.notes[key]
 
 
 def _cut(x: Tensor, ranges: list[Range], shape: tuple[int, int], in_order: bool) -> tuple[Tensor, ...]:
@@ -115,17 +114,17 @@ class _Flash(torch.autograd.Function):
             ctx.pieces, ctx.keyless = replace(pieces, shared=None), pieces.shared.keyless
         ctx.set_materialize_grads(False)
         lse = lse.t()
-        ctx.save_for_backward(q, k, v, out, lse, bias)
+        score = pieces.plan.score if pieces.shared is None else None  # what the backward evaluates again
+        ctx.save_for_backward(q, k, v, out, lse, bias, *([] if score is None else held_tensors(score)))
         return out, lse
 
     @staticmethod
-    @once_differentiable
+    @first_order_only(FIRST_ORDER)
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, *grad_outputs: Tensor | None
+        ctx: Any, saved: Sequence[Tensor], grad_out: Tensor | None, grad_lse: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         pieces, shape = ctx.pieces, ctx.shape
-        grad_out, grad_lse = grad_outputs
-        q, k, v, out, lse, bias = ctx.saved_tensors
+        q, k, v, out, lse, bias = saved[:6]
         if bias is not None:
             pieces = replace(pieces, shared=Shared(bias, ctx.keyless))
         heads, groups, dim = q.shape[1], k.shape[1], q.shape[2]

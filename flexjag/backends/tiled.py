@@ -9,15 +9,17 @@ whole tile rows and the backward recomputes the scores, so memory beyond the inp
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from flexjag import functions
+from flexjag.differentiation import needs_plain_operations
 from flexjag.layout import blocks
 from flexjag.plan import Plan
 
@@ -72,6 +74,8 @@ def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, need_lse: boo
     dtype = q.dtype
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     tiles = plan.tiles.all_heads
+    plain = torch.compiler.is_compiling() or needs_plain_operations()
+    plan = plan.learning_in(compute) if plain else plan.learning_in(compute).frozen()
     p = Problem(
         tiles.row,
         tiles.col,
@@ -83,13 +87,40 @@ def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, need_lse: boo
         in_dtype(plan.score_mod),
     )
     q, k, v = q.to(compute), k.to(compute), v.to(compute)
-    with torch.autocast(q.device.type, enabled=False):  # the dtype was chosen above
-        if torch.compiler.is_compiling():
-            out, lse = _traced(q, k, v, p)
-        else:
-            learned = functions.learned_tensors(plan.score, compute, q.device)
-            out, lse = _Chunked.apply(p, len(learned), *learned, q, k, v)  # type: ignore[misc]
+    if plain:
+        out, lse = all_at_once(q, k, v, p)
+    else:
+        held = Held.of(plan, compute)
+        out, lse = _Chunked.apply(p, held, *held.wide, q, k, v)  # type: ignore[misc]
     return out.to(dtype), lse
+
+
+@dataclass(frozen=True, eq=False)
+class Held:
+    """What the score of a call reads besides the scores.
+
+    Attributes:
+        learned: What needs gradients, as the score knows it.
+        wide: The same in the precision of the scores, in which the gradients add up.
+        fixed: What needs none. A backward reads it again, so autograd has to hear of writes to it.
+    """
+
+    learned: list[Tensor]
+    wide: list[Tensor]
+    fixed: list[Tensor]
+
+    @staticmethod
+    def of(plan: Plan, compute: torch.dtype) -> Held:
+        """That of a plan's score and of its normalizer."""
+        found = functions.captured(plan.score, compute, plan.place)
+        found += functions.captured(plan.normalizer, compute, None)
+        learned = [x for x in found if x.requires_grad and torch.is_grad_enabled()]
+        fixed = [x for x in found if not x.requires_grad]
+        return Held(learned, [functions.widened(x, compute) for x in learned], fixed)
+
+    def read_as(self, others: Sequence[Tensor]) -> AbstractContextManager[Any]:
+        """Let the score read `others` instead of what is learned."""
+        return functions.Substitute(self.learned, others) if self.learned else nullcontext()
 
 
 def in_dtype(score: Callable[..., Tensor] | None) -> Callable[..., Tensor] | None:
@@ -137,7 +168,8 @@ def allowed_in(p: Problem, row: Tensor, col: Tensor, at: tuple[Tensor, Tensor, T
     return p.allowed(*at) & inside
 
 
-def _traced(q: Tensor, k: Tensor, v: Tensor, p: Problem) -> Pair:
+def all_at_once(q: Tensor, k: Tensor, v: Tensor, p: Problem) -> Pair:
+    """Attention over all tiles together, in plain operations that autograd and graphs see through."""
     # One spare row of blocks, so that no size can be 1: Dynamo would compile that case anew.
     qb, kb, vb = (to_blocks(x, n + 1, p.block) for x, n in ((q, p.rows), (k, p.cols), (v, p.cols)))
     b, h, q_index, kv_index = indices(p, p.row, p.col, q.shape[1])
@@ -184,8 +216,8 @@ class _Chunked(torch.autograd.Function):
     """The eager path: chunks of tile rows, scores recomputed in the backward."""
 
     @staticmethod
-    def forward(ctx: Any, p: Problem, num_learned: int, *tensors: Tensor) -> Pair:
-        q, k, v = tensors[num_learned:]
+    def forward(ctx: Any, p: Problem, held: Held, *tensors: Tensor) -> Pair:
+        q, k, v = tensors[len(held.wide) :]
         qb, kb, vb = (to_blocks(x, n, p.block) for x, n in ((q, p.rows), (k, p.cols + 1), (v, p.cols + 1)))
         out = qb.new_zeros(*qb.shape[:3], v.shape[2])
         lse = torch.full_like(qb[..., 0], -torch.inf)
@@ -208,25 +240,57 @@ class _Chunked(torch.autograd.Function):
             out[r0:r1].index_add_(0, local, matmul(e, vb[col])).div_(total[..., None])
             lse[r0:r1] = (best + total.log()).masked_fill_(empty, -torch.inf)
         out, lse = from_blocks(out, p.num_q).contiguous(), from_blocks(lse, p.num_q).contiguous()
-        ctx.problem, ctx.num_learned, ctx.originals = p, num_learned, tensors[:num_learned]
-        ctx.save_for_backward(*tensors, out, lse)
+        ctx.problem, ctx.held = p, held
+        ctx.save_for_backward(*tensors, out, lse, *held.fixed)
         return out, lse
 
     @staticmethod
-    @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *grads: Tensor
     ) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors  # once: checkpointing recomputes the forward at each reading
         with torch.autocast(grads[0].device.type, enabled=False):
-            return _backward(ctx, *grads)
+            if torch.is_grad_enabled():
+                attend = partial(all_at_once, p=ctx.problem)
+                return None, None, *differentiable_gradients(attend, ctx.held, saved[: len(ctx.held.wide) + 3], grads)
+            return _backward(ctx.problem, ctx.held, saved, *grads)
 
 
-def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-    p: Problem = ctx.problem
-    saved = ctx.saved_tensors  # once: checkpointing recomputes the forward at each reading
-    learned, (q, k, v, out, lse) = saved[: ctx.num_learned], saved[ctx.num_learned :]
+def differentiable_gradients(
+    attend: Callable[..., Sequence[Tensor | None]],
+    held: Held,
+    tensors: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """Gradients that can be differentiated again, for ``create_graph=True``.
+
+    Args:
+        attend: Of q, k and v in plain operations.
+        held: What the score reads.
+        tensors: What it learns, then q, k and v.
+        grads: Of what `attend` returns.
+
+    Returns:
+        The gradients of `tensors`.
+    """
+    tensors = [x.view_as(x) for x in tensors]  # nodes of their own: one may have been computed from another
+    with held.read_as(tensors[:-3]):
+        outs = attend(*tensors[-3:])
+    pairs = [(o, g) for o, g in zip(outs, grads, strict=True) if o is not None and g is not None and o.requires_grad]
+    wanted = [x for x in tensors if x.requires_grad]
+    if not pairs or not wanted:
+        return [None] * len(tensors)
+    outs, grads = [o for o, _ in pairs], [g for _, g in pairs]
+    found = iter(torch.autograd.grad(outs, wanted, grads, create_graph=True, allow_unused=True))
+    return [next(found) if x.requires_grad else None for x in tensors]
+
+
+def _backward(
+    p: Problem, held: Held, saved: Sequence[Tensor], grad_out: Tensor, grad_lse: Tensor
+) -> tuple[Tensor | None, ...]:
     # Leaves of their own: one learned tensor may have been computed from another.
-    learned = tuple(x.detach().requires_grad_() for x in learned)
+    learned = [x.detach().requires_grad_() for x in saved[: len(held.wide)]]
+    q, k, v, out, lse = saved[len(learned) : len(learned) + 5]
     heads, groups = q.shape[1], k.shape[1]
     qb, kb, vb = (to_blocks(x, n, p.block) for x, n in ((q, p.rows), (k, p.cols + 1), (v, p.cols + 1)))
     no_key = lse == -torch.inf  # what flows back into those rows may be NaN, as 0 · -inf
@@ -246,7 +310,7 @@ def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | No
         s = matmul(qt * p.scale, kt.transpose(2, 3))
         modified = s
         if p.score is not None:
-            with torch.enable_grad(), functions.Substitute(ctx.originals, learned):
+            with torch.enable_grad(), held.read_as(learned):
                 s = s.requires_grad_()
                 modified = p.score(s, *at)
         e = torch.exp(modified.detach() - lb[row])

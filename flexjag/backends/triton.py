@@ -75,7 +75,7 @@ def printed(plan: Plan) -> Printed:
     def write(is_checked: bool) -> Printed:
         score = mods.score_mod(plan.kernel_score, replace(plan.tables, look_up=read))
         if isinstance(plan.normalizer, nz.Pointwise):
-            score = pointwise.biased(plan.normalizer, score, plan.layout, read)
+            score = pointwise.weighed(plan.normalizer, score, plan.layout, read)
         return emit(plan.mask_mod, score, is_checked)
 
     return once(plan, write)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from flexjag.backends.batches import Batch, Cut, Packed, Range, list_batches
+from flexjag.differentiation import first_order_only
 from flexjag.layout import Layout
 
 FLASH = torch._scaled_dot_product_flash_attention_for_cpu  # pyright: ignore[reportPrivateImportUsage]
 """The same as ``torch.ops.aten._scaled_dot_product_flash_attention_for_cpu``, 2.5 µs sooner."""
+
+FIRST_ORDER = "backend 'segments' has no second-order gradients; use backend='tiled' or 'reference'"
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,13 +110,12 @@ class _Whole(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @once_differentiable
+    @first_order_only(FIRST_ORDER)
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, *grad_outputs: Tensor | None
+        ctx: Any, saved: Sequence[Tensor], grad_out: Tensor | None, grad_lse: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         calls: Calls = ctx.calls
-        grad_out, grad_lse = grad_outputs
-        q, k, v, out, lse = ctx.saved_tensors
+        q, k, v, out, lse = saved
         groups, dim = _groups(q, k), q.shape[2]
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out.contiguous()
         if grad_lse is not None:

@@ -56,7 +56,7 @@ class Trial:
         """Fill in the defaults, and draw the weights of the loss."""
         dtype, device = q.values.dtype, q.values.device
         scale = 1.0 / math.sqrt(max(1, q.values.shape[2])) if scale is None else scale
-        learned = functions.learned_tensors(plan.score, dtype, device) if learned is None else learned
+        learned = functions.learned_tensors(plan.score, dtype, plan.place) if learned is None else learned
         g = torch.Generator().manual_seed(seed)
         shape = (*q.values.shape[:2], v.values.shape[2])
         grad_out, grad_lse = (torch.randn(n, generator=g).to(device, dtype) for n in (shape, shape[:2]))

@@ -1,0 +1,280 @@
+"""Plan: an immutable recipe of layout, mask, score and normalizer that backends run. :mod:`flexjag.plan` makes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from flexjag import choice, functions, mods, viz
+from flexjag import masks as m
+from flexjag import scores as s
+from flexjag.errors import MaskError, PlanError, ScoreError, ShapeError, explain_values
+from flexjag.explain import explain
+from flexjag.layout import Layout, blocks
+from flexjag.nodes import check_node, walk
+from flexjag.normalizers import Normalizer
+from flexjag.spans import Sandwich
+from flexjag.tiles import Tiles, block_mask
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from torch.nn.attention.flex_attention import BlockMask
+
+
+class Notes(dict[Hashable, Any]):
+    """What is derived of a plan when it is first needed. It stays behind when the plan is pickled or copied."""
+
+    def __reduce__(self) -> tuple[type[Notes], tuple[()]]:
+        return Notes, ()
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Plan:
+    """What every layer of a model needs to attend over one batch. Made by :func:`plan`.
+
+    Attributes:
+        layout: Where the tokens sit.
+        mask: The mask as given.
+        score: The score as given, or None.
+        normalizer: The normalizer.
+        block_size: Tile size.
+        sandwiches: The mask's spans, one entry per distinct head mask.
+        head_of: ``[H]`` int32, which entry each query head uses; None if there is one for all.
+        tables: Per-row tensors that the mods read.
+        kernel_masks: What a kernel tests, one per sandwich, padded like `tables`.
+        kernel_score: The score, padded likewise.
+        made_tiles: Tile lists and tables; None in an outline, which only some backends can run.
+        max_length: The bound that was given, or None.
+        reading: What the mask's functions read.
+        notes: What backends worked out of layout and mask, for all layers that share them.
+        sample: ``(H, D, dtype, grad)`` of the q that was planned for, if it had heads.
+    """
+
+    layout: Layout
+    mask: m.Mask
+    score: s.Score | None
+    normalizer: Normalizer
+    block_size: int
+    sandwiches: tuple[Sandwich, ...]
+    head_of: Tensor | None
+    tables: mods.RowTables
+    kernel_masks: tuple[m.Mask, ...]
+    kernel_score: s.Score | None
+    made_tiles: Tiles | None
+    max_length: int | None
+    reading: functions.Reading
+    notes: Notes
+    sample: tuple[int, int, torch.dtype, bool] | None
+
+    def with_score(self, score: s.Score | None) -> Plan:
+        """The same plan with another score: for one learned bias per layer. Layout, mask and tiles are shared.
+
+        Args:
+            score: A score, or None for none.
+
+        Raises:
+            ScoreError: If it is no score, or does not fit the layout.
+            ShapeError: If it is made for another number of heads than the mask.
+
+        >>> from flexjag.jagged import Jagged
+        >>> from flexjag.plan import plan
+        >>> x = Jagged.from_lengths(torch.zeros(6, 2, 16), [2, 4])
+        >>> p = plan(x, mask=m.Causal())
+        >>> p.with_score(s.Alibi.from_heads(2)).made_tiles is p.made_tiles
+        True
+        """
+        check_arguments(self.mask, score, self.normalizer, self.block_size, self.max_length)
+        check_score(score, self.layout, self.tables)
+        return self._rescored(score)
+
+    def _rescored(self, score: s.Score | None) -> Plan:
+        return replace(self, score=score, kernel_score=None if score is None else mods.rounded(score, self.tables))
+
+    def learning_in(self, dtype: torch.dtype) -> Plan:
+        """The plan with what its score and its normalizer learn read in at least `dtype`; itself if nothing changes."""
+        place = self.place
+        score = None if self.score is None else functions.learning_in(self.score, dtype, place)
+        normalizer = functions.learning_in(self.normalizer, dtype, place)
+        if normalizer is not self.normalizer:
+            return replace(self._rescored(score), normalizer=normalizer)
+        return self if score is self.score else self._rescored(score)
+
+    def frozen(self) -> Plan:
+        """The plan with the names in its score's functions bound to what they mean now, for a backward that calls them."""
+        score = None if self.score is None else functions.frozen(self.score, with_globals=True)
+        return self if score is self.score else self._rescored(score)
+
+    @property
+    def place(self) -> functions.Place | None:
+        """Where users' functions may be tried; None if nowhere."""
+        return place_in(self.layout, self.tables)
+
+    @property
+    def tiles(self) -> Tiles:
+        """Tile lists and tables."""
+        assert self.made_tiles is not None, "an outline never leaves attention()"
+        return self.made_tiles
+
+    @property
+    def mask_mod(self) -> Callable[..., Tensor]:
+        """FlexAttention's ``mask_mod(b, h, q_idx, kv_idx)`` on packed indices, isolation included."""
+        return mods.mask_mod(self.kernel_masks, self.head_of, self.tables, self.layout)
+
+    @property
+    def score_mod(self) -> Callable[..., Tensor] | None:
+        """FlexAttention's ``score_mod(score, b, h, q_idx, kv_idx)`` on packed indices, or None."""
+        return mods.score_mod(self.kernel_score, self.tables)
+
+    @property
+    def block_mask(self) -> BlockMask:
+        """FlexAttention's BlockMask; with `score_mod`, all that ``flex_attention`` needs.
+
+        >>> from flexjag.jagged import Jagged
+        >>> from flexjag.plan import plan
+        >>> x = Jagged.from_lengths(torch.zeros(300, 1, 16), [100, 200])
+        >>> plan(x, mask=m.Causal()).block_mask.shape
+        (1, 1, 300, 300)
+        """
+        return block_mask(self.tiles, self.mask_mod, self.layout.num_q, self.layout.num_kv, self.block_size)
+
+    @property
+    def exact(self) -> bool:
+        """Whether the mask is exactly its spans, so that no predicate is left to evaluate."""
+        return all(x.exact for x in self.sandwiches)
+
+    @property
+    def num_tiles(self) -> int:
+        """Non-empty tiles, all heads' masks united. Reads the device."""
+        return int(self.tiles.all_heads.live.sum())
+
+    @property
+    def num_full(self) -> int:
+        """Tiles that need no masking, all heads' masks united. Reads the device."""
+        return int(self.tiles.all_heads.full.sum())
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Tile rows and tile columns of the packed score matrix."""
+        return blocks(self.layout.num_q, self.block_size), blocks(self.layout.num_kv, self.block_size)
+
+    @property
+    def density(self) -> float:
+        """The share of the packed T_q × T_kv score matrix that lies in non-empty tiles."""
+        rows, cols = self.grid
+        return self.num_tiles / (rows * cols) if self.layout.num_q and self.layout.num_kv else 0.0
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of one forward over the non-empty tiles: ``4·tiles·block²·H·D``.
+
+        Raises:
+            PlanError: If the plan was made from values without heads ``[T, H, D]``.
+        """
+        if self.sample is None:
+            raise PlanError(
+                explain_values("q", "FLOPs need a plan made from values of shape [T, H, D], to know H and D")
+            )
+        heads, dim = self.sample[:2]
+        return 4 * self.num_tiles * self.block_size**2 * heads * dim
+
+    @property
+    def backend(self) -> str:
+        """What ``backend="auto"`` takes for the q that was planned for."""
+        return choice.choose(self.case())[0]
+
+    def case(self, **known: object) -> choice.Case:
+        """The plan as backends' rules see it, with what the caller knows besides."""
+        if not known and self.sample is not None:
+            heads, dim, dtype, grad = self.sample
+            known = {"dtype": dtype, "grad": grad, "dims": (heads, heads, dim, dim)}
+        known["block_size"] = self.block_size
+        return choice.Case(self.layout, self.mask, self.score, self.normalizer, **known)  # type: ignore[arg-type]
+
+    def to_dense(self, heads: int | None = None) -> Tensor:
+        """The mask as bool ``[T_q, T_kv]``, or ``[H, T_q, T_kv]`` if `heads` is given. For tests and pictures.
+
+        Args:
+            heads: H. Needed if the mask depends on the head.
+        """
+        device = self.layout.device
+        if heads is None and self.head_of is not None:
+            heads = self.head_of.shape[0]
+        q = torch.arange(self.layout.num_q, device=device)[:, None]
+        kv = torch.arange(self.layout.num_kv, device=device)[None]
+        h = torch.arange(heads or 1, device=device)[:, None, None]
+        if not q.numel() or not kv.numel():
+            dense = torch.zeros(heads or 1, q.shape[0], kv.shape[1], dtype=torch.bool, device=device)
+        else:
+            shape = (heads or 1, q.shape[0], kv.shape[1])
+            dense = self.mask_mod(h.new_zeros(()), h, q[None], kv[None]).expand(shape)
+        return dense if heads is not None else dense[0]
+
+    def explain(self) -> str:
+        """What was decided and why, for people: backend, tiles, FLOPs, bytes."""
+        return explain(self)
+
+    def show(self, head: int = 0) -> Figure:
+        """A picture of the tiles and segments, as a matplotlib Figure.
+
+        Args:
+            head: Which head to draw, if the mask depends on the head.
+        """
+        return viz.draw_plan(self, head)
+
+    def _repr_html_(self) -> str:
+        return viz.to_html(self)
+
+    def __repr__(self) -> str:
+        return (
+            f"Plan({self.mask!r}, score={self.score!r}, segments={self.layout.num_segments}, "
+            f"tokens={self.layout.num_q}x{self.layout.num_kv}, block_size={self.block_size})"
+        )
+
+
+def place_in(layout: Layout, t: mods.RowTables) -> functions.Place | None:
+    """A query and a key that exist; None if none is known to. Reads a CPU."""
+    if layout.num_q == 0 or layout.num_kv == 0 or torch.compiler.is_compiling():
+        return None
+    if not layout.on_gpu and not bool((layout.kv_end > layout.kv_start).any()):
+        return None
+    zero = t.q_pos.new_zeros(())
+    return t.segment[0], zero, t.q_pos[0], zero.clone()
+
+
+def check_score(score: s.Score | None, layout: Layout, t: mods.RowTables) -> None:
+    """Check that a score fits a layout, and try its functions.
+
+    Raises:
+        ScoreError: If it does not, or a function fails.
+    """
+    if score is None:
+        return
+    s.check_tokens(score, layout.num_q, layout.num_kv)
+    if not torch.compiler.is_compiling() and any(isinstance(x, s.ScoreMod) for x in walk(score)):
+        functions.check_functions(score, place_in(layout, t))
+
+
+def check_arguments(mask: object, score: object, normalizer: object, block_size: int, max_length: int | None) -> None:
+    """Check what a plan is made of without its layout.
+
+    Raises:
+        MaskError: If `mask` is no mask.
+        ScoreError: If `score` is no score.
+        PlanError: If the others are not what they must be.
+        ShapeError: If mask and score are made for different numbers of heads.
+    """
+    mask = check_node(MaskError, m.Mask, mask)
+    score = None if score is None else check_node(ScoreError, s.Score, score)
+    if not isinstance(normalizer, Normalizer):
+        raise PlanError(explain_values("normalizer", "must be a flexjag normalizer", normalizer=normalizer))
+    if not isinstance(block_size, int) or block_size < 16 or block_size & (block_size - 1):
+        raise PlanError(explain_values("block_size", "must be a power of two of at least 16", block_size=block_size))
+    if max_length is not None and (not isinstance(max_length, int) or max_length < 0):
+        raise PlanError(explain_values("max_length", "must be an int of at least 0", max_length=max_length))
+    heads = {h for h in (m.num_mask_heads(mask), s.num_score_heads(score)) if h is not None}
+    if len(heads) > 1:
+        raise ShapeError(explain_values("mask, score", "must agree on the number of heads", heads=sorted(heads)))
