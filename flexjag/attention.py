@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -137,6 +138,9 @@ def _execute(
     layout = plan.layout
     spare, spare_keys = (x >= layout.num_segments for x in (layout.q_segment, layout.kv_segment))
     q, k, v = (x.masked_fill(at[:, None, None], 0.0) for x, at in ((q, spare), (k, spare_keys), (v, spare_keys)))
+    scales = getattr(plan.normalizer, "scale", None)
+    if isinstance(scales, Tensor) and scales.ndim:
+        plan = replace(plan, normalizer=replace(plan.normalizer, scale=scales.masked_fill(spare, 0.0)))
     out, rest = run(q, k, v, plan, scale, return_lse)
     nothing = 1.0 if isinstance(plan.normalizer, normalizers.StickBreaking) else -torch.inf
     rest = None if rest is None or rest.ndim != 2 else rest.masked_fill(spare[:, None], nothing)

@@ -64,3 +64,10 @@ def needs_plain_operations() -> bool:
         return False
     level: int = torch.autograd.forward_ad._current_level  # pyright: ignore[reportPrivateUsage]
     return level >= 0 or torch._C._are_functorch_transforms_active()  # pyright: ignore[reportPrivateUsage]
+
+
+def is_mapped(x: Tensor) -> bool:
+    """Whether ``torch.vmap`` maps over a tensor, so that it stands for several."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.is_batchedtensor(x)  # pyright: ignore[reportPrivateUsage]

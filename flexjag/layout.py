@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flexjag.differentiation import is_mapped
 from flexjag.errors import LayoutError, PlanError, assert_on_device, explain_values
 from flexjag.jagged import Jagged, check_offsets, segment_ids
 
@@ -138,6 +139,8 @@ def build_layout(
     for name, x in (("q", q), ("k", k)):
         if not isinstance(x, Jagged):
             raise LayoutError(explain_values(name, "must be a flexjag.Jagged", type=type(x).__name__))
+        if is_mapped(x.offsets):
+            raise LayoutError(f"{name}.offsets: must not be mapped by torch.vmap, which may map values only")
     if q.num_segments != k.num_segments:
         raise LayoutError(explain_values("k", "must have as many segments as q", q=q.num_segments, k=k.num_segments))
     if q.offsets.device != k.offsets.device:

@@ -308,7 +308,9 @@ def run(
         scores = x @ y.transpose(1, 2) * scale
         if score is not None:
             scores = rescore(score, scores, seg).to(q.dtype)  # its tensors may be wider than q
-        allowed = dense_allowed(mask, normalizer, seg, layout.is_self) & (scores != -torch.inf)
+        ruled_out = scores == -torch.inf
+        allowed = dense_allowed(mask, normalizer, seg, layout.is_self) & ~ruled_out
+        scores = scores.masked_fill(ruled_out, 0.0)
         weights, rest = weigh(normalizer, scores, allowed, seg)
         out = (weights @ z).masked_fill(~allowed.any(2)[..., None], 0.0)
         if isinstance(normalizer, nz.StickBreaking) and normalizer.remainder:

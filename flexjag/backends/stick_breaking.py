@@ -14,11 +14,11 @@ from torch.nn import functional
 
 from flexjag.backends.gathers import add_tiles
 from flexjag.backends.tiled import matmul
+from flexjag.differentiation import needs_plain_operations
 
 EXACT = 40.0  # softplus(s) is s from here on, to float64's precision
 
 
-@torch.library.custom_op("flexjag::carry_over", mutates_args=())
 def carry_over(totals: Tensor, row: Tensor, from_right: bool) -> Tensor:
     """Sum the totals of the tiles to the right of each tile in its row (or to the left), nearest last.
 
@@ -32,6 +32,16 @@ def carry_over(totals: Tensor, row: Tensor, from_right: bool) -> Tensor:
     Returns:
         ``[N, ...]``. The backward is the same from the other side.
     """
+    if not needs_plain_operations():
+        return _carry_over(totals, row, from_right)
+    tile = torch.arange(row.shape[0], device=row.device)
+    beside = (tile[:, None] < tile) if from_right else (tile[:, None] > tile)
+    beside = (beside & (row[:, None] == row)).to(totals.dtype)
+    return torch.tensordot(beside, totals, 1)
+
+
+@torch.library.custom_op("flexjag::carry_over", mutates_args=())
+def _carry_over(totals: Tensor, row: Tensor, from_right: bool) -> Tensor:
     out = torch.zeros_like(totals)
     if not row.shape[0]:
         return out
@@ -46,7 +56,7 @@ def carry_over(totals: Tensor, row: Tensor, from_right: bool) -> Tensor:
     return out
 
 
-@carry_over.register_fake
+@_carry_over.register_fake
 def _(totals: Tensor, row: Tensor, from_right: bool) -> Tensor:
     return torch.empty_like(totals)
 
@@ -56,8 +66,8 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.from_right = inputs[2]
 
 
-carry_over.register_autograd(
-    lambda ctx, grad: (carry_over(grad, ctx.saved_tensors[0], not ctx.from_right), None, None), setup_context=_remember
+_carry_over.register_autograd(
+    lambda ctx, grad: (_carry_over(grad, ctx.saved_tensors[0], not ctx.from_right), None, None), setup_context=_remember
 )
 
 

@@ -1,0 +1,275 @@
+"""Second order, transforms and forward mode: right, or refused in one line; and held tensors that change in between."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from cases import make_qkv
+from torch import Tensor
+from torch.autograd import forward_ad
+
+import flexjag as fj
+from flexjag.errors import BackendError, DifferentiationError, FlexjagError, PlanError
+
+F64 = torch.float64
+NORMALIZERS = [fj.Softmax(), fj.SiLU(0.5), fj.Sigmoid(-1.0), fj.StickBreaking()]
+LENGTHS = [5, 0, 20, 1]
+
+
+def problem(backend: str, normalizer: fj.Normalizer) -> tuple[Callable[[Tensor, Tensor], Tensor], Tensor, Tensor]:
+    """A loss of values and a learned table, with a residual path that keeps the graph alive."""
+    x, _, _ = make_qkv(LENGTHS, dim=8)
+    table = torch.randn(2, 5, dtype=F64)
+
+    def loss(values: Tensor, bias: Tensor) -> Tensor:
+        y = x.with_values(values)
+        score = fj.RelativeBias(bias) >> fj.ScoreMod(lambda s, b, h, i, j: s + bias[h, 0] * torch.cos(s))
+        score = fj.RelativeBias(bias) if backend == "segments" else score
+        out = fj.attention(y, y, y, mask=fj.Causal(), score=score, normalizer=normalizer, backend=backend)
+        return (y + out).values.pow(2).sum()
+
+    return loss, x.values.detach(), table
+
+
+@pytest.mark.parametrize("normalizer", NORMALIZERS, ids=repr)
+def test_second_order_equals_the_reference(normalizer: fj.Normalizer) -> None:
+    found = []
+    for backend in ("reference", "tiled"):
+        loss, values, table = problem(backend, normalizer)
+        torch.manual_seed(1)
+        values, table = values.requires_grad_(), torch.randn(2, 5, dtype=F64, requires_grad=True)
+        first = torch.autograd.grad(loss(values, table), (values, table), create_graph=True)
+        weigh = sum((g * torch.sin(g.detach())).sum() for g in first)
+        found.append((*first, *torch.autograd.grad(weigh, (values, table))))
+    for wanted, got in zip(*found, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("normalizer", NORMALIZERS, ids=repr)
+@pytest.mark.parametrize("score", [None, "bias"])
+@pytest.mark.parametrize("backend", ["segments", "auto"])
+def test_second_order_of_segments_is_refused_on_every_path(
+    backend: str, score: str | None, normalizer: fj.Normalizer
+) -> None:
+    x, k, v = make_qkv(LENGTHS, dim=8)
+    values, held = x.values.requires_grad_(), None if score is None else fj.Alibi(torch.ones(2, dtype=F64))
+    y = x.with_values(values)
+    out = fj.attention(y, k, v, mask=fj.Causal(), score=held, normalizer=normalizer, backend=backend)
+    (first,) = torch.autograd.grad((y + out).values.pow(2).sum(), values, create_graph=True)
+    with pytest.raises(DifferentiationError, match="'segments' has no second-order gradients; use backend='tiled'"):
+        torch.autograd.grad(first.sum(), values)
+    torch.testing.assert_close(  # the first order itself is as without a graph
+        first.detach(),
+        torch.autograd.grad(
+            (y + fj.attention(y, k, v, mask=fj.Causal(), score=held, normalizer=normalizer, backend=backend))
+            .values.pow(2)
+            .sum(),
+            values,
+        )[0],
+        rtol=0,
+        atol=0,
+    )
+
+
+def test_merge_has_a_second_order() -> None:
+    x, k, v = make_qkv([3, 6], dim=8)
+
+    def merged(values: Tensor) -> Tensor:
+        y = x.with_values(values)
+        parts = [
+            fj.attention(y, k, v, mask=mask, return_lse=True, backend="reference")
+            for mask in (fj.Causal(), ~fj.Causal())
+        ]
+        return fj.merge(parts)[0].values
+
+    assert torch.autograd.gradgradcheck(merged, x.values.requires_grad_())
+
+
+@pytest.mark.parametrize("normalizer", NORMALIZERS, ids=repr)
+@pytest.mark.parametrize("backend", ["tiled", "auto"])
+def test_transforms_equal_autograd(backend: str, normalizer: fj.Normalizer) -> None:
+    loss, values, table = problem(backend, normalizer)
+    reference, _, _ = problem("reference", normalizer)
+    leaf = values.clone().requires_grad_()
+    (wanted,) = torch.autograd.grad(reference(leaf, table), leaf)
+    torch.testing.assert_close(torch.func.grad(loss)(values, table), wanted, rtol=1e-9, atol=1e-9)
+    direction = torch.cos(torch.arange(values.numel(), dtype=F64)).view(values.shape)
+    slope = (wanted * direction).sum()
+    got = torch.func.jvp(lambda v: loss(v, table), (values,), (direction,))[1]
+    torch.testing.assert_close(got, slope, rtol=1e-9, atol=1e-9)
+    with forward_ad.dual_level():
+        dual = loss(forward_ad.make_dual(values, direction), table)
+        torch.testing.assert_close(forward_ad.unpack_dual(dual).tangent, slope, rtol=1e-9, atol=1e-9)
+    many = torch.stack([values, 2 * values])
+    alone = torch.stack([loss(v, table) for v in many])
+    torch.testing.assert_close(torch.vmap(lambda v: loss(v, table))(many), alone, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("backend", ["segments", "flex", "triton"])
+def test_transforms_of_other_backends_are_refused(backend: str) -> None:
+    x, k, v = make_qkv([3, 6], dim=16, dtype=torch.float32)
+    with pytest.raises(BackendError, match=r"cannot run this plan: torch.func transforms and forward-mode AD know"):
+        torch.func.grad(lambda q: fj.attention(x.with_values(q), k, v, backend=backend).values.sum())(x.values)
+
+
+def test_offsets_under_vmap_are_refused() -> None:
+    values, offsets = torch.randn(2, 5, 1, 8), torch.tensor([[0, 2, 5], [0, 1, 5]])
+
+    def attend(x: Tensor, ends: Tensor) -> Tensor:
+        y = fj.Jagged(x, ends)
+        return fj.attention(y, y, y).values
+
+    with pytest.raises(FlexjagError, match="offsets: must not be mapped"):
+        torch.vmap(attend)(values, offsets)
+
+
+# What is held may change between the forward and the backward.
+
+
+def _scores() -> list[tuple[str, Callable[[Tensor], fj.Score], tuple[int, ...]]]:
+    boundaries = torch.tensor([-2, 2])
+    return [
+        ("ScoreMod", lambda c: fj.ScoreMod(lambda s, b, h, i, j: s * c[0]), (1,)),
+        ("Alibi", fj.Alibi, (2,)),
+        ("RelativeBias", fj.RelativeBias, (2, 5)),
+        ("BucketedBias", lambda c: fj.BucketedBias(c, boundaries), (2, 3)),
+        ("TimeBias", lambda c: fj.TimeBias(c, torch.arange(26), boundaries), (2, 3)),
+    ]
+
+
+@pytest.mark.parametrize("normalizer", [fj.Softmax(), fj.SiLU()], ids=repr)
+@pytest.mark.parametrize(("name", "make", "shape"), _scores(), ids=[name for name, _, _ in _scores()])
+@pytest.mark.parametrize("backend", ["tiled", "segments", "reference"])
+def test_a_score_written_to_before_the_backward(
+    backend: str, name: str, make: Callable[[Tensor], fj.Score], shape: tuple[int, ...], normalizer: fj.Normalizer
+) -> None:
+    """The right gradient, or autograd's own error."""
+    if backend == "segments" and name == "ScoreMod" and isinstance(normalizer, fj.Softmax):
+        pytest.skip("not additive")
+    x, k, v = make_qkv(LENGTHS, dim=8)
+    values, held = x.values.requires_grad_(), torch.full(shape, 0.3, dtype=F64)
+
+    def loss() -> Tensor:
+        score = make(held)
+        # a window whose spans are not one bias for all
+        mask = fj.Causal() & fj.Prefix(torch.tensor([9, 9, 9, 9]))
+        y = x.with_values(values)
+        return fj.attention(y, k, v, mask=mask, score=score, normalizer=normalizer, backend=backend).values.sum()
+
+    (wanted,) = torch.autograd.grad(loss(), values)
+    total = loss()
+    held.fill_(3.0)
+    try:
+        (got,) = torch.autograd.grad(total, values)
+    except RuntimeError as error:
+        assert "modified by an inplace operation" in str(error)
+    else:
+        torch.testing.assert_close(got, wanted)
+
+
+GLOBAL = torch.tensor(1.0, dtype=F64)
+
+
+def scaled_by_a_global(s: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    return s * GLOBAL
+
+
+@pytest.mark.parametrize("normalizer", [fj.Softmax(), fj.SiLU()], ids=repr)
+@pytest.mark.parametrize("backend", ["tiled", "reference"])
+def test_names_bound_anew_before_the_backward(
+    backend: str, normalizer: fj.Normalizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a loop that makes a function of its variable, or in a notebook."""
+    x, k, v = make_qkv(LENGTHS, dim=8)
+    leaf = x.values.requires_grad_()
+    losses, wanted = [], []
+    for c in (1.0, 2.0):
+        score = fj.ScoreMod(lambda s, b, h, i, j: s * c) >> fj.ScoreMod(scaled_by_a_global)  # noqa: B023
+        y = x.with_values(leaf)
+        loss = fj.attention(y, k, v, score=score, normalizer=normalizer, backend=backend).values.sum()
+        wanted += torch.autograd.grad(loss, leaf, retain_graph=True)
+        losses.append(loss)
+    monkeypatch.setitem(globals(), "GLOBAL", torch.tensor(5.0, dtype=F64))
+    for loss, right in zip(losses, wanted, strict=True):
+        torch.testing.assert_close(torch.autograd.grad(loss, leaf)[0], right)
+
+
+# A plan holds what its mask was made from.
+
+BACKENDS = ["auto", "reference", "tiled", "segments", "flex"]
+IDS = torch.tensor([0, 1, 0, 1])
+OTHER = torch.tensor([0, 0, 0, 1])
+
+
+def _masks() -> list[tuple[str, Callable[[Tensor], fj.Mask]]]:
+    return [
+        ("SameGroup", fj.SameGroup),
+        ("kv_ids", lambda t: fj.SameGroup(IDS, t)),
+        ("Prefix", lambda t: fj.Prefix(t[2:3] + t[1:2])),
+        ("Rows", lambda t: fj.Rows(t, t + 1)),
+        ("Dense", lambda t: fj.Dense(t.expand(4, 4) == 0)),
+        ("closure", lambda t: fj.MaskMod(lambda b, h, i, j: t[i] == t[j])),
+        ("PerHead", lambda t: fj.PerHead([fj.SameGroup(t) & fj.Causal()])),
+    ]
+
+
+@pytest.mark.parametrize(("name", "make"), _masks(), ids=[name for name, _ in _masks()])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_plan_holds_its_mask(backend: str, name: str, make: Callable[[Tensor], fj.Mask]) -> None:
+    if backend == "flex" and name not in ("SameGroup", "closure"):
+        pytest.skip("two graphs are enough")
+    x = fj.Jagged.from_lengths(torch.eye(4)[:, None], [4])
+    given = IDS.clone()
+    plan = fj.plan(x, mask=make(given))
+    wanted = fj.plan(x, mask=make(IDS.clone())).to_dense()
+    given.copy_(OTHER)
+    got = fj.attention(x, x, x, plan=plan, scale=0.0, backend=backend).values[:, 0] > 0
+    assert torch.equal(got, wanted.view(4, 4))
+
+
+class Held:
+    """A predicate that reads a tensor of its own."""
+
+    def __init__(self, ids: Tensor) -> None:
+        self.ids = ids
+
+    def __call__(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return self.ids[i] == self.ids[j]
+
+
+SOMEWHERE = torch.tensor([0, 1, 0, 1])
+
+
+def of_a_global(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    return SOMEWHERE[i] == SOMEWHERE[j]
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference", "tiled", "segments"])
+def test_a_mask_that_reads_what_cannot_be_held_is_an_error_when_it_changes(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = fj.Jagged.from_lengths(torch.eye(4)[:, None], [4])
+    held = Held(IDS.clone())
+    plan = fj.plan(x, mask=fj.MaskMod(held))
+    fj.attention(x, x, x, plan=plan, backend=backend)
+    held.ids.copy_(OTHER)
+    with pytest.raises(PlanError, match=r"plan: a tensor \[4\] was written to that its mask's function reads"):
+        fj.attention(x, x, x, plan=plan, backend=backend)
+    plan = fj.plan(x, mask=fj.MaskMod(of_a_global))
+    fj.attention(x, x, x, plan=plan, backend=backend)
+    monkeypatch.setitem(globals(), "SOMEWHERE", OTHER)
+    with pytest.raises(PlanError, match="plan: SOMEWHERE was bound anew that its mask's function reads"):
+        fj.attention(x, x, x, plan=plan, backend=backend)
+
+
+def test_scores_of_a_plan_stay_live() -> None:
+    x, k, v = make_qkv([4, 9], dim=8)
+    table = torch.zeros(2, 5, dtype=F64)
+    plan = fj.plan(x, mask=fj.Causal(), score=fj.RelativeBias(table))
+    table.copy_(torch.randn(2, 5, dtype=F64))
+    for backend in ("reference", "tiled", "segments"):
+        got = fj.attention(x, k, v, plan=plan, backend=backend).values
+        wanted = fj.attention(x, k, v, mask=fj.Causal(), score=fj.RelativeBias(table.clone()), backend=backend).values
+        torch.testing.assert_close(got, wanted)
