@@ -16,7 +16,7 @@ from flexjag.jagged import Jagged, check_same_layout
 from flexjag.masks import Mask, num_mask_heads
 from flexjag.normalizers import Normalizer, num_bias_heads
 from flexjag.plan import Plan, outline, with_tiles
-from flexjag.scores import Score, check_tokens, num_score_heads, tensors
+from flexjag.scores import Score, num_score_heads, tensors
 
 
 def attention(
@@ -86,7 +86,6 @@ def attention(
     else:
         check_plan(plan, q, k, validate=validate)
     check_normalizer(plan.layout, plan.mask, plan.normalizer, lse=return_lse, remainder=return_remainder)
-    check_tokens(plan.score, plan.layout.num_q, plan.layout.num_kv)
     heads, groups = q.values.shape[1], k.values.shape[1]
     for wanted in (num_mask_heads(plan.mask), num_score_heads(plan.score), num_bias_heads(plan.normalizer)):
         if wanted is not None and wanted != heads:

@@ -10,12 +10,12 @@ from torch import Tensor
 from flexjag import choice, functions, mods
 from flexjag import masks as m
 from flexjag import scores as s
-from flexjag.errors import assert_on_device
+from flexjag.errors import MaskError, PlanError, assert_on_device
 from flexjag.jagged import Jagged, mark_varying
 from flexjag.layout import Layout, blocks, build_layout
 from flexjag.nodes import walk
 from flexjag.normalizers import Normalizer, Softmax
-from flexjag.recipe import Notes, Plan, check_arguments, check_score, place_in
+from flexjag.recipe import Notes, Plan, check_arguments, check_fit, check_score, place_in
 from flexjag.spans import Sandwich, Spans, sandwich
 from flexjag.tiles import TileList, Tiles, build_tables, list_tiles, refine
 
@@ -124,6 +124,8 @@ def outline(
     check_arguments(mask, score, normalizer, block_size, max_length)
     layout = build_layout(q, q if k is None else k, max_tokens=max_tokens, max_length=max_length, validate=validate)
     choice.check_normalizer(layout, mask, normalizer, lse=False, remainder=False)
+    check_fit(MaskError, mask, layout)
+    check_fit(PlanError, normalizer, layout)
     tables = mods.row_tables(layout, block_size)
     check_score(score, layout, tables)
     reading = functions.Reading([], [])

@@ -127,7 +127,10 @@ BAD = [
         r"lo, hi: must be integer tensors of one shape.*dtype=torch.float32",
     ),
     (lambda: Rows(IDS, IDS[:2]), r"lo, hi: must be integer tensors of one shape.*lo=\(3,\), hi=\(2,\)"),
-    (lambda: SameGroup(torch.zeros(3)), r"ids: must be a 1-D integer or bool tensor; got shape=\(3,\), dtype=torch.float32"),
+    (
+        lambda: SameGroup(torch.zeros(3)),
+        r"ids: must be a 1-D integer or bool tensor; got shape=\(3,\), dtype=torch.float32",
+    ),
     (lambda: SameGroup(IDS, IDS[None]), r"kv_ids: must be a 1-D integer or bool tensor; got shape=\(1, 3\)"),
     (lambda: Dense(torch.zeros(2, 2)), r"values: must be boolean.*dtype=torch.float32"),
     (lambda: Dense(torch.zeros(1, 2, 2, dtype=torch.bool)), r"values: must be boolean.*shape=\(1, 2, 2\)"),
