@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from flexjag.errors import LayoutError, ShapeError, explain_values
+from flexjag.errors import LayoutError, ShapeError, explain_values, shown
 
 
 def mark_varying(tensor: Tensor, *dims: int) -> None:
@@ -323,7 +323,7 @@ class Jagged:
         dtype = str(self.values.dtype).removeprefix("torch.")
         return (
             f"Jagged(segments={self.num_segments}, tokens={self.values.shape[0]}, "
-            f"values={list(self.values.shape)} {dtype}, device={self.values.device})"
+            f"values={shown(list(self.values.shape))} {dtype}, device={self.values.device})"
         )
 
     def _combine(self, other: Any, fn: Callable[[Any, Any], Tensor]) -> Jagged:

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple, TypeVar, dataclass_transform
 import torch
 from torch import Tensor
 
-from flexjag.errors import explain_values
+from flexjag.errors import explain_values, shown
 
 NodeType = TypeVar("NodeType", bound=type)
 NodeKind = TypeVar("NodeKind")
@@ -161,7 +161,7 @@ class Node:
             if f.name == "align" and value == "start":
                 continue
             if isinstance(value, Tensor):
-                text = f"<{str(value.dtype).removeprefix('torch.')}{list(value.shape)}>"
+                text = f"<{str(value.dtype).removeprefix('torch.')}{shown(list(value.shape))}>"
             elif callable(value):
                 text = getattr(value, "__name__", type(value).__name__)
             else:
