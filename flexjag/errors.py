@@ -104,12 +104,15 @@ def shown(value: object) -> str:
     """
     if isinstance(value, int):
         return f"{value}"
+    if type(value) not in (list, tuple):
+        return repr(value)
+    items: list[str] = []
+    for x in value:  # type: ignore[attr-defined]
+        items.append(shown(x))  # pyright: ignore[reportUnknownArgumentType]
+    inside = ", ".join(items)
     if type(value) is list:
-        return f"[{', '.join([shown(x) for x in value])}]"  # pyright: ignore[reportUnknownVariableType]
-    if type(value) is tuple:
-        inside = ", ".join([shown(x) for x in value])  # pyright: ignore[reportUnknownVariableType]
-        return f"({inside},)" if len(value) == 1 else f"({inside})"  # pyright: ignore[reportUnknownArgumentType]
-    return repr(value)
+        return f"[{inside}]"
+    return f"({inside},)" if len(items) == 1 else f"({inside})"
 
 
 def assert_on_device(holds: Tensor, message: str) -> None:
