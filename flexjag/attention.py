@@ -17,6 +17,7 @@ from flexjag.masks import Mask, num_mask_heads
 from flexjag.normalizers import Normalizer, num_bias_heads
 from flexjag.plan import Plan, outline, with_tiles
 from flexjag.scores import Score, num_score_heads, tensors
+from flexjag.upstream import holds_no_numbers
 
 
 def attention(
@@ -96,7 +97,7 @@ def attention(
         )
     scale = 1.0 / math.sqrt(max(1, q.values.shape[2])) if scale is None else float(scale)
     case = plan.case(
-        tracing=torch.compiler.is_compiling(),
+        tracing=holds_no_numbers(q.values),
         dtype=q.values.dtype,
         grad=torch.is_grad_enabled()
         and any(
@@ -229,7 +230,7 @@ def check_plan(plan: Plan, q: Jagged, k: Jagged, *, validate: bool = False) -> N
     same = made == seen and k.num_segments == q.num_segments and q.offsets.device == layout.device
     pairs = [(q.offsets, layout.q_offsets), (k.offsets, layout.kv_offsets)]
     difference = None
-    if same and torch.compiler.is_compiling():
+    if same and holds_no_numbers(q.offsets):
         if not layout.on_gpu:
             alike = (q.offsets == layout.q_offsets).all() & (k.offsets == layout.kv_offsets).all()
             assert_on_device(alike, "plan: was made for another layout; make one per batch")

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from flexjag.errors import AmbiguousMaskError, MaskError, explain_values
 from flexjag.nodes import Node, along, check_tensor, is_integer, node, saturated
+from flexjag.upstream import holds_no_numbers
 
 Bound = int | Tensor
 Align = Literal["start", "end"]
@@ -61,7 +62,7 @@ def _check_bound(name: str, value: object, minimum: int) -> None:
                     dtype=value.dtype,
                 )
             )
-        if value.device.type == "cpu" and not torch.compiler.is_compiling():
+        if value.device.type == "cpu" and not holds_no_numbers(value):
             least = int(saturated(value).min()) if value.shape[0] else minimum
             if least < minimum:
                 raise MaskError(explain_values(name, f"must be at least {minimum} everywhere", least=least))

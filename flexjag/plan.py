@@ -18,6 +18,7 @@ from flexjag.normalizers import Normalizer, Softmax
 from flexjag.recipe import Notes, Plan, check_arguments, check_fit, check_score, place_in
 from flexjag.spans import Sandwich, Spans, sandwich
 from flexjag.tiles import TileList, Tiles, build_tables, list_tiles, refine
+from flexjag.upstream import holds_no_numbers
 
 __all__ = ["Plan", "plan"]
 
@@ -172,7 +173,7 @@ def with_tiles(plan: Plan, refine_tiles: bool | None = None) -> Plan:
     capacity = _capacity(layout, block, max_length)
     width, size = (None, None) if capacity is None else capacity
     lists = [list_tiles(x.outer, x.inner, layout.num_kv, block, size) for x in sandwiches]
-    if capacity is None and not torch.compiler.is_compiling():
+    if capacity is None and not holds_no_numbers(layout.q_offsets):
         tables = plan.tables
         lists = [_refined(t, x, tables, layout, block, refine_tiles) for t, x in zip(lists, sandwiches, strict=True)]
     union, by_head = lists[0], lists

@@ -19,6 +19,7 @@ from flexjag.nodes import Axis, Node, check_held, check_node, walk
 from flexjag.normalizers import Normalizer, num_bias_heads
 from flexjag.spans import Sandwich
 from flexjag.tiles import Tiles, block_mask
+from flexjag.upstream import holds_no_numbers
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -237,7 +238,7 @@ class Plan:
 
 def place_in(layout: Layout, t: mods.RowTables) -> functions.Place | None:
     """A query and a key that exist; None if none is known to. Reads a CPU."""
-    if layout.num_q == 0 or layout.num_kv == 0 or torch.compiler.is_compiling():
+    if layout.num_q == 0 or layout.num_kv == 0 or holds_no_numbers(layout.q_offsets):
         return None
     if not layout.on_gpu and not bool((layout.kv_end > layout.kv_start).any()):
         return None

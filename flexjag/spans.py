@@ -16,6 +16,7 @@ from flexjag.dispatch import Interpretation
 from flexjag.errors import MaskError, explain_values
 from flexjag.layout import INT32_MAX, Layout
 from flexjag.nodes import along, node, saturated
+from flexjag.upstream import holds_no_numbers
 
 MAX_SPANS = 8
 
@@ -236,7 +237,7 @@ def _(mask: m.Dense, layout: Layout) -> Sandwich:
         areas = layout.q_offsets.diff().long() * layout.kv_offsets.diff()
         before = areas.cumsum(0) - areas
         first = layout.per_row(before) + layout.q_pos.long() * layout.kv_length()
-        if not torch.compiler.is_compiling() and layout.device.type == "cpu" and int(areas.sum()) != values.shape[0]:
+        if layout.device.type == "cpu" and not holds_no_numbers(areas) and int(areas.sum()) != values.shape[0]:
             rule = "packed matrices must have sum(n_s * m_s) entries"
             raise MaskError(explain_values("values", rule, entries=values.shape[0], needed=int(areas.sum())))
     packed = torch.cat([values.flatten(), values.new_zeros(1)])  # never empty, so that every lookup can be clamped
