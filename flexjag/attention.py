@@ -17,7 +17,8 @@ from flexjag.jagged import Jagged, check_same_layout
 from flexjag.masks import Mask, num_mask_heads
 from flexjag.normalizers import Normalizer, num_bias_heads
 from flexjag.plan import Plan, outline, with_tiles
-from flexjag.scores import Score, check_tokens, num_score_heads, tensors
+from flexjag.scores import Score, num_score_heads, tensors
+from flexjag.upstream import holds_no_numbers
 
 
 def attention(
@@ -87,7 +88,6 @@ def attention(
     else:
         check_plan(plan, q, k, validate=validate)
     check_normalizer(plan.layout, plan.mask, plan.normalizer, lse=return_lse, remainder=return_remainder)
-    check_tokens(plan.score, plan.layout.num_q, plan.layout.num_kv)
     heads, groups = q.values.shape[1], k.values.shape[1]
     for wanted in (num_mask_heads(plan.mask), num_score_heads(plan.score), num_bias_heads(plan.normalizer)):
         if wanted is not None and wanted != heads:
@@ -98,7 +98,7 @@ def attention(
         )
     scale = 1.0 / math.sqrt(max(1, q.values.shape[2])) if scale is None else float(scale)
     case = plan.case(
-        tracing=torch.compiler.is_compiling(),
+        tracing=holds_no_numbers(q.values),
         dtype=q.values.dtype,
         grad=torch.is_grad_enabled()
         and any(
@@ -234,7 +234,7 @@ def check_plan(plan: Plan, q: Jagged, k: Jagged, *, validate: bool = False) -> N
     same = made == seen and k.num_segments == q.num_segments and q.offsets.device == layout.device
     pairs = [(q.offsets, layout.q_offsets), (k.offsets, layout.kv_offsets)]
     difference = None
-    if same and torch.compiler.is_compiling():
+    if same and holds_no_numbers(q.offsets):
         if not layout.on_gpu:
             alike = (q.offsets == layout.q_offsets).all() & (k.offsets == layout.kv_offsets).all()
             assert_on_device(alike, "plan: was made for another layout; make one per batch")

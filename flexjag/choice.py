@@ -244,10 +244,6 @@ def check_normalizer(layout: Layout, mask: m.Mask, normalizer: Normalizer, *, ls
     if remainder and not isinstance(normalizer, StickBreaking):
         rule = "only stick-breaking leaves a remainder"
         raise PlanError(explain_values("return_remainder", rule, normalizer=normalizer))
-    scale = normalizer.scale if isinstance(normalizer, Pointwise) else 1.0
-    if isinstance(scale, torch.Tensor) and scale.ndim and scale.shape[0] != layout.num_q:
-        rule = "must be a number, 0-d, or have one entry per packed query token"
-        raise PlanError(explain_values("scale", rule, entries=scale.shape[0], tokens=layout.num_q))
     if isinstance(normalizer, StickBreaking):
         diagonal_align(mask, layout.is_self)
         if normalizer.remainder and not layout.is_self:

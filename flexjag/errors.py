@@ -92,8 +92,27 @@ def explain_values(argument: str, rule: str, **seen: object) -> str:
     >>> explain_values("offsets", "must start at 0", offsets=[1, 3])
     'offsets: must start at 0; got offsets=[1, 3]'
     """
-    values = ", ".join(f"{name}={value!r}" for name, value in seen.items())
+    values = ", ".join([f"{name}={shown(value)}" for name, value in seen.items()])
     return f"{argument}: {rule}; got {values}" if seen else f"{argument}: {rule}"
+
+
+def shown(value: object) -> str:
+    """The value's repr, also inside a graph, where Dynamo has none of a size that varies but can format it.
+
+    >>> shown([1, (2,), "x"])
+    "[1, (2,), 'x']"
+    """
+    if isinstance(value, int):
+        return f"{value}"
+    if type(value) not in (list, tuple):
+        return repr(value)
+    items: list[str] = []
+    for x in value:  # type: ignore[attr-defined]
+        items.append(shown(x))  # pyright: ignore[reportUnknownArgumentType]
+    inside = ", ".join(items)
+    if type(value) is list:
+        return f"[{inside}]"
+    return f"({inside},)" if len(items) == 1 else f"({inside})"
 
 
 def assert_on_device(holds: Tensor, message: str) -> None:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from flexjag.errors import LayoutError, ShapeError, explain_values
+from flexjag.errors import LayoutError, ShapeError, explain_values, shown
+from flexjag.upstream import holds_no_numbers
 
 
 def mark_varying(tensor: Tensor, *dims: int) -> None:
@@ -76,7 +77,7 @@ def _lengths_tensor(lengths: Tensor | Sequence[int], device: torch.device) -> Te
         raise LayoutError(
             explain_values("lengths", "must be 1-D int32 or int64", dtype=lengths.dtype, shape=tuple(lengths.shape))
         )
-    if lengths.device.type == "cpu" and not torch.compiler.is_compiling() and bool((lengths < 0).any()):
+    if lengths.device.type == "cpu" and not holds_no_numbers(lengths) and bool((lengths < 0).any()):
         raise LayoutError(explain_values("lengths", "must not be negative", lengths=given))
     return lengths.to(device)
 
@@ -147,7 +148,7 @@ class Jagged:
         [0, 2, 2, 5]
         """
         out = Jagged(values, _offsets_of(_lengths_tensor(lengths, values.device)))
-        if not torch.compiler.is_compiling() and values.device.type == "cpu":
+        if values.device.type == "cpu" and not holds_no_numbers(values):
             total = int(out.offsets[-1])
             if total != values.shape[0]:
                 raise LayoutError(
@@ -204,7 +205,7 @@ class Jagged:
                 )
             )
         offsets = _offsets_of(n)
-        if not torch.compiler.is_compiling() and n.device.type == "cpu" and bool((n > dense.shape[1]).any()):
+        if n.device.type == "cpu" and not holds_no_numbers(n) and bool((n > dense.shape[1]).any()):
             raise LayoutError(
                 explain_values(
                     "lengths", "must not exceed the padded length", longest=int(n.max()), padded=dense.shape[1]
@@ -323,7 +324,7 @@ class Jagged:
         dtype = str(self.values.dtype).removeprefix("torch.")
         return (
             f"Jagged(segments={self.num_segments}, tokens={self.values.shape[0]}, "
-            f"values={list(self.values.shape)} {dtype}, device={self.values.device})"
+            f"values={shown(list(self.values.shape))} {dtype}, device={self.values.device})"
         )
 
     def _combine(self, other: Any, fn: Callable[[Any, Any], Tensor]) -> Jagged:
@@ -381,7 +382,7 @@ def check_same_layout(
     seen: dict[str, object] = {"left": a, "right": b}
     if a.offsets.shape != b.offsets.shape or a.values.shape[0] != b.values.shape[0]:
         raise LayoutError(explain_values(name, rule, **seen))
-    if a.offsets.device.type == "cpu" and not torch.compiler.is_compiling():
+    if a.offsets.device.type == "cpu" and not holds_no_numbers(a.offsets):
         differs = (a.offsets != b.offsets).nonzero()
         if differs.numel():
             at = int(differs[0])

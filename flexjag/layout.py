@@ -10,6 +10,7 @@ from torch import Tensor
 from flexjag.differentiation import is_mapped
 from flexjag.errors import LayoutError, PlanError, assert_on_device, explain_values
 from flexjag.jagged import Jagged, check_offsets, segment_ids
+from flexjag.upstream import holds_no_numbers
 
 INT32_MAX = 2**31 - 1
 
@@ -154,7 +155,7 @@ def build_layout(
         raise PlanError(
             explain_values("max_tokens", "must equal the rows of q.values", max_tokens=max_tokens, rows=num_q)
         )
-    tracing, has_spare = torch.compiler.is_compiling(), max_tokens is not None
+    tracing, has_spare = holds_no_numbers(q.offsets), max_tokens is not None
     may_look = q.offsets.device.type == "cpu" and not has_spare  # fixed capacity promises not to, so nowhere
     is_self = q.offsets is k.offsets and num_q == num_kv
     sides = (("q", q),) if is_self else (("q", q), ("k", k))

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from flexjag.errors import AmbiguousMaskError, MaskError, explain_values
-from flexjag.nodes import Node, check_tensor, is_integer, node, saturated
+from flexjag.nodes import Node, along, check_tensor, is_integer, node, saturated
+from flexjag.upstream import holds_no_numbers
 
 Bound = int | Tensor
 Align = Literal["start", "end"]
@@ -61,7 +62,7 @@ def _check_bound(name: str, value: object, minimum: int) -> None:
                     dtype=value.dtype,
                 )
             )
-        if value.device.type == "cpu" and not torch.compiler.is_compiling():
+        if value.device.type == "cpu" and not holds_no_numbers(value):
             least = int(saturated(value).min()) if value.shape[0] else minimum
             if least < minimum:
                 raise MaskError(explain_values(name, f"must be at least {minimum} everywhere", least=least))
@@ -117,8 +118,8 @@ class Window(Mask):
         MaskError: If a bound is negative (unlimited is None, not -1).
     """
 
-    left: Bound | None
-    right: Bound | None
+    left: Bound | None = along("segment")
+    right: Bound | None = along("segment")
     align: Align = "start"
 
     def __post_init__(self) -> None:
@@ -138,7 +139,7 @@ class Prefix(Mask):
         n: int or ``[S]``.
     """
 
-    n: Bound
+    n: Bound = along("segment")
 
     def __post_init__(self) -> None:
         _check_bound("n", self.n, 0)
@@ -152,7 +153,7 @@ class Chunked(Mask):
         size: Chunk length, int or ``[S]``, at least 1.
     """
 
-    size: Bound
+    size: Bound = along("segment")
 
     def __post_init__(self) -> None:
         _check_bound("size", self.size, 1)
@@ -166,7 +167,7 @@ class GlobalTokens(Mask):
         n: int or ``[S]``.
     """
 
-    n: Bound
+    n: Bound = along("segment")
 
     def __post_init__(self) -> None:
         _check_bound("n", self.n, 0)
@@ -181,8 +182,8 @@ class Rows(Mask):
         hi: The same shape, exclusive.
     """
 
-    lo: Tensor
-    hi: Tensor
+    lo: Tensor = along("query token")
+    hi: Tensor = along("query token")
 
     def __post_init__(self) -> None:
         check_tensor(MaskError, "lo", self.lo)
@@ -214,8 +215,8 @@ class SameGroup(Mask):
         kv_ids: ``[T_kv]`` per packed key token, when keys are not the queries' tokens.
     """
 
-    ids: Tensor
-    kv_ids: Tensor | None = None
+    ids: Tensor = along("query token")
+    kv_ids: Tensor | None = along("key token", default=None, in_place_of_none="ids")
 
     def __post_init__(self) -> None:
         for name, ids in (("ids", self.ids), ("kv_ids", self.kv_ids)):
@@ -243,7 +244,7 @@ class Dense(Mask):
             row-major matrix back to back. :meth:`from_list` makes the second.
     """
 
-    values: Tensor
+    values: Tensor = along(None)
 
     def __post_init__(self) -> None:
         check_tensor(MaskError, "values", self.values)

@@ -18,8 +18,10 @@ import torch
 from torch import Tensor
 
 from flexjag import masks as m
+from flexjag import scalars
 from flexjag import scores as s
 from flexjag.dispatch import Interpretation
+from flexjag.errors import MaskError, ScoreError
 from flexjag.layout import Layout, blocks
 from flexjag.spans import DenseRows, InSpans, Sandwich
 from flexjag.upstream import fence
@@ -130,22 +132,6 @@ def kernel_mask(sandwich: Sandwich, t: RowTables) -> m.Mask:
     return rounded(inside if sandwich.rest is None else m.And(inside, sandwich.rest), t)
 
 
-def _elementwise(fn: Callable[..., Tensor], *args: Tensor) -> Tensor:
-    """Apply a function of scalars to tensors that broadcast together: one vmap per dimension of the result."""
-    ndim = max(a.ndim for a in args)
-    if ndim == 0:  # FlexAttention's scalars
-        return fn(*args)
-    aligned = [a.reshape((1,) * (ndim - a.ndim) + tuple(a.shape)) for a in args]
-    # A dimension of size 1 is mapped by nobody unless it is 1 everywhere.
-    varies = [[a.shape[d] != 1 for a in aligned] for d in range(ndim)]
-    for d in reversed(range(ndim)):
-        if any(varies[d]):
-            fn = torch.vmap(fn, in_dims=tuple(0 if v else None for v in varies[d]))
-    squeezed = [a.squeeze([d for d in range(ndim) if not varies[d][i]]) for i, a in enumerate(aligned)]
-    out = fn(*squeezed)
-    return out.reshape([max(a.shape[d] for a in aligned) for d in range(ndim)])
-
-
 def _local(t: RowTables, q: Tensor, kv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Segment, query position and key position, clamped into the segment so that no lookup leaves it."""
     kv_pos = torch.minimum((kv - t.kv_start[q]).clamp(min=0), t.kv_last[q])
@@ -176,7 +162,7 @@ def _(mask: m.MaskMod, t: RowTables, layout: Layout) -> MaskMod:
 
     def user_mask(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
         segment, q_pos, kv_pos = _local(t, q, kv)
-        return _elementwise(fn, segment, h, q_pos, kv_pos)
+        return scalars.apply(fn, MaskError, segment, h, q_pos, kv_pos)
 
     return user_mask
 
@@ -253,7 +239,7 @@ def _(score: s.ScoreMod, t: RowTables) -> ScoreMod:
 
     def user_score(x: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
         segment, q_pos, kv_pos = _local(t, q, kv)
-        return _elementwise(fn, x, segment, h, q_pos, kv_pos)
+        return scalars.apply(fn, ScoreError, x, segment, h, q_pos, kv_pos)
 
     return user_score
 

@@ -1,22 +1,39 @@
-"""What mask, score and normalizer nodes share: frozen fields, structural equality, a hash, and their text."""
+"""What mask, score and normalizer nodes share: frozen fields, structural equality, a hash, their text and tensors."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from dataclasses import Field, dataclass, fields, is_dataclass
-from typing import Any, TypeVar, dataclass_transform
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from typing import Any, Literal, NamedTuple, TypeVar, dataclass_transform
 
 import torch
 from torch import Tensor
 
-from flexjag.errors import explain_values
+from flexjag.errors import explain_values, shown
 
 NodeType = TypeVar("NodeType", bound=type)
 NodeKind = TypeVar("NodeKind")
 
 
-@dataclass_transform(frozen_default=True)
+Axis = Literal["query token", "key token", "segment", "query head"]
+"""What the tensors of a node may have an entry for."""
+
+
+def along(axis: Axis | None, *, default: Any = MISSING, in_place_of_none: str | None = None) -> Any:
+    """A node's field that may hold a tensor, and what the tensor has an entry for: checks follow from it.
+
+    Heads are a tensor's first dimension, everything else is its last. A tensor without dimensions serves all.
+
+    Args:
+        axis: What there is an entry for; None if nothing of the batch, as for boundaries.
+        default: The field's default.
+        in_place_of_none: The field that is read along this axis where this one is None.
+    """
+    return field(default=default, metadata={"axis": axis, "in_place_of_none": in_place_of_none})
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(along,))
 def node(cls: NodeType) -> NodeType:
     """Make `cls` a frozen dataclass that compares tensors by identity, so that it has a hash."""
     return dataclass(frozen=True, eq=False, repr=False)(cls)  # type: ignore[return-value]
@@ -62,6 +79,57 @@ def check_node(error: type[ValueError], kind: type[NodeKind], given: object) -> 
     raise error(explain_values(name, f"must be a flexjag {name}{hint}", **seen))
 
 
+class Along(NamedTuple):
+    """A tensor that a node holds, and what it has an entry for.
+
+    Attributes:
+        name: The field.
+        axis: The axis; None if nothing of the batch.
+        tensor: The tensor.
+    """
+
+    name: str
+    axis: Axis | None
+    tensor: Tensor
+
+
+def tensors_along(node: Node | None) -> list[Along]:
+    """The tensors in the :func:`along` fields of a node and of its nodes."""
+    found: list[Along] = []
+    for one in () if node is None else walk(node):
+        for f in _fields(one):
+            value, other = getattr(one, f.name), f.metadata.get("in_place_of_none")
+            value = getattr(one, other) if value is None and other is not None else value
+            if "axis" in f.metadata and isinstance(value, Tensor):
+                found.append(Along(f.name, f.metadata["axis"], value))
+    return found
+
+
+def head_counts(node: Node | None) -> set[int]:
+    """For how many query heads a node's tensors are made; empty if it does not matter."""
+    return {x.tensor.shape[0] for x in tensors_along(node) if x.axis == "query head"}
+
+
+def check_held(error: type[ValueError], node: Node | None, sizes: Mapping[Axis, int], device: torch.device) -> None:
+    """Check that a node's tensors fit a batch; metadata only.
+
+    Args:
+        error: What to raise.
+        node: The mask, score or normalizer.
+        sizes: How many there are of the axes that are known.
+        device: The batch's. A number in a tensor may also be on a CPU, as everywhere in torch.
+    """
+    for name, axis, x in tensors_along(node):
+        if x.device != device and not (x.ndim == 0 and x.device.type == "cpu"):
+            raise error(explain_values(name, "must be on the batch's device", device=str(x.device), batch=str(device)))
+        if axis is None or axis not in sizes or x.ndim == 0:
+            continue
+        entries = x.shape[0 if axis == "query head" else -1]
+        if entries != sizes[axis]:
+            counted = {"entries": entries, f"{axis.split()[-1]}s": sizes[axis]}
+            raise error(explain_values(name, f"must have one entry per {axis}", **counted))
+
+
 def _fields(value: Any) -> tuple[Field[Any], ...]:
     return fields(value) if is_dataclass(value) else ()  # a user's node may forget the decorator
 
@@ -93,7 +161,7 @@ class Node:
             if f.name == "align" and value == "start":
                 continue
             if isinstance(value, Tensor):
-                text = f"<{str(value.dtype).removeprefix('torch.')}{list(value.shape)}>"
+                text = f"<{str(value.dtype).removeprefix('torch.')}{shown(list(value.shape))}>"
             elif callable(value):
                 text = getattr(value, "__name__", type(value).__name__)
             else:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flexjag.errors import PlanError, explain_values
 from flexjag.jagged import mark_varying
-from flexjag.nodes import Node, node
+from flexjag.nodes import Node, along, head_counts, held_tensors, node
 
 
 class Normalizer(Node):
@@ -52,7 +52,7 @@ class SiLU(Pointwise):
     SiLU(0.00390625)
     """
 
-    scale: float | Tensor = 1.0
+    scale: float | Tensor = along("query token", default=1.0)
 
     def __post_init__(self) -> None:
         _check_scale(self.scale)
@@ -70,7 +70,7 @@ class GELU(Pointwise):
     GELU(1.0, 'tanh')
     """
 
-    scale: float | Tensor = 1.0
+    scale: float | Tensor = along("query token", default=1.0)
     approximate: Literal["none", "tanh"] = "none"
 
     def __post_init__(self) -> None:
@@ -90,7 +90,7 @@ class Identity(Pointwise):
     Identity(0.5)
     """
 
-    scale: float | Tensor = 1.0
+    scale: float | Tensor = along("query token", default=1.0)
 
     def __post_init__(self) -> None:
         _check_scale(self.scale)
@@ -109,8 +109,8 @@ class Sigmoid(Pointwise):
     Sigmoid(-3.0, 1.0)
     """
 
-    bias: float | Tensor | None = None
-    scale: float | Tensor = 1.0
+    bias: float | Tensor | None = along("query head", default=None)
+    scale: float | Tensor = along("query token", default=1.0)
 
     def __post_init__(self) -> None:
         _check_scale(self.scale)
@@ -145,15 +145,13 @@ class StickBreaking(Normalizer):
 
 
 def tensors(normalizer: Normalizer) -> list[Tensor]:
-    """The tensors that the built-in normalizers hold."""
-    held = [getattr(normalizer, name, None) for name in ("scale", "bias")]
-    return [x for x in held if isinstance(x, Tensor)]
+    """The tensors that a normalizer holds."""
+    return held_tensors(normalizer)
 
 
 def num_bias_heads(normalizer: Normalizer) -> int | None:
     """How many query heads the normalizer's bias is made for; None if it does not matter."""
-    bias = normalizer.bias if isinstance(normalizer, Sigmoid) else None
-    return bias.shape[0] if isinstance(bias, Tensor) else None
+    return max(head_counts(normalizer), default=None)
 
 
 def _check_scale(scale: object) -> None:

@@ -10,14 +10,15 @@ from torch import Tensor
 from flexjag import choice, functions, mods
 from flexjag import masks as m
 from flexjag import scores as s
-from flexjag.errors import assert_on_device
+from flexjag.errors import MaskError, PlanError, assert_on_device
 from flexjag.jagged import Jagged, mark_varying
 from flexjag.layout import Layout, blocks, build_layout
 from flexjag.nodes import walk
 from flexjag.normalizers import Normalizer, Softmax
-from flexjag.recipe import Notes, Plan, check_arguments, check_score, place_in
+from flexjag.recipe import Notes, Plan, check_arguments, check_fit, check_score, place_in
 from flexjag.spans import Sandwich, Spans, sandwich
 from flexjag.tiles import TileList, Tiles, build_tables, list_tiles, refine
+from flexjag.upstream import holds_no_numbers
 
 __all__ = ["Plan", "plan"]
 
@@ -124,6 +125,8 @@ def outline(
     check_arguments(mask, score, normalizer, block_size, max_length)
     layout = build_layout(q, q if k is None else k, max_tokens=max_tokens, max_length=max_length, validate=validate)
     choice.check_normalizer(layout, mask, normalizer, lse=False, remainder=False)
+    check_fit(MaskError, mask, layout)
+    check_fit(PlanError, normalizer, layout)
     tables = mods.row_tables(layout, block_size)
     check_score(score, layout, tables)
     reading = functions.Reading([], [])
@@ -170,7 +173,7 @@ def with_tiles(plan: Plan, refine_tiles: bool | None = None) -> Plan:
     capacity = _capacity(layout, block, max_length)
     width, size = (None, None) if capacity is None else capacity
     lists = [list_tiles(x.outer, x.inner, layout.num_kv, block, size) for x in sandwiches]
-    if capacity is None and not torch.compiler.is_compiling():
+    if capacity is None and not holds_no_numbers(layout.q_offsets):
         tables = plan.tables
         lists = [_refined(t, x, tables, layout, block, refine_tiles) for t, x in zip(lists, sandwiches, strict=True)]
     union, by_head = lists[0], lists

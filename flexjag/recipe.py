@@ -15,10 +15,11 @@ from flexjag import scores as s
 from flexjag.errors import MaskError, PlanError, ScoreError, ShapeError, explain_values
 from flexjag.explain import explain
 from flexjag.layout import Layout, blocks
-from flexjag.nodes import check_node, walk
-from flexjag.normalizers import Normalizer
+from flexjag.nodes import Axis, Node, check_held, check_node, walk
+from flexjag.normalizers import Normalizer, num_bias_heads
 from flexjag.spans import Sandwich
 from flexjag.tiles import Tiles, block_mask
+from flexjag.upstream import holds_no_numbers
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -237,12 +238,22 @@ class Plan:
 
 def place_in(layout: Layout, t: mods.RowTables) -> functions.Place | None:
     """A query and a key that exist; None if none is known to. Reads a CPU."""
-    if layout.num_q == 0 or layout.num_kv == 0 or torch.compiler.is_compiling():
+    if layout.num_q == 0 or layout.num_kv == 0 or holds_no_numbers(layout.q_offsets):
         return None
     if not layout.on_gpu and not bool((layout.kv_end > layout.kv_start).any()):
         return None
     zero = t.q_pos.new_zeros(())
     return t.segment[0], zero, t.q_pos[0], zero.clone()
+
+
+def check_fit(error: type[ValueError], node: Node | None, layout: Layout) -> None:
+    """Check that what a mask, a score or a normalizer holds fits a layout, in its lengths and its device.
+
+    Raises:
+        error: If it does not.
+    """
+    sizes: dict[Axis, int] = {"query token": layout.num_q, "key token": layout.num_kv}
+    check_held(error, node, sizes | {"segment": layout.num_segments}, layout.device)
 
 
 def check_score(score: s.Score | None, layout: Layout, t: mods.RowTables) -> None:
@@ -253,7 +264,7 @@ def check_score(score: s.Score | None, layout: Layout, t: mods.RowTables) -> Non
     """
     if score is None:
         return
-    s.check_tokens(score, layout.num_q, layout.num_kv)
+    check_fit(ScoreError, score, layout)
     if not torch.compiler.is_compiling() and any(isinstance(x, s.ScoreMod) for x in walk(score)):
         functions.check_functions(score, place_in(layout, t))
 
@@ -275,6 +286,7 @@ def check_arguments(mask: object, score: object, normalizer: object, block_size:
         raise PlanError(explain_values("block_size", "must be a power of two of at least 16", block_size=block_size))
     if max_length is not None and (not isinstance(max_length, int) or max_length < 0):
         raise PlanError(explain_values("max_length", "must be an int of at least 0", max_length=max_length))
-    heads = {h for h in (m.num_mask_heads(mask), s.num_score_heads(score)) if h is not None}
+    counts = m.num_mask_heads(mask), s.num_score_heads(score), num_bias_heads(normalizer)
+    heads = {h for h in counts if h is not None}
     if len(heads) > 1:
         raise ShapeError(explain_values("mask, score", "must agree on the number of heads", heads=sorted(heads)))

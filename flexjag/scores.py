@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flexjag.errors import ScoreError, explain_values
 from flexjag.jagged import mark_varying
-from flexjag.nodes import Node, check_tensor, node
+from flexjag.nodes import Node, along, check_tensor, head_counts, held_tensors, node
 
 ScoreFunction = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -53,7 +53,7 @@ class Alibi(Score):
     [0.25, 0.0625, 0.015625, 0.00390625]
     """
 
-    slopes: Tensor
+    slopes: Tensor = along("query head")
 
     def __post_init__(self) -> None:
         check_tensor(ScoreError, "slopes", self.slopes, "; for the paper's slopes call Alibi.from_heads(H)")
@@ -97,7 +97,7 @@ class RelativeBias(Score):
         table: ``[H, 2R + 1]`` floating point, may need gradients.
     """
 
-    table: Tensor
+    table: Tensor = along("query head")
 
     def __post_init__(self) -> None:
         check_tensor(ScoreError, "table", self.table)
@@ -129,8 +129,8 @@ class BucketedBias(Score):
     BucketedBias(<float32[2, 4]>, <int64[3]>)
     """
 
-    table: Tensor
-    boundaries: Tensor
+    table: Tensor = along("query head")
+    boundaries: Tensor = along(None)
 
     def __post_init__(self) -> None:
         _check_buckets(self.table, self.boundaries)
@@ -153,10 +153,10 @@ class TimeBias(Score):
     TimeBias(<float32[2, 9]>, <int64[6]>, <int64[8]>, None)
     """
 
-    table: Tensor
-    times: Tensor
-    boundaries: Tensor
-    kv_times: Tensor | None = None
+    table: Tensor = along("query head")
+    times: Tensor = along("query token")
+    boundaries: Tensor = along(None)
+    kv_times: Tensor | None = along("key token", default=None, in_place_of_none="times")
 
     def __post_init__(self) -> None:
         _check_buckets(self.table, self.boundaries)
@@ -226,39 +226,12 @@ def num_score_heads(score: Score | None) -> int | None:
     Raises:
         ScoreError: If two of them disagree.
     """
-    found: set[int] = set()
-    for s in parts(score):
-        if isinstance(s, Alibi):
-            found.add(s.slopes.shape[0])
-        elif isinstance(s, (RelativeBias, BucketedBias, TimeBias)):
-            found.add(s.table.shape[0])
+    found = head_counts(score)
     if len(found) > 1:
         raise ScoreError(explain_values("score", "every table must have one row per query head", heads=sorted(found)))
     return found.pop() if found else None
 
 
 def tensors(score: Score | None) -> list[Tensor]:
-    """The tensors the built-in nodes hold; what a :class:`ScoreMod` closes over is not among them."""
-    held: list[Tensor] = []
-    for s in parts(score):
-        if isinstance(s, Alibi):
-            held.append(s.slopes)
-        elif isinstance(s, (RelativeBias, BucketedBias, TimeBias)):
-            held.append(s.table)
-    return held
-
-
-def check_tokens(score: Score | None, num_q: int, num_kv: int) -> None:
-    """Check that per-token tensors in the score have one entry per packed token; metadata only.
-
-    Raises:
-        ScoreError: If one has not.
-    """
-    for s in parts(score):
-        if not isinstance(s, TimeBias):
-            continue
-        kv_times = s.times if s.kv_times is None else s.kv_times
-        for name, times, tokens in (("times", s.times, num_q), ("kv_times", kv_times, num_kv)):
-            if times.shape[0] != tokens:
-                rule = "must have one entry per packed token"
-                raise ScoreError(explain_values(name, rule, entries=times.shape[0], tokens=tokens))
+    """The tensors that nodes hold; what a :class:`ScoreMod` closes over is not among them."""
+    return [] if score is None else held_tensors(score)

@@ -15,7 +15,8 @@ from flexjag import masks as m
 from flexjag.dispatch import Interpretation
 from flexjag.errors import MaskError, explain_values
 from flexjag.layout import INT32_MAX, Layout
-from flexjag.nodes import node, saturated
+from flexjag.nodes import along, node, saturated
+from flexjag.upstream import holds_no_numbers
 
 MAX_SPANS = 8
 
@@ -65,16 +66,16 @@ class Sandwich:
 class InSpans(m.Mask):
     """A subtree folded into the spans it was lowered to, in packed key indices."""
 
-    lo: Tensor
-    hi: Tensor
+    lo: Tensor = along("query token")
+    hi: Tensor = along("query token")
 
 
 @node
 class DenseRows(m.Mask):
     """A :class:`~flexjag.masks.Dense` as one flat boolean tensor: a row's packed key `kv` is at ``base + kv``."""
 
-    values: Tensor
-    base: Tensor
+    values: Tensor = along(None)
+    base: Tensor = along("query token")
 
 
 def _clip(spans: Spans, lo: Tensor, hi: Tensor) -> Spans:
@@ -147,19 +148,9 @@ def _exact(layout: Layout, lo: Tensor, hi: Tensor) -> Sandwich:
     return Sandwich(spans, spans)
 
 
-def _bound(value: m.Bound, layout: Layout, name: str) -> Tensor | int:
+def _bound(value: m.Bound, layout: Layout) -> Tensor | int:
     if isinstance(value, int):
         return min(value, INT32_MAX)
-    if value.shape[0] != layout.num_segments or value.device != layout.device:
-        raise MaskError(
-            explain_values(
-                name,
-                "a per-segment bound needs one entry per segment, on the batch's device",
-                entries=value.shape[0],
-                segments=layout.num_segments,
-                device=str(value.device),
-            )
-        )
     return layout.per_row(saturated(value).clamp(max=INT32_MAX).to(torch.int32))
 
 
@@ -184,20 +175,20 @@ def _(mask: m.Causal, layout: Layout) -> Sandwich:
 @sandwich.register(m.Window)
 def _(mask: m.Window, layout: Layout) -> Sandwich:
     at = _diagonal(layout, mask.align).long()  # long: a window may be as wide as int32 itself
-    lo = layout.kv_start if mask.left is None else at - _bound(mask.left, layout, "left")
-    hi = layout.kv_end if mask.right is None else at + _bound(mask.right, layout, "right") + 1
+    lo = layout.kv_start if mask.left is None else at - _bound(mask.left, layout)
+    hi = layout.kv_end if mask.right is None else at + _bound(mask.right, layout) + 1
     return _exact(layout, lo.clamp(min=-1), hi.clamp(max=INT32_MAX))
 
 
 @sandwich.register(m.Prefix)
 def _(mask: m.Prefix, layout: Layout) -> Sandwich:
-    hi = layout.kv_start.long() + _bound(mask.n, layout, "n")
+    hi = layout.kv_start.long() + _bound(mask.n, layout)
     return _exact(layout, layout.kv_start, hi.clamp(max=INT32_MAX))
 
 
 @sandwich.register(m.Chunked)
 def _(mask: m.Chunked, layout: Layout) -> Sandwich:
-    size = _bound(mask.size, layout, "size")
+    size = _bound(mask.size, layout)
     if isinstance(size, Tensor):
         size = size.clamp(min=1).long()  # spare rows hold 0
     first = torch.div(layout.q_pos.long(), size, rounding_mode="floor") * size + layout.kv_start
@@ -206,27 +197,13 @@ def _(mask: m.Chunked, layout: Layout) -> Sandwich:
 
 @sandwich.register(m.GlobalTokens)
 def _(mask: m.GlobalTokens, layout: Layout) -> Sandwich:
-    n = _bound(mask.n, layout, "n")
+    n = _bound(mask.n, layout)
     hi = torch.where(layout.q_pos < n, layout.kv_end.long(), layout.kv_start.long() + n)
     return _exact(layout, layout.kv_start, hi.clamp(max=INT32_MAX))
 
 
-def _check_rows(name: str, tensor: Tensor, rows: int, layout: Layout) -> None:
-    if tensor.shape[-1] != rows or tensor.device != layout.device:
-        raise MaskError(
-            explain_values(
-                name,
-                "must have one entry per packed token, on the batch's device",
-                entries=tensor.shape[-1],
-                tokens=rows,
-                device=str(tensor.device),
-            )
-        )
-
-
 @sandwich.register(m.Rows)
 def _(mask: m.Rows, layout: Layout) -> Sandwich:
-    _check_rows("lo", mask.lo, layout.num_q, layout)
     lo, hi = (x if x.ndim == 2 else x[None] for x in (mask.lo, mask.hi))
     low, high = layout.kv_start.long(), layout.kv_end.long()
     lo, hi = (
@@ -252,8 +229,6 @@ def _(mask: m.MaskMod, layout: Layout) -> Sandwich:
 @sandwich.register(m.Dense)
 def _(mask: m.Dense, layout: Layout) -> Sandwich:
     values, hi = mask.values, layout.kv_end
-    if values.device != layout.device:
-        raise MaskError(explain_values("values", "must be on the batch's device", device=str(values.device)))
     if values.ndim == 2:
         rows, cols = values.shape
         hi = torch.minimum(hi, layout.kv_start + torch.where(layout.q_pos < rows, cols, 0))
@@ -262,7 +237,7 @@ def _(mask: m.Dense, layout: Layout) -> Sandwich:
         areas = layout.q_offsets.diff().long() * layout.kv_offsets.diff()
         before = areas.cumsum(0) - areas
         first = layout.per_row(before) + layout.q_pos.long() * layout.kv_length()
-        if not torch.compiler.is_compiling() and layout.device.type == "cpu" and int(areas.sum()) != values.shape[0]:
+        if layout.device.type == "cpu" and not holds_no_numbers(areas) and int(areas.sum()) != values.shape[0]:
             rule = "packed matrices must have sum(n_s * m_s) entries"
             raise MaskError(explain_values("values", rule, entries=values.shape[0], needed=int(areas.sum())))
     packed = torch.cat([values.flatten(), values.new_zeros(1)])  # never empty, so that every lookup can be clamped
@@ -282,9 +257,7 @@ def _comparable(ids: Tensor) -> Tensor:
 @sandwich.register(m.SameGroup)
 def _(mask: m.SameGroup, layout: Layout) -> Sandwich:
     """Outer: first to last key of the group. Inner: the same where the group has no gap."""
-    _check_rows("ids", mask.ids, layout.num_q, layout)
     ids, kv_ids = _comparable(mask.ids), _comparable(mask.ids if mask.kv_ids is None else mask.kv_ids)
-    _check_rows("kv_ids" if mask.kv_ids is not None else "ids", kv_ids, layout.num_kv, layout)
     if ids is not mask.ids or (mask.kv_ids is not None and kv_ids is not mask.kv_ids):
         mask = m.SameGroup(ids, None if mask.kv_ids is None else kv_ids)
     by_id = torch.argsort(kv_ids, stable=True)

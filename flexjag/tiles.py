@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from flexjag.errors import assert_on_device
+from flexjag.errors import PlanError, assert_on_device, explain_values
 from flexjag.layout import blocks
 from flexjag.spans import Spans
+from flexjag.upstream import holds_no_numbers
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -79,7 +80,9 @@ def list_tiles(outer: Spans, inner: Spans, num_kv: int, block: int, capacity: in
     args = (outer.lo, outer.hi, inner.lo, inner.hi, num_kv, block)
     if capacity is not None:
         packed = _list_tiles(*args, capacity)
-    elif torch.compiler.is_compiling():
+    elif outer.lo.device.type == "meta":
+        raise PlanError(explain_values("max_length", "is needed where only shapes are known: on meta tensors"))
+    elif holds_no_numbers(outer.lo):
         packed = torch.ops.flexjag.list_tiles(*args)
     else:
         packed = _list_tiles(*args, None)
@@ -151,6 +154,8 @@ def _(outer_lo: Tensor, outer_hi: Tensor, inner_lo: Tensor, inner_hi: Tensor, nu
     from torch._library.fake_impl import allocate_size
 
     shape_env = torch.library.get_ctx()._shape_env
+    if shape_env is None:
+        raise PlanError(explain_values("max_length", "is needed where only shapes are known: on fake tensors"))
     return outer_lo.new_empty((3, allocate_size(shape_env, 2, None)), dtype=torch.int64)
 
 
@@ -254,7 +259,7 @@ def build_tables(
     transposed = [TileList(t.row[o], t.col[o], t.full[o], t.live[o]) for t, o in zip(transposed, order, strict=True)]
     kv = [_count(lists, rows, full) for full in (False, True)]
     q = [_count(transposed, cols, full) for full in (False, True)]
-    if width is None and torch.compiler.is_compiling():
+    if width is None and holds_no_numbers(lists[0].row):
         width = max(rows, cols)
     elif width is None:
         width = max(3, int(torch.stack([c.max() for x in (*kv, *q) for c in x.counts]).max()))

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 @cache
@@ -45,6 +46,17 @@ def _fence(x: Tensor) -> Tensor:
 @_fence.register_fake
 def _(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def holds_no_numbers(x: Tensor) -> bool:
+    """Whether only shapes are known of a tensor: a graph is being traced, or it is a meta or a fake tensor."""
+    return torch.compiler.is_compiling() or x.device.type == "meta" or isinstance(x, FakeTensor) or _is_proxied()
+
+
+def _is_proxied() -> bool:
+    """Whether ``make_fx`` is tracing, which gives real tensors real values but cannot read them."""
+    mode = torch._C._TorchDispatchModeKey.PROXY  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
+    return torch._C._get_dispatch_mode(mode) is not None  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
 
 
 def fence(x: Tensor) -> Tensor:

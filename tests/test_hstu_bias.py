@@ -219,9 +219,9 @@ def test_malformed_biases_raise(make, message: str) -> None:  # type: ignore[no-
 
 def test_biases_that_do_not_fit_raise() -> None:
     q, k, v = make_qkv([5])
-    with pytest.raises(ScoreError, match=r"times: must have one entry per packed token; got entries=4, tokens=5"):
+    with pytest.raises(ScoreError, match=r"times: must have one entry per query token; got entries=4, tokens=5"):
         fj.attention(q, k, v, score=TimeBias(table(7), times(4), BOUNDARIES))
-    with pytest.raises(ScoreError, match=r"kv_times: must have one entry per packed token; got entries=6, tokens=5"):
+    with pytest.raises(ScoreError, match=r"kv_times: must have one entry per key token; got entries=6, tokens=5"):
         fj.attention(q, k, v, score=TimeBias(table(7), times(5), BOUNDARIES, times(6)))
     both = BucketedBias(table(7), BOUNDARIES) >> TimeBias(table(7, 3), times(5), BOUNDARIES)
     with pytest.raises(ScoreError, match=r"one row per query head; got heads=\[2, 3\]"):

@@ -341,7 +341,7 @@ def test_what_cannot_be_raises() -> None:
         fj.attention(q, k, v, normalizer=SiLU(), return_lse=True)
     with pytest.raises(PlanError, match=r"return_remainder: only stick-breaking leaves a remainder; .*Softmax\(\)"):
         fj.attention(q, k, v, return_remainder=True)
-    with pytest.raises(PlanError, match=r"scale: must be a number, 0-d, or have one entry .*entries=4, tokens=5"):
+    with pytest.raises(PlanError, match=r"scale: must have one entry per query token; got entries=4, tokens=5"):
         fj.attention(q, k, v, normalizer=SiLU(torch.ones(4)))
     with pytest.raises(ShapeError, match=r"must be made for q's heads; got made_for=3, heads=2"):
         fj.attention(q, k, v, normalizer=Sigmoid(torch.zeros(3)))

@@ -191,9 +191,9 @@ def test_canonical(mask: fj.Mask, lengths: list[int]) -> None:
 
 ZEROS = torch.zeros(7, dtype=torch.int32)
 MISFITS = [
-    (Window(torch.tensor([1, 2]), 0), r"left: a per-segment bound needs one entry per segment.*entries=2, segments=3"),
-    (Prefix(torch.tensor([1] * 4)), r"n: a per-segment bound needs.*entries=4, segments=3"),
-    (Chunked(torch.ones(3, dtype=torch.int64, device="meta")), r"size: a per-segment bound.*device='meta'"),
+    (Window(torch.tensor([1, 2]), 0), r"left: must have one entry per segment; got entries=2, segments=3"),
+    (Prefix(torch.tensor([1] * 4)), r"n: must have one entry per segment; got entries=4, segments=3"),
+    (Chunked(torch.ones(3, dtype=torch.int64, device="meta")), r"size: must be on the batch's device; got .*='cpu'"),
     (Rows(ZEROS[:5], ZEROS[:5]), r"lo: must have one entry.*entries=5, tokens=6"),
     (SameGroup(ZEROS), r"ids: must have one entry.*entries=7, tokens=6"),
     (SameGroup(ZEROS[:6], ZEROS[:5]), r"kv_ids: must have one entry.*entries=5, tokens=6"),
@@ -204,7 +204,7 @@ MISFITS = [
 @pytest.mark.parametrize(("mask", "message"), MISFITS, ids=[repr(x) for x, _ in MISFITS])
 def test_masks_that_do_not_fit_the_layout_raise(mask: fj.Mask, message: str) -> None:
     with pytest.raises(MaskError, match=message):
-        sandwich(mask, layout_of(LENGTHS))
+        fj.plan(jagged(LENGTHS), mask=mask)
 
 
 def test_unknown_node_says_what_to_register() -> None:

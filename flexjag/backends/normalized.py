@@ -25,6 +25,7 @@ from flexjag.backends.whole_segments import FIRST_ORDER
 from flexjag.differentiation import first_order_only, needs_plain_operations
 from flexjag.layout import Layout
 from flexjag.plan import Plan
+from flexjag.upstream import holds_no_numbers
 
 Attend = Callable[..., tuple[Tensor, Tensor | None]]
 Differentiate = Callable[..., tuple[Tensor, Tensor]]
@@ -68,7 +69,7 @@ def run_tiled(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, need_re
         ``[T_q, H, E]`` in q's dtype, and for stick-breaking the remainder ``[T_q, H]`` in float32 or float64 (else
         something of no meaning). Half precision is computed in float32.
     """
-    plain = torch.compiler.is_compiling() or needs_plain_operations()
+    plain = holds_no_numbers(q) or needs_plain_operations()
     return _run(q, k, v, plan, scale, partial(walk_tiles, plan), partial(walk_tiles, plan, whole=True), plain)
 
 

@@ -16,8 +16,10 @@ from flexjag import normalizers as nz
 from flexjag import scores as s
 from flexjag.choice import diagonal_align
 from flexjag.dispatch import Interpretation
+from flexjag.errors import MaskError, ScoreError
 from flexjag.layout import Layout
 from flexjag.nodes import saturated
+from flexjag.scalars import blamed
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,7 +132,8 @@ def _(mask: m.Dense, seg: Segment) -> Tensor:
 def _(mask: m.MaskMod, seg: Segment) -> Tensor:
     h = torch.arange(seg.heads, device=seg.i.device)
     b = torch.tensor(seg.index, device=seg.i.device)
-    return _over_heads_and_positions(mask.fn, 0)(b, h, seg.i[:, 0], seg.j[0])
+    with blamed(mask.fn, MaskError, b, h, seg.i, seg.j):
+        return _over_heads_and_positions(mask.fn, 0)(b, h, seg.i[:, 0], seg.j[0])
 
 
 @dense.register(m.PerHead)
@@ -169,7 +172,8 @@ rescore = Interpretation("dense score")
 def _(score: s.ScoreMod, x: Tensor, seg: Segment) -> Tensor:
     h = torch.arange(seg.heads, device=x.device)
     b = torch.tensor(seg.index, device=x.device)
-    return _over_heads_and_positions(score.fn, 1)(x, b, h, seg.i[:, 0], seg.j[0])
+    with blamed(score.fn, ScoreError, b, h, seg.i, seg.j):
+        return _over_heads_and_positions(score.fn, 1)(x, b, h, seg.i[:, 0], seg.j[0])
 
 
 @rescore.register(s.Alibi)

@@ -22,6 +22,7 @@ from flexjag import functions
 from flexjag.differentiation import needs_plain_operations
 from flexjag.layout import blocks
 from flexjag.plan import Plan
+from flexjag.upstream import holds_no_numbers
 
 CHUNK_SCORES = 2**20  # scores held at once on a CPU: about what a core's L2 cache holds
 CHUNK_SCORES_GPU = 2**24  # 64 MB of float32: fills a GPU, where smaller operations only wait for launches; unmeasured
@@ -74,7 +75,7 @@ def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, need_lse: boo
     dtype = q.dtype
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     tiles = plan.tiles.all_heads
-    plain = torch.compiler.is_compiling() or needs_plain_operations()
+    plain = holds_no_numbers(q) or needs_plain_operations()
     plan = plan.learning_in(compute) if plain else plan.learning_in(compute).frozen()
     p = Problem(
         tiles.row,

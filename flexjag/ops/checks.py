@@ -7,6 +7,7 @@ from torch import Tensor
 
 from flexjag.errors import LayoutError, ShapeError, explain_values
 from flexjag.jagged import Jagged
+from flexjag.upstream import holds_no_numbers
 
 
 def check_jagged(x: object, name: str, ndim: int | None = None, floating: bool = False) -> None:
@@ -80,4 +81,4 @@ def check_total(total: int | None, name: str = "total") -> None:
 
 def can_look(*tensors: Tensor) -> bool:
     """Whether the contents can be looked at without a device sync or a graph break."""
-    return not torch.compiler.is_compiling() and all(t.device.type == "cpu" for t in tensors)
+    return all(t.device.type == "cpu" and not holds_no_numbers(t) for t in tensors)

@@ -9,6 +9,7 @@ from flexjag.errors import MaskError, explain_values
 from flexjag.jagged import Jagged, segment_ids
 from flexjag.masks import Rows
 from flexjag.nodes import check_tensor
+from flexjag.upstream import holds_no_numbers
 
 
 def hstu_mask(
@@ -100,7 +101,7 @@ def _check(
         shape = tuple(targets.shape)
         raise MaskError(explain_values("targets", rule, shape=shape, dtype=targets.dtype, segments=q.num_segments))
     # On a GPU, and in a traced graph, looking at the numbers would wait for them.
-    if targets.device.type == "cpu" and not torch.compiler.is_compiling():
+    if targets.device.type == "cpu" and not holds_no_numbers(targets):
         wrong = ((targets < 0) | (targets > k.lengths)).nonzero()
         if wrong.numel():
             at = int(wrong[0])
