@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -15,6 +15,7 @@ from flexjag.differentiation import needs_plain_operations
 from flexjag.errors import PlanError, ShapeError, assert_on_device, explain_values
 from flexjag.jagged import Jagged, check_same_layout
 from flexjag.masks import Mask, num_mask_heads
+from flexjag.nodes import replaced
 from flexjag.normalizers import Normalizer, num_bias_heads
 from flexjag.plan import Plan, outline, with_tiles
 from flexjag.scores import Score, num_score_heads, tensors
@@ -138,9 +139,8 @@ def _execute(
     layout = plan.layout
     spare, spare_keys = (x >= layout.num_segments for x in (layout.q_segment, layout.kv_segment))
     q, k, v = (x.masked_fill(at[:, None, None], 0.0) for x, at in ((q, spare), (k, spare_keys), (v, spare_keys)))
-    scales = getattr(plan.normalizer, "scale", None)
-    if isinstance(scales, Tensor) and scales.ndim:
-        plan = replace(plan, normalizer=replace(plan.normalizer, scale=scales.masked_fill(spare, 0.0)))
+    clear: Callable[[Tensor], Tensor] = lambda x: x.masked_fill(spare, 0.0) if x.ndim else x  # noqa: E731
+    plan = replace(plan, normalizer=replaced(plan.normalizer, clear, ("query token",)))
     out, rest = run(q, k, v, plan, scale, return_lse)
     nothing = 1.0 if isinstance(plan.normalizer, normalizers.StickBreaking) else -torch.inf
     rest = None if rest is None or rest.ndim != 2 else rest.masked_fill(spare[:, None], nothing)

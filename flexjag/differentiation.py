@@ -70,4 +70,5 @@ def is_mapped(x: Tensor) -> bool:
     """Whether ``torch.vmap`` maps over a tensor, so that it stands for several."""
     if torch.compiler.is_compiling():
         return False
-    return torch._C._functorch.is_batchedtensor(x)  # pyright: ignore[reportPrivateUsage]
+    functorch: Any = torch._C._functorch  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
+    return functorch.is_batchedtensor(x)

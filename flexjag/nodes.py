@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from typing import Any, Literal, NamedTuple, TypeVar, dataclass_transform
 
@@ -186,15 +186,21 @@ def held_tensors(node: Node) -> list[Tensor]:
     return [x for x in values if isinstance(x, Tensor)]
 
 
-def replaced(node: NodeKind, leaf: Callable[[Any], Any]) -> NodeKind:
+def replaced(node: NodeKind, leaf: Callable[[Any], Any], axes: Collection[Axis] | None = None) -> NodeKind:
     """The node with every tensor and function in it, and in its nodes, replaced by `leaf` of it.
 
     The node itself if nothing changes. Nothing is checked again: `leaf` must keep shapes, dtypes and devices or widen.
+
+    Args:
+        node: The node.
+        leaf: Applied to tensors and functions.
+        axes: Only to fields along these; default to all.
     """
     changed: dict[str, Any] = {}
     for f in _fields(node):
         old = getattr(node, f.name)
-        new = _replaced(old, leaf)
+        chosen = axes is None or f.metadata.get("axis") in axes
+        new = _replaced(old, leaf if chosen else lambda x: x, leaf, axes)
         if new is not old:
             changed[f.name] = new
     if not changed:
@@ -205,13 +211,13 @@ def replaced(node: NodeKind, leaf: Callable[[Any], Any]) -> NodeKind:
     return twin
 
 
-def _replaced(value: Any, leaf: Callable[[Any], Any]) -> Any:
+def _replaced(value: Any, own: Callable[[Any], Any], leaf: Callable[[Any], Any], axes: Collection[Axis] | None) -> Any:
     if isinstance(value, Node):
-        return replaced(value, leaf)
+        return replaced(value, leaf, axes)
     if isinstance(value, tuple):
-        new = tuple(_replaced(x, leaf) for x in value)  # pyright: ignore[reportUnknownVariableType]
+        new = tuple(_replaced(x, own, leaf, axes) for x in value)  # pyright: ignore[reportUnknownVariableType]
         return new if any(x is not y for x, y in zip(new, value, strict=True)) else value  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
-    return leaf(value) if isinstance(value, Tensor) or callable(value) else value
+    return own(value) if isinstance(value, Tensor) or callable(value) else value
 
 
 def _structure(value: Any) -> Any:

@@ -13,9 +13,9 @@ from flexjag import scores as s
 from flexjag.errors import MaskError, PlanError, assert_on_device
 from flexjag.jagged import Jagged, mark_varying
 from flexjag.layout import Layout, blocks, build_layout
-from flexjag.nodes import walk
+from flexjag.nodes import tensors_along, walk
 from flexjag.normalizers import Normalizer, Softmax
-from flexjag.recipe import Notes, Plan, check_arguments, check_fit, check_score, place_in
+from flexjag.recipe import BATCH, Notes, Plan, check_arguments, check_fit, check_score, of_this_batch, place_in
 from flexjag.spans import Sandwich, Spans, sandwich
 from flexjag.tiles import TileList, Tiles, build_tables, list_tiles, refine
 from flexjag.upstream import holds_no_numbers
@@ -77,7 +77,8 @@ def plan(
         mask: Default :class:`~flexjag.masks.Full`. Isolation between segments is always on.
             A plan holds the mask as it was made: tensors in it and in its functions' closures are copied, and if one
             that a function reads elsewhere is written to later, using the plan is an error.
-        score: Default none. It is kept, not copied: a plan made once sees a parameter's later values.
+        score: Default none. Its tables are kept, not copied: a plan made once sees a parameter's later values. What it
+            holds per token or segment is copied, as the mask is.
         normalizer: Default :class:`~flexjag.normalizers.Softmax`.
         block_size: Tile size, a power of two of at least 16; 128 is what GPU kernels like.
         max_tokens: The fixed number of rows of ``q.values``, of which the first ``offsets[-1]`` are used;
@@ -129,6 +130,7 @@ def outline(
     check_fit(PlanError, normalizer, layout)
     tables = mods.row_tables(layout, block_size)
     check_score(score, layout, tables)
+    score = of_this_batch(score)
     reading = functions.Reading([], [])
     if not torch.compiler.is_compiling():
         mask = functions.frozen(mask, torch.clone)
@@ -204,6 +206,9 @@ def mark_plan(plan: Plan) -> None:
         _mark(x.inner, 1)
     for x in (plan.mask, *plan.kernel_masks):
         _mark_mask(x)
+    for x in (*tensors_along(plan.score), *tensors_along(plan.kernel_score)):
+        if x.axis in BATCH:
+            mark_varying(x.tensor, x.tensor.ndim - 1)
 
 
 def _mark(holder: object, dim: int) -> None:

@@ -15,7 +15,7 @@ from flexjag import scores as s
 from flexjag.errors import MaskError, PlanError, ScoreError, ShapeError, explain_values
 from flexjag.explain import explain
 from flexjag.layout import Layout, blocks
-from flexjag.nodes import Axis, Node, check_held, check_node, walk
+from flexjag.nodes import Axis, Node, check_held, check_node, is_integer, replaced, saturated, walk
 from flexjag.normalizers import Normalizer, num_bias_heads
 from flexjag.spans import Sandwich
 from flexjag.tiles import Tiles, block_mask
@@ -24,6 +24,10 @@ from flexjag.upstream import holds_no_numbers
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch.nn.attention.flex_attention import BlockMask
+
+
+BATCH: tuple[Axis, ...] = ("query token", "key token", "segment")
+"""What changes from batch to batch."""
 
 
 class Notes(dict[Hashable, Any]):
@@ -90,7 +94,7 @@ class Plan:
         """
         check_arguments(self.mask, score, self.normalizer, self.block_size, self.max_length)
         check_score(score, self.layout, self.tables)
-        return self._rescored(score)
+        return self._rescored(of_this_batch(score))
 
     def _rescored(self, score: s.Score | None) -> Plan:
         return replace(self, score=score, kernel_score=None if score is None else mods.rounded(score, self.tables))
@@ -105,7 +109,7 @@ class Plan:
         return self if score is self.score else self._rescored(score)
 
     def frozen(self) -> Plan:
-        """The plan with the names in its score's functions bound to what they mean now, for a backward that calls them."""
+        """The plan with the names in its score's functions bound to what they mean now, for a backward to call."""
         score = None if self.score is None else functions.frozen(self.score, with_globals=True)
         return self if score is self.score else self._rescored(score)
 
@@ -253,7 +257,21 @@ def check_fit(error: type[ValueError], node: Node | None, layout: Layout) -> Non
         error: If it does not.
     """
     sizes: dict[Axis, int] = {"query token": layout.num_q, "key token": layout.num_kv}
-    check_held(error, node, sizes | {"segment": layout.num_segments}, layout.device)
+    sizes["segment"] = layout.num_segments
+    check_held(error, node, sizes, layout.device)
+
+
+def of_this_batch(score: s.Score | None) -> s.Score | None:
+    """A score whose tensors per token and segment are the plan's own, integers among them as int64.
+
+    They are the batch's, as the mask is; tables stay the caller's. Differences of narrower integers would wrap.
+    """
+
+    def own(x: Tensor) -> Tensor:
+        wide = saturated(x) if is_integer(x) else x
+        return wide.clone() if wide is x and not holds_no_numbers(x) else wide
+
+    return None if score is None else replaced(score, own, BATCH)
 
 
 def check_score(score: s.Score | None, layout: Layout, t: mods.RowTables) -> None:

@@ -212,7 +212,7 @@ def test_functions_see_existing_tokens_only(backend: str, lengths: tuple[list[in
     per_key = torch.linspace(-1, 1, max(1, k.values.shape[0]), dtype=dtype)[: k.values.shape[0]]
     per_pair = [torch.full((n * m,), float(s)) for s, (n, m) in enumerate(zip(*lengths, strict=True))]
     before = torch.tensor([0, *[x.shape[0] for x in per_pair]]).cumsum(0)
-    pairs, widths = torch.cat(per_pair).to(dtype), torch.tensor(lengths[1])
+    pairs, widths = torch.cat([*per_pair, torch.zeros(1)]).to(dtype), torch.tensor(lengths[1])
 
     def score(s: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return s + per_key[k.offsets[b] + j] + pairs[before[b] + i * widths[b] + j]

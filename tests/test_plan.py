@@ -150,3 +150,27 @@ def test_planning_can_be_traced() -> None:
         assert torch.equal(full, tiles.all_heads.full)
         assert torch.equal(kv_count, tiles.kv_partial.count)
         assert torch.equal(q_count, tiles.q_full.count)
+
+
+def test_with_score_shares_all_but_the_score() -> None:
+    """One learned bias per layer, one plan per batch."""
+    q = jagged([30, 0, 40], 2, 16)
+    plan = fj.plan(q, mask=Causal())
+    tables = [torch.randn(2, 5, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    for table in tables:
+        own = plan.with_score(fj.RelativeBias(table))
+        assert own.tiles is plan.tiles
+        assert own.layout is plan.layout
+        for backend in ("tiled", "segments", "reference"):
+            got = fj.attention(q, q, q, plan=own, backend=backend).values
+            wanted = fj.attention(q, q, q, mask=Causal(), score=fj.RelativeBias(table), backend="reference").values
+            torch.testing.assert_close(got, wanted)
+            assert bool(torch.autograd.grad(got.sin().sum(), table)[0].any())
+    assert plan.with_score(None).score is None
+    with pytest.raises(fj.errors.ScoreError, match="score: must be a flexjag score"):
+        plan.with_score(torch.ones(2))  # type: ignore[arg-type]
+    per_head = fj.plan(q, mask=fj.PerHead([Causal(), fj.Full()]))
+    with pytest.raises(fj.errors.ShapeError, match="must agree on the number of heads"):
+        per_head.with_score(fj.Alibi.from_heads(4))
+    with pytest.raises(fj.errors.ScoreError, match="times: must have one entry per query token"):
+        plan.with_score(fj.TimeBias(torch.zeros(2, 2), torch.arange(3), torch.tensor([1])))

@@ -144,6 +144,7 @@ def _all_at_once(q: Tensor, k: Tensor, v: Tensor, job: _Job) -> tuple[Tensor, Te
     walk = job.walk
     x, y, z = (walk.open(t, is_query) for t, is_query in ((q, True), (k, False), (v, False)))
     (piece,) = walk.pieces(q.shape[1])
+    assert isinstance(piece.keys, Tensor), "only tiles go through all at once"
     out, left = job.run(piece, x, take_tiles(y, piece.keys), take_tiles(z, piece.keys))
     out = walk.close(out, q.shape[0])
     return out, out if left is None else walk.close(left, q.shape[0])

@@ -18,7 +18,7 @@ from flexjag.choice import diagonal_align
 from flexjag.dispatch import Interpretation
 from flexjag.errors import MaskError, ScoreError
 from flexjag.layout import Layout
-from flexjag.nodes import saturated
+from flexjag.nodes import is_integer, saturated
 from flexjag.scalars import blamed
 
 
@@ -60,7 +60,7 @@ dense = Interpretation("dense mask")
 
 
 def _at(bound: m.Bound, seg: Segment) -> int:
-    value = int(bound[seg.index]) if isinstance(bound, Tensor) else bound
+    value: int = bound.tolist()[seg.index] if isinstance(bound, Tensor) else bound
     return min(value, 2**32)  # more than any position, and what arithmetic on positions can hold
 
 
@@ -201,7 +201,8 @@ def _(score: s.BucketedBias, x: Tensor, seg: Segment) -> Tensor:
 @rescore.register(s.TimeBias)
 def _(score: s.TimeBias, x: Tensor, seg: Segment) -> Tensor:
     kv_times = score.times if score.kv_times is None else score.kv_times
-    passed = score.times[seg.q_rows, None] - kv_times[seg.kv_rows]
+    times, kv_times = (saturated(x) if is_integer(x) else x for x in (score.times, kv_times))  # no difference wraps
+    passed = times[seg.q_rows, None] - kv_times[seg.kv_rows]
     bucket = (score.boundaries <= passed.to(score.boundaries.dtype)[..., None]).sum(2)
     return x + score.table.to(x.dtype)[:, bucket]
 
