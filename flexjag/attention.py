@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,34 +89,27 @@ def attention(
         )
     else:
         check_plan(plan, q, k, validate=validate)
-    check_normalizer(plan.layout, plan.mask, plan.normalizer, lse=return_lse, remainder=return_remainder)
-    heads, groups = q.values.shape[1], k.values.shape[1]
-    for wanted in (num_mask_heads(plan.mask), num_score_heads(plan.score), num_bias_heads(plan.normalizer)):
-        if wanted is not None and wanted != heads:
-            raise ShapeError(explain_values("mask, score", "must be made for q's heads", made_for=wanted, heads=heads))
     if isinstance(scale, Tensor):
         raise ShapeError(
             explain_values("scale", "must be a number; multiply q by a learned one", shape=tuple(scale.shape))
         )
     scale = 1.0 / math.sqrt(max(1, q.values.shape[2])) if scale is None else float(scale)
-    case = plan.case(
-        tracing=holds_no_numbers(q.values),
-        dtype=q.values.dtype,
-        grad=torch.is_grad_enabled()
-        and any(
-            x.requires_grad
-            for x in (q.values, k.values, v.values, *tensors(plan.score), *normalizers.tensors(plan.normalizer))
-        ),
-        scale=scale,
-        lse=return_lse,
-        dims=(heads, groups, q.values.shape[2], v.values.shape[2]),
-        plain=needs_plain_operations(),
-    )
-    name = choice.pick(backend, case)
+    learned = (*tensors(plan.score), *normalizers.tensors(plan.normalizer))
+    learns = torch.is_grad_enabled() and any(x.requires_grad for x in learned)
+    known = {
+        "tracing": holds_no_numbers(q.values),
+        "dtype": q.values.dtype,
+        "grad": learns
+        or (torch.is_grad_enabled() and (q.values.requires_grad or k.values.requires_grad or v.values.requires_grad)),
+        "scale": scale,
+        "lse": return_lse,
+        "dims": (q.values.shape[1], k.values.shape[1], q.values.shape[2], v.values.shape[2]),
+        "plain": needs_plain_operations(),
+    }
+    name = _decide(plan, backend, known, return_remainder, learns)
     if plan.made_tiles is None and name in ("tiled", "flex", "triton"):
         plan = with_tiles(plan)
     if q.values.shape[0] == 0 or k.values.shape[0] == 0:
-        learned = (*tensors(plan.score), *normalizers.tensors(plan.normalizer))
         out, lse = _nothing(q.values, k.values, v.values, *(x for x in learned if x.dtype.is_floating_point))
         lse = lse.exp() + 1 if return_remainder else lse
     elif torch.is_autocast_enabled(q.values.device.type):  # backends choose the dtypes they compute in
@@ -127,6 +121,22 @@ def attention(
         return q.with_values(out)
     assert lse is not None
     return q.with_values(out), q.with_values(lse)
+
+
+def _decide(plan: Plan, backend: str, known: dict[str, Any], return_remainder: bool, learns: bool) -> str:
+    """The backend that runs a call. Checks what is asked of the plan. Outside of graphs once for all calls alike."""
+    key = backend, return_remainder, learns, *known.values()
+    if not known["tracing"] and key in plan.decided:
+        return plan.decided[key]
+    check_normalizer(plan.layout, plan.mask, plan.normalizer, lse=known["lse"], remainder=return_remainder)
+    heads = known["dims"][0]
+    for wanted in (num_mask_heads(plan.mask), num_score_heads(plan.score), num_bias_heads(plan.normalizer)):
+        if wanted is not None and wanted != heads:
+            raise ShapeError(explain_values("mask, score", "must be made for q's heads", made_for=wanted, heads=heads))
+    name = choice.pick(backend, plan.case(**known))
+    if not known["tracing"]:
+        plan.decided[key] = name
+    return name
 
 
 def _execute(

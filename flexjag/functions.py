@@ -86,13 +86,13 @@ class _Wide:
             return self.func(*args)
 
 
-def learning_in(node: NodeKind, dtype: torch.dtype, place: Place | None) -> NodeKind:
+def learning_in(node: NodeKind, dtype: torch.dtype, place: Callable[[], Place | None]) -> NodeKind:
     """The node with all that it learns read in at least `dtype`, so that gradients add up in it and are rounded once.
 
     Args:
         node: A score or a normalizer.
         dtype: What scores are computed in.
-        place: Where its functions may be tried; None if nowhere, as in a graph.
+        place: Where its functions may be tried; None if nowhere, as in a graph. Asked if there are any.
     """
     if not torch.is_grad_enabled():
         return node
@@ -100,7 +100,8 @@ def learning_in(node: NodeKind, dtype: torch.dtype, place: Place | None) -> Node
     def leaf(x: Any) -> Any:
         if isinstance(x, Tensor):
             return widened(x, dtype)
-        known = place is not None and all(widened(t, dtype) is t for t in _try(x, dtype, place).given.values())
+        at = place()
+        known = at is not None and all(widened(t, dtype) is t for t in _try(x, dtype, at).given.values())
         return x if known else _Wide(x, dtype)
 
     return replaced(node, leaf)
@@ -171,18 +172,18 @@ def _try(fn: Callable[..., Tensor], dtype: torch.dtype | None, place: Place) -> 
     return watch
 
 
-def captured(node: Node | None, dtype: torch.dtype, place: Place | None) -> list[Tensor]:
+def captured(node: Node | None, dtype: torch.dtype, place: Callable[[], Place | None]) -> list[Tensor]:
     """Every tensor that a mask or a score reads, its functions included, which are called once and watched."""
     if node is None:
         return []
     found = {id(x): x for x in held_tensors(node)}
     for one in walk(node):
-        if place is not None and isinstance(one, (m.MaskMod, s.ScoreMod)):
-            found.update(_try(one.fn, dtype if isinstance(one, s.ScoreMod) else None, place).given)
+        if isinstance(one, (m.MaskMod, s.ScoreMod)) and (at := place()) is not None:
+            found.update(_try(one.fn, dtype if isinstance(one, s.ScoreMod) else None, at).given)
     return list(found.values())
 
 
-def learned_tensors(score: s.Score | None, dtype: torch.dtype, place: Place | None) -> list[Tensor]:
+def learned_tensors(score: s.Score | None, dtype: torch.dtype, place: Callable[[], Place | None]) -> list[Tensor]:
     """The tensors of a score that need gradients, its functions' included. Empty when gradients are off."""
     if not torch.is_grad_enabled():
         return []

@@ -131,7 +131,13 @@ def check_held(error: type[ValueError], node: Node | None, sizes: Mapping[Axis, 
 
 
 def _fields(value: Any) -> tuple[Field[Any], ...]:
-    return fields(value) if is_dataclass(value) else ()  # a user's node may forget the decorator
+    kind: type = type(value)  # pyright: ignore[reportUnknownVariableType]
+    if kind not in _fields_of:
+        _fields_of[kind] = fields(value) if is_dataclass(value) else ()  # a user's node may forget the decorator
+    return _fields_of[kind]
+
+
+_fields_of: dict[type, tuple[Field[Any], ...]] = {}  # looking them up anew costs microseconds in every call
 
 
 class Node:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 
 import torch
@@ -162,6 +163,7 @@ def outline(
         max_length=max_length,
         reading=reading,
         notes=Notes(),
+        decided=Notes(),
         sample=sample,
     )
 
@@ -193,7 +195,7 @@ def with_tiles(plan: Plan, refine_tiles: bool | None = None) -> Plan:
 
 def mark_plan(plan: Plan) -> None:
     """Tell TorchDynamo, if it is in use, which sizes of the plan's tensors change from batch to batch."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or "torch._dynamo" not in sys.modules:
         return
     _mark(plan.layout, 0)
     _mark(plan.tables, 0)

@@ -56,6 +56,7 @@ class Plan:
         max_length: The bound that was given, or None.
         reading: What the mask's functions read.
         notes: What backends worked out of layout and mask, for all layers that share them.
+        decided: Which backends run which calls.
         sample: ``(H, D, dtype, grad)`` of the q that was planned for, if it had heads.
     """
 
@@ -73,6 +74,7 @@ class Plan:
     max_length: int | None
     reading: functions.Reading
     notes: Notes
+    decided: Notes
     sample: tuple[int, int, torch.dtype, bool] | None
 
     def with_score(self, score: s.Score | None) -> Plan:
@@ -97,13 +99,13 @@ class Plan:
         return self._rescored(of_this_batch(score))
 
     def _rescored(self, score: s.Score | None) -> Plan:
-        return replace(self, score=score, kernel_score=None if score is None else mods.rounded(score, self.tables))
+        kernel_score = None if score is None else mods.rounded(score, self.tables)
+        return replace(self, score=score, kernel_score=kernel_score, decided=Notes())
 
     def learning_in(self, dtype: torch.dtype) -> Plan:
         """The plan with what its score and its normalizer learn read in at least `dtype`; itself if nothing changes."""
-        place = self.place
-        score = None if self.score is None else functions.learning_in(self.score, dtype, place)
-        normalizer = functions.learning_in(self.normalizer, dtype, place)
+        score = None if self.score is None else functions.learning_in(self.score, dtype, self.place)
+        normalizer = functions.learning_in(self.normalizer, dtype, self.place)
         if normalizer is not self.normalizer:
             return replace(self._rescored(score), normalizer=normalizer)
         return self if score is self.score else self._rescored(score)
@@ -113,7 +115,6 @@ class Plan:
         score = None if self.score is None else functions.frozen(self.score, with_globals=True)
         return self if score is self.score else self._rescored(score)
 
-    @property
     def place(self) -> functions.Place | None:
         """Where users' functions may be tried; None if nowhere."""
         return place_in(self.layout, self.tables)

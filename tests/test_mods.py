@@ -149,7 +149,7 @@ def test_depends_on_head() -> None:
 def test_learned_tensors_finds_closures() -> None:
     weight, other = torch.ones(2, requires_grad=True), torch.ones(2)
     score = fj.ScoreMod(lambda x, b, h, q, kv: x * weight[h] + other[h]) >> Alibi(torch.ones(2, requires_grad=True))
-    found = functions.learned_tensors(score, torch.float32, PLACE)
+    found = functions.learned_tensors(score, torch.float32, lambda: PLACE)
     assert {id(x) for x in found} == {id(weight), id(fj.scores.parts(score)[1].slopes)}  # type: ignore[attr-defined]
     with torch.no_grad():
-        assert functions.learned_tensors(score, torch.float32, PLACE) == []
+        assert functions.learned_tensors(score, torch.float32, lambda: PLACE) == []

@@ -38,7 +38,7 @@ class Packed:
 
     def __init__(self, tokens: Tensor, cut: Cut) -> None:
         self.tokens, self._number = tokens, cut.number
-        self._pieces = tokens.transpose(0, 1)[None].split(cut.sizes, 2)
+        self._pieces = tokens.transpose(0, 1)[None].split_with_sizes(cut.sizes, 2)
 
     def piece(self, at: Range) -> Tensor:
         """One of the ranges."""

@@ -114,7 +114,7 @@ class Held:
     def of(plan: Plan, compute: torch.dtype) -> Held:
         """That of a plan's score and of its normalizer."""
         found = functions.captured(plan.score, compute, plan.place)
-        found += functions.captured(plan.normalizer, compute, None)
+        found += functions.captured(plan.normalizer, compute, plan.place)
         learned = [x for x in found if x.requires_grad and torch.is_grad_enabled()]
         fixed = [x for x in found if not x.requires_grad]
         return Held(learned, [functions.widened(x, compute) for x in learned], fixed)
