@@ -19,6 +19,17 @@ EPS = 1e-6
 CLOSE = 1e3 * 1e3 * torch.finfo(torch.float64).eps
 
 
+LAYERS: list[dict] = [
+    {},
+    {"silu": "u", "concat_u": True, "concat_x": True, "output_bias": False},  # as STULayer
+    {"silu": "u", "concat_u": True, "concat_x": True, "group_norm": True},
+    {"concat_ua": True},  # as the research model
+    {"concat_x": True, "group_norm": True},
+    {"silu": "u", "concat_u": True},
+]
+"""Options of layers."""
+
+
 def make_layer(dtype: torch.dtype = torch.float64, **options: object) -> HSTULayer:
     """A layer with both biases, and no parameter at its neutral starting value."""
     bias = HSTUBias(HEADS, max_distance=DISTANCE, time_buckets=BUCKETS, dtype=dtype)
@@ -66,28 +77,57 @@ class Padded(nn.Module):
     def forward(self, x: Tensor, allowed: Tensor, scale: Tensor | float, biases: Tensor | float) -> Tensor:
         own = self.layer
         normed = functional.layer_norm(x, [WIDTH], own.input_norm.weight, own.input_norm.bias, EPS)
-        uvqk = functional.silu(functional.linear(normed, own.projection.weight, own.projection.bias))
+        uvqk = functional.linear(normed, own.projection.weight, own.projection.bias)
         u, v, q, k = uvqk.split([HEADS * VALUE_DIM, HEADS * VALUE_DIM, HEADS * DIM, HEADS * DIM], -1)
+        u = functional.silu(u)
+        if own.silu == "uvqk":
+            v, q, k = (functional.silu(t) for t in (v, q, k))
         v, q, k = (t.unflatten(-1, (HEADS, -1)) for t in (v, q, k))
         scores = torch.einsum("bihd,bjhd->bhij", q, k) / math.sqrt(DIM) + biases
         weights = scores * torch.sigmoid(scores) * allowed[:, None] * scale
         o = torch.einsum("bhij,bjhe->bihe", weights, v.to(weights.dtype)).flatten(2).to(x.dtype)
-        normed = functional.layer_norm(o, [HEADS * VALUE_DIM], own.attention_norm.weight, own.attention_norm.bias, EPS)
-        return x + functional.linear(normed * u, own.output.weight, own.output.bias)
+        gain, shift = own.attention_norm.weight, own.attention_norm.bias
+        if own.group_norm:
+            normed = functional.layer_norm(o.unflatten(-1, (HEADS, VALUE_DIM)), [VALUE_DIM], eps=EPS)
+            normed = (normed * gain[:, None] + shift[:, None]).flatten(-2)
+        else:
+            normed = functional.layer_norm(o, [HEADS * VALUE_DIM], gain, shift, EPS)
+        if own.concat_ua:
+            gated = torch.cat([u, normed, u * normed], -1)
+        elif own.concat_u and own.concat_x:
+            gated = torch.cat([u, o, u * normed], -1)
+        elif own.concat_u or own.concat_x:
+            gated = torch.cat([u if own.concat_u else o, u * normed], -1)
+        else:
+            gated = u * normed
+        return x + functional.linear(gated, own.output.weight, own.output.bias)
 
 
 def allowed_pairs(
-    sizes: Tensor, most: int, contextual: int, targets: Tensor, max_attn_len: int | None, min_full: int
+    sizes: Tensor,
+    most: int,
+    contextual: int | Tensor,
+    targets: Tensor,
+    max_attn_len: int | None,
+    min_full: int,
+    causal: bool = True,
+    target_group_size: int = 1,
 ) -> Tensor:
     """HSTU's mask ``[S, N, N]`` as its definition has it."""
     row = torch.arange(most)
-    end = sizes - max(contextual - 1, 0) - targets
-    place = (row - contextual + 1).clamp(min=0) if contextual else row
-    place = torch.minimum(place[None], end[:, None])  # without targets, no place is past the end
-    i, j, last = place[:, :, None], place[:, None], end[:, None, None]
-    seen = (row[:, None] == row[None]) | (i > j)
-    if max_attn_len is not None:
-        seen = seen & ((i - j <= max_attn_len) | ((i >= last - min_full) & (min_full > 0)))
-    seen = seen | ((i == 0) & (j < last) & (contextual > 0))
+    contextual = torch.as_tensor(contextual).expand(len(sizes))[:, None]
+    skip = (contextual - 1).clamp(min=0)
+    end = sizes[:, None] - skip - targets[:, None]
+    place = torch.minimum((row - skip).clamp(min=0), end)  # without targets, no place is past the end
+    i, j, last = place[:, :, None], place[:, None], end[:, None]
+    distance = i - j if causal else (i - j).abs()
+    seen = (row[:, None] == row[None]) | (distance > 0)
+    if max_attn_len:
+        seen = seen & ((distance <= max_attn_len) | ((i >= last - min_full) & (min_full > 0)))
+    seen = seen | ((i == 0) & (j < last) & (contextual[:, None] > 0))
+    nth = row[None] - (sizes - targets)[:, None]
+    group = torch.where(nth >= 0, nth // target_group_size, -1 - row)  # what is no target is a group of its own
+    before = row[:, None] >= row[None] if causal else torch.tensor(True)
+    seen = seen | ((group[:, :, None] == group[:, None]) & before)
     inside = row[None] < sizes[:, None]
     return seen & inside[:, :, None] & inside[:, None]

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import deepcopy
 
 import pytest
 import torch
 from cases import EDGE_LENGTHS, check_error, jagged
-from hstu_cases import DIM, HEADS, WIDTH, Padded, allowed_pairs, clock, close, make_layer, make_stack
+from hstu_cases import DIM, EPS, HEADS, LAYERS, WIDTH, Padded, allowed_pairs, clock, close, make_layer, make_stack
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 import flexjag as fj
@@ -18,6 +19,7 @@ from flexjag.normalizers import SiLU
 from flexjag.ops.select import jagged_concat, jagged_split
 from flexjag.testing import lengths
 from flexjag.variants import HSTUBias, HSTULayer, hstu_mask, next_times
+from flexjag.variants.hstu_norm import HeadNorm, LayerNorm
 
 
 def on(x: fj.Jagged, values: fj.Jagged) -> fj.Jagged:
@@ -34,22 +36,20 @@ def both_ways(
     padded, most = Padded(layer), max([1, *x.lengths.tolist()])
     targets = options.get("targets")
     targets = torch.zeros_like(x.lengths) if targets is None else targets
-    allowed = allowed_pairs(
-        x.lengths, most, options["contextual"], targets, options["max_attn_len"], options["min_full"]
-    )
+    allowed = allowed_pairs(x.lengths, most, **{**options, "targets": targets})
     biases = padded.biases(asked.to_padded(max_length=most), times.to_padded(max_length=most))
     dense = padded(x.to_padded(max_length=most), allowed, scale, biases)
     return out, dense[torch.arange(most)[None] < x.lengths[:, None]], padded
 
 
-def check_layer(sizes: list[int], with_targets: bool, options: dict, seed: int) -> None:
+def check_layer(sizes: list[int], with_targets: bool, options: dict, seed: int, **chosen: object) -> None:
     """Forward, and the gradients of the input and of every parameter."""
     g = torch.Generator().manual_seed(seed)
     targets = torch.tensor([int(torch.randint(0, n + 1, (), generator=g)) for n in sizes], dtype=torch.int64)
     options["targets"] = targets if with_targets else None
     x = jagged(sizes, WIDTH)
     x.values.requires_grad_()
-    layer = make_layer()
+    layer = make_layer(**chosen)
     out, wanted, padded = both_ways(layer, x, clock(sizes), options, 1 / 8)
     found, expected = (
         torch.autograd.grad((o**2).sum(), [x.values, *module.parameters()], allow_unused=True, materialize_grads=True)
@@ -64,22 +64,47 @@ def check_layer(sizes: list[int], with_targets: bool, options: dict, seed: int) 
 
 @given(
     sizes=lengths(max_total=80),
-    contextual=st.integers(0, 4),
+    options=st.fixed_dictionaries(
+        {
+            "contextual": st.integers(0, 4) | st.just("per segment"),
+            "max_attn_len": st.none() | st.integers(0, 12),
+            "min_full": st.integers(0, 5),
+            "causal": st.booleans(),
+            "target_group_size": st.integers(1, 3),
+        }
+    ),
     with_targets=st.booleans(),
-    max_attn_len=st.none() | st.integers(1, 12),
-    min_full=st.integers(0, 5),
+    chosen=st.sampled_from(LAYERS),
     seed=st.integers(0, 99),
 )
 def test_a_layer_is_the_padded_one(
-    sizes: list[int], contextual: int, with_targets: bool, max_attn_len: int | None, min_full: int, seed: int
+    sizes: list[int], options: dict, with_targets: bool, chosen: dict, seed: int
 ) -> None:
-    options = {"contextual": contextual, "max_attn_len": max_attn_len, "min_full": min_full}
-    check_layer(sizes, with_targets, options, seed)
+    if options["contextual"] == "per segment":
+        options["contextual"] = torch.randint(0, 4, (len(sizes),), generator=torch.Generator().manual_seed(seed))
+    check_layer(sizes, with_targets, options, seed, **chosen)
 
 
 @pytest.mark.parametrize("sizes", EDGE_LENGTHS.values(), ids=EDGE_LENGTHS)
 def test_edges(sizes: list[int]) -> None:
     check_layer(sizes, True, {"contextual": 2, "max_attn_len": 7, "min_full": 3}, 0)
+
+
+@pytest.mark.parametrize("chosen", LAYERS, ids=repr)
+def test_options_of_a_layer(chosen: dict) -> None:
+    """Each, with empty segments, and without a token; per segment another number of contextual tokens."""
+    for sizes in ([9, 0, 21, 1], [0], []):
+        options = {"contextual": torch.arange(len(sizes)), "max_attn_len": 0, "min_full": 0, "causal": False}
+        check_layer(sizes, True, {**options, "target_group_size": 2}, 1, **chosen)
+
+
+def test_one_token_of_one_feature() -> None:
+    """Which PyTorch's group norm refuses: its norm is 0."""
+    x = jagged([1], 4)
+    layer = HSTULayer(4, 2, 3, 1, group_norm=True, dtype=torch.float64)
+    nn.init.ones_(layer.output.weight)
+    out = layer(x, fj.plan(x, mask=hstu_mask(x), normalizer=SiLU()))
+    close(out.values, x.values)
 
 
 def test_spare_rows_of_a_fixed_capacity_change_nothing() -> None:
@@ -96,11 +121,12 @@ def test_spare_rows_of_a_fixed_capacity_change_nothing() -> None:
     assert got.isfinite().all()
 
 
+@pytest.mark.parametrize("chosen", LAYERS, ids=repr)
 @pytest.mark.parametrize("autocast", [False, True])
-def test_half_precision(autocast: bool) -> None:
+def test_half_precision(autocast: bool, chosen: dict) -> None:
     """As close to float64 as the padded module in the same precision is, which rounds as often."""
     sizes, options = [30, 0, 17], {"contextual": 2, "max_attn_len": 9, "min_full": 3}
-    exact = make_layer()
+    exact = make_layer(**chosen)
     half = deepcopy(exact).to(torch.float32 if autocast else torch.bfloat16)
     x = jagged(sizes, WIDTH)
     with torch.no_grad():
@@ -113,6 +139,24 @@ def test_half_precision(autocast: bool) -> None:
         out, same = ((t - x.values).bfloat16() for t in (out, same))
         wanted = wanted - x.values
     check_error(out, same, wanted, "out")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("make", [lambda: LayerNorm(12), lambda: HeadNorm(3, EPS)], ids=["tokens", "heads"])
+def test_norms_learn_in_half_precision(make: Callable[[], nn.Module], dtype: torch.dtype) -> None:
+    """Gradients of gain and shift, sums over 3,000 tokens, are those of float64 but for one rounding."""
+    x = jagged([3000], 12, dtype=dtype).values
+    direction = torch.rand(x.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    norms = [make().to(t) for t in (dtype, torch.float64)]
+    found = [
+        torch.autograd.grad(norm(x.to(p.dtype)), list(norm.parameters()), direction.to(p.dtype))
+        for norm in norms
+        for p in list(norm.parameters())[:1]
+    ]
+    for got, wanted in zip(*found, strict=True):
+        assert got.dtype == dtype
+        # Half a unit of rounding; float32 sums add a thousandth of it.
+        torch.testing.assert_close(got.double(), wanted, rtol=0.6 * torch.finfo(dtype).eps, atol=1e-2)
 
 
 @pytest.mark.parametrize(
@@ -139,6 +183,25 @@ def test_a_layer_with_any_bias_is_attention_with_that_score(biases: dict) -> Non
         table = bias.position if bias.time is None else bias.time
         assert table is not None
         assert table.shape[0] == (HEADS if "per_head" in biases else 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_table_that_heads_share_learns_in_half_precision(dtype: torch.dtype) -> None:
+    """The gradients of 16 heads are added up before they are rounded."""
+    x, heads = jagged([300], 16, 8, dtype=dtype), 16
+    bias = HSTUBias(heads, max_distance=2, dtype=dtype)
+    exact = HSTUBias(heads, max_distance=2, dtype=torch.float64)
+    exact.load_state_dict(bias.state_dict())
+    found = []
+    for own, batch in ((bias, x), (exact, x.to(torch.float64))):
+        plan = fj.plan(batch, mask=fj.Causal(), score=own(batch), normalizer=SiLU(1 / 300))
+        out = fj.attention(batch, batch, batch, plan=plan).values
+        found += torch.autograd.grad((out.double() * x.values.double()).sum(), list(own.parameters()))
+    got, wanted = found
+    assert got.dtype == dtype
+    # The output is rounded, too, but not its gradient: half a unit, and float32 sums of 16 * 300 products of about 1.
+    error = 0.51 * torch.finfo(dtype).eps * wanted.abs() + 4800 * torch.finfo(torch.float32).eps
+    assert bool(((got.double() - wanted).abs() <= error).all()), (got, wanted)
 
 
 def test_next_times() -> None:
@@ -176,7 +239,7 @@ def test_decoding_in_steps_is_the_forward() -> None:
 def test_candidates_are_scored_against_one_cache(sizes: list[int]) -> None:
     """Targets after a history with contextual tokens and rows that see all: the cache is as good for others."""
     x, times, stack = jagged(sizes, WIDTH), clock(sizes), make_stack(shared=True)
-    options = {"contextual": 2, "max_attn_len": 5, "min_full": 3}
+    options = {"contextual": torch.arange(len(sizes)), "max_attn_len": 5, "min_full": 3, "target_group_size": 2}
     plan = fj.plan(x, mask=hstu_mask(x, **options), normalizer=SiLU(0.2))
     out, caches = stack.decode(x, None, plan, times=times)
     close(out.values, stack(x, plan, times=times).values)

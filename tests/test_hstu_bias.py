@@ -229,7 +229,9 @@ def test_biases_that_do_not_fit_raise() -> None:
     assert s.is_additive(TimeBias(table(7), times(4), BOUNDARIES) >> BucketedBias(table(7), BOUNDARIES))
 
 
-def defined(n: int, contextual: int, targets: int, max_attn_len: int, min_full: int) -> Tensor:
+def defined(
+    n: int, contextual: int, targets: int, max_attn_len: int, min_full: int, causal: bool = True, group: int = 1
+) -> Tensor:
     """HSTU's mask of one segment of n tokens, pair by pair, 0 meaning none of a thing."""
     last = n - targets - (contextual - 1 if contextual else 0)
 
@@ -239,36 +241,55 @@ def defined(n: int, contextual: int, targets: int, max_attn_len: int, min_full: 
 
     def sees(p: int, r: int) -> bool:
         i, j = place(p), place(r)
-        seen = p == r or i > j
+        distance = i - j if causal else abs(i - j)
+        seen = p == r or distance > 0
         if max_attn_len:
-            seen = seen and (i - j <= max_attn_len or (min_full > 0 and i >= last - min_full))
-        return seen or (contextual > 0 and i == 0 and j < last)
+            seen = seen and (distance <= max_attn_len or (min_full > 0 and i >= last - min_full))
+        first = n - targets
+        own = min(p, r) >= first and (p - first) // group == (r - first) // group and (p >= r or not causal)
+        return seen or own or (contextual > 0 and i == 0 and j < last)
 
     return torch.tensor([[sees(p, r) for r in range(n)] for p in range(n)], dtype=torch.bool).view(n, n)
 
 
 @given(
     sizes=lengths(max_total=90),
-    contextual=st.integers(0, 5),
+    contextual=st.none() | st.integers(0, 5),
     with_targets=st.booleans(),
     max_attn_len=st.integers(0, 12),
     min_full=st.integers(0, 5),
+    causal=st.booleans(),
+    group=st.integers(1, 4),
     seed=st.integers(0, 99),
 )
 def test_the_mask_is_hstus(
-    sizes: list[int], contextual: int, with_targets: bool, max_attn_len: int, min_full: int, seed: int
+    sizes: list[int],
+    contextual: int | None,
+    with_targets: bool,
+    max_attn_len: int,
+    min_full: int,
+    causal: bool,
+    group: int,
+    seed: int,
 ) -> None:
     g = torch.Generator().manual_seed(seed)
     targets = [int(torch.randint(0, n + 1, (), generator=g)) if with_targets else 0 for n in sizes]
+    per_segment = torch.randint(0, 5, (len(sizes),), generator=g, dtype=torch.int32)
+    prefixes = per_segment.tolist() if contextual is None else [contextual] * len(sizes)
     x = fj.Jagged.from_lengths(torch.zeros(sum(sizes)), sizes)
     mask = hstu_mask(
         x,
-        contextual=contextual,
+        causal=causal,
+        contextual=per_segment if contextual is None else contextual,
         targets=torch.tensor(targets, dtype=torch.int64) if with_targets else None,
-        max_attn_len=max_attn_len or None,
+        target_group_size=group,
+        max_attn_len=max_attn_len,
         min_full=min_full,
     )
-    blocks = [defined(n, contextual, t, max_attn_len, min_full) for n, t in zip(sizes, targets, strict=True)]
+    blocks = [
+        defined(n, c, t, max_attn_len, min_full, causal, group)
+        for n, c, t in zip(sizes, prefixes, targets, strict=True)
+    ]
     assert torch.equal(
         fj.plan(x, mask=mask).to_dense(),
         torch.block_diag(*blocks).bool().view(sum(sizes), -1) if sum(sizes) else torch.zeros(0, 0).bool(),
@@ -318,7 +339,7 @@ def test_a_decode_step_is_the_last_rows(backend: str) -> None:
     """Two new tokens per segment against all keys: the last two rows of the whole."""
     q, k, v = make_qkv([20, 2, 33])
     targets = torch.tensor([1, 0, 2])
-    options = {"contextual": 2, "targets": targets, "max_attn_len": 7, "min_full": 1}
+    options = {"contextual": 2, "targets": targets, "max_attn_len": 7, "min_full": 1, "target_group_size": 2}
     whole = fj.attention(q, k, v, mask=hstu_mask(q, **options), normalizer=SiLU(), backend=backend).values
     last = torch.tensor([18, 19, 20, 21, 53, 54])
     new = fj.Jagged.from_lengths(q.values[last], [2, 2, 2])
@@ -326,12 +347,34 @@ def test_a_decode_step_is_the_last_rows(backend: str) -> None:
     torch.testing.assert_close(got, whole[last], **CLOSE)
 
 
+def test_none_and_nothing_are_unlimited() -> None:
+    """As in the public code, 0 positions back means all."""
+    x = fj.Jagged.from_lengths(torch.zeros(9), [9])
+    whole = fj.plan(x, mask=hstu_mask(x, contextual=3)).to_dense()
+    assert torch.equal(fj.plan(x, mask=hstu_mask(x, contextual=3, max_attn_len=0)).to_dense(), whole)
+    assert torch.equal(fj.plan(x, mask=hstu_mask(x, causal=False)).to_dense(), torch.ones(9, 9).bool())
+
+
+def test_a_fixed_capacity_without_segments() -> None:
+    """Spare rows belong to no segment: they look up nothing."""
+    none = torch.zeros(0, dtype=torch.int64)
+    x = fj.Jagged(torch.zeros(4), torch.tensor([0]))
+    mask = hstu_mask(x, contextual=none, targets=none, target_group_size=2)
+    assert not fj.plan(x, mask=mask, max_tokens=4, max_length=4).to_dense().any()
+
+
 def test_malformed_masks_raise() -> None:
     x = fj.Jagged.from_lengths(torch.zeros(5), [5])
     with pytest.raises(MaskError, match=r"contextual: must be an int of at least 0; got value=-1"):
         hstu_mask(x, contextual=-1)
-    with pytest.raises(MaskError, match=r"max_attn_len: must be an int of at least 1; got value=0"):
-        hstu_mask(x, max_attn_len=0)
+    with pytest.raises(MaskError, match=r"max_attn_len: must be an int of at least 0; got value=-1"):
+        hstu_mask(x, max_attn_len=-1)
+    with pytest.raises(MaskError, match=r"target_group_size: must be an int of at least 1; got value=0"):
+        hstu_mask(x, target_group_size=0)
+    with pytest.raises(MaskError, match=r"contextual: must be integers, one per segment; got shape=\(\)"):
+        hstu_mask(x, contextual=torch.tensor(1))
+    with pytest.raises(MaskError, match=r"contextual: must not be negative; got contextual\[0\]=-1"):
+        hstu_mask(x, contextual=torch.tensor([-1]))
     with pytest.raises(MaskError, match=r"targets: must be integers, one per segment; got shape=\(2,\)"):
         hstu_mask(x, targets=torch.tensor([1, 2]))
     for wrong in (6, -1):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import jagged
-from hstu_cases import DIM, HEADS, WIDTH, clock, close, make_layer, make_stack
+from hstu_cases import DIM, HEADS, LAYERS, WIDTH, clock, close, make_layer, make_stack
 from torch import Tensor
 
 import flexjag as fj
@@ -87,6 +87,32 @@ def test_one_graph_for_all_batches(plan_outside: bool) -> None:
     expected = [0] if plan_outside else [0, 4]  # a tensor [S] in the graph is specialised by PyTorch at S = 1
     graphs = assert_compiles(run, given, max_graphs=len(expected), after_each=same)
     assert graphs.forward == graphs.backward == expected
+
+
+def test_one_graph_with_every_option() -> None:
+    """Of the mask and of layers. S = 1 is left out, which PyTorch would specialise."""
+    layers = HSTU(make_layer(**chosen) for chosen in LAYERS[2:4])
+
+    def run(x: fj.Jagged, targets: fj.Jagged) -> Tensor:
+        options = {"causal": False, "target_group_size": 2, "max_attn_len": 20, "min_full": 5}
+        mask = hstu_mask(x, contextual=targets.values // 2, targets=targets.values, **options)
+        return layers(x, fj.plan(x, mask=mask, normalizer=SiLU(1 / 8), block_size=32)).values
+
+    for layer in layers.layers:
+        layer.bias = None
+    given = [(x, targets) for x, _, targets in batches() if x.num_segments > 1]
+
+    def same(index: int, out: Tensor) -> None:
+        found = [p.grad for p in layers.parameters()]
+        layers.zero_grad()
+        eager = run(*given[index])
+        close(out, eager)
+        for a, b in zip(found, torch.autograd.grad(eager.sum(), list(layers.parameters())), strict=True):
+            assert a is not None
+            close(a, b)
+
+    graphs = assert_compiles(run, given, backend="aot_eager", after_each=same)
+    assert graphs.forward == graphs.backward == [0]
 
 
 def test_one_graph_for_all_decode_steps() -> None:
@@ -167,6 +193,8 @@ def test_what_modules_say_of_themselves() -> None:
     layer = HSTULayer(32, 2, 16, 8, scale=0.5, bias=bias)
     assert "width=32, heads=2, dim=16, value_dim=8, scale=0.5" in repr(layer)
     assert "HSTUBias(heads=2, time_buckets=8)" in repr(HSTU([layer]))
+    layer = HSTULayer(32, 2, 16, silu="u", concat_u=True, group_norm=True)
+    assert "value_dim=16, silu='u', concat_u=True, group_norm=True" in repr(layer)
 
 
 X = jagged([3, 0, 4], WIDTH)
@@ -183,6 +211,12 @@ CACHE = KVCache(jagged([3, 0, 4], HEADS, DIM), jagged([3, 0, 4], HEADS, DIM))
         (lambda: HSTULayer(8, 2, 8, -1), ShapeError, r"value_dim: must be an int"),
         (lambda: HSTULayer(8, 2, 8, dropout=1.5), ShapeError, r"dropout: must be a probability; got dropout=1.5"),
         (lambda: HSTULayer(8, 2, 8, bias=HSTUBias(3, max_distance=1)), ShapeError, r"bias: .*bias=3, heads=2"),
+        (lambda: HSTULayer(8, 2, 8, silu="v"), ShapeError, r"silu: must be 'uvqk' or 'u'; got silu='v'"),
+        (
+            lambda: HSTULayer(8, 2, 8, concat_ua=True, concat_x=True),
+            ShapeError,
+            r"concat_ua: goes without concat_u and concat_x; got concat_u=False, concat_x=True",
+        ),
         (lambda: HSTUBias(2), ScoreError, r"max_distance, time_buckets: at least one"),
         (lambda: HSTUBias(2, max_distance=-1), ScoreError, r"max_distance: must be an int of at least 0"),
         (lambda: HSTUBias(0, max_distance=1), ScoreError, r"heads: must be an int of at least 1"),

@@ -126,6 +126,7 @@ class Batch(Padding):
             "y": (self.tokens, d),
             "p": (int(self.squares[-1]),),
             "dense": (s, n, d),
+            "row": (s, d),
             "matrix": (s, d, d),
             "query": (s, m, d),
             "bias": (s, n, m),
@@ -336,6 +337,11 @@ OPS: dict[str, Op] = {
     "jagged_concat": Op(("x", "y"), lambda b, x, y: ops.jagged_concat([b.jagged(x), b.jagged(y)]).values, _concat),
     "jagged_split": Op(
         ("x",), lambda b, x: tuple(piece.values for piece in ops.jagged_split(b.jagged(x), [b.half])), _split
+    ),
+    "segment_broadcast": Op(
+        ("row",),
+        lambda b, row: ops.segment_broadcast(row, b.jagged(b.index)).values,
+        lambda b, row: b.unpad(row[:, None].expand(-1, b.longest, -1)),
     ),
     "segment_sum": Op(("x",), _reduced(ops.segment_sum), lambda b, x: b.pad(x).sum(1)),
     "segment_mean": Op(("x",), _reduced(ops.segment_mean), _mean),

@@ -83,6 +83,7 @@ class Dense:
         assert own.bias.position is not None
         assert own.bias.time is not None
         norm, gate_norm, heads = own.input_norm, own.attention_norm, own.heads
+        assert isinstance(gate_norm, torch.nn.LayerNorm)
         normed = functional.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
         uvqk = functional.silu(functional.linear(normed, own.projection.weight, own.projection.bias))
         values, keys = heads * own.value_dim, heads * own.dim

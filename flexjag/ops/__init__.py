@@ -11,7 +11,7 @@ from flexjag.ops.elementwise import jagged_dense_elementwise_add, jagged_dense_e
 from flexjag.ops.matrices import array_jagged_bmm, jagged2_softmax, jagged_jagged_bmm_jagged_out
 from flexjag.ops.norm import jagged_layer_norm, jagged_rms_norm
 from flexjag.ops.padding import dense_to_jagged, jagged_to_padded_dense
-from flexjag.ops.segment import segment_max, segment_mean, segment_min, segment_sum
+from flexjag.ops.segment import segment_broadcast, segment_max, segment_mean, segment_min, segment_sum
 from flexjag.ops.select import jagged_concat, jagged_index_select, jagged_split
 from flexjag.ops.softmax import jagged_softmax
 from flexjag.ops.target import jagged_dense_attention
@@ -33,6 +33,7 @@ __all__ = [
     "jagged_softmax",
     "jagged_split",
     "jagged_to_padded_dense",
+    "segment_broadcast",
     "segment_max",
     "segment_mean",
     "segment_min",

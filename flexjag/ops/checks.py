@@ -25,8 +25,10 @@ def check_jagged(x: object, name: str, ndim: int | None = None, floating: bool =
         raise ShapeError(explain_values(name, "its values must be floating point", dtype=x.values.dtype))
 
 
-def check_like(tensor: object, name: str, x: Jagged, x_name: str = "x") -> None:
+def check_like(tensor: object, name: str, x: Jagged, x_name: str = "x", or_float32: bool = False) -> None:
     """Check that a dense argument is a tensor of the dtype and on the device of a jagged one.
+
+    With `or_float32`, for parameters, it may be float32 beside half precision.
 
     Raises:
         ShapeError: If it is not.
@@ -34,8 +36,10 @@ def check_like(tensor: object, name: str, x: Jagged, x_name: str = "x") -> None:
     if not isinstance(tensor, Tensor):
         raise ShapeError(explain_values(name, "must be a tensor", type=type(tensor).__name__))
     seen: dict[str, object] = {name: tensor.dtype, x_name: x.values.dtype}
-    if tensor.dtype != x.values.dtype:
-        raise ShapeError(explain_values(name, f"must have the dtype of {x_name}", **seen))
+    is_wider = or_float32 and tensor.dtype == torch.float32 and x.values.dtype in (torch.bfloat16, torch.float16)
+    if tensor.dtype != x.values.dtype and not is_wider:
+        more = ", or be float32 beside half precision" if or_float32 else ""
+        raise ShapeError(explain_values(name, f"must have the dtype of {x_name}{more}", **seen))
     if tensor.device != x.values.device:
         seen = {name: str(tensor.device), x_name: str(x.values.device)}
         raise ShapeError(explain_values(name, f"must be on the device of {x_name}", **seen))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from flexjag.errors import ShapeError, explain_values
 from flexjag.jagged import Jagged
 from flexjag.ops.checks import check_jagged, check_like
-from flexjag.ops.packed import cut, lengths_of
+from flexjag.ops.packed import cut, lengths_of, wide
 from flexjag.ops.register import define, refuse
 
 
@@ -21,14 +22,15 @@ def jagged_layer_norm(
 
     Args:
         x: ``[T, ...]`` floating point, with at least one feature dimension.
-        weight: As the features, ``x.values.shape[1:]``.
-        bias: Like `weight`.
+        weight: As the features, ``x.values.shape[1:]``, of the dtype of `x`, or float32 beside half precision.
+        bias: Like `weight`; beside half precision each may have either dtype.
         eps: Added to the variance.
         per: ``"token"`` for the statistics of each token's features, ``"segment"`` for those of all features of all
             tokens of a segment together (the jagged layer norm of Helion's and TritonBench's examples).
 
     Returns:
-        ``[T, ...]`` with the offsets of `x`.
+        ``[T, ...]`` with the offsets and dtype of `x`. Half precision is computed in float32, and the gradients of
+        `weight` and `bias`, each in its own dtype, are rounded once.
 
     Raises:
         LayoutError: If `x` is no Jagged.
@@ -42,7 +44,7 @@ def jagged_layer_norm(
     """
     features = _check(x, per, weight=weight, bias=bias)
     if per == "token":
-        return x.with_values(torch.nn.functional.layer_norm(x.values, features, weight, bias, eps))
+        return x.with_values(layer_norm(x.values, features, weight, bias, eps))
     return _per_segment(x, weight, bias, eps, center=True)
 
 
@@ -51,12 +53,12 @@ def jagged_rms_norm(x: Jagged, weight: Tensor | None = None, *, eps: float = 1e-
 
     Args:
         x: ``[T, ...]`` floating point, with at least one feature dimension.
-        weight: As the features, ``x.values.shape[1:]``.
+        weight: As for :func:`jagged_layer_norm`.
         eps: Added to the mean square.
         per: ``"token"`` or ``"segment"``, as for :func:`jagged_layer_norm`.
 
     Returns:
-        ``[T, ...]`` with the offsets of `x`.
+        ``[T, ...]`` with the offsets and dtype of `x`; half precision as for :func:`jagged_layer_norm`.
 
     Raises:
         LayoutError: If `x` is no Jagged.
@@ -70,7 +72,8 @@ def jagged_rms_norm(x: Jagged, weight: Tensor | None = None, *, eps: float = 1e-
     """
     features = _check(x, per, weight=weight)
     if per == "token":
-        return x.with_values(torch.nn.functional.rms_norm(x.values, features, weight, eps))
+        values = torch.nn.functional.rms_norm(wide(x.values), features, _wide(weight), eps)
+        return x.with_values(values.to(x.dtype))
     return _per_segment(x, weight, None, eps, center=False)
 
 
@@ -83,18 +86,29 @@ def _check(x: Jagged, per: str, **parameters: Tensor | None) -> tuple[int, ...]:
         raise ShapeError(explain_values("x", "its values must have a feature dimension", shape=tuple(x.values.shape)))
     for name, parameter in parameters.items():
         if parameter is not None:
-            check_like(parameter, name, x)
+            check_like(parameter, name, x, or_float32=True)
             if tuple(parameter.shape) != features:
                 seen = {name: tuple(parameter.shape), "x": tuple(x.values.shape)}
                 raise ShapeError(explain_values(name, "must have the feature shape of x", **seen))
     return features
 
 
+def layer_norm(
+    values: Tensor, features: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """PyTorch's, in float32 for half precision: its CPU kernel adds the parameters' gradients up in half."""
+    return torch.nn.functional.layer_norm(wide(values), features, _wide(weight), _wide(bias), eps).to(values.dtype)
+
+
+def _wide(parameter: Tensor | None) -> Tensor | None:
+    return None if parameter is None else wide(parameter)
+
+
 def _per_segment(x: Jagged, weight: Tensor | None, bias: Tensor | None, eps: float, center: bool) -> Jagged:
-    wide = x.values if x.dtype == torch.float64 else x.values.float()
-    values = standardize(wide, x.offsets, eps, center)[0]
+    values = standardize(wide(x.values), x.offsets, eps, center)[0]
+    weight, bias = _wide(weight), _wide(bias)
     if weight is not None and bias is not None:
-        values = torch.addcmul(bias.to(values.dtype), values, weight.to(values.dtype))
+        values = torch.addcmul(bias, values, weight)
     elif weight is not None:
         values = values * weight
     elif bias is not None:

@@ -41,6 +41,11 @@ def lengths_of(offsets: Tensor, total: int | None, name: str = "offsets") -> lis
     return lengths
 
 
+def wide(values: Tensor) -> Tensor:
+    """Half precision (or less) as float32, in which sums are kept to be rounded once; any other dtype as it is."""
+    return values.float() if values.is_floating_point() and values.itemsize < 4 else values
+
+
 def cut(values: Tensor, lengths: list[int]) -> Iterator[Tensor]:
     """The segments of packed values, one view each."""
     return iter(values.split(lengths)) if lengths else iter(())

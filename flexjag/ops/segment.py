@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexjag.jagged import Jagged, segment_ids
+from flexjag.errors import ShapeError, explain_values
+from flexjag.jagged import Jagged
 from flexjag.ops.checks import check_jagged
-from flexjag.ops.packed import cut, is_short, lengths_of
+from flexjag.ops.packed import cut, is_short, lengths_of, wide
 from flexjag.ops.register import define, refuse
 
 SEQUENTIAL = 1024
@@ -52,8 +53,7 @@ def segment_mean(x: Jagged) -> Tensor:
     [1.0, 0.0, 2.5]
     """
     check_jagged(x, "x", floating=True)
-    wide = x.values if x.dtype == torch.float64 else x.values.float()  # a sum may overflow where its mean does not
-    total = add_up(wide, x.offsets)
+    total = add_up(wide(x.values), x.offsets)  # a sum may overflow where its mean does not
     count = x.lengths.clamp(min=1).view(-1, *[1] * (total.ndim - 1))
     return (total / count).to(x.dtype)
 
@@ -98,6 +98,37 @@ def segment_min(x: Jagged, fill: float = 0.0) -> Tensor:
     return extreme(x.values, x.offsets, False, fill)
 
 
+def segment_broadcast(rows: Tensor, x: Jagged) -> Jagged:
+    """Give every token its segment's row: the transpose of :func:`segment_sum`.
+
+    Args:
+        rows: ``[S, ...]``, any dtype.
+        x: ``[T, ...]``; only its layout matters.
+
+    Returns:
+        ``[T, ...]`` of the dtype of `rows`, with the offsets of `x`. The gradient of a row is the sum over its
+        segment's tokens, 0 for an empty segment; of half precision it is kept in float32 and rounded once.
+
+    Raises:
+        LayoutError: If `x` is no Jagged, or its offsets are found to be none.
+        ShapeError: If `rows` has not one row per segment, or is on another device.
+
+    >>> x = Jagged.from_lengths(torch.zeros(3), [1, 0, 2])
+    >>> segment_broadcast(torch.tensor([7.0, 8.0, 9.0]), x).values.tolist()
+    [7.0, 9.0, 9.0]
+    """
+    check_jagged(x, "x")
+    if not isinstance(rows, Tensor):
+        raise ShapeError(explain_values("rows", "must be a tensor", type=type(rows).__name__))
+    if rows.ndim < 1 or rows.shape[0] != x.num_segments:
+        seen: dict[str, object] = {"shape": tuple(rows.shape), "segments": x.num_segments}
+        raise ShapeError(explain_values("rows", "must have one row per segment of x", **seen))
+    if rows.device != x.device:
+        seen = {"rows": str(rows.device), "x": str(x.device)}
+        raise ShapeError(explain_values("rows", "must be on the device of x", **seen))
+    return x.with_values(spread(rows, x.offsets, x.values.shape[0]))
+
+
 @define("add_up")
 def add_up(values: Tensor, offsets: Tensor) -> Tensor:
     """``[T, ...]`` to ``[S, ...]``."""
@@ -122,8 +153,8 @@ def _(values: Tensor, offsets: Tensor) -> Tensor:
 @define("spread")
 def spread(rows: Tensor, offsets: Tensor, total: int) -> Tensor:
     """``[S, ...]`` to ``[T, ...]``: every token gets its segment's row."""
-    out = rows.new_empty((total, *rows.shape[1:]))
-    return torch.index_select(rows, 0, segment_ids(offsets, total), out=out) if total else out
+    lengths_of(offsets, total, "x.offsets")  # which says what is wrong with them
+    return torch.repeat_interleave(rows, offsets.diff(), 0, output_size=total)
 
 
 @spread.register_fake
@@ -160,8 +191,9 @@ def extreme_backward(grad: Tensor, values: Tensor, out: Tensor, offsets: Tensor)
     lengths = lengths_of(offsets, values.shape[0])
     if is_short(lengths, values.device):
         rows = spread(out, offsets, values.shape[0])
-        hit = ((values == rows) | (values.isnan() & rows.isnan())).to(values.dtype)
-        return spread(grad / add_up(hit, offsets), offsets, values.shape[0]) * hit
+        hit = (values == rows) | (values.isnan() & rows.isnan())
+        share = (grad / add_up(hit.float(), offsets)).to(values.dtype)  # half precision cannot count far
+        return spread(share, offsets, values.shape[0]) * hit
     result = values.new_empty(values.shape)
     parts = cut(values, lengths), cut(result, lengths), grad.unbind(0), out.unbind(0)
     for x, dx, g, y in zip(*parts, strict=True):

@@ -11,7 +11,7 @@ from torch import Tensor
 from flexjag.errors import LayoutError, ShapeError, explain_values
 from flexjag.jagged import Jagged
 from flexjag.ops.checks import can_look, check_index, check_jagged, check_like, check_total
-from flexjag.ops.packed import cut, is_short, lengths_of, offsets_of, row_index, unknown_size
+from flexjag.ops.packed import cut, is_short, lengths_of, offsets_of, row_index, unknown_size, wide
 from flexjag.ops.register import define
 
 
@@ -163,13 +163,14 @@ def _(values: Tensor, starts: Tensor, offsets: Tensor, total: int | None) -> Ten
 @define("put")
 def put(pieces: Tensor, starts: Tensor, offsets: Tensor, rows: int) -> Tensor:
     """The transpose of `take`: ranges added up in order, in `rows` rows that are 0 elsewhere."""
-    out = pieces.new_zeros((rows, *pieces.shape[1:]))
-    lengths = lengths_of(offsets, pieces.shape[0])
+    lengths, terms = lengths_of(offsets, pieces.shape[0]), wide(pieces)
+    out = terms.new_zeros((rows, *pieces.shape[1:]))
     if is_short(lengths, pieces.device):
-        return out.index_add_(0, row_index(starts, offsets, pieces.shape[0]), pieces)
-    for a, piece in zip(starts.tolist(), cut(pieces, lengths), strict=False):
-        out[a : a + piece.shape[0]].add_(piece)
-    return out
+        out.index_add_(0, row_index(starts, offsets, pieces.shape[0]), terms)
+    else:
+        for a, piece in zip(starts.tolist(), cut(terms, lengths), strict=False):
+            out[a : a + piece.shape[0]].add_(piece)
+    return out.to(pieces.dtype)
 
 
 @put.register_fake

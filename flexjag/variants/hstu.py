@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from flexjag.ops.select import jagged_concat
 from flexjag.plan import Plan
 from flexjag.scores import Score
 from flexjag.variants.hstu_bias import HSTUBias
+from flexjag.variants.hstu_norm import HeadNorm, LayerNorm
 
 
 class KVCache(NamedTuple):
@@ -44,9 +45,10 @@ class HSTULayer(nn.Module):
 
     The paper's equations have the split, φ of the scores and their bias, and the gate after a norm. The scale,
     s = 1 / maximal length, the norm of the input, the residual, dropout and the starting values are those of the public
-    code, whose two versions differ. As its ``STULayer``, this layer has norms with gain and shift, and a shift in f₁.
-    As its research model, and unlike the former, φ is of all four of u, v, q and k, f₂ has a shift, and f₂'s only input
-    is the gated output.
+    code (generative-recommenders), whose two versions differ. As its ``STULayer``, this layer has norms with gain and
+    shift, and a shift in f₁. By default φ is of all four of u, v, q and k, f₂ has a shift, and f₂'s only input is the
+    gated output, as in its research model, which with ``concat_ua`` gives f₂ u and the normed output beside it.
+    ``STULayer`` is ``silu="u", concat_u=True, concat_x=True, output_bias=False``, and has `group_norm`, too.
 
     Args:
         width: Features of a token.
@@ -57,11 +59,17 @@ class HSTULayer(nn.Module):
         scale: Factor on ``q·k``. Default ``1 / sqrt(D)``.
         dropout: Probability, 0 to 1.
         eps: Of the norms.
+        silu: Of which projections φ is taken: ``"uvqk"`` for all four, ``"u"`` for the gate only.
+        concat_u: Give f₂ also u, before all others.
+        concat_x: Give f₂ also the attention's output o (which the public code calls x there), after u.
+        concat_ua: Give f₂ also u and ``LayerNorm(o)``; not together with the former two.
+        group_norm: Norm each head of o for itself, with one gain and one shift per head.
+        output_bias: Whether f₂ has a shift.
         device: Of the parameters.
         dtype: Of the parameters.
 
     Raises:
-        ShapeError: If a size is out of range, or `bias` is for another number of heads.
+        ShapeError: If a size is out of range, `bias` is for another number of heads, or options do not go together.
 
     >>> from flexjag import plan
     >>> from flexjag.normalizers import SiLU
@@ -83,6 +91,12 @@ class HSTULayer(nn.Module):
         scale: float | None = None,
         dropout: float = 0.0,
         eps: float = 1e-6,
+        silu: Literal["uvqk", "u"] = "uvqk",
+        concat_u: bool = False,
+        concat_x: bool = False,
+        concat_ua: bool = False,
+        group_norm: bool = False,
+        output_bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -95,15 +109,23 @@ class HSTULayer(nn.Module):
             raise ShapeError(explain_values("dropout", "must be a probability", dropout=dropout))
         if bias is not None and bias.heads != heads:
             raise ShapeError(explain_values("bias", "must be made for the layer's heads", bias=bias.heads, heads=heads))
+        if silu not in ("uvqk", "u"):
+            raise ShapeError(explain_values("silu", "must be 'uvqk' or 'u'", silu=silu))
+        if concat_ua and (concat_u or concat_x):
+            seen = {"concat_u": concat_u, "concat_x": concat_x}
+            raise ShapeError(explain_values("concat_ua", "goes without concat_u and concat_x", **seen))
         factory = {"device": device, "dtype": dtype}
         self.width, self.heads, self.dim, self.value_dim = width, heads, dim, value_dim
-        self.scale = scale
-        self.input_norm = nn.LayerNorm(width, eps, **factory)
+        self.scale, self.silu, self.group_norm = scale, silu, group_norm
+        self.concat_u, self.concat_x, self.concat_ua = concat_u, concat_x, concat_ua
+        features = heads * value_dim
+        self.input_norm = LayerNorm(width, eps, **factory)
         self.projection = nn.Linear(width, 2 * heads * (dim + value_dim), **factory)
         self.bias = bias
-        self.attention_norm = nn.LayerNorm(heads * value_dim, eps, **factory)
+        self.attention_norm = HeadNorm(heads, eps, **factory) if group_norm else LayerNorm(features, eps, **factory)
         self.dropout = nn.Dropout(dropout)
-        self.output = nn.Linear(heads * value_dim, width, **factory)
+        inputs = 1 + concat_u + concat_x + 2 * concat_ua
+        self.output = nn.Linear(inputs * features, width, output_bias, **factory)
         self._reset_linear()
 
     def reset_parameters(self) -> None:
@@ -117,7 +139,8 @@ class HSTULayer(nn.Module):
     def _reset_linear(self) -> None:
         for linear in (self.projection, self.output):
             nn.init.xavier_uniform_(linear.weight)
-            nn.init.zeros_(linear.bias)
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
 
     def forward(self, x: Jagged, plan: Plan, *, times: Jagged | None = None, kv_times: Jagged | None = None) -> Jagged:
         """Run the layer.
@@ -152,8 +175,8 @@ class HSTULayer(nn.Module):
         """Run the layer on new tokens, which attend themselves and a history seen before.
 
         The output is the last rows of the forward over history and new tokens. In a stack that takes a history whose
-        own outputs stay what they were: with :func:`hstu_mask` if the new tokens are targets, or if `contextual` and
-        `min_full` are 0 and the history's `times` do not change.
+        own outputs stay what they were: with a causal :func:`hstu_mask` if the new tokens are targets, or if
+        `contextual` and `min_full` are 0 and the history's `times` do not change.
 
         Args:
             x: ``[T_q, width]``, the new tokens of each segment; there may be none.
@@ -185,16 +208,32 @@ class HSTULayer(nn.Module):
             raise ScoreError(explain_values("times", "go with a bias by time, and the layer has none", bias=None))
         out = attention(q, k, v, plan=plan, scale=self.scale)
         assert isinstance(out, Jagged)
-        gated = self.attention_norm(out.values.flatten(1)) * u
-        return x.with_values(x.values + self.output(self.dropout(gated))), KVCache(k, v)
+        added = self.output(self.dropout(self._gate(u, out.values.flatten(1))))
+        return x.with_values(x.values + added), KVCache(k, v)
 
     def _project(self, x: Jagged) -> tuple[Tensor, Jagged, Jagged, Jagged]:
         """The gate ``[T, H * E]``, and values, queries and keys ``[T, H, E or D]``."""
         values, keys = self.heads * self.value_dim, self.heads * self.dim
-        uvqk = functional.silu(self.projection(self.input_norm(x.values)))
+        uvqk = self.projection(self.input_norm(x.values))
+        if self.silu == "uvqk":
+            uvqk = functional.silu(uvqk)
         u, *rest = uvqk.split([values, values, keys, keys], 1)
+        if self.silu == "u":
+            u = functional.silu(u)
         v, q, k = (x.with_values(t.unflatten(1, (self.heads, -1))) for t in rest)
         return u, v, q, k
+
+    def _gate(self, u: Tensor, out: Tensor) -> Tensor:
+        """What is projected to the width, of the gate and the attention's output, both ``[T, H * E]``."""
+        normed = self.attention_norm(out)
+        parts = [normed * u]
+        if self.concat_ua:
+            parts = [u, normed, *parts]
+        if self.concat_x:
+            parts = [out, *parts]
+        if self.concat_u:
+            parts = [u, *parts]
+        return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
 
     def _check(self, x: Jagged, cache: KVCache | None, plan: Plan) -> None:
         if not isinstance(x, Jagged):
@@ -223,9 +262,12 @@ class HSTULayer(nn.Module):
                 raise ShapeError(explain_values("cache", f"{name} must be [T, heads, dim] of this layer", **seen))
 
     def extra_repr(self) -> str:
-        """The sizes, and the scale if it was given."""
+        """The sizes, and what was chosen that is not the default."""
         scale = "" if self.scale is None else f", scale={self.scale}"
-        return f"width={self.width}, heads={self.heads}, dim={self.dim}, value_dim={self.value_dim}{scale}"
+        silu = "" if self.silu == "uvqk" else f", silu={self.silu!r}"
+        chosen = [name for name in ("concat_u", "concat_x", "concat_ua", "group_norm") if getattr(self, name)]
+        options = scale + silu + "".join(f", {name}=True" for name in chosen)
+        return f"width={self.width}, heads={self.heads}, dim={self.dim}, value_dim={self.value_dim}{options}"
 
 
 class HSTU(nn.Module):

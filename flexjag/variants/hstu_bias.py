@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from flexjag.errors import LayoutError, ScoreError, explain_values
 from flexjag.jagged import Jagged, check_same_layout
 from flexjag.ops.checks import check_jagged
+from flexjag.ops.packed import wide
 from flexjag.scores import RelativeBias, Score, TimeBias
 
 
@@ -98,7 +99,7 @@ class HSTUBias(nn.Module):
             raise ScoreError(explain_values("times", rule, time_buckets=self.time_buckets))
         found: list[Score] = []
         if self.position is not None:
-            table = self.position.expand(self.heads, -1)
+            table = self._of_heads(self.position)
             found.append(RelativeBias(table) if k is None else self._by_place_from_end(table, q, k))
         if self.time is not None:
             assert times is not None
@@ -112,8 +113,12 @@ class HSTUBias(nn.Module):
                     raise LayoutError(explain_values(name, "must be a flexjag.Jagged", type=type(given).__name__))
                 check_same_layout(like, given, name, "must have the offsets of the tokens")
             own = None if kv_times is None else kv_times.values
-            found.append(TimeBias(self.time.expand(self.heads, -1), times.values, self.boundaries, own))
+            found.append(TimeBias(self._of_heads(self.time), times.values, self.boundaries, own))
         return found[0] if len(found) == 1 else found[0] >> found[1]
+
+    def _of_heads(self, table: Tensor) -> Tensor:
+        """``[H, ...]``; a table that all heads share gets the sum of their gradients, kept wide and rounded once."""
+        return table if table.shape[0] == self.heads else wide(table).expand(self.heads, -1)
 
     def _by_place_from_end(self, table: Tensor, q: Jagged, k: Jagged) -> TimeBias:
         """The bias by position of queries that line up with the last keys, which :class:`RelativeBias` has not."""

@@ -263,6 +263,11 @@ OPS: dict[str, Op] = {
     ),
     "jagged_split": Op((X,), _split, _split_loop, ""),
     "segment_sum": Op((X,), _rows(ops.segment_sum), _reduced(lambda t: t.sum(0)), "s"),
+    "segment_broadcast": Op(
+        (("S", D), X),
+        lambda a, b, rows, x: (Jagged(x, a) + ops.segment_broadcast(rows, Jagged(x, a))).values,
+        lambda a, b, rows, x: x + _cat([r.expand(n, D) for r, n in zip(rows, a, strict=True)], rows, D),
+    ),
     "segment_mean": Op((X,), _rows(ops.segment_mean), _reduced(lambda t: t.mean(0)), "s"),
     "segment_max": Op((X,), _rows(ops.segment_max), _reduced(lambda t: t.amax(0)), "s"),
     "segment_min": Op((X,), _rows(ops.segment_min, 9.0), _reduced(lambda t: t.amin(0), 9.0), "s"),

@@ -82,6 +82,7 @@ TWICE = [
     "jagged_index_select",
     "jagged_concat",
     "jagged_split",
+    "segment_broadcast",
     "segment_mean",
 ]
 ONCE = [
@@ -125,6 +126,95 @@ def test_rounds_no_worse_than_the_loop(name: str, dtype: torch.dtype, lengths: l
     for kind, found, own, wanted in zip(("result", "gradient"), got, same, true, strict=True):
         for i, (x, y, z) in enumerate(zip(found, own, wanted, strict=True)):
             check_error(x, y, z, f"{kind} {i}", products=sum(lengths))
+
+
+HALVES = [torch.bfloat16, torch.float16]
+NORMS = [name for name in OPS if "norm" in name]
+
+
+def sums_of_products(
+    call: Callable[..., Tensor], loop: Callable[..., Tensor], operands: list[Tensor], learned: list[int]
+) -> None:
+    """Check the gradients of the `learned` operands along one positive direction: float64's, rounded once.
+
+    `call` and `loop` take the same operands, `loop` in float64. All operands count as they are, in their own dtypes.
+    """
+    leaves, exact = (
+        [t.detach().to(kind or t.dtype).requires_grad_() for t in operands] for kind in (None, torch.float64)
+    )
+    out, wide = call(*leaves), loop(*exact)
+    generator = torch.Generator().manual_seed(7)
+    direction = torch.rand(out.shape, generator=generator, dtype=torch.float64).to(out.dtype)
+    got = torch.autograd.grad(out, [leaves[i] for i in learned], direction)
+    wanted = torch.autograd.grad(wide, [exact[i] for i in learned], direction.double())
+    for x, y, i in zip(got, wanted, learned, strict=True):
+        assert x.dtype == operands[i].dtype
+        # Half a unit of rounding. Before it, sums of n float32 terms of about 1 pass through √n + |y|, and n roundings
+        # of that come to √n.
+        root = out.shape[0] ** 0.5
+        error = 0.51 * torch.finfo(x.dtype).eps * y.abs() + root * torch.finfo(torch.float32).eps * (root + y.abs())
+        assert bool(((x.double() - y).abs() <= error).all()), f"operand {i}: {x}, not {y}"
+
+
+@pytest.mark.parametrize("learned", [None, torch.float32], ids=["alike", "float32"])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("name", NORMS)
+def test_parameters_of_norms_learn_beside_half_precision(
+    name: str, dtype: torch.dtype, learned: torch.dtype | None
+) -> None:
+    """Thousands of tokens in one sum: added up in half precision it would be off by up to 87 %."""
+    lengths = [2500, 0, 1500]
+    op, (a, b) = OPS[name], both(lengths)
+    x, *parameters = op.operands(lengths, dtype)
+    operands = [x, *(p.to(learned or dtype) for p in parameters)]
+    out = op.run(a, b, *operands)
+    assert isinstance(out, Tensor)
+    assert out.dtype == dtype
+    exact = op.loop(lengths, others(lengths), *(t.double() for t in operands))
+    # One rounding of the result; what float32 loses on the way in sums of thousands of squares is far less.
+    torch.testing.assert_close(out.double(), exact, rtol=0.51 * torch.finfo(dtype).eps, atol=1e-5)
+    sums_of_products(
+        lambda *t: op.run(a, b, *t),  # pyright: ignore[reportArgumentType]
+        lambda *t: op.loop(lengths, others(lengths), *t),  # pyright: ignore[reportArgumentType]
+        operands,
+        list(range(1, len(operands))),
+    )
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("lengths", [[40, 0, 35], [3000, 0, 2000]], ids=["short", "long"])
+def test_rows_of_segments_learn_in_half_precision(lengths: list[int], dtype: torch.dtype) -> None:
+    """What all tokens of a segment share gets their sum: a row, a matrix, a segment that is taken many times."""
+    offsets, x = both(lengths)[0], jagged(lengths, 3, dtype=dtype)
+    rows = jagged([3], 3, dtype=dtype, seed=1).values
+    sums_of_products(
+        lambda r: ops.segment_broadcast(r, x).values,
+        lambda r: r.repeat_interleave(offsets.diff(), 0),
+        [rows],
+        [0],
+    )
+    matrices = jagged([3], 3, 2, dtype=dtype, seed=2).values
+    sums_of_products(
+        lambda x, y: ops.jagged_dense_bmm(Jagged(x, offsets), y).values,
+        lambda x, y: torch.cat([t @ m for t, m in zip(x.split(lengths), y, strict=True)]),
+        [x.values, matrices],
+        [1],
+    )
+    picked, few = torch.zeros(2000, dtype=torch.int64), [max(lengths) // 60 + 3, 2]
+    small = jagged(few, 3, dtype=dtype, seed=3)
+    sums_of_products(
+        lambda x: ops.jagged_index_select(small.with_values(x), picked).values,
+        lambda x: x[: few[0]].repeat(2000, 1),
+        [small.values],
+        [0],
+    )
+
+
+def test_ties_are_counted_past_what_half_precision_counts() -> None:
+    """70,000 equal tokens and many empty segments: float16 would count infinitely many."""
+    x = torch.ones(70_000, dtype=torch.float16, requires_grad=True)
+    (got,) = torch.autograd.grad(ops.segment_max(Jagged.from_lengths(x, [70_000] + [0] * 3000))[0], x)
+    assert torch.equal(got, torch.full_like(x, 1 / 70_000))
 
 
 @pytest.mark.parametrize("short", [0, 10**6], ids=["a call per segment", "one index"])

@@ -34,6 +34,7 @@ UNARY: dict[str, Callable[[Jagged], object]] = {
     "jagged_to_padded_dense": ops.jagged_to_padded_dense,
     "dense_to_jagged": lambda x: ops.dense_to_jagged(PADDED, x.offsets, total=5),
     "jagged_concat": lambda x: ops.jagged_concat([x, Y]),
+    "segment_broadcast": lambda x: ops.segment_broadcast(X.values[:3], x),
     "segment_sum": ops.segment_sum,
     "segment_mean": ops.segment_mean,
     "segment_max": ops.segment_max,
@@ -67,10 +68,11 @@ def test_tensors_instead_of_batches(name: str) -> None:
         UNARY[name](X.values)  # pyright: ignore[reportArgumentType]
 
 
-NO_INTEGERS = [n for n in UNARY if n not in ("jagged_to_padded_dense", "dense_to_jagged", "jagged_concat")]
+TAKE_INTEGERS = ["jagged_to_padded_dense", "dense_to_jagged", "jagged_concat", "segment_broadcast"]
+TAKE_INTEGERS += ["segment_sum", "segment_max", "segment_min"]
 
 
-@pytest.mark.parametrize("name", [n for n in NO_INTEGERS if n not in ("segment_sum", "segment_max", "segment_min")])
+@pytest.mark.parametrize("name", [name for name in UNARY if name not in TAKE_INTEGERS])
 def test_integers_where_reals_are_needed(name: str) -> None:
     with pytest.raises(ShapeError, match="floating point"):
         UNARY[name](INTEGERS)
@@ -140,6 +142,23 @@ WRONG: dict[str, tuple[type[Exception], str, Callable[[], object]]] = {
     "norm, no features": (ShapeError, "x: its values must have a feature", lambda: ops.jagged_layer_norm(jagged([2]))),
     "norm, weight": (ShapeError, "weight: must have the feature", lambda: ops.jagged_rms_norm(X, X.values[0, :2])),
     "norm, bias": (ShapeError, "bias: must have the dtype", lambda: ops.jagged_layer_norm(X, bias=torch.zeros(4))),
+    "norm, other half": (
+        ShapeError,
+        "weight: must have the dtype of x, or be float32 beside half precision",
+        lambda: ops.jagged_rms_norm(X.to(torch.bfloat16), torch.zeros(4, dtype=torch.float16)),
+    ),
+    "norm, half beside float32": (
+        ShapeError,
+        "weight: must have the dtype of x",
+        lambda: ops.jagged_rms_norm(FLOAT32, torch.zeros(4, dtype=torch.bfloat16), per="segment"),
+    ),
+    "broadcast, list": (ShapeError, "rows: must be a tensor", lambda: ops.segment_broadcast([1.0], X)),
+    "broadcast, segments": (ShapeError, "rows: must have one row", lambda: ops.segment_broadcast(X.values, X)),
+    "broadcast, device": (
+        ShapeError,
+        "rows: must be on the device",
+        lambda: ops.segment_broadcast(X.values[:3].to("meta"), X),
+    ),
     "norm, per": (ShapeError, "per: must be", lambda: ops.jagged_layer_norm(X, per="batch")),
     "attention, layouts": (LayoutError, "value: must have", lambda: ops.jagged_dense_attention(PADDED, X, Y)),
     "attention, query": (

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from cases import EDGE_LENGTHS, check_error
-from ops_table import OPS, offsets_of, others, product
+from ops_table import OPS, both, offsets_of, others, product
 from test_ops import with_gradients
 from torch import Tensor
 
@@ -41,6 +41,25 @@ def test_equals_a_loop_at_the_edges(name: str, dtype: torch.dtype, worker: Worke
             for i, (x, y, z) in enumerate(zip(found, own, wanted, strict=True)):
                 assert x.shape == z.shape
                 check_error(x, y, z, f"{lengths}: {kind} {i}", products=sum(lengths))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["jagged_layer_norm, segment", "jagged_rms_norm, segment"])
+def test_norms_take_float32_parameters_beside_half_precision(name: str, dtype: torch.dtype, worker: Worker) -> None:
+    """Results in the dtype of x, gradients each in its own, as exact as that is."""
+    op, lengths = OPS[name], [40, 0, 900]
+    x, *parameters = op.operands(lengths, dtype)
+    operands = [x.detach(), *(p.detach().float() for p in parameters)]
+    (out,), grads = worker.call("call_function", "interpreted", "run_op", name, lengths, operands)
+    a, b = both(lengths)
+    same, same_grads = with_gradients(lambda *t: op.run(a, b, *t), operands)
+    assert [t.dtype for t in (out, *grads)] == [dtype, dtype, *(p.dtype for p in operands[1:])]
+    exact = op.loop(lengths, others(lengths), *(t.double() for t in operands))
+    assert isinstance(exact, Tensor)
+    torch.testing.assert_close(out.double(), exact, rtol=0.51 * torch.finfo(dtype).eps, atol=1e-5)
+    torch.testing.assert_close(out, same[0])
+    for got, wanted in zip(grads[1:], same_grads[1:], strict=True):  # sums of 940 float32 products of about 1
+        torch.testing.assert_close(got, wanted, rtol=0, atol=940 * torch.finfo(torch.float32).eps)
 
 
 LENGTHS = [150, 0, 1, 64, 65, 300]
