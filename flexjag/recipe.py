@@ -252,8 +252,12 @@ def check_fit(error: type[ValueError], node: Node | None, layout: Layout) -> Non
     Raises:
         error: If it does not.
     """
-    sizes: dict[Axis, int] = {"query token": layout.num_q, "key token": layout.num_kv}
-    check_held(error, node, sizes | {"segment": layout.num_segments}, layout.device)
+    sizes: dict[Axis, int] = {
+        "query token": layout.num_q,
+        "key token": layout.num_kv,
+        "segment": layout.num_segments,
+    }
+    check_held(error, node, sizes, layout.device)
 
 
 def check_score(score: s.Score | None, layout: Layout, t: mods.RowTables) -> None:
