@@ -106,9 +106,7 @@ def learning_in(node: NodeKind, dtype: torch.dtype, place: Place | None) -> Node
     return replaced(node, leaf)
 
 
-def frozen(
-    node: NodeKind, tensors: Callable[[Tensor], Tensor] = lambda x: x, with_globals: bool = False
-) -> NodeKind:
+def frozen(node: NodeKind, tensors: Callable[[Tensor], Tensor] = lambda x: x, with_globals: bool = False) -> NodeKind:
     """The node as it is now: the names in its functions are bound to what they mean at this moment.
 
     Otherwise a backward, which evaluates them again, would see what they mean by then, as in a loop that makes

@@ -92,6 +92,7 @@ class Scaled(torch.nn.Module):
         return out.values
 
 
+@pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects")  # of a strict export, always
 @pytest.mark.parametrize("strict", [True, False], ids=["strict", "not strict"])
 def test_a_score_that_reads_a_parameter_is_exported(strict: bool) -> None:
     module = Scaled()
