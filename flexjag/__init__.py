@@ -1,6 +1,6 @@
 """flexjag: a compiler frontend on FlexAttention for jagged (variable-length, unpadded) batches."""
 
-from flexjag import errors, ops
+from flexjag import errors, nn, ops
 from flexjag.attention import attention, merge
 from flexjag.codegen.compile import compile_for
 from flexjag.jagged import Jagged
@@ -58,6 +58,7 @@ __all__ = [
     "compile_for",
     "errors",
     "merge",
+    "nn",
     "ops",
     "plan",
 ]

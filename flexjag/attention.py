@@ -112,7 +112,7 @@ def attention(
     if q.values.shape[0] == 0 or k.values.shape[0] == 0:
         out, lse = _nothing(q.values, k.values, v.values, *(x for x in learned if x.dtype.is_floating_point))
         lse = lse.exp() + 1 if return_remainder else lse
-    elif torch.is_autocast_enabled(q.values.device.type):  # backends choose the dtypes they compute in
+    elif q.device.type != "meta" and torch.is_autocast_enabled(q.device.type):  # backends choose what they compute in
         with torch.autocast(q.values.device.type, enabled=False):
             out, lse = _execute(name, q.values, k.values, v.values, plan, scale, return_lse)
     else:

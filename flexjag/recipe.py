@@ -257,8 +257,11 @@ def check_fit(error: type[ValueError], node: Node | None, layout: Layout) -> Non
     Raises:
         error: If it does not.
     """
-    sizes: dict[Axis, int] = {"query token": layout.num_q, "key token": layout.num_kv}
-    sizes["segment"] = layout.num_segments
+    sizes: dict[Axis, int] = {
+        "query token": layout.num_q,
+        "key token": layout.num_kv,
+        "segment": layout.num_segments,
+    }
     check_held(error, node, sizes, layout.device)
 
 

@@ -38,7 +38,10 @@ def apply(fn: Callable[..., Tensor], error: type[FlexjagError], *args: Tensor) -
     if max(a.ndim for a in args) == 0:  # FlexAttention's scalars
         return fn(*args)
     if holds_no_numbers(args[-1]):
-        return _elementwise(_as_in_a_graph(fn), *args)
+        in_graph = _as_in_a_graph(fn)
+        if torch.compiler.is_exporting():  # strict export cannot meet a parameter under vmap for the first time
+            in_graph(*(x.new_zeros(()) for x in args))
+        return _elementwise(in_graph, *args)
     with blamed(fn, error, *args[-4:]):
         return _elementwise(fn, *args)
 
@@ -96,9 +99,10 @@ class _Traceable(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is torch.Tensor.__getitem__:
+        name = getattr(func, "__name__", "")  # Dynamo has other functions of these names for parameters
+        if name in ("__getitem__", "getitem"):
             return _index(args[0], args[1] if isinstance(args[1], tuple) else (args[1],))
-        if getattr(func, "__name__", "") in _MENDED:
+        if name in _MENDED:
             like = next(x for x in args if isinstance(x, Tensor))
             args = tuple([like.new_full((), x, dtype=torch.int64) if _is_size(x) else x for x in args])
         return func(*args, **(kwargs or {}))

@@ -59,6 +59,11 @@ def _is_proxied() -> bool:
     return torch._C._get_dispatch_mode(mode) is not None  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
 
 
+def is_watched() -> bool:
+    """Whether a dispatch mode sees every operation, and may keep what it returns."""
+    return torch._C._len_torch_dispatch_stack() > 0  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
+
+
 def fence(x: Tensor) -> Tensor:
     """In a traced graph a contiguous copy that Inductor cannot see through; else `x` itself. Without gradients.
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
+import torch._dynamo
 from cases import jagged, make_qkv
 
 import flexjag as fj
@@ -201,6 +204,42 @@ CALLS = [
         ShapeError,
         r"mask, score: must be made for q's heads; got made_for=3, heads=4",
     ),
+    (
+        {"score": fj.Alibi(torch.ones(4, device="meta"))},
+        ScoreError,
+        r"slopes: must be on the batch's device; got device='meta', batch='cpu'",
+    ),
+    ({"score": fj.RelativeBias(torch.ones(4, 3, device="meta"))}, ScoreError, r"table: must be on the batch's device"),
+    (
+        {"score": fj.BucketedBias(torch.ones(4, 2), torch.ones(1, device="meta"))},
+        ScoreError,
+        r"boundaries: must be on the batch's device",
+    ),
+    (
+        {"score": fj.SoftCap(1.0) >> fj.TimeBias(torch.ones(4, 2), torch.ones(5, device="meta"), torch.ones(1))},
+        ScoreError,
+        r"times: must be on the batch's device",
+    ),
+    (
+        {"score": fj.TimeBias(torch.ones(4, 2), torch.ones(5), torch.ones(1), torch.ones(5, device="meta"))},
+        ScoreError,
+        r"kv_times: must be on the batch's device",
+    ),
+    ({"score": fj.RelativeBias(torch.ones(3, 3))}, ShapeError, r"made for q's heads; got made_for=3, heads=4"),
+    ({"normalizer": fj.SiLU(torch.ones(5, device="meta"))}, PlanError, r"scale: must be on the batch's device"),
+    ({"normalizer": fj.SiLU(torch.ones((), device="meta"))}, PlanError, r"scale: must be on the batch's device"),
+    (
+        {"normalizer": fj.SiLU(torch.ones(6))},
+        PlanError,
+        r"scale: must have one entry per query token; got entries=6, t",
+    ),
+    ({"normalizer": fj.Sigmoid(torch.ones(4, device="meta"))}, PlanError, r"bias: must be on the batch's device"),
+    ({"mask": ~fj.SameGroup(torch.ones(5, device="meta").int())}, MaskError, r"ids: must be on the batch's device"),
+    (
+        {"mask": fj.PerHead([Causal() & fj.Prefix(torch.ones(2, device="meta").int())] * 4)},
+        MaskError,
+        r"n: must be on the batch's device",
+    ),
     ({"plan": "plan"}, PlanError, r"plan: must come from flexjag.plan; got type='str'"),
 ]
 
@@ -295,3 +334,45 @@ def test_wording() -> None:
 
     assert explain_values("q", "must be flat") == "q: must be flat"
     assert explain_values("q", "must be flat", shape=(1, 2), name="x") == "q: must be flat; got shape=(1, 2), name='x'"
+
+
+def in_graphs() -> dict[str, tuple[Callable[..., torch.Tensor], tuple[object, ...], str]]:
+    """Calls that fail while they are traced, with sizes that vary, and what Dynamo must then report."""
+    x, shorter, longer = (batch(sum(n), 4, 16, lengths=n) for n in ((2, 3), (2, 2), (2, 2, 1)))
+    times = torch.ones(4)
+    for t in (*(y for z in (x, shorter, longer) for y in (z.values, z.offsets)), times):
+        torch._dynamo.maybe_mark_dynamic(t, 0)
+    return {
+        "plan of another S": (
+            lambda x, plan: fj.attention(x, x, x, plan=plan).values,
+            (longer, fj.plan(x)),
+            r"PlanError\(.plan: was made for another layout.*plan_tokens=\(5, 5\), plan_segments=2, tokens=\(5, 5\)",
+        ),
+        "rows": (
+            lambda x, y: fj.attention(x, x, y).values,
+            (x, shorter),
+            r"ShapeError\(.v: must have as many tokens as k; got v=4, k=5",
+        ),
+        "batches": (
+            lambda x, y: (x + y).values,
+            (x, longer),
+            r"LayoutError\(.other: must have the same offsets.*left=Jagged\(segments=2, .*values=\[5, 4, 16\]",
+        ),
+        "times": (
+            lambda x, t: fj.plan(x, score=fj.TimeBias(x.values[:4, 0, :2], t, t[:1])).layout.q_pos,
+            (x, times),
+            r"ScoreError\(.times: must have one entry per query token; got entries=4, tokens=5",
+        ),
+        "node": (
+            lambda x, n: fj.attention(x, x, x, mask=fj.Prefix(n.int())).values,
+            (x, times),
+            r"MaskError\(.n: must have one entry per segment; got entries=4, segments=2",
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", ["plan of another S", "rows", "batches", "times", "node"])
+def test_errors_inside_graphs_keep_their_words(name: str) -> None:
+    call, args, message = in_graphs()[name]
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=message):
+        torch.compile(call, fullgraph=True, backend="eager")(*args)

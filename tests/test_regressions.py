@@ -6,7 +6,7 @@ import functools
 
 import pytest
 import torch
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import flexjag as fj
 from flexjag.errors import FlexjagError
@@ -30,6 +30,40 @@ def test_non_reentrant_checkpointing(backend: str) -> None:
     (wanted,) = torch.autograd.grad(attend(x.values).sum(), x.values)
     (got,) = torch.autograd.grad(checkpoint(attend, x.values, use_reentrant=False).sum(), x.values)
     assert torch.equal(got, wanted)
+
+
+def save_products(ctx: object, op: object, *args: object, **kwargs: object) -> CheckpointPolicy:
+    saved = op == torch.ops.aten.bmm.default
+    return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+@pytest.mark.parametrize("normalizer", [fj.Softmax(), fj.SiLU(), fj.StickBreaking()], ids=lambda n: type(n).__name__)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_selective_checkpointing_of_products(backend: str, normalizer: fj.Normalizer) -> None:
+    """What it saves is its own: nothing may write to it."""
+    x = batch([5, 40])
+
+    def attend(values: torch.Tensor) -> torch.Tensor:
+        j = fj.Jagged(values, x.offsets)
+        return fj.attention(j, j, j, mask=fj.Causal(), normalizer=normalizer, backend=backend).values.square()
+
+    (wanted,) = torch.autograd.grad(attend(x.values).sum(), x.values)
+    contexts = functools.partial(create_selective_checkpoint_contexts, save_products)
+    out = checkpoint(attend, x.values, use_reentrant=False, context_fn=contexts)
+    assert torch.equal(torch.autograd.grad(out.sum(), x.values)[0], wanted)
+
+
+@pytest.mark.parametrize(("dim", "value_dim"), [(0, 4), (4, 0), (0, 0)])
+@pytest.mark.parametrize("normalizer", [fj.Softmax(), fj.SiLU(), fj.StickBreaking()], ids=lambda n: type(n).__name__)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_features(backend: str, normalizer: fj.Normalizer, dim: int, value_dim: int) -> None:
+    q, v = batch([5, 0, 40], dim=dim), batch([5, 0, 40], dim=value_dim)
+    results = []
+    for name in (backend, "reference"):
+        out = fj.attention(q, q, q.with_values(v.values), mask=fj.Causal(), normalizer=normalizer, backend=name).values
+        results.append((out, *torch.autograd.grad(out.square().sum(), (q.values, v.values))))
+    for got, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("scale", [0.0, -0.5])

@@ -148,7 +148,7 @@ def _share(plan: Plan, runs: Runs, heads: int, acc: torch.dtype) -> Shared | Non
         return None
     one_q, one_kv = (_one_segment(tokens, layout.device) for tokens in (n, m))
     one = outline(one_q, None if layout.is_self else one_kv, plan.mask, plan.score, plan.normalizer)
-    bias, allowed = _evaluate(one, torch.arange(n), torch.arange(m), heads, acc)
+    bias, allowed = _evaluate(one, (0, n), (0, m), heads, acc)
     keyless: list[Tensor | None] = []
     for (a, b), (c, d), (i, j) in zip(runs.q_ranges, runs.kv_ranges, runs.places, strict=True):
         none = ~allowed[:, i : i + b - a, j : j + d - c].any(2)[None]
@@ -160,14 +160,14 @@ def _one_segment(tokens: int, device: torch.device) -> Jagged:
     return Jagged(torch.empty(tokens, 0, device=device), torch.tensor([0, tokens], device=device))
 
 
-def _evaluate(plan: Plan, rows: Tensor, keys: Tensor, heads: int, acc: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Score and mask of packed queries ``[n]`` and keys ``[m]``, ``[H or 1, n, m]``.
+def _evaluate(plan: Plan, rows: Range, keys: Range, heads: int, acc: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Score and mask of a range of packed queries and one of keys, ``[H or 1, n, m]``.
 
     The score is not in half precision: a bias may be hundreds.
     """
     device = plan.layout.device
     h = torch.arange(heads, device=device)[:, None, None]
-    q, kv = rows.to(device)[None, :, None], keys.to(device)[None, None]
+    q, kv = torch.arange(*rows, device=device)[None, :, None], torch.arange(*keys, device=device)[None, None]
     allowed = plan.mask_mod(h.new_zeros(()), h, q, kv).expand(-1, q.shape[1], kv.shape[2])
     bias = torch.zeros((), dtype=acc, device=device)
     if plan.score_mod is not None:
@@ -189,7 +189,7 @@ def bias_of(pieces: Pieces, index: int, heads: int, acc: torch.dtype) -> tuple[T
         i, j = pieces.runs.places[index]
         bias, no_key = pieces.shared.bias[..., i : i + b - a, j : j + d - c], pieces.shared.keyless[index]
         return (bias, None) if no_key is None else (bias.masked_fill(no_key[..., None], 0.0), no_key)
-    bias, allowed = _evaluate(pieces.plan, torch.arange(a, b), torch.arange(c, d), heads, acc)
+    bias, allowed = _evaluate(pieces.plan, (a, b), (c, d), heads, acc)
     none = ~allowed.any(2)
     some = bool(none.any())
     bias = torch.where(allowed | none[..., None] if some else allowed, bias, -torch.inf)

@@ -22,7 +22,7 @@ from flexjag import functions
 from flexjag.differentiation import needs_plain_operations
 from flexjag.layout import blocks
 from flexjag.plan import Plan
-from flexjag.upstream import holds_no_numbers
+from flexjag.upstream import holds_no_numbers, is_watched
 
 CHUNK_SCORES = 2**20  # scores held at once on a CPU: about what a core's L2 cache holds
 CHUNK_SCORES_GPU = 2**24  # 64 MB of float32: fills a GPU, where smaller operations only wait for launches; unmeasured
@@ -141,10 +141,16 @@ def from_blocks(x: Tensor, tokens: int) -> Tensor:
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """[N, H, i, j] @ [N, G, j, k] to [N, H, i, k], each of the G shared by H / G heads."""
+    """[N, H, i, j] @ [N, G, j, k] to [N, H, i, k], each of the G shared by H / G heads. May be overwritten."""
     n, h, i, j = a.shape
     g = b.shape[1]
-    return torch.bmm(a.reshape(n * g, h // g * i, j), b.reshape(n * g, j, b.shape[3])).view(n, h, i, b.shape[3])
+    return _owned_bmm(a.reshape(n * g, h // g * i, j), b.reshape(n * g, j, b.shape[3])).view(n, h, i, b.shape[3])
+
+
+def _owned_bmm(a: Tensor, b: Tensor) -> Tensor:
+    """A product that nobody else holds. A dispatch mode may: selective checkpointing keeps what it is told to save."""
+    out = torch.bmm(a, b)
+    return out.clone() if not holds_no_numbers(out) and is_watched() else out
 
 
 def sum_groups(x: Tensor, groups: int) -> Tensor:
@@ -184,10 +190,10 @@ def all_at_once(q: Tensor, k: Tensor, v: Tensor, p: Problem) -> Pair:
     with torch.no_grad():
         top = s.detach().amax(3)
         index = p.row[:, None, None].expand_as(top)
-        top = torch.full_like(qb[..., 0], -torch.inf).scatter_reduce(0, index, top, "amax")
+        top = qb.new_full(qb.shape[:3], -torch.inf).scatter_reduce(0, index, top, "amax")
         top = top.masked_fill(top == -torch.inf, 0.0)
     e = torch.exp(s - top[p.row][..., None])
-    total = torch.zeros_like(qb[..., 0]).index_add(0, p.row, e.sum(3))
+    total = qb.new_zeros(qb.shape[:3]).index_add(0, p.row, e.sum(3))
     out = qb.new_zeros(*qb.shape[:3], v.shape[2]).index_add(0, p.row, matmul(e, vb[p.col]))
     empty = total == 0
     total = total.masked_fill(empty, 1.0)
@@ -221,7 +227,7 @@ class _Chunked(torch.autograd.Function):
         q, k, v = tensors[len(held.wide) :]
         qb, kb, vb = (to_blocks(x, n, p.block) for x, n in ((q, p.rows), (k, p.cols + 1), (v, p.cols + 1)))
         out = qb.new_zeros(*qb.shape[:3], v.shape[2])
-        lse = torch.full_like(qb[..., 0], -torch.inf)
+        lse = qb.new_full(qb.shape[:3], -torch.inf)
         for start, end in chunks(p, q.shape[1]):
             row, col = p.row[start:end], p.col[start:end]
             r0, r1 = int(row[0]), int(row[-1]) + 1
@@ -335,6 +341,6 @@ def _backward(
 
 
 def matmul_heads(a: Tensor, b: Tensor) -> Tensor:
-    """[N, H, i, j]ᵀ @ [N, H, i, k] to [N, H, j, k]."""
+    """[N, H, i, j]ᵀ @ [N, H, i, k] to [N, H, j, k]. May be overwritten."""
     n, h, i, j = a.shape
-    return torch.bmm(a.reshape(n * h, i, j).transpose(1, 2), b.reshape(n * h, i, b.shape[3])).view(n, h, j, b.shape[3])
+    return _owned_bmm(a.reshape(n * h, i, j).transpose(1, 2), b.reshape(n * h, i, b.shape[3])).view(n, h, j, b.shape[3])

@@ -136,7 +136,7 @@ def add_up(values: Tensor, offsets: Tensor) -> Tensor:
     out = values.new_empty((len(lengths), *values.shape[1:]))
     bags = values.dtype in (torch.float32, torch.bfloat16, torch.float16) and values.device.type == "cpu"
     if bags and values.numel() and max(lengths) <= SEQUENTIAL:  # vectorized, and one call for all segments
-        token = torch.arange(values.shape[0], dtype=offsets.dtype)
+        token = torch.arange(values.shape[0], dtype=offsets.dtype, device=values.device)
         rows = values.reshape(values.shape[0], -1)
         found = torch.embedding_bag(rows, token, offsets, False, 0, False, None, True)[0]
         return out.copy_(found.view(out.shape))
