@@ -23,7 +23,7 @@ A, B = both(LENGTHS)
 Call = Callable[..., tuple[Tensor, ...]]
 
 # The first forward-mode derivative of a process imports decompositions of PyTorch's own, which use its old compiler.
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
 
 
 def normalized(a: list[int], b: list[int], x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -114,7 +114,7 @@ def test_eager_calls_pass_no_dispatcher(name: str, monkeypatch: pytest.MonkeyPat
         with torch.set_grad_enabled(grad):
             results = tuple_of(op.run(a, b, *operands))
         assert all(r.requires_grad == grad for r in results)
-    torch.autograd.grad(sum(r.sum() for r in results), operands)
+    torch.autograd.grad([r.sum() for r in results], operands)
 
 
 class Names(TorchDispatchMode):
