@@ -278,6 +278,8 @@ class Jagged:
         >>> x.with_values(x.values.sum(-1)).to_list()
         [tensor([2.]), tensor([2., 2.])]
         """
+        if values is self.values:
+            return self
         if values.ndim < 1 or values.shape[0] != self.values.shape[0]:
             raise ShapeError(
                 explain_values(

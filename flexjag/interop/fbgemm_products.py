@@ -13,7 +13,6 @@ from flexjag.interop.fbgemm_common import check_tensor, read
 from flexjag.interop.fbgemm_padding import (
     asynchronous_complete_cumsum,
     check_dense,
-    dense_to_jagged,
     jagged_to_padded_dense,
     to_innermost,
 )
@@ -178,7 +177,8 @@ def batched_dense_vec_jagged_2d_mul(v: Tensor, a_values: Tensor, a_offsets: Tens
         seen = {"v": v.dtype, "a_values": a_values.dtype}
         raise ShapeError(explain_values("v", "must be floating point and have the dtype of a_values", **seen))
     dim, width = a_values.shape[1] // heads, v.shape[1]
-    weights, _ = dense_to_jagged(v.view(segments, heads, width).transpose(1, 2), [a_offsets], a_values.shape[0])
+    dense = rows.widen(v.view(segments, heads, width).transpose(1, 2))
+    weights = ops.dense_to_jagged(dense, rows.x.offsets, total=a_values.shape[0], allow_longer=True).values
     products = weights.unsqueeze(2) * rows.only(a_values).unflatten(1, (heads, dim))
     return rows.narrow(ops.segment_sum(rows.x.with_values(products))).reshape(segments * heads, dim)
 

@@ -4,6 +4,7 @@ Each is a plain-torch kernel that loops over segments (any device, any dtype, th
 ``torch.library`` where a graph could not be traced through it. On CUDA tensors in float32, bfloat16 and float16, Triton
 kernels take its place, which look at offsets only where nobody says how large the result is. Gradients are
 deterministic. Under ``torch.compile(fullgraph=True)`` new offsets, totals and numbers of segments use the same graph.
+In eager mode there are derivatives of any order, in reverse and forward mode, and ``torch.func`` (``vmap`` by a loop).
 """
 
 from flexjag.ops.bmm import jagged_dense_bmm, jagged_jagged_bmm

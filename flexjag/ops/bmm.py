@@ -13,7 +13,7 @@ from torch import Tensor
 from flexjag.errors import ShapeError, explain_values
 from flexjag.jagged import Jagged, check_same_layout
 from flexjag.ops.checks import check_jagged, check_like, check_rows
-from flexjag.ops.packed import cut, lengths_of
+from flexjag.ops.packed import cut, each, lengths_of
 from flexjag.ops.register import define
 
 
@@ -72,10 +72,8 @@ def jagged_jagged_bmm(x: Jagged, y: Jagged) -> Tensor:
 def times_dense(values: Tensor, dense: Tensor, offsets: Tensor) -> Tensor:
     """``[T, D]`` times ``[S, D, E]``, per segment: ``[T, E]``."""
     lengths = lengths_of(offsets, values.shape[0], "x.offsets")
-    out = values.new_empty((values.shape[0], dense.shape[2]))
-    for x, y, z in zip(cut(values, lengths), dense.unbind(0), cut(out, lengths), strict=True):
-        torch.mm(x, y, out=z)
-    return out
+    segments = zip(cut(values, lengths), dense.unbind(0), strict=True)
+    return each(torch.mm, segments, values, (values.shape[0], dense.shape[2]), lambda out: cut(out, lengths))
 
 
 @times_dense.register_fake
@@ -87,10 +85,10 @@ def _(values: Tensor, dense: Tensor, offsets: Tensor) -> Tensor:
 def gram(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
     """Transposed ``[T, D]`` times ``[T, E]``, per segment: ``[S, D, E]``."""
     lengths = lengths_of(offsets, left.shape[0], "x.offsets")
-    out = left.new_empty((len(lengths), left.shape[1], right.shape[1]))
-    for x, y, z in zip(cut(left, lengths), cut(right, lengths), out.unbind(0), strict=True):
-        torch.mm(x.t(), y, out=z)
-    return out
+    segments = zip(cut(left.t(), lengths, 1), cut(right, lengths), strict=True)
+    rows, columns = left.shape[1], right.shape[1]
+    found = each(torch.mm, segments, left, (len(lengths) * rows, columns), lambda out: cut(out, [rows] * len(lengths)))
+    return found.view(len(lengths), rows, columns)
 
 
 @gram.register_fake

@@ -10,8 +10,8 @@ from torch import Tensor
 from flexjag.errors import LayoutError, ShapeError, explain_values
 from flexjag.jagged import Jagged
 from flexjag.ops.checks import check_jagged, check_rows
-from flexjag.ops.packed import cut, is_short, lengths_of, padded_index
-from flexjag.ops.padding import pad, unpad
+from flexjag.ops.packed import cut, is_few, is_short, lengths_of, padded_index
+from flexjag.ops.padding import pad, rows_of, unpad
 from flexjag.ops.register import define
 
 
@@ -79,10 +79,11 @@ def multiply(values: Tensor, dense: Tensor, offsets: Tensor, allow_longer: bool)
     if longest > size and not allow_longer:
         seen = {"longest": longest, "dense": tuple(dense.shape)}
         raise LayoutError(explain_values("x", "no segment may be longer than the rows of dense", **seen))
-    out = values.new_empty(values.shape)
+    if is_few(lengths, dense.numel()) and longest <= size:
+        return torch.cat(rows_of(dense, lengths)).mul_(values)
     if is_short(lengths, values.device) and longest <= size:
-        torch.index_select(dense.flatten(0, 1), 0, padded_index(offsets, size, values.shape[0]), out=out)
-        return out.mul_(values)
+        return dense.flatten(0, 1).index_select(0, padded_index(offsets, size, values.shape[0])).mul_(values)
+    out = values.new_empty(values.shape)
     for row, token, result in zip(dense.unbind(0), cut(values, lengths), cut(out, lengths), strict=True):
         n = token.shape[0]
         if n > size:
@@ -101,7 +102,7 @@ def _(values: Tensor, dense: Tensor, offsets: Tensor, allow_longer: bool) -> Ten
 def padded_product(left: Tensor, right: Tensor, offsets: Tensor, size: int) -> Tensor:
     """``[T, ...]`` times ``[T, ...]``, cut and padded with zeros to ``[S, N, ...]`` in the same pass."""
     lengths = lengths_of(offsets, left.shape[0])
-    if is_short(lengths, left.device):
+    if is_few(lengths, left.numel()) or is_short(lengths, left.device):
         return pad(left * right, offsets, size, 0.0)
     out = left.new_empty((len(lengths), size, *left.shape[1:]))
     for x, y, row in zip(cut(left, lengths), cut(right, lengths), out.unbind(0), strict=True):

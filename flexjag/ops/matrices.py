@@ -8,6 +8,7 @@ number of times.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,8 +17,9 @@ from torch import Tensor
 from flexjag.errors import LayoutError, ShapeError, explain_values
 from flexjag.jagged import Jagged
 from flexjag.ops.checks import can_look, check_index, check_jagged, check_like, check_total
-from flexjag.ops.packed import cut, lengths_of, offsets_of, unknown_size
-from flexjag.ops.register import define, refuse
+from flexjag.ops.packed import cut, each, lengths_of, offsets_of, unknown_size
+from flexjag.ops.register import define
+from flexjag.ops.softmax import curve_of_softmax, softmax_gradient
 
 
 def jagged_jagged_bmm_jagged_out(x: Jagged, y: Jagged, *, total: int | None = None) -> Jagged:
@@ -146,10 +148,8 @@ def outer(left: Tensor, right: Tensor, rows: Tensor, columns: Tensor, total: int
     count = sum(a * b for a, b in zip(n, m, strict=True))
     if total is not None and total != count:
         raise LayoutError(explain_values("total", "must be the number of matrix entries", total=total, entries=count))
-    out = left.new_empty((count,))
-    for x, y, p in zip(cut(left, n), cut(right, m), _cut(out, n, m), strict=True):
-        torch.mm(x, y.t(), out=p)
-    return out
+    segments = zip(cut(left, n), cut(right.t(), m, 1), strict=True)
+    return each(torch.mm, segments, left, (count,), lambda out: _cut(out, n, m))
 
 
 @outer.register_fake
@@ -164,10 +164,9 @@ def times_packed(
     """Packed ``[Σ n m]`` times ``[T_y, D]``: ``[T_x, D]``. Transposed: times ``[T_x, D]``, to ``[T_y, D]``."""
     n, m = lengths_of(rows, None, "rows"), lengths_of(columns, None, "columns")
     inner, outer_ = (n, m) if transpose else (m, n)
-    out = values.new_empty((sum(outer_), values.shape[1]))
-    for p, y, z in zip(_cut(matrices, n, m), cut(values, inner), cut(out, outer_), strict=True):
-        torch.mm(p.t() if transpose else p, y, out=z)
-    return out
+    factors = (p.t() if transpose else p for p in _cut(matrices, n, m))
+    segments = zip(factors, cut(values, inner), strict=True)
+    return each(torch.mm, segments, values, (sum(outer_), values.shape[1]), lambda out: cut(out, outer_))
 
 
 @times_packed.register_fake
@@ -179,10 +178,8 @@ def _(matrices: Tensor, values: Tensor, rows: Tensor, columns: Tensor, transpose
 def matrix_softmax(matrices: Tensor, rows: Tensor, columns: Tensor, dim: int) -> Tensor:
     """Over dimension `dim` of every packed ``[n, m]`` matrix."""
     n, m = lengths_of(rows, None, "rows"), lengths_of(columns, None, "columns")
-    out = matrices.new_empty(matrices.shape)
-    for p, y in zip(_cut(matrices, n, m), _cut(out, n, m), strict=True):
-        torch.softmax(p, dim, out=y)
-    return out
+    softmax = partial(torch.softmax, dim=dim)
+    return each(softmax, zip(_cut(matrices, n, m)), matrices, matrices.shape, lambda out: _cut(out, n, m))
 
 
 @matrix_softmax.register_fake
@@ -194,10 +191,8 @@ def _(matrices: Tensor, rows: Tensor, columns: Tensor, dim: int) -> Tensor:
 def matrix_softmax_backward(grad: Tensor, out: Tensor, rows: Tensor, columns: Tensor, dim: int) -> Tensor:
     """``y (g − Σ g y)`` along dimension `dim` of every matrix."""
     n, m = lengths_of(rows, None), lengths_of(columns, None)
-    result = out.new_empty(out.shape)
-    for g, y, dp in zip(*(_cut(t, n, m) for t in (grad.contiguous(), out, result)), strict=True):
-        torch.ops.aten._softmax_backward_data(g, y, dim, y.dtype, grad_input=dp)
-    return result
+    segments = zip(_cut(grad.contiguous(), n, m), _cut(out, n, m), strict=True)
+    return each(partial(softmax_gradient, dim=dim), segments, out, out.shape, lambda result: _cut(result, n, m))
 
 
 @matrix_softmax_backward.register_fake
@@ -245,10 +240,21 @@ def _backward_softmax(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return matrix_softmax_backward(grad, out, rows, columns, ctx.dim), None, None, None
 
 
+def _setup_softmax_twice(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:4])
+    ctx.dim = inputs[4]
+
+
+def _backward_softmax_twice(ctx: Any, above: Tensor) -> tuple[Tensor | None, ...]:
+    grad, out, rows, columns = ctx.saved_tensors
+    found = curve_of_softmax(lambda g, y: matrix_softmax_backward(g, y, rows, columns, ctx.dim), grad, out, above)
+    return *found, None, None, None
+
+
 outer.register_autograd(_backward_outer, setup_context=_setup_outer)
 times_packed.register_autograd(_backward_times_packed, setup_context=_setup_times_packed)
 matrix_softmax.register_autograd(_backward_softmax, setup_context=_setup_softmax)
-matrix_softmax_backward.register_autograd(refuse)
+matrix_softmax_backward.register_autograd(_backward_softmax_twice, setup_context=_setup_softmax_twice)
 matrix_softmax.register_kernel("flexjag.ops.triton_reduce")
 matrix_softmax_backward.register_kernel("flexjag.ops.triton_reduce")
 outer.register_kernel("flexjag.ops.triton_matmul")

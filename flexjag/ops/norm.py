@@ -12,7 +12,8 @@ from flexjag.errors import ShapeError, explain_values
 from flexjag.jagged import Jagged
 from flexjag.ops.checks import check_jagged, check_like
 from flexjag.ops.packed import cut, lengths_of, wide
-from flexjag.ops.register import define, refuse
+from flexjag.ops.register import define
+from flexjag.ops.segment import add_up, spread
 
 
 def jagged_layer_norm(
@@ -159,17 +160,45 @@ def _(grad: Tensor, out: Tensor, factors: Tensor, offsets: Tensor, center: bool)
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     _, offsets, _, center = inputs
-    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output, offsets)
     ctx.center = center
 
 
-def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor | None, of_factors: Tensor | None) -> tuple[Tensor | None, ...]:
     out, factors, offsets = ctx.saved_tensors
-    return standardize_backward(grad, out, factors, offsets, ctx.center), None, None, None
+    found = None if grad is None else standardize_backward(grad, out, factors, offsets, ctx.center)
+    if of_factors is not None:  # only second derivatives reach the factors, which change with x by −factor² y / n
+        numbers = offsets.diff() * out.shape[1:].numel()
+        rows = _rows(of_factors * factors.square() / numbers.clamp(min=1), offsets, out)
+        found = -rows * out if found is None else found - rows * out
+    return found, None, None, None
+
+
+def _rows(factors: Tensor, offsets: Tensor, like: Tensor) -> Tensor:
+    """One number per segment, for every token."""
+    return spread(factors, offsets, like.shape[0]).view(-1, *[1] * (like.ndim - 1))
+
+
+def _setup_twice(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:4])
+    ctx.center = inputs[4]
+
+
+def _backward_twice(ctx: Any, above: Tensor) -> tuple[Tensor | None, ...]:
+    grad, out, factors, offsets = ctx.saved_tensors
+
+    def mean(x: Tensor) -> Tensor:
+        return x - standardize_backward(x, torch.ones_like(x), torch.ones_like(factors), offsets, False)
+
+    along, above_along = mean(grad * out), mean(above * out)
+    of_out = -_rows(factors, offsets, out) * (above * along + grad * above_along)
+    inner = grad - out * along - (mean(grad) if ctx.center else 0.0)
+    of_factors = add_up((above * inner).flatten(1).sum(1), offsets)
+    return standardize_backward(above, out, factors, offsets, ctx.center), of_out, of_factors, None, None
 
 
 standardize.register_autograd(_backward, setup_context=_setup)
-standardize_backward.register_autograd(refuse)
+standardize_backward.register_autograd(_backward_twice, setup_context=_setup_twice)
 standardize.register_kernel("flexjag.ops.triton_norm")
 standardize_backward.register_kernel("flexjag.ops.triton_norm")

@@ -10,7 +10,7 @@ from torch import Tensor
 from flexjag.errors import LayoutError, ShapeError, explain_values
 from flexjag.jagged import Jagged
 from flexjag.ops.checks import check_index, check_jagged, check_total
-from flexjag.ops.packed import cut, lengths_of, padded_index, unknown_size
+from flexjag.ops.packed import cut, is_few, lengths_of, padded_index, unknown_size
 from flexjag.ops.register import define
 
 
@@ -78,20 +78,29 @@ WITHOUT_INDEX_COPY = {
 def pad(values: Tensor, offsets: Tensor, max_length: int | None, fill: float) -> Tensor:
     """``[T, ...]`` to ``[S, N, ...]``; N None for the longest."""
     lengths = lengths_of(offsets, values.shape[0])
-    size = max(lengths, default=0) if max_length is None else max_length
-    out = values.new_full((len(lengths) * size, *values.shape[1:]), fill)
-    if max(lengths, default=0) <= size and values.dtype not in WITHOUT_INDEX_COPY:
-        out.index_copy_(0, padded_index(offsets, size, values.shape[0]), values)
-    elif size:
-        rows = out.split([part for n in lengths for part in (min(n, size), size - min(n, size))])
-        torch.ops.aten._foreach_copy_(list(rows[0::2]), [row[:size] for row in cut(values, lengths)])
-    return out.view(len(lengths), size, *values.shape[1:])
+    longest = max(lengths, default=0)
+    size = longest if max_length is None else max_length
+    out = values.new_full((len(lengths), size, *values.shape[1:]), fill)
+    if longest > size or is_few(lengths, out.numel()) or values.dtype in WITHOUT_INDEX_COPY:
+        rows = cut(values, lengths)
+        kept = rows if longest <= size else [row[:size] for row in rows]
+        torch._foreach_copy_(rows_of(out, lengths), kept)  # pyright: ignore[reportPrivateImportUsage]
+    else:
+        out.flatten(0, 1).index_copy_(0, padded_index(offsets, size, values.shape[0]), values)
+    return out
 
 
 @pad.register_fake
 def _(values: Tensor, offsets: Tensor, max_length: int | None, fill: float) -> Tensor:
     size = unknown_size() if max_length is None else max_length
     return values.new_empty((offsets.shape[0] - 1, size, *values.shape[1:]))
+
+
+def rows_of(dense: Tensor, lengths: list[int]) -> tuple[Tensor, ...]:
+    """The first rows of every segment of ``[S, N, ...]``, as many as it has tokens: one view each."""
+    size = dense.shape[1]
+    parts = [part for n in (min(n, size) for n in lengths) for part in (n, size - n)]
+    return cut(dense.flatten(0, 1), parts)[0::2]
 
 
 @define("unpad")
@@ -102,9 +111,11 @@ def unpad(dense: Tensor, offsets: Tensor, total: int | None, allow_longer: bool)
     if longest > size and not allow_longer:
         seen = {"longest": longest, "dense": tuple(dense.shape)}
         raise LayoutError(explain_values("offsets", "no segment may be longer than the rows of dense", **seen))
+    rows = rows_of(dense, lengths) if longest > size or is_few(lengths, dense.numel()) else ()
     if longest <= size:
-        return dense.flatten(0, 1).index_select(0, padded_index(offsets, size, sum(lengths)))
-    rows = [row[:n] for row, n in zip(dense.unbind(0), lengths, strict=True)]
+        return (
+            torch.cat(rows) if rows else dense.flatten(0, 1).index_select(0, padded_index(offsets, size, sum(lengths)))
+        )
     missing = dense.new_zeros((longest - size, *dense.shape[2:]))
     return torch.cat(
         [part for row, n in zip(rows, lengths, strict=True) for part in (row, missing[: max(n - size, 0)])]

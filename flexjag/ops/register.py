@@ -1,15 +1,21 @@
-"""Operators of ``torch.library`` that load no compiler when they are called eagerly."""
+"""Operators of ``torch.library`` that load no compiler, and mostly pass no dispatcher, when they are called eagerly."""
 
 from __future__ import annotations
 
 import importlib
-import sys
-from collections.abc import Callable
-from typing import Any, Generic, NoReturn, ParamSpec, TypeVar
+from collections.abc import Callable, Sequence
+from itertools import chain
+from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
+from torch import Tensor
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch._functorch.utils import unwrap_dead_wrappers
+from torch.autograd import forward_ad, profiler
 
-from flexjag.errors import BackendError, explain_values
+from flexjag.differentiation import needs_plain_operations
+from flexjag.errors import DifferentiationError, explain_values
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -20,12 +26,16 @@ LIBRARY = torch.library.Library("flexjag", "FRAGMENT")
 OPERATORS: dict[str, Operator[Any, Any]] = {}
 """All that were defined, by name."""
 
+PLAIN = (Tensor, torch.nn.Parameter)
+
 
 class Operator(Generic[P, R]):
     """A plain-torch kernel as the operator ``torch.ops.flexjag.<name>``, for all devices; with others for some.
 
-    What ``torch.library.custom_op`` makes, but for one thing: the first call of a kernel of that imports TorchDynamo,
-    which takes seconds.
+    What ``torch.library.custom_op`` makes, but for two things. The first call of a kernel of that imports TorchDynamo,
+    which takes seconds. And its dispatcher and gradients cost some 5 and 20 µs a call, as much as a small batch takes:
+    so in eager mode, with CPU tensors and nothing that watches (a mode, a tracer, a profiler), the kernel is called
+    as it is, and its gradient formula by an ``autograd.Function``, which ``torch.func`` understands as well.
 
     >>> from flexjag.ops.segment import add_up
     >>> add_up.overload._schema
@@ -37,13 +47,24 @@ class Operator(Generic[P, R]):
         LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         LIBRARY.impl(name, _untraced(kernel), "CompositeExplicitAutograd")
         self.name, self.kernel = name, kernel
+        self.on_cpu: Function = kernel  # of plain tensors that nothing watches
+        self.formula: Any = None
+        self.record: Any = None
         self.overload = getattr(torch.ops.flexjag, name).default
         self.launcher: Function | None = None
         OPERATORS[name] = self
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Call the operator, as an entry of a graph if one is being traced."""
-        return self.overload(*args, **kwargs)
+        if torch.compiler.is_compiling() or kwargs:
+            return self.overload(*args, **kwargs)
+        if needs_plain_operations():
+            return self.formula.apply(*unwrap_dead_wrappers(tuple(_flat(args))))  # of transforms that have ended
+        if _is_watched() or not _are_plain(args):
+            return self.overload(*args, **kwargs)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):  # pyright: ignore[reportPrivateUsage]
+            return self.record(*_flat(args))
+        return self.on_cpu(*args)
 
     def register_fake(self, fake: Function) -> Function:
         """A decorator: the shapes of the results, without data."""
@@ -73,9 +94,29 @@ class Operator(Generic[P, R]):
         self.launcher = launch
         LIBRARY.impl(self.name, _untraced(run), "CUDA")
 
-    def register_autograd(self, backward: Function, *, setup_context: Function | None = None) -> None:
-        """The gradient formula; see ``torch.library.register_autograd``."""
-        torch.library.register_autograd(self.overload, backward, setup_context=setup_context, lib=LIBRARY)
+    def register_autograd(self, backward: Function, *, setup_context: Function) -> None:
+        """The gradient formula; see ``torch.library.register_autograd``.
+
+        All derivatives follow from it: it is made of operators that have formulas themselves, and linear in the
+        gradients that it is given, so its transpose is the forward mode.
+        """
+        self.formula = _make_function(self, backward, setup_context)
+        # Function.apply asks after transforms, of which there are none, and binds defaults, which takes 10 µs.
+        self.record = record = super(torch.autograd.Function, self.formula).apply  # pyright: ignore[reportAttributeAccessIssue]
+
+        def differentiate(*args: Any) -> Any:
+            if torch._C._are_functorch_transforms_active():  # pyright: ignore[reportPrivateUsage]
+                rule = "derivatives by torch.func are for eager mode, not for compiled graphs"
+                raise DifferentiationError(explain_values(self.name, rule))
+            return record(*_flat(args))
+
+        LIBRARY.impl(self.name, differentiate, "Autograd")
+
+    def run(self, args: Sequence[Any]) -> Any:
+        """Without gradients and transforms."""
+        run = self.on_cpu if not _is_watched() and _are_plain(args) else self.overload
+        with torch._C._AutoDispatchBelowAutograd():  # pyright: ignore[reportPrivateUsage]
+            return run(*args)
 
 
 def define(name: str) -> Callable[[Callable[P, R]], Operator[P, R]]:
@@ -91,11 +132,110 @@ def interpret_kernels() -> None:
     for op in OPERATORS.values():
         if op.launcher is not None:
             LIBRARY.impl(op.name, _untraced(op.launcher), "CPU")
+            op.on_cpu = op.launcher
 
 
-def refuse(ctx: Any, *grads: Any) -> NoReturn:
-    """The gradient formula of a gradient formula that has none."""
-    raise BackendError(explain_values("backward", "there is no autograd formula for second derivatives of this op"))
+def _make_function(op: Operator[Any, Any], backward: Function, setup_context: Function) -> Any:
+    """The gradient formula where no dispatcher is asked. Lists of tensors are flat here; their number comes last."""
+
+    class Formula(torch.autograd.Function):
+        @staticmethod
+        def forward(*args: Any) -> Any:
+            return op.run(_nested(args))
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            setup_context(ctx, _nested(inputs), output)
+            if needs_plain_operations():
+                ctx.save_for_forward(*ctx.to_save)
+                outputs, fixed = (output,) if isinstance(output, Tensor) else output, ctx.non_differentiable or ()
+                ctx.zeros = [torch.zeros_like(x) for x in outputs]
+                ctx.varies = [all(x is not y for y in fixed) for x in outputs]
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            found = backward(ctx, *grads)
+            return *(chain(*found) if found and isinstance(found[0], list) else found), None
+
+        @staticmethod
+        def jvp(ctx: Any, *tangents: Any) -> Any:
+            given = [(at, x) for at, x in enumerate(tangents) if x is not None]
+            seen = _Seen(ctx, [x is not None for x in tangents])
+
+            def transposed(*grads: Tensor) -> tuple[Tensor, ...]:
+                found = Formula.backward(seen, *grads)
+                return tuple(torch.zeros_like(x) if found[at] is None else found[at] for at, x in given)
+
+            pull = torch.func.vjp(transposed, *ctx.zeros)[1]
+            found = pull(tuple(x for _, x in given))
+            found = [x if varies else None for x, varies in zip(found, ctx.varies, strict=True)]
+            return tuple(found) if len(found) > 1 else found[0]
+
+        @staticmethod
+        def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+            def at(i: int) -> Any:
+                pairs = zip(args, in_dims, strict=True)
+                return Formula.apply(*[x if dim is None else x.select(dim, i) for x, dim in pairs])
+
+            found = [at(i) for i in range(info.batch_size)]
+            if isinstance(found[0], Tensor):
+                return torch.stack(found), 0
+            return tuple(torch.stack(parts) for parts in zip(*found, strict=True)), (0,) * len(found[0])
+
+    Formula.__name__ = op.name
+    return Formula
+
+
+class _Seen:
+    """A context as a gradient formula sees it, asked for the gradients that a forward mode needs."""
+
+    def __init__(self, ctx: Any, needs_input_grad: list[bool]) -> None:
+        self._ctx = ctx
+        self.needs_input_grad = needs_input_grad
+        self.saved_tensors = [None if x is None else forward_ad.unpack_dual(x).primal for x in ctx.saved_tensors]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ctx, name)
+
+
+def _flat(args: Sequence[Any]) -> list[Any]:
+    return [*chain(*args), len(args)] if isinstance(args[0], list | tuple) else [*args, None]
+
+
+def _nested(args: Sequence[Any]) -> Sequence[Any]:
+    parts = args[-1]
+    if parts is None:
+        return args[:-1]
+    size = (len(args) - 1) // parts
+    return [list(args[i : i + size]) for i in range(0, len(args) - 1, size)]
+
+
+def _are_plain(args: Sequence[Any]) -> bool:
+    """Whether all tensors are no subclass, on a CPU, and not left over from a transform that has ended."""
+    for x in args:
+        if isinstance(x, Tensor):
+            if type(x) not in PLAIN or not x.is_cpu or is_functorch_wrapped_tensor(x):
+                return False
+        elif type(x) is list and not _are_plain(x):
+            return False
+    return True
+
+
+def _is_watched() -> bool:
+    """Whether something wants to see the call: a mode, a tracer, Dynamo's evaluation of frames, or a profiler."""
+    c = torch._C  # pyright: ignore[reportPrivateUsage]
+    return (
+        c._len_torch_dispatch_stack() > 0
+        or c._len_torch_function_stack() > 0
+        or c._get_tracing_state() is not None
+        or _is_traced()
+        or profiler._is_profiler_enabled
+    )
+
+
+def _is_traced() -> bool:
+    """Whether Dynamo looks at every Python frame that is called, to compile it."""
+    return get_eval_frame_callback() is not None
 
 
 def _untraced(kernel: Function) -> Function:
@@ -103,11 +243,10 @@ def _untraced(kernel: Function) -> Function:
     hidden: list[Function] = []
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        dynamo = sys.modules.get("torch._dynamo")
-        if dynamo is None or not hasattr(dynamo, "disable"):
+        if not _is_traced():
             return kernel(*args, **kwargs)
         if not hidden:
-            hidden.append(dynamo.disable(kernel))
+            hidden.append(torch._dynamo.disable(kernel))
         return hidden[0](*args, **kwargs)
 
     return call

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from flexjag.errors import ShapeError, explain_values
-from flexjag.jagged import Jagged
+from flexjag.jagged import Jagged, segment_ids
 from flexjag.ops.checks import check_jagged
 from flexjag.ops.packed import cut, is_short, lengths_of, wide
-from flexjag.ops.register import define, refuse
+from flexjag.ops.register import define
 
 SEQUENTIAL = 1024
 """The longest segment whose tokens may be added up one after the other: the rounding error grows with their number."""
@@ -133,13 +133,15 @@ def segment_broadcast(rows: Tensor, x: Jagged) -> Jagged:
 def add_up(values: Tensor, offsets: Tensor) -> Tensor:
     """``[T, ...]`` to ``[S, ...]``."""
     lengths = lengths_of(offsets, values.shape[0], "x.offsets")
-    out = values.new_empty((len(lengths), *values.shape[1:]))
     bags = values.dtype in (torch.float32, torch.bfloat16, torch.float16) and values.device.type == "cpu"
     if bags and values.numel() and max(lengths) <= SEQUENTIAL:  # vectorized, and one call for all segments
         token = torch.arange(values.shape[0], dtype=offsets.dtype, device=values.device)
+        if values.ndim == 2:
+            return torch.embedding_bag(values, token, offsets, False, 0, False, None, True)[0]
         rows = values.reshape(values.shape[0], -1)
         found = torch.embedding_bag(rows, token, offsets, False, 0, False, None, True)[0]
-        return out.copy_(found.view(out.shape))
+        return found.view(len(lengths), *values.shape[1:])
+    out = values.new_empty((len(lengths), *values.shape[1:]))
     for x, y in zip(cut(values, lengths), out.unbind(0), strict=True):
         torch.sum(x, 0, dtype=values.dtype, out=y)
     return out
@@ -154,7 +156,7 @@ def _(values: Tensor, offsets: Tensor) -> Tensor:
 def spread(rows: Tensor, offsets: Tensor, total: int) -> Tensor:
     """``[S, ...]`` to ``[T, ...]``: every token gets its segment's row."""
     lengths_of(offsets, total, "x.offsets")  # which says what is wrong with them
-    return torch.repeat_interleave(rows, offsets.diff(), 0, output_size=total)
+    return rows.index_select(0, segment_ids(offsets, total)) if total else rows.new_empty((0, *rows.shape[1:]))
 
 
 @spread.register_fake
@@ -166,11 +168,13 @@ def _(rows: Tensor, offsets: Tensor, total: int) -> Tensor:
 def extreme(values: Tensor, offsets: Tensor, largest: bool, fill: float) -> Tensor:
     """The largest or smallest of ``[T, ...]``: ``[S, ...]``."""
     lengths = lengths_of(offsets, values.shape[0], "x.offsets")
-    out = values.new_empty((len(lengths), *values.shape[1:]))
     if is_short(lengths, values.device) and values.is_floating_point():
         found = torch.segment_reduce(values.contiguous(), "max" if largest else "min", offsets=offsets, unsafe=True)
-        empty = (offsets.diff() == 0).view(-1, *[1] * (out.ndim - 1))
+        if lengths and min(lengths):
+            return found
+        empty = (offsets.diff() == 0).view(-1, *[1] * (found.ndim - 1))
         return torch.where(empty, torch.full_like(found, fill), found)
+    out = values.new_empty((len(lengths), *values.shape[1:]))
     reduce = torch.amax if largest else torch.amin
     for x, y in zip(cut(values, lengths), out.unbind(0), strict=True):
         if x.shape[0]:
@@ -236,10 +240,20 @@ def _backward_extreme(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return extreme_backward(grad, values, out, offsets), None, None, None
 
 
+def _setup_extreme_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward_extreme_backward(ctx: Any, above: Tensor) -> tuple[Tensor | None, ...]:
+    grad, values, out, offsets = ctx.saved_tensors
+    shares = extreme_backward(torch.ones_like(grad), values, out, offsets)
+    return add_up(above * shares, offsets), None, None, None
+
+
 add_up.register_autograd(_backward_add_up, setup_context=_setup_add_up)
 spread.register_autograd(_backward_spread, setup_context=_setup_spread)
 extreme.register_autograd(_backward_extreme, setup_context=_setup_extreme)
-extreme_backward.register_autograd(refuse)
+extreme_backward.register_autograd(_backward_extreme_backward, setup_context=_setup_extreme_backward)
 add_up.register_kernel("flexjag.ops.triton_reduce")
 extreme.register_kernel("flexjag.ops.triton_reduce")
 extreme_backward.register_kernel("flexjag.ops.triton_reduce")

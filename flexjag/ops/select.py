@@ -11,7 +11,7 @@ from torch import Tensor
 from flexjag.errors import LayoutError, ShapeError, explain_values
 from flexjag.jagged import Jagged
 from flexjag.ops.checks import can_look, check_index, check_jagged, check_like, check_total
-from flexjag.ops.packed import cut, is_short, lengths_of, offsets_of, row_index, unknown_size, wide
+from flexjag.ops.packed import FEW, cut, is_few, is_short, lengths_of, offsets_of, row_index, unknown_size, wide
 from flexjag.ops.register import define
 
 
@@ -37,7 +37,8 @@ def jagged_index_select(x: Jagged, indices: Tensor, *, total: int | None = None)
     check_index(indices, "indices", x.device)
     check_total(total)
     if can_look(indices) and indices.shape[0]:
-        low, high = (int(v) for v in indices.aminmax())
+        found = indices.tolist() if indices.shape[0] <= FEW else [int(v) for v in indices.aminmax()]
+        low, high = min(found), max(found)
         if low < 0 or high >= x.num_segments:
             seen = {"smallest": low, "largest": high, "segments": x.num_segments}
             raise LayoutError(explain_values("indices", "must be from 0 to S - 1", **seen))
@@ -118,7 +119,7 @@ def jagged_split(
         check_total(total, f"totals[{i}]")
         offsets = offsets_of(size)
         pieces.append(Jagged(take(x.values, starts, offsets, total), offsets))
-        starts = starts + torch.nn.functional.pad(size, (0, 1))
+        starts = starts + torch.constant_pad_nd(size, (0, 1))
         left, rest = left - size, rest - pieces[-1].values.shape[0]
     offsets = offsets_of(left)
     return *pieces, Jagged(take(x.values, starts, offsets, rest), offsets)
@@ -150,8 +151,13 @@ def take(values: Tensor, starts: Tensor, offsets: Tensor, total: int | None) -> 
 
     `starts` may have a last entry that is not used.
     """
-    count = _count(offsets, total)
-    lengths_of(offsets, count)  # which says what is wrong with them
+    lengths = lengths_of(offsets, None)
+    count = sum(lengths)
+    if total is not None and total != count:
+        seen = {"total": total, "tokens": count}
+        raise LayoutError(explain_values("total", "must be the number of tokens of the result", **seen))
+    if is_few(lengths, values.numel()):
+        return torch.cat([values[a : a + n] for a, n in zip(starts.tolist(), lengths, strict=False)])
     return values.index_select(0, row_index(starts, offsets, count))
 
 
@@ -165,7 +171,7 @@ def put(pieces: Tensor, starts: Tensor, offsets: Tensor, rows: int) -> Tensor:
     """The transpose of `take`: ranges added up in order, in `rows` rows that are 0 elsewhere."""
     lengths, terms = lengths_of(offsets, pieces.shape[0]), wide(pieces)
     out = terms.new_zeros((rows, *pieces.shape[1:]))
-    if is_short(lengths, pieces.device):
+    if is_short(lengths, pieces.device) and not is_few(lengths, pieces.numel()):
         out.index_add_(0, row_index(starts, offsets, pieces.shape[0]), terms)
     else:
         for a, piece in zip(starts.tolist(), cut(terms, lengths), strict=False):
@@ -181,16 +187,16 @@ def _(pieces: Tensor, starts: Tensor, offsets: Tensor, rows: int) -> Tensor:
 @define("interleave")
 def interleave(values: Sequence[Tensor], offsets: Sequence[Tensor]) -> Tensor:
     """Batches joined segment by segment."""
-    out = values[0].new_empty((sum(v.shape[0] for v in values), *values[0].shape[1:]))
     pairs = list(zip(values, offsets, strict=True))
     lengths = [lengths_of(o, v.shape[0], f"batches[{i}].offsets") for i, (v, o) in enumerate(pairs)]
-    if is_short([n for own in lengths for n in own], out.device):
-        for (v, o), starts in zip(pairs, joined_starts(offsets), strict=True):
-            out.index_copy_(0, row_index(starts, o, v.shape[0]), v)
-        return out
-    parts = [cut(v, own) for v, own in zip(values, lengths, strict=True)]
-    pieces = [piece for segment in zip(*parts, strict=True) for piece in segment]
-    return torch.cat(pieces, out=out) if pieces else out
+    rows, everything = sum(v.shape[0] for v in values), [n for own in lengths for n in own]
+    if everything and (not is_short(everything, values[0].device) or is_few(lengths[0], rows)):
+        parts = [cut(v, own) for v, own in zip(values, lengths, strict=True)]
+        return torch.cat([piece for segment in zip(*parts, strict=True) for piece in segment])
+    out = values[0].new_empty((rows, *values[0].shape[1:]))
+    for (v, o), starts in zip(pairs, joined_starts(offsets), strict=True):
+        out.index_copy_(0, row_index(starts, o, v.shape[0]), v)
+    return out
 
 
 @interleave.register_fake
@@ -198,20 +204,11 @@ def _(values: Sequence[Tensor], offsets: Sequence[Tensor]) -> Tensor:
     return values[0].new_empty((sum(v.shape[0] for v in values), *values[0].shape[1:]))
 
 
-def _count(offsets: Tensor, total: int | None) -> int:
-    count = int(offsets[-1])
-    if total is not None and total != count:
-        raise LayoutError(
-            explain_values("total", "must be the number of tokens of the result", total=total, tokens=count)
-        )
-    return count
-
-
 def joined_starts(offsets: Sequence[Tensor]) -> list[Tensor]:
     """Where the segments of each batch begin once they are joined; with a last entry that is not used."""
     starts = [sum(offsets[1:], offsets[0])]
     for own in offsets[:-1]:
-        starts.append(starts[-1] + torch.nn.functional.pad(own.diff(), (0, 1)))
+        starts.append(starts[-1] + torch.constant_pad_nd(own.diff(), (0, 1)))
     return starts
 
 

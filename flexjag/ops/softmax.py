@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,8 +11,8 @@ from torch import Tensor
 
 from flexjag.jagged import Jagged
 from flexjag.ops.checks import check_jagged
-from flexjag.ops.packed import cut, lengths_of
-from flexjag.ops.register import define, refuse
+from flexjag.ops.packed import cut, each, lengths_of
+from flexjag.ops.register import define
 
 
 def jagged_softmax(x: Jagged) -> Jagged:
@@ -38,10 +40,8 @@ def jagged_softmax(x: Jagged) -> Jagged:
 def segment_softmax(values: Tensor, offsets: Tensor) -> Tensor:
     """Over dimension 0 of each segment of ``[T, ...]``."""
     lengths = lengths_of(offsets, values.shape[0], "x.offsets")
-    out = values.new_empty(values.shape)
-    for x, y in zip(cut(values, lengths), cut(out, lengths), strict=True):
-        torch.softmax(x, 0, out=y)
-    return out
+    softmax = partial(torch.softmax, dim=0)
+    return each(softmax, zip(cut(values, lengths)), values, values.shape, lambda out: cut(out, lengths))
 
 
 @segment_softmax.register_fake
@@ -53,10 +53,15 @@ def _(values: Tensor, offsets: Tensor) -> Tensor:
 def segment_softmax_backward(grad: Tensor, out: Tensor, offsets: Tensor) -> Tensor:
     """``y (g − Σ g y)`` per segment and feature."""
     lengths = lengths_of(offsets, out.shape[0])
-    result = out.new_empty(out.shape)
-    for g, y, dx in zip(*(cut(t, lengths) for t in (grad, out, result)), strict=True):
-        torch.ops.aten._softmax_backward_data(g, y, 0, y.dtype, grad_input=dx)
-    return result
+    segments = zip(cut(grad, lengths), cut(out, lengths), strict=True)
+    return each(partial(softmax_gradient, dim=0), segments, out, out.shape, lambda result: cut(result, lengths))
+
+
+def softmax_gradient(grad: Tensor, y: Tensor, dim: int, out: Tensor | None = None) -> Tensor:
+    """``y (g − Σ g y)`` along one dimension, by PyTorch's kernel."""
+    return torch._softmax_backward_data(  # pyright: ignore[reportPrivateImportUsage]
+        grad, y, dim, y.dtype, grad_input=out
+    )
 
 
 @segment_softmax_backward.register_fake
@@ -73,7 +78,25 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return segment_softmax_backward(grad, out, offsets), None
 
 
+def curve_of_softmax(backward: Callable[[Tensor, Tensor], Tensor], grad: Tensor, out: Tensor, above: Tensor) -> Any:
+    """The gradients of ``backward(grad, out)``, which is ``out (grad − Σ grad out)``, for `grad` and for `out`."""
+
+    def sums(x: Tensor) -> Tensor:
+        return x - backward(x, torch.ones_like(x))
+
+    return backward(above, out), above * (grad - sums(grad * out)) - grad * sums(above * out)
+
+
+def _setup_twice(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward_twice(ctx: Any, above: Tensor) -> tuple[Tensor | None, ...]:
+    grad, out, offsets = ctx.saved_tensors
+    return *curve_of_softmax(lambda g, y: segment_softmax_backward(g, y, offsets), grad, out, above), None
+
+
 segment_softmax.register_autograd(_backward, setup_context=_setup)
-segment_softmax_backward.register_autograd(refuse)
+segment_softmax_backward.register_autograd(_backward_twice, setup_context=_setup_twice)
 segment_softmax.register_kernel("flexjag.ops.triton_reduce")
 segment_softmax_backward.register_kernel("flexjag.ops.triton_reduce")

@@ -10,8 +10,10 @@ from torch import Tensor
 from flexjag.errors import LayoutError, ShapeError, explain_values
 from flexjag.jagged import Jagged, check_same_layout
 from flexjag.ops.checks import check_jagged, check_like, check_rows
+from flexjag.ops.matrices import matrix_softmax, outer, times_packed
 from flexjag.ops.packed import cut, lengths_of
-from flexjag.ops.register import define, refuse
+from flexjag.ops.padding import unpad
+from flexjag.ops.register import define
 
 
 def jagged_dense_attention(
@@ -173,7 +175,38 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     return *found, None if bias is None else of_bias, None, None
 
 
+def _composed(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, offsets: Tensor, scale: float) -> Tensor:
+    """The output of `target` by operators that differentiate any number of times, through all scores at once."""
+    segments, queries, _ = query.shape
+    columns = torch.arange(segments + 1, device=offsets.device, dtype=offsets.dtype) * queries
+    scores = outer(key, (query * scale).flatten(0, 1), offsets, columns, key.shape[0] * queries)
+    if bias is not None:
+        scores = scores + unpad(bias, offsets, key.shape[0], True).flatten()
+    weights = matrix_softmax(scores, offsets, columns, 0)
+    return times_packed(weights, value, offsets, columns, True, segments * queries).unflatten(0, (segments, queries))
+
+
+def _setup_twice(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    grad, query, key, value, bias, _, _, offsets, scale = inputs
+    ctx.save_for_backward(grad, query, key, value, bias, offsets)
+    ctx.scale = scale
+
+
+def _backward_twice(ctx: Any, *above: Tensor) -> tuple[Tensor | None, ...]:
+    grad, query, key, value, bias, offsets = ctx.saved_tensors
+    operands = (query, key, value) if bias is None else (query, key, value, bias)
+
+    def run(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
+        return _composed(query, key, value, bias, offsets, ctx.scale)
+
+    def gradients(grad: Tensor, *operands: Tensor) -> tuple[Tensor, ...]:
+        return torch.func.vjp(run, *operands)[1](grad)
+
+    found = torch.func.vjp(gradients, grad, *operands)[1](above[: len(operands)])
+    return *found, *[None] * (9 - len(found))
+
+
 target.register_autograd(_backward, setup_context=_setup)
-target_backward.register_autograd(refuse)
+target_backward.register_autograd(_backward_twice, setup_context=_setup_twice)
 target.register_kernel("flexjag.ops.triton_target")
 target_backward.register_kernel("flexjag.ops.triton_target")

@@ -13,7 +13,7 @@ from ops_table import OPS, Op, Result, both, others
 from torch import Tensor
 
 from flexjag import Jagged, ops
-from flexjag.errors import BackendError, LayoutError
+from flexjag.errors import LayoutError
 from flexjag.ops import packed
 from flexjag.ops.select import take
 from flexjag.testing import lengths as lengths_strategy
@@ -69,48 +69,6 @@ def test_gradients_are_right(name: str) -> None:
     lengths = [3, 0, 1, 6, 0]
     a, b = both(lengths)
     assert torch.autograd.gradcheck(lambda *t: OPS[name].run(a, b, *t), OPS[name].operands(lengths))
-
-
-TWICE = [
-    "jagged_dense_bmm",
-    "jagged_jagged_bmm",
-    "jagged_jagged_bmm_jagged_out",
-    "array_jagged_bmm",
-    "jagged_dense_elementwise_mul, longer",
-    "jagged_to_padded_dense, cut",
-    "dense_to_jagged, longer",
-    "jagged_index_select",
-    "jagged_concat",
-    "jagged_split",
-    "segment_broadcast",
-    "segment_mean",
-]
-ONCE = [
-    "jagged_softmax",
-    "jagged2_softmax",
-    "segment_max",
-    "jagged_layer_norm, segment",
-    "jagged_rms_norm, segment",
-    "jagged_dense_attention",
-]
-
-
-@pytest.mark.parametrize("name", TWICE)
-def test_second_gradients_are_right(name: str) -> None:
-    lengths = [2, 0, 3]
-    a, b = both(lengths)
-    assert torch.autograd.gradgradcheck(lambda *t: OPS[name].run(a, b, *t), OPS[name].operands(lengths))
-
-
-@pytest.mark.parametrize("name", ONCE)
-def test_second_gradients_are_refused_not_wrong(name: str) -> None:
-    lengths = [2, 0, 3]
-    a, b = both(lengths)
-    operands = OPS[name].operands(lengths)
-    (result,) = tuple_of(OPS[name].run(a, b, *operands))
-    first = torch.autograd.grad(result.square().sum(), operands, create_graph=True)
-    with pytest.raises(BackendError, match="no autograd formula"):
-        torch.autograd.grad(sum(g.sum() for g in first), operands)
 
 
 @pytest.mark.parametrize("lengths", [[40, 0, 7, 33], [45, 48]], ids=["short", "long"])

@@ -5,17 +5,20 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
+from typing import Any, NoReturn
 
 import pytest
 import torch
 from ops_table import LONG, OPS, Op, both, offsets_of, others, product
 from test_ops import EPS, tuple_of
 from torch import Tensor
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flexjag import Jagged, ops
 from flexjag.jagged import mark_varying
 from flexjag.ops import bmm, elementwise, matrices, norm, packed, padding, segment, select, softmax, target
-from flexjag.ops.register import Operator
+from flexjag.ops.register import OPERATORS, Operator
 from flexjag.testing import assert_compiles
 
 OTHER_LENGTHS = [3, 0, 4, 1]
@@ -93,6 +96,51 @@ def test_the_list_above_is_complete() -> None:
         if isinstance(value, Operator) and value.kernel.__module__ == module.__name__
     }
     assert defined == {name.split(",")[0] for name in REGISTERED}
+
+
+def fail(*args: object) -> NoReturn:
+    raise AssertionError("the dispatcher was asked")
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_eager_calls_pass_no_dispatcher(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which takes 5 µs a call, and with ``torch.library``'s gradients 20; a small batch takes 10."""
+    for operator in OPERATORS.values():
+        monkeypatch.setattr(operator, "overload", fail)
+    op = OPS[name]
+    a, b = both([2, 0, 3])
+    operands = op.operands([2, 0, 3])
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            results = tuple_of(op.run(a, b, *operands))
+        assert all(r.requires_grad == grad for r in results)
+    torch.autograd.grad([r.sum() for r in results], operands)
+
+
+class Names(TorchDispatchMode):
+    """Notes what is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_who_watches_sees_operators() -> None:
+    """Modes (fake tensors, selective checkpointing, counters), profilers, and subclasses of tensors."""
+    x = Jagged(r(T, 3), A)
+    with Names() as mode:
+        ops.jagged_softmax(x).values.sum().backward()
+    assert {"flexjag.segment_softmax.default", "flexjag.segment_softmax_backward.default"} <= set(mode.seen)
+    with torch.profiler.profile() as profile:
+        ops.jagged_softmax(x)
+    assert "flexjag::segment_softmax" in {event.name for event in profile.events() or ()}
+    with FakeTensorMode() as fake:
+        values, offsets = fake.from_tensor(plain(T, 3)), fake.from_tensor(A)
+    assert isinstance(softmax.segment_softmax(values, offsets), FakeTensor)
 
 
 def test_import_is_light() -> None:
