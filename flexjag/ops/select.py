@@ -10,9 +10,11 @@ from torch import Tensor
 
 from flexjag.errors import LayoutError, ShapeError, explain_values
 from flexjag.jagged import Jagged
+from flexjag.offsets import check_ends
 from flexjag.ops.checks import can_look, check_index, check_jagged, check_like, check_total
 from flexjag.ops.packed import cut, is_short, lengths_of, offsets_of, row_index, unknown_size
 from flexjag.ops.register import define
+from flexjag.padding import BITS
 
 
 def jagged_index_select(x: Jagged, indices: Tensor, *, total: int | None = None) -> Jagged:
@@ -36,6 +38,7 @@ def jagged_index_select(x: Jagged, indices: Tensor, *, total: int | None = None)
     check_jagged(x, "x")
     check_index(indices, "indices", x.device)
     check_total(total)
+    check_ends(x.offsets, x.values.shape[0], "x.offsets", spare=True)
     if can_look(indices) and indices.shape[0]:
         low, high = (int(v) for v in indices.aminmax())
         if low < 0 or high >= x.num_segments:
@@ -107,6 +110,7 @@ def jagged_split(
     [[tensor([], dtype=torch.int64), tensor([2, 3])], [tensor([0, 1]), tensor([4])]]
     """
     check_jagged(x, "x")
+    check_ends(x.offsets, x.values.shape[0], "x.offsets")
     if totals is not None and len(totals) != len(lengths):
         seen = {"totals": len(totals), "lengths": len(lengths)}
         raise LayoutError(explain_values("totals", "must have one entry per entry of lengths", **seen))
@@ -183,7 +187,7 @@ def interleave(values: Sequence[Tensor], offsets: Sequence[Tensor]) -> Tensor:
     out = values[0].new_empty((sum(v.shape[0] for v in values), *values[0].shape[1:]))
     pairs = list(zip(values, offsets, strict=True))
     lengths = [lengths_of(o, v.shape[0], f"batches[{i}].offsets") for i, (v, o) in enumerate(pairs)]
-    if is_short([n for own in lengths for n in own], out.device):
+    if is_short([n for own in lengths for n in own], out.device) and out.dtype not in BITS:
         for (v, o), starts in zip(pairs, joined_starts(offsets), strict=True):
             out.index_copy_(0, row_index(starts, o, v.shape[0]), v)
         return out

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from flexjag.errors import MaskError, explain_values
-from flexjag.jagged import Jagged, segment_ids
+from flexjag.jagged import Jagged
 from flexjag.masks import Rows
 from flexjag.nodes import check_tensor
+from flexjag.offsets import segment_ids, surely
 from flexjag.upstream import holds_no_numbers
 
 
@@ -55,7 +56,7 @@ def hstu_mask(
     _check(q, k, contextual, targets, max_attn_len, min_full)
     tokens = q.values.shape[0]
     token = torch.arange(tokens, device=q.offsets.device)
-    if not tokens:  # no segment to read from
+    if surely(tokens == 0):  # no segment to read from
         return Rows(token, token)
     segment = segment_ids(q.offsets, tokens)
     # Read per token, of all S+1 offsets: a slice of S would make S = 1 a graph of its own.
