@@ -53,7 +53,7 @@ def test_offsets_of_something_else_are_refused(name: str, batch: Jagged) -> None
         (READERS | ON_THE_HOST)[name](batch)
 
 
-@pytest.mark.parametrize("name", [n for n in READERS if n != "keys"])
+@pytest.mark.parametrize("name", [n for n in READERS if n not in ("keys", "plan")])
 def test_graphs_refuse_them_too_and_are_no_more(name: str) -> None:
     torch._dynamo.reset()
     graphs = CompileCounter()
@@ -67,13 +67,10 @@ def test_graphs_refuse_them_too_and_are_no_more(name: str) -> None:
 
 
 def test_inductor_keeps_the_assertion() -> None:
-    def attend(x: Jagged) -> Tensor:
-        return fj.attention(x, x, x, mask=fj.Causal(), backend="tiled").values
-
-    compiled = torch.compile(attend, fullgraph=True)
-    torch.testing.assert_close(compiled(WHOLE), attend(WHOLE))
-    for batch in (LATE, EARLY):
-        with pytest.raises(RuntimeError, match=r"q\.offsets: must start at 0 and end at the number of rows"):
+    compiled = torch.compile(lambda x: x.positions, fullgraph=True)
+    assert torch.equal(compiled(WHOLE), WHOLE.positions)
+    for batch in (LATE, BEYOND):
+        with pytest.raises(RuntimeError, match=r"offsets: must start at 0 and end at the number of rows"):
             compiled(batch)
 
 
@@ -187,7 +184,9 @@ def test_float8_is_not_attended(backend: str) -> None:
         fj.attention(FLOAT8, FLOAT8, FLOAT8, backend=backend)
 
 
-@pytest.mark.parametrize("op", [ops.jagged_softmax, ops.segment_sum, ops.segment_mean, ops.segment_max, ops.segment_min])
+@pytest.mark.parametrize(
+    "op", [ops.jagged_softmax, ops.segment_sum, ops.segment_mean, ops.segment_max, ops.segment_min]
+)
 def test_float8_is_not_computed_with(op: Callable[[Jagged], object]) -> None:
     with pytest.raises(ShapeError, match="x: float8 values are stored and moved"):
         op(FLOAT8)
@@ -195,7 +194,7 @@ def test_float8_is_not_computed_with(op: Callable[[Jagged], object]) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.uint16, torch.uint32, torch.uint64])
 def test_types_without_kernels_are_moved(dtype: torch.dtype) -> None:
-    wide = jagged([2, 0, 3], 4).map(lambda v: (v.abs() * 4).round())
+    wide = jagged([2, 0, 3], 4).map(lambda v: (v.abs() * 4).round().clamp(max=7))  # exact in three bits
     x = wide.to(dtype)
     back = Jagged.from_padded(x.to_padded(), x.lengths)
     assert back.dtype == dtype
