@@ -162,7 +162,7 @@ def lengths_tensor(lengths: Tensor | Sequence[int], device: torch.device) -> Ten
     return lengths.to(device)
 
 
-def _index(given: Any) -> int:
+def _index(given: Any) -> Any:
     if isinstance(given, bool) or (isinstance(given, Tensor) and given.dtype == torch.bool):
         raise TypeError("a truth value is no length")
     return given if isinstance(given, int | torch.SymInt) else operator.index(given)
