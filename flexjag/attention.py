@@ -18,6 +18,7 @@ from flexjag.jagged import Jagged, check_same_layout
 from flexjag.masks import Mask, num_mask_heads
 from flexjag.nodes import replaced
 from flexjag.normalizers import Normalizer, num_bias_heads
+from flexjag.offsets import check_computable, is_empty, same_size
 from flexjag.plan import Plan, outline, with_tiles
 from flexjag.scores import Score, num_score_heads, tensors
 from flexjag.upstream import holds_no_numbers
@@ -109,7 +110,7 @@ def attention(
     name = _decide(plan, backend, known, return_remainder, learns)
     if plan.made_tiles is None and name in ("tiled", "flex", "triton"):
         plan = with_tiles(plan)
-    if q.values.shape[0] == 0 or k.values.shape[0] == 0:
+    if is_empty(q.values.shape[0]) or is_empty(k.values.shape[0]):
         out, lse = _nothing(q.values, k.values, v.values, *(x for x in learned if x.dtype.is_floating_point))
         lse = lse.exp() + 1 if return_remainder else lse
     elif q.device.type != "meta" and torch.is_autocast_enabled(q.device.type):  # backends choose what they compute in
@@ -208,6 +209,7 @@ def check_inputs(q: Jagged, k: Jagged, v: Jagged) -> None:
             raise ShapeError(explain_values(name, "values must be [T, heads, dim]", shape=tuple(x.values.shape)))
         if not x.values.dtype.is_floating_point:
             raise ShapeError(explain_values(name, "values must be floating point", dtype=x.values.dtype))
+        check_computable(name, x.values)
     if not q.values.dtype == k.values.dtype == v.values.dtype:
         raise ShapeError(
             explain_values("q, k, v", "must share a dtype", q=q.values.dtype, k=k.values.dtype, v=v.values.dtype)
@@ -225,7 +227,7 @@ def check_inputs(q: Jagged, k: Jagged, v: Jagged) -> None:
         raise ShapeError(explain_values("v", "must have as many heads as k", v=v.values.shape[1], k=groups))
     if q.values.shape[2] != k.values.shape[2]:
         raise ShapeError(explain_values("k", "must have q's head dim D", q=q.values.shape[2], k=k.values.shape[2]))
-    if v.values.shape[0] != k.values.shape[0]:
+    if not same_size(v.values.shape[0], k.values.shape[0]):
         raise ShapeError(explain_values("v", "must have as many tokens as k", v=v.values.shape[0], k=k.values.shape[0]))
     check_same_layout(k, v, "v", "must have the offsets of k")
 

@@ -18,6 +18,10 @@ class ShapeError(FlexjagError, ValueError):
     """Tensors whose shapes, dtypes or devices do not fit together."""
 
 
+class SegmentError(FlexjagError, IndexError):
+    """An index that names no segment of a batch."""
+
+
 class MaskError(FlexjagError, ValueError):
     """A mask that is malformed, or that does not fit the layout it is compiled for."""
 

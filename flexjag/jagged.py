@@ -4,86 +4,34 @@ from __future__ import annotations
 
 import itertools
 import operator
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+from torch.utils.data._utils.collate import default_collate_fn_map
 
-from flexjag.errors import LayoutError, ShapeError, explain_values, shown
-from flexjag.upstream import holds_no_numbers
-
-
-def mark_varying(tensor: Tensor, *dims: int) -> None:
-    """Tell TorchDynamo, if it is in use, that these dims change from batch to batch.
-
-    Without this the first batch compiles a graph of its own. The mark is weak: a size of 0 or 1 is
-    still specialised instead of rejected. Dynamo is never imported for it (that takes a second).
-    """
-    if torch.compiler.is_compiling():
-        return
-    dynamo = sys.modules.get("torch._dynamo")
-    if dynamo is not None and hasattr(dynamo, "maybe_mark_dynamic"):
-        dynamo.maybe_mark_dynamic(tensor, list(dims))
-
-
-def check_offsets(offsets: Tensor, total: int, name: str = "offsets") -> None:
-    """Check the *contents* of offsets. Costs a device sync, so hot paths never call it.
-
-    Args:
-        offsets: ``[S+1]`` integers.
-        total: The number of packed tokens they must end at.
-        name: The argument's name, for the message.
-
-    Raises:
-        LayoutError: If the offsets do not start at 0, decrease, or do not end at `total`.
-    """
-    values = offsets.tolist()
-    if values[0] != 0:
-        raise LayoutError(explain_values(name, "must start at 0", first=values[0]))
-    for s, (lo, hi) in enumerate(itertools.pairwise(values)):
-        if hi < lo:
-            seen = {f"{name}[{s}]": lo, f"{name}[{s + 1}]": hi}
-            raise LayoutError(explain_values(name, "must not decrease", **seen))
-    if values[-1] != total:
-        raise LayoutError(
-            explain_values(name, "must end at the number of packed tokens", last=values[-1], tokens=total)
-        )
-
-
-def segment_ids(offsets: Tensor, total: int) -> Tensor:
-    """``[total]`` int64: the segment of each packed token; S for tokens behind the last offset.
-
-    Searches all S+1 offsets rather than the S ends: a slice of S would make S = 1 a graph of its own.
-    """
-    token = torch.arange(total, device=offsets.device, dtype=offsets.dtype)
-    return torch.searchsorted(offsets.contiguous(), token, right=True) - 1
-
-
-def _offsets_of(lengths: Tensor) -> Tensor:
-    return torch.cat([lengths.new_zeros(1), lengths.cumsum(0).to(lengths.dtype)])
-
-
-def _lengths_tensor(lengths: Tensor | Sequence[int], device: torch.device) -> Tensor:
-    given = lengths
-    if not isinstance(lengths, Tensor):
-        if any(not isinstance(n, int) for n in lengths):
-            raise LayoutError(explain_values("lengths", "must be integers", lengths=list(lengths)))
-        lengths = torch.tensor(lengths, dtype=torch.int64, device=device)
-    if lengths.dtype not in (torch.int32, torch.int64) or lengths.ndim != 1:
-        raise LayoutError(
-            explain_values("lengths", "must be 1-D int32 or int64", dtype=lengths.dtype, shape=tuple(lengths.shape))
-        )
-    if lengths.device.type == "cpu" and not holds_no_numbers(lengths) and bool((lengths < 0).any()):
-        raise LayoutError(explain_values("lengths", "must not be negative", lengths=given))
-    return lengths.to(device)
+from flexjag.arithmetic import Arithmetic
+from flexjag.errors import LayoutError, SegmentError, ShapeError, explain_values, shown
+from flexjag.offsets import (
+    can_look,
+    check_ends,
+    check_offsets,
+    check_tensor,
+    listed,
+    mark_varying,
+    offsets_from,
+    offsets_of,
+    same_size,
+    segment_ids,
+)
+from flexjag.padding import pad, unpad
 
 
 @dataclass(frozen=True, eq=False)
-class Jagged:
+class Jagged(Arithmetic):
     """A batch of S segments of different lengths, packed back to back with no padding.
 
     Segment s is ``values[offsets[s]:offsets[s+1]]``. A frozen pytree of two tensors: it passes through
@@ -110,31 +58,27 @@ class Jagged:
     offsets: Tensor
 
     def __post_init__(self) -> None:
-        for name in ("values", "offsets"):
-            if type(getattr(self, name)) in (list, tuple):
-                rule = "must be a tensor; Jagged.from_list and Jagged.from_lengths take Python lists"
-                raise LayoutError(explain_values(name, rule, type=type(getattr(self, name)).__name__))
-        if not isinstance(self.values, Tensor) or not isinstance(self.offsets, Tensor):
-            return  # pytree transformations put placeholders here
-        if self.values.ndim < 1:
+        values, offsets = self.values, self.offsets
+        if not (isinstance(values, Tensor) and isinstance(offsets, Tensor)):
+            check_tensor(LayoutError, "values", values)
+            check_tensor(LayoutError, "offsets", offsets)
+        if values.layout != torch.strided or values.is_nested:
+            rule = (
+                "must be packed; Jagged.from_list(nested.unbind()) packs a NestedTensor, values.to_dense() a sparse one"
+            )
+            raise ShapeError(explain_values("values", rule, layout=values.layout, nested=values.is_nested))
+        if values.ndim < 1:
             raise ShapeError(explain_values("values", "must have a token dimension", shape=()))
-        if self.offsets.dtype not in (torch.int32, torch.int64):
-            raise LayoutError(explain_values("offsets", "must be int32 or int64", dtype=self.offsets.dtype))
-        if self.offsets.ndim != 1 or self.offsets.shape[0] < 1:
-            raise LayoutError(
-                explain_values("offsets", "must be 1-D with S+1 entries", shape=tuple(self.offsets.shape))
-            )
-        if self.offsets.device != self.values.device:
-            raise LayoutError(
-                explain_values(
-                    "offsets",
-                    "must be on the device of values",
-                    offsets=str(self.offsets.device),
-                    values=str(self.values.device),
-                )
-            )
-        mark_varying(self.values, 0)
-        mark_varying(self.offsets, 0)
+        if offsets.dtype not in (torch.int32, torch.int64):
+            raise LayoutError(explain_values("offsets", "must be int32 or int64", dtype=offsets.dtype))
+        if offsets.ndim != 1 or offsets.shape[0] < 1:
+            text = explain_values("offsets", "must be 1-D with S+1 entries", shape=tuple(offsets.shape))
+            raise LayoutError(f"{text}; those of no segments are a single 0")
+        if offsets.device != values.device:
+            seen = {"offsets": str(offsets.device), "values": str(values.device)}
+            raise LayoutError(explain_values("offsets", "must be on the device of values", **seen))
+        mark_varying(values, 0)
+        mark_varying(offsets, 0)
 
     @staticmethod
     def from_lengths(values: Tensor, lengths: Tensor | Sequence[int]) -> Jagged:
@@ -142,20 +86,17 @@ class Jagged:
 
         Raises:
             LayoutError: If the lengths are not integers, are negative, or do not sum to T.
-                (Lengths that live on a GPU are not looked at; see :meth:`validate`.)
+                (A tensor that lives on a GPU is not looked at; see :meth:`validate`.)
 
         >>> Jagged.from_lengths(torch.arange(5), [2, 0, 3]).offsets.tolist()
         [0, 2, 2, 5]
         """
-        out = Jagged(values, _offsets_of(_lengths_tensor(lengths, values.device)))
-        if values.device.type == "cpu" and not holds_no_numbers(values):
-            total = int(out.offsets[-1])
-            if total != values.shape[0]:
-                raise LayoutError(
-                    explain_values(
-                        "lengths", "must sum to the number of packed tokens", sum=total, tokens=values.shape[0]
-                    )
-                )
+        check_tensor(ShapeError, "values", values)
+        offsets, total = offsets_from(lengths, values.device)
+        out = Jagged(values, offsets)
+        if total is not None and total != values.shape[0]:
+            rule = "must sum to the number of packed tokens"
+            raise LayoutError(explain_values("lengths", rule, sum=total, tokens=values.shape[0]))
         return out
 
     @staticmethod
@@ -165,25 +106,47 @@ class Jagged:
         Raises:
             ShapeError: If the tensors differ in anything but their first dimension.
         """
-        tensors = list(tensors)
+        tensors = listed("tensors", tensors)
         if not tensors:
             return Jagged(torch.zeros(0), torch.zeros(1, dtype=torch.int64))
         first = tensors[0]
         for s, t in enumerate(tensors):
-            if not isinstance(t, Tensor):
-                raise ShapeError(explain_values(f"tensors[{s}]", "must be a tensor", type=type(t).__name__))
+            check_tensor(ShapeError, f"tensors[{s}]", t)
             if t.ndim < 1 or t.shape[1:] != first.shape[1:] or t.dtype != first.dtype:
-                raise ShapeError(
-                    explain_values(
-                        f"tensors[{s}]",
-                        "must agree with tensors[0] in dtype and in all dimensions but the first",
-                        shape=tuple(t.shape),
-                        dtype=t.dtype,
-                        first_shape=tuple(first.shape),
-                        first_dtype=first.dtype,
-                    )
-                )
+                rule = "must agree with tensors[0] in dtype and in all dimensions but the first"
+                seen = {"first_shape": tuple(first.shape), "first_dtype": first.dtype}
+                raise ShapeError(explain_values(f"tensors[{s}]", rule, shape=tuple(t.shape), dtype=t.dtype, **seen))
         return Jagged.from_lengths(torch.cat(tensors), [t.shape[0] for t in tensors])
+
+    @staticmethod
+    def concat(batches: Sequence[Jagged]) -> Jagged:
+        """The segments of all batches, one batch after the other; ``default_collate`` of a DataLoader does this, too.
+
+        :func:`flexjag.ops.jagged_concat` joins each segment with that of the same number instead.
+
+        Args:
+            batches: At least one, alike in dtype, device and all dimensions but the first.
+
+        Raises:
+            LayoutError: If there is none, or one has rows behind its last offset.
+            ShapeError: If they are not alike.
+
+        >>> a, b = Jagged.from_lengths(torch.arange(3), [1, 2]), Jagged.from_lengths(torch.arange(4), [4])
+        >>> Jagged.concat([a, b]).lengths.tolist()
+        [1, 2, 4]
+        """
+        batches = listed("batches", batches)
+        if not batches:
+            raise LayoutError(explain_values("batches", "must hold at least one batch", batches=batches))
+        first = batches[0]
+        for i, x in enumerate(batches):
+            if not isinstance(x, Jagged):
+                raise ShapeError(explain_values(f"batches[{i}]", "must be a Jagged", type=type(x).__name__))
+            if x.values.shape[1:] != first.values.shape[1:] or x.dtype != first.dtype or x.device != first.device:
+                rule = "must agree with batches[0] in dtype, device and all dimensions but the first"
+                raise ShapeError(explain_values(f"batches[{i}]", rule, **{f"batches[{i}]": x, "batches[0]": first}))
+            check_ends(x.offsets, x.values.shape[0], f"batches[{i}].offsets")
+        return Jagged(torch.cat([x.values for x in batches]), offsets_of(torch.cat([x.lengths for x in batches])))
 
     @staticmethod
     def from_padded(dense: Tensor, lengths: Tensor | Sequence[int], total: int | None = None) -> Jagged:
@@ -197,24 +160,8 @@ class Jagged:
         Raises:
             LayoutError: If there are not S lengths, or one is over N.
         """
-        n = _lengths_tensor(lengths, dense.device)
-        if dense.ndim < 2 or n.shape[0] != dense.shape[0]:
-            raise LayoutError(
-                explain_values(
-                    "lengths", "must have one entry per row of dense", lengths=tuple(n.shape), dense=tuple(dense.shape)
-                )
-            )
-        offsets = _offsets_of(n)
-        if n.device.type == "cpu" and not holds_no_numbers(n) and bool((n > dense.shape[1]).any()):
-            raise LayoutError(
-                explain_values(
-                    "lengths", "must not exceed the padded length", longest=int(n.max()), padded=dense.shape[1]
-                )
-            )
-        count = int(offsets[-1]) if total is None else total
-        segment = segment_ids(offsets, count)
-        index = segment * dense.shape[1] + torch.arange(count, device=dense.device) - offsets[segment]
-        return Jagged(dense.flatten(0, 1).index_select(0, index), offsets)
+        check_tensor(ShapeError, "dense", dense)
+        return Jagged(*unpad(dense, lengths, total))
 
     @property
     def lengths(self) -> Tensor:
@@ -233,6 +180,7 @@ class Jagged:
         >>> Jagged.from_lengths(torch.zeros(5), [2, 0, 3]).segment_ids.tolist()
         [0, 0, 2, 2, 2]
         """
+        check_ends(self.offsets, self.values.shape[0], spare=True)
         return segment_ids(self.offsets, self.values.shape[0])
 
     @property
@@ -258,7 +206,89 @@ class Jagged:
     def to(self, *args: Any, **kwargs: Any) -> Jagged:
         """The batch on another device or with values of another dtype; arguments as for ``Tensor.to``."""
         values = self.values.to(*args, **kwargs)
-        return Jagged(values, self.offsets.to(values.device))
+        flags = dict(zip(("non_blocking", "copy"), (flag for flag in args if isinstance(flag, bool)), strict=False))
+        flags |= {name: kwargs[name] for name in ("non_blocking", "copy") if name in kwargs}
+        return Jagged(values, self.offsets.to(values.device, **flags))
+
+    def cpu(self) -> Jagged:
+        """The batch on the CPU."""
+        return self.to("cpu")
+
+    def cuda(self, device: torch.device | int | str | None = None, non_blocking: bool = False) -> Jagged:
+        """The batch on a GPU; arguments as for ``Tensor.cuda``."""
+        return self.to("cuda" if device is None else device, non_blocking=non_blocking)
+
+    def pin_memory(self) -> Jagged:
+        """The batch in page-locked memory; a DataLoader with ``pin_memory=True`` calls it."""
+        return Jagged(self.values.pin_memory(), self.offsets.pin_memory())
+
+    def clone(self) -> Jagged:
+        """A copy of values and offsets. Gradients flow through it, as through ``Tensor.clone``."""
+        return Jagged(self.values.clone(), self.offsets.clone())
+
+    def contiguous(self) -> Jagged:
+        """The batch with values and offsets that are contiguous, copied where they are not."""
+        return Jagged(self.values.contiguous(), self.offsets.contiguous())
+
+    def detach(self) -> Jagged:
+        """The same values without their gradient history, on the same offsets."""
+        return Jagged(self.values.detach(), self.offsets)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Jagged:
+        """Let autograd record what happens to the values, and return the batch itself."""
+        self.values.requires_grad_(requires_grad)
+        return self
+
+    def __len__(self) -> int:
+        return self.num_segments
+
+    def __bool__(self) -> bool:
+        return True  # `x or other` must not drop a batch of no segments
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.to_list())
+
+    def __getitem__(self, index: int | slice) -> Any:
+        """Segment number `index` as a view ``[n, ...]``; or a batch of the segments in a slice.
+
+        The values of a slice without a step are a view. Reads the offsets, so it waits for a GPU; in a compiled graph
+        use :func:`flexjag.ops.jagged_index_select`, which also takes a tensor of indices.
+
+        Raises:
+            SegmentError: If there is no such segment, or the index is neither an integer nor a slice.
+
+        >>> x = Jagged.from_list([torch.tensor([1, 2]), torch.tensor([3]), torch.tensor([4, 5])])
+        >>> x[-1], x[:2], x[::-2].to_list()
+        (tensor([4, 5]), Jagged(segments=2, tokens=3, values=[3] int64, device=cpu), [tensor([4, 5]), tensor([1, 2])])
+        """
+        check_ends(self.offsets, self.values.shape[0], spare=True)
+        if isinstance(index, slice):
+            first, end, step = index.indices(self.num_segments)
+            if step != 1:
+                chosen = range(self.num_segments)[index]
+                values = torch.cat([self.values[:0], *(self[s] for s in chosen)])
+                return Jagged(values, offsets_of(self.lengths[list(chosen)]))
+            offsets = self.offsets[first : max(first, end) + 1]
+            low, high = torch.stack((offsets[0], offsets[-1])).tolist()
+            return Jagged(self.values[low:high], offsets - low)
+        try:
+            s = operator.index(index)
+        except TypeError:
+            rule = "must be an integer or a slice; flexjag.ops.jagged_index_select takes tensors"
+            raise SegmentError(explain_values("index", rule, index=index)) from None
+        if not -self.num_segments <= s < self.num_segments:
+            raise SegmentError(explain_values("index", "must be that of a segment", index=s, segments=len(self)))
+        low, high = self.offsets[s % self.num_segments :][:2].tolist()
+        return self.values[low:high]
+
+    def unbind(self) -> tuple[Tensor, ...]:
+        """The S segments, each ``[n_s, ...]``, as views that share one step of autograd.
+
+        Faster than :meth:`to_list` in a backward pass. As after ``Tensor.split``, autograd refuses changes in place.
+        """
+        check_ends(self.offsets, self.values.shape[0], spare=True)
+        sizes = self.lengths.tolist()
+        return self.values.split([*sizes, self.values.shape[0] - sum(sizes)])[:-1]
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> Jagged:
         """Apply `fn` to the values; it must keep the number of tokens.
@@ -280,12 +310,9 @@ class Jagged:
         """
         if values is self.values:
             return self
-        if values.ndim < 1 or values.shape[0] != self.values.shape[0]:
-            raise ShapeError(
-                explain_values(
-                    "values", "must keep the number of tokens", shape=tuple(values.shape), tokens=self.values.shape[0]
-                )
-            )
+        if values.ndim < 1 or not same_size(values.shape[0], self.values.shape[0]):
+            seen = {"shape": tuple(values.shape), "tokens": self.values.shape[0]}
+            raise ShapeError(explain_values("values", "must keep the number of tokens", **seen))
         return Jagged(values, self.offsets)
 
     def validate(self) -> Jagged:
@@ -299,6 +326,7 @@ class Jagged:
 
     def to_list(self) -> list[Tensor]:
         """The S segments as views of `values`, each ``[n_s, ...]``."""
+        check_ends(self.offsets, self.values.shape[0], spare=True)
         return [self.values[lo:hi] for lo, hi in itertools.pairwise(self.offsets.tolist())]
 
     def to_padded(self, fill: float = 0.0, max_length: int | None = None) -> Tensor:
@@ -309,24 +337,17 @@ class Jagged:
             max_length: N. Default: the longest segment, which costs a device sync. Longer segments
                 are cut to N, as FBGEMM's ``jagged_to_padded_dense`` does.
         """
-        s = self.num_segments
+        check_ends(self.offsets, self.values.shape[0], spare=True)
         if max_length is None:
-            max_length = int(self.lengths.max()) if s else 0
+            max_length = int(self.lengths.max()) if self.num_segments else 0
         if max_length < 0:
             raise ShapeError(explain_values("max_length", "must not be negative", max_length=max_length))
-        total, rest = self.values.shape[0], self.values.shape[1:]
-        segment = segment_ids(self.offsets, total)
-        pos = torch.arange(total, device=self.values.device) - self.offsets[segment]
-        spare = s * max_length  # one row past the end takes what is cut off
-        index = torch.where((pos < max_length) & (segment < s), segment * max_length + pos, spare)
-        flat = self.values.new_full((spare + 1, *rest), fill).index_copy(0, index, self.values)
-        return flat[:spare].reshape(s, max_length, *rest)
+        return pad(self.values, self.offsets, max_length, fill)
 
     def __repr__(self) -> str:
-        dtype = str(self.values.dtype).removeprefix("torch.")
         return (
             f"Jagged(segments={self.num_segments}, tokens={self.values.shape[0]}, "
-            f"values={shown(list(self.values.shape))} {dtype}, device={self.values.device})"
+            f"values={shown(list(self.values.shape))} {str(self.dtype)[6:]}, device={self.values.device})"
         )
 
     def _combine(self, other: Any, fn: Callable[[Any, Any], Tensor]) -> Jagged:
@@ -334,41 +355,9 @@ class Jagged:
             check_same_layout(self, other)
             other = other.values
         elif isinstance(other, Tensor):  # Dynamo cannot trace it, so eager mode does not offer it either
-            raise ShapeError(
-                explain_values(
-                    "other",
-                    "must be a Jagged or a number; use x.map(lambda v: ...) for tensors",
-                    shape=tuple(other.shape),
-                )
-            )
+            rule = "must be a Jagged or a number; use x.map(lambda v: ...) for tensors"
+            raise ShapeError(explain_values("other", rule, shape=tuple(other.shape)))
         return self.with_values(fn(self.values, other))
-
-    def __add__(self, other: Jagged | float) -> Jagged:
-        return self._combine(other, operator.add)
-
-    def __sub__(self, other: Jagged | float) -> Jagged:
-        return self._combine(other, operator.sub)
-
-    def __mul__(self, other: Jagged | float) -> Jagged:
-        return self._combine(other, operator.mul)
-
-    def __truediv__(self, other: Jagged | float) -> Jagged:
-        return self._combine(other, operator.truediv)
-
-    def __radd__(self, other: float) -> Jagged:
-        return self._combine(other, operator.add)
-
-    def __rmul__(self, other: float) -> Jagged:
-        return self._combine(other, operator.mul)
-
-    def __rsub__(self, other: float) -> Jagged:
-        return self._combine(other, lambda a, b: b - a)
-
-    def __rtruediv__(self, other: float) -> Jagged:
-        return self._combine(other, lambda a, b: b / a)
-
-    def __neg__(self) -> Jagged:
-        return self.with_values(-self.values)
 
 
 def check_same_layout(
@@ -382,9 +371,9 @@ def check_same_layout(
     if a.offsets is b.offsets:
         return
     seen: dict[str, object] = {"left": a, "right": b}
-    if a.offsets.shape != b.offsets.shape or a.values.shape[0] != b.values.shape[0]:
+    if a.offsets.shape != b.offsets.shape or not same_size(a.values.shape[0], b.values.shape[0]):
         raise LayoutError(explain_values(name, rule, **seen))
-    if a.offsets.device.type == "cpu" and not holds_no_numbers(a.offsets):
+    if can_look(a.offsets, b.offsets):
         differs = (a.offsets != b.offsets).nonzero()
         if differs.numel():
             at = int(differs[0])
@@ -392,9 +381,21 @@ def check_same_layout(
             raise LayoutError(explain_values(name, rule, **seen))
 
 
+def _unflatten(children: Iterable[Any], _: Any) -> Jagged:
+    values, offsets = children
+    if isinstance(values, Tensor) and isinstance(offsets, Tensor):
+        return Jagged(values, offsets)
+    tree = object.__new__(Jagged)  # of what pytree functions put in place of tensors
+    tree.__dict__.update(values=values, offsets=offsets)
+    return tree
+
+
 pytree.register_pytree_node(
     Jagged,
     lambda x: ([x.values, x.offsets], None),
-    lambda children, _: Jagged(*children),
+    _unflatten,
     serialized_type_name="flexjag.Jagged",
+    flatten_with_keys_fn=lambda x: ([(pytree.GetAttrKey(n), getattr(x, n)) for n in ("values", "offsets")], None),  # pyright: ignore[reportArgumentType]
 )
+torch.serialization.add_safe_globals([Jagged])  # so that torch.load takes it by default
+default_collate_fn_map[Jagged] = lambda batch, *, collate_fn_map=None: Jagged.concat(batch)

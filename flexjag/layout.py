@@ -9,7 +9,8 @@ from torch import Tensor
 
 from flexjag.differentiation import is_mapped
 from flexjag.errors import LayoutError, PlanError, assert_on_device, explain_values
-from flexjag.jagged import Jagged, check_offsets, segment_ids
+from flexjag.jagged import Jagged
+from flexjag.offsets import assert_ends, can_look, check_offsets, same_size, segment_ids, surely
 from flexjag.upstream import holds_no_numbers
 
 INT32_MAX = 2**31 - 1
@@ -17,7 +18,10 @@ INT32_MAX = 2**31 - 1
 
 def blocks(tokens: int, block: int) -> int:
     """How many tiles cover this many tokens; at least one."""
-    return (tokens + block - 1) // block or 1  # not max(): a traced size stays a plain quotient
+    count = (tokens + block - 1) // block
+    if surely(count == 0):
+        return 1
+    return count if surely(count > 0) else max(1, count)  # so that a traced size stays a plain quotient if it can
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,14 +160,17 @@ def build_layout(
             explain_values("max_tokens", "must equal the rows of q.values", max_tokens=max_tokens, rows=num_q)
         )
     tracing, has_spare = holds_no_numbers(q.offsets), max_tokens is not None
-    may_look = q.offsets.device.type == "cpu" and not has_spare  # fixed capacity promises not to, so nowhere
-    is_self = q.offsets is k.offsets and num_q == num_kv
+    may_look = can_look(q.offsets, k.offsets) and not has_spare  # fixed capacity promises not to, so nowhere
+    is_self = q.offsets is k.offsets and same_size(num_q, num_kv)
     sides = (("q", q),) if is_self else (("q", q), ("k", k))
     if tracing and validate:  # a bound on the lengths is asserted with the tiles
         for name, x in sides:
             rule = "must start at 0, not decrease, and end at the number of packed tokens"
             assert_on_device(_are_offsets(x, has_spare), f"{name}.offsets: {rule}")
-    elif not tracing and (validate or (may_look and not all(_looks_right(x, max_length) for _, x in sides))):
+    elif not validate and not may_look:
+        for name, x in sides:
+            assert_ends(x.offsets, x.values.shape[0], f"{name}.offsets", spare=has_spare)
+    elif validate or not all(_looks_right(x, max_length) for _, x in sides):
         for name, x in sides:
             total = int(x.offsets[-1]) if has_spare else x.values.shape[0]
             check_offsets(x.offsets, total, f"{name}.offsets")

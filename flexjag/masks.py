@@ -15,6 +15,7 @@ from torch import Tensor
 
 from flexjag.errors import AmbiguousMaskError, MaskError, explain_values
 from flexjag.nodes import Node, along, check_tensor, is_integer, node, saturated
+from flexjag.offsets import mark_varying
 from flexjag.upstream import holds_no_numbers
 
 Bound = int | Tensor
@@ -66,6 +67,7 @@ def _check_bound(name: str, value: object, minimum: int) -> None:
             least = int(saturated(value).min()) if value.shape[0] else minimum
             if least < minimum:
                 raise MaskError(explain_values(name, f"must be at least {minimum} everywhere", least=least))
+        mark_varying(value, 0)
     elif not isinstance(value, int) or isinstance(value, bool):
         raise MaskError(explain_values(name, "must be an int or a per-segment integer tensor", value=value))
     elif value < minimum:

@@ -16,7 +16,7 @@ from flexjag.dispatch import Interpretation
 from flexjag.errors import MaskError, explain_values
 from flexjag.layout import INT32_MAX, Layout
 from flexjag.nodes import along, node, saturated
-from flexjag.upstream import holds_no_numbers
+from flexjag.upstream import holds_no_numbers, running_max
 
 MAX_SPANS = 8
 
@@ -92,7 +92,7 @@ def _canonical(lo: Tensor, hi: Tensor, *, widen: bool) -> tuple[Spans, bool]:
     count = lo.shape[0]
     lo, order = torch.where(hi > lo, lo, INT32_MAX).sort(dim=0)
     hi = torch.where(lo < INT32_MAX, hi.gather(0, order), 0)
-    reach = hi.cummax(dim=0).values
+    reach = running_max(hi)
     # Integers throughout: Inductor's C++ mistypes a boolean that is concatenated or sliced into.
     starts = torch.cat([torch.ones_like(lo[:1]), (lo[1:] > reach[:-1]).to(lo.dtype)])
     group = starts.cumsum(dim=0) - 1

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from flexjag.errors import PlanError, assert_on_device, explain_values
 from flexjag.layout import blocks
+from flexjag.offsets import surely
 from flexjag.spans import Spans
 from flexjag.upstream import holds_no_numbers
 
@@ -259,14 +260,15 @@ def build_tables(
     transposed = [TileList(t.row[o], t.col[o], t.full[o], t.live[o]) for t, o in zip(transposed, order, strict=True)]
     kv = [_count(lists, rows, full) for full in (False, True)]
     q = [_count(transposed, cols, full) for full in (False, True)]
-    if width is None and holds_no_numbers(lists[0].row):
-        width = max(rows, cols)
-    elif width is None:
-        width = max(3, int(torch.stack([c.max() for x in (*kv, *q) for c in x.counts]).max()))
     # One width for all four tables, and never a table's own number of columns: Dynamo guards on which strides are
     # equal and on whether rows are contiguous, and would compile anew when that changes.
-    while width in (rows, cols):
-        width += 1
+    if width is None and holds_no_numbers(lists[0].row):
+        width = max(rows, cols) + 1
+    else:
+        if width is None:
+            width = max(3, int(torch.stack([c.max() for x in (*kv, *q) for c in x.counts]).max()))
+        while surely(width == rows) or surely(width == cols):
+            width += 1
     kv_tables = [_table(x, rows, cols, width) for x in kv]
     q_tables = [_table(x, cols, rows, width) for x in q]
     return kv_tables[0], kv_tables[1], q_tables[0], q_tables[1]

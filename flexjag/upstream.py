@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 from importlib import import_module
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -29,6 +30,13 @@ def mend_cpu_flex_size_names() -> None:
         return plain(self, name)
 
     KernelArgs.size = size
+
+
+def running_max(x: Tensor) -> Tensor:
+    """``x.cummax(0).values``, whose shape function guards on a size that was read from data (seen in torch 2.13)."""
+    if torch.compiler.is_compiling():
+        return torch.stack(list(accumulate(x.unbind(0), torch.maximum)))
+    return x.cummax(dim=0).values
 
 
 def interpreter_needs_older_numpy() -> bool:

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import operator
+import pickle
 
 import pytest
 import torch
 from cases import EDGE_LENGTHS, jagged
+from torch import nn
 from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader
+from torch.utils.data._utils.pin_memory import pin_memory
 
 import flexjag as fj
 from flexjag.errors import LayoutError, ShapeError
@@ -199,3 +205,145 @@ def test_coordinates_and_moves() -> None:
 def test_validate_returns_the_batch() -> None:
     x = jagged([1, 2])
     assert x.validate() is x
+
+
+def test_keys_of_the_pytree() -> None:
+    leaves, _ = pytree.tree_flatten_with_path({"x": jagged([1], 2)})
+    assert [pytree.keystr(path) for path, _ in leaves] == ["['x'].values", "['x'].offsets"]
+
+
+def test_torch_load_takes_it_by_default() -> None:
+    x = jagged([2, 0, 1], 3)
+    file = io.BytesIO()
+    torch.save({"x": x}, file)
+    file.seek(0)
+    back = torch.load(file)["x"]
+    assert torch.equal(back.values, x.values)
+    assert torch.equal(back.offsets, x.offsets)
+    assert torch.equal(pickle.loads(pickle.dumps(x)).values, x.values)
+
+
+@LENGTHS
+def test_a_sequence_of_segments(lengths: list[int]) -> None:
+    x = jagged(lengths, 3)
+    pieces = x.to_list()
+    assert x  # as it was before it had a length: `x or other` keeps an empty batch
+    assert len(x) == len(pieces) == len(lengths)
+    for i in range(-len(lengths), len(lengths)):
+        assert torch.equal(x[i], pieces[i])
+    assert all(torch.equal(a, b) for a, b in zip(x, pieces, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(x.unbind(), pieces, strict=True))
+    for index in (
+        slice(None),
+        slice(1, 3),
+        slice(-2, None),
+        slice(3, 1),
+        slice(9, 20),
+        slice(None, None, 2),
+        slice(None, None, -1),
+    ):
+        part = x[index].validate()
+        assert part.values.shape[1:] == x.values.shape[1:]
+        assert part.offsets.dtype == x.offsets.dtype
+        assert part.lengths.tolist() == lengths[index]
+        assert all(torch.equal(a, b) for a, b in zip(part, pieces[index], strict=True))
+
+
+def test_segments_and_slices_are_views() -> None:
+    x = fj.Jagged(torch.zeros(6), torch.tensor([0, 2, 2, 6], dtype=torch.int32))
+    x[2][0] = 5.0
+    x[1:].values[1] = 6.0
+    assert x.values.tolist() == [0, 0, 5, 6, 0, 0]
+    assert x[::2].offsets.dtype == torch.int32
+
+
+def test_gradients_through_segments() -> None:
+    x = jagged([2, 0, 3], 2).requires_grad_()
+    weights = [1.0, 2.0, 3.0]
+    for pieces in (x.unbind(), list(x), [x[i] for i in range(3)], x[::-1][::-1].to_list()):
+        (got,) = torch.autograd.grad(sum(w * t.sum() for w, t in zip(weights, pieces, strict=True)), x.values)
+        assert got[:, 0].tolist() == [1, 1, 3, 3, 3]
+
+
+def test_concatenation_of_batches() -> None:
+    batches = [jagged(n, 2, seed=i) for i, n in enumerate(([2, 0], [], [3], [0, 1]))]
+    out = fj.Jagged.concat(batches)
+    assert out.lengths.tolist() == [2, 0, 3, 0, 1]
+    assert all(torch.equal(a, b) for a, b in zip(out, [t for x in batches for t in x], strict=True))
+
+
+def test_a_data_loader_joins_batches() -> None:
+    samples = [{"x": jagged([n, 1], 2), "y": n} for n in (1, 2, 3)]
+    (batch,) = DataLoader(samples, batch_size=3)  # type: ignore[arg-type]
+    assert batch["x"].lengths.tolist() == [1, 1, 2, 1, 3, 1]
+    assert batch["y"].tolist() == [1, 2, 3]
+
+
+def test_copies_and_moves() -> None:
+    x = jagged([2, 0, 3], 4).requires_grad_()
+    copy, cut = x.clone(), x.detach()
+    assert copy.values.grad_fn is not None
+    assert copy.values.data_ptr() != x.values.data_ptr()
+    assert copy.offsets.data_ptr() != x.offsets.data_ptr()
+    assert not cut.values.requires_grad
+    assert cut.values.data_ptr() == x.values.data_ptr()
+    assert x.cpu().values is x.values
+    wide = fj.Jagged(torch.zeros(4, 6)[:, ::2], torch.tensor([0, 9, 4])[::2])
+    assert not wide.values.is_contiguous()
+    packed = wide.contiguous()
+    assert packed.values.is_contiguous()
+    assert packed.offsets.is_contiguous()
+    assert packed.offsets.tolist() == [0, 4]
+
+
+@pytest.mark.parametrize("arguments", [((torch.float32, True, True), {}), ((torch.float64,), {"copy": True})])
+def test_flags_of_moves_reach_the_offsets(arguments: tuple[tuple, dict]) -> None:
+    x = jagged([2, 0, 3], 4)
+    args, kwargs = arguments
+    moved = x.to(*args, **kwargs)
+    assert moved.dtype == args[0]
+    assert moved.offsets.data_ptr() != x.offsets.data_ptr()
+
+
+def test_pinning_pins_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self + 1)  # real pinning needs a GPU
+    x = fj.Jagged(torch.zeros(2), torch.tensor([0, 2]))
+    pinned = pin_memory({"x": x})["x"]
+    assert pinned.values.tolist() == [1, 1]
+    assert pinned.offsets.tolist() == [1, 3]
+
+
+def attend(x: fj.Jagged) -> fj.Jagged:
+    return fj.attention(x, x, x, mask=fj.Causal())
+
+
+def test_checkpointing_takes_batches_only_without_reentrance() -> None:
+    """What the README says."""
+    x = jagged([2, 0, 3], 1, 16).requires_grad_()
+    (want,) = torch.autograd.grad(attend(x).values.pow(2).sum(), x.values)
+    out = checkpoint(attend, x, use_reentrant=False)
+    assert torch.equal(torch.autograd.grad(out.values.pow(2).sum(), x.values)[0], want)
+    with pytest.warns(UserWarning, match="None of the inputs have requires_grad=True"):
+        assert not checkpoint(attend, x, use_reentrant=True).values.requires_grad
+    tensors = checkpoint(lambda v, o: attend(fj.Jagged(v, o)).values, x.values, x.offsets, use_reentrant=True)
+    tensors.pow(2).sum().backward()
+    assert torch.equal(x.values.grad, want)
+
+
+def test_hooks_see_tensors_only() -> None:
+    """What the README says."""
+
+    class Layer(nn.Module):
+        def forward(self, x: fj.Jagged) -> fj.Jagged:
+            return x * 2.0
+
+    seen: list[str] = []
+    layer, x = Layer(), jagged([2, 1], 2).requires_grad_()
+    layer.register_full_backward_hook(lambda *_: seen.append("module"))
+    layer.register_forward_hook(
+        lambda module, args, out: out.values.register_hook(lambda grad: seen.append("values")) and None
+    )
+    with pytest.warns(UserWarning, match="For backward hooks to be called"):
+        out = layer(x)
+    out.values.sum().backward()
+    assert seen == ["values"]

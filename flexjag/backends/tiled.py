@@ -132,12 +132,17 @@ def in_dtype(score: Callable[..., Tensor] | None) -> Callable[..., Tensor] | Non
 def to_blocks(x: Tensor, count: int, block: int) -> Tensor:
     """[T, H, D] to [count, H, B, D], padded with zeros."""
     x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, count * block - x.shape[0]))
-    return x.view(count, block, *x.shape[1:]).transpose(1, 2)
+    # From one dimension to two, and on: splitting one of several guards on N % count, which torch.export cannot prove.
+    flat = x.flatten().view(count, block * x.shape[1] * x.shape[2])
+    return flat.view(count, block, *x.shape[1:]).transpose(1, 2)
 
 
 def from_blocks(x: Tensor, tokens: int) -> Tensor:
     """[count, H, B, D] to [T, H, D]."""
-    return x.transpose(1, 2).flatten(0, 1)[:tokens]
+    x = x.transpose(1, 2).flatten(0, 1)
+    if torch.compiler.is_exporting():  # a slice guards on the tokens being no more than the rows
+        return x.index_select(0, torch.arange(tokens, device=x.device))
+    return x[:tokens]
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from flexjag.errors import LayoutError, ShapeError, explain_values
 from flexjag.jagged import Jagged
-from flexjag.upstream import holds_no_numbers
+from flexjag.offsets import can_look as can_look
+from flexjag.offsets import check_computable
 
 
 def check_jagged(x: object, name: str, ndim: int | None = None, floating: bool = False) -> None:
@@ -23,6 +24,8 @@ def check_jagged(x: object, name: str, ndim: int | None = None, floating: bool =
         raise ShapeError(explain_values(name, f"its values must have {ndim} dimensions", shape=tuple(x.values.shape)))
     if floating and not x.values.is_floating_point():
         raise ShapeError(explain_values(name, "its values must be floating point", dtype=x.values.dtype))
+    if floating:
+        check_computable(name, x.values)
 
 
 def check_like(tensor: object, name: str, x: Jagged, x_name: str = "x", or_float32: bool = False) -> None:
@@ -81,8 +84,3 @@ def check_total(total: int | None, name: str = "total") -> None:
     """
     if total is not None and total < 0:
         raise LayoutError(explain_values(name, "must not be negative", **{name: total}))
-
-
-def can_look(*tensors: Tensor) -> bool:
-    """Whether the contents can be looked at without a device sync or a graph break."""
-    return all(t.device.type == "cpu" and not holds_no_numbers(t) for t in tensors)

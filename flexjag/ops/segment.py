@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from flexjag.errors import ShapeError, explain_values
-from flexjag.jagged import Jagged, segment_ids
+from flexjag.jagged import Jagged
+from flexjag.offsets import check_computable, segment_ids
 from flexjag.ops.checks import check_jagged
 from flexjag.ops.packed import cut, is_short, lengths_of, wide
 from flexjag.ops.register import define
@@ -33,6 +34,7 @@ def segment_sum(x: Jagged) -> Tensor:
     [1.0, 0.0, 5.0]
     """
     check_jagged(x, "x")
+    check_computable("x", x.values)
     return add_up(x.values, x.offsets)
 
 
@@ -75,6 +77,7 @@ def segment_max(x: Jagged, fill: float = 0.0) -> Tensor:
     [1.0, 0.0, 3.0]
     """
     check_jagged(x, "x")
+    check_computable("x", x.values)
     return extreme(x.values, x.offsets, True, fill)
 
 
@@ -95,6 +98,7 @@ def segment_min(x: Jagged, fill: float = 0.0) -> Tensor:
     [1.0, 0.0, 2.0]
     """
     check_jagged(x, "x")
+    check_computable("x", x.values)
     return extreme(x.values, x.offsets, False, fill)
 
 

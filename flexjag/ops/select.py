@@ -10,9 +10,11 @@ from torch import Tensor
 
 from flexjag.errors import LayoutError, ShapeError, explain_values
 from flexjag.jagged import Jagged
+from flexjag.offsets import check_ends
 from flexjag.ops.checks import can_look, check_index, check_jagged, check_like, check_total
 from flexjag.ops.packed import FEW, cut, is_few, is_short, lengths_of, offsets_of, row_index, unknown_size, wide
 from flexjag.ops.register import define
+from flexjag.padding import BITS
 
 
 def jagged_index_select(x: Jagged, indices: Tensor, *, total: int | None = None) -> Jagged:
@@ -36,6 +38,7 @@ def jagged_index_select(x: Jagged, indices: Tensor, *, total: int | None = None)
     check_jagged(x, "x")
     check_index(indices, "indices", x.device)
     check_total(total)
+    check_ends(x.offsets, x.values.shape[0], "x.offsets", spare=True)
     if can_look(indices) and indices.shape[0]:
         found = indices.tolist() if indices.shape[0] <= FEW else [int(v) for v in indices.aminmax()]
         low, high = min(found), max(found)
@@ -108,6 +111,7 @@ def jagged_split(
     [[tensor([], dtype=torch.int64), tensor([2, 3])], [tensor([0, 1]), tensor([4])]]
     """
     check_jagged(x, "x")
+    check_ends(x.offsets, x.values.shape[0], "x.offsets")
     if totals is not None and len(totals) != len(lengths):
         seen = {"totals": len(totals), "lengths": len(lengths)}
         raise LayoutError(explain_values("totals", "must have one entry per entry of lengths", **seen))
@@ -190,7 +194,9 @@ def interleave(values: Sequence[Tensor], offsets: Sequence[Tensor]) -> Tensor:
     pairs = list(zip(values, offsets, strict=True))
     lengths = [lengths_of(o, v.shape[0], f"batches[{i}].offsets") for i, (v, o) in enumerate(pairs)]
     rows, everything = sum(v.shape[0] for v in values), [n for own in lengths for n in own]
-    if everything and (not is_short(everything, values[0].device) or is_few(lengths[0], rows)):
+    if everything and (
+        not is_short(everything, values[0].device) or is_few(lengths[0], rows) or values[0].dtype in BITS
+    ):
         parts = [cut(v, own) for v, own in zip(values, lengths, strict=True)]
         return torch.cat([piece for segment in zip(*parts, strict=True) for piece in segment])
     out = values[0].new_empty((rows, *values[0].shape[1:]))

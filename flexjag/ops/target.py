@@ -25,7 +25,8 @@ def jagged_dense_attention(
     here and whose Q is `key`. Nothing of size T × M outlives a segment: the backward computes the weights again.
 
     Args:
-        query: ``[S, M, D]``, M queries per segment.
+        query: ``[S, M, D]``, M queries per segment. Given to a compiled function, S is best marked as varying, by
+            ``torch._dynamo.maybe_mark_dynamic(query, 0)``: else the second S compiles once more.
         key: ``[T, D]`` of the same dtype.
         value: ``[T, E]`` with the offsets of `key`.
         bias: ``[S, N, M]`` with N at least the longest segment; positions behind a segment's end are not read, and

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from flexjag.errors import MaskError, explain_values
-from flexjag.jagged import Jagged, segment_ids
+from flexjag.jagged import Jagged
 from flexjag.masks import Rows
 from flexjag.nodes import check_tensor
+from flexjag.offsets import segment_ids
 from flexjag.upstream import holds_no_numbers
 
 

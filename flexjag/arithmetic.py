@@ -1,0 +1,43 @@
+"""The operators of a class that says how two of its objects combine."""
+
+from __future__ import annotations
+
+import operator
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any, Self
+
+
+class Arithmetic:
+    """``+ - * /`` between objects of a subclass, and with numbers on either side."""
+
+    @abstractmethod
+    def _combine(self, other: Any, fn: Callable[[Any, Any], Any]) -> Self:
+        """Apply `fn` elementwise to what this object and the other one hold."""
+
+    def __add__(self, other: Self | float) -> Self:
+        return self._combine(other, operator.add)
+
+    def __sub__(self, other: Self | float) -> Self:
+        return self._combine(other, operator.sub)
+
+    def __mul__(self, other: Self | float) -> Self:
+        return self._combine(other, operator.mul)
+
+    def __truediv__(self, other: Self | float) -> Self:
+        return self._combine(other, operator.truediv)
+
+    def __radd__(self, other: float) -> Self:
+        return self._combine(other, operator.add)
+
+    def __rmul__(self, other: float) -> Self:
+        return self._combine(other, operator.mul)
+
+    def __rsub__(self, other: float) -> Self:
+        return self._combine(other, lambda a, b: b - a)
+
+    def __rtruediv__(self, other: float) -> Self:
+        return self._combine(other, lambda a, b: b / a)
+
+    def __neg__(self) -> Self:
+        return self._combine(0, lambda a, b: -a)

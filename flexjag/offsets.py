@@ -1,0 +1,228 @@
+"""Offsets and lengths: what they must be, what is made of them, and what may be looked at."""
+
+from __future__ import annotations
+
+import itertools
+import operator
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexjag.errors import LayoutError, ShapeError, assert_on_device, explain_values
+from flexjag.upstream import holds_no_numbers
+
+CUT = "take segments a to b of a batch by Jagged(values, offsets)[a:b], in a graph by flexjag.ops.jagged_index_select"
+"""What to do instead of passing some of the offsets."""
+
+
+def mark_varying(tensor: Tensor, *dims: int) -> None:
+    """Tell TorchDynamo, if it is in use, that these dims change from batch to batch.
+
+    Without this the first batch compiles a graph of its own. The mark is weak: a size of 0 or 1 is
+    still specialised instead of rejected. Dynamo is never imported for it (that takes a second).
+    """
+    if torch.compiler.is_compiling():
+        return
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is not None and hasattr(dynamo, "maybe_mark_dynamic"):
+        marked = getattr(tensor, "_dynamo_weak_dynamic_indices", ())  # asking is faster than marking again
+        for dim in dims:
+            if dim not in marked:
+                dynamo.maybe_mark_dynamic(tensor, dim)
+
+
+def can_look(*tensors: Tensor) -> bool:
+    """Whether the contents can be read without a device sync, and outside of any trace."""
+    return all(t.device.type == "cpu" and not holds_no_numbers(t) for t in tensors)
+
+
+def surely(condition: bool) -> bool:
+    """A condition on sizes; False where a graph cannot tell, as they were read from data."""
+    if not torch.compiler.is_compiling():
+        return condition
+    from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+    return guard_or_false(condition)
+
+
+def same_size(a: int, b: int) -> bool:
+    """Whether two sizes are equal. A graph that cannot tell, as they were read from data, asserts that they are."""
+    if surely(a != b):
+        return False
+    torch._check(a == b)
+    return True
+
+
+def is_empty(rows: int) -> bool:
+    """Whether a size is 0. A graph that cannot tell, as it was read from data, asserts that it is not."""
+    if surely(rows == 0):
+        return True
+    if torch.compiler.is_compiling():
+        torch._check(rows > 0, lambda: "a size read from data inside the graph must not be 0")
+    return False
+
+
+def check_offsets(offsets: Tensor, total: int, name: str = "offsets") -> None:
+    """Check the *contents* of offsets. Costs a device sync, so hot paths never call it.
+
+    Args:
+        offsets: ``[S+1]`` integers.
+        total: The number of packed tokens they must end at.
+        name: The argument's name, for the message.
+
+    Raises:
+        LayoutError: If the offsets do not start at 0, decrease, or do not end at `total`.
+    """
+    values = offsets.tolist()
+    if values[0] != 0:
+        raise LayoutError(f"{explain_values(name, 'must start at 0', first=values[0])}; {CUT}")
+    for s, (lo, hi) in enumerate(itertools.pairwise(values)):
+        if hi < lo:
+            seen = {f"{name}[{s}]": lo, f"{name}[{s + 1}]": hi}
+            raise LayoutError(explain_values(name, "must not decrease", **seen))
+    if values[-1] != total:
+        rule = "must end at the number of packed tokens"
+        raise LayoutError(f"{explain_values(name, rule, last=values[-1], tokens=total)}; {CUT}")
+
+
+def check_ends(offsets: Tensor, rows: int, name: str = "offsets", *, spare: bool = False) -> None:
+    """Check the first and the last of the offsets, which some of a larger batch's get wrong.
+
+    Where they cannot be looked at, in a graph and on a GPU, this is an assertion: it waits for nothing, and a later
+    call reports it.
+
+    Args:
+        offsets: ``[S+1]`` integers.
+        rows: The number of packed rows.
+        name: The argument's name, for the message.
+        spare: Whether rows may lie behind the last offset.
+
+    Raises:
+        LayoutError: If the offsets do not start at 0, or do not end at `rows` (with `spare`: end behind them).
+    """
+    if can_look(offsets):
+        first, last = int(offsets[0]), int(offsets[-1])
+        if first != 0 or last > rows or (last < rows and not spare):
+            rule = f"must start at 0 and end at {'most ' if spare else ''}the number of rows"
+            raise LayoutError(f"{explain_values(name, rule, first=first, last=last, rows=rows)}; {CUT}")
+    else:
+        assert_ends(offsets, rows, name, spare=spare)
+
+
+def assert_ends(offsets: Tensor, rows: int, name: str = "offsets", *, spare: bool = False) -> None:
+    """:func:`check_ends` where nothing may be looked at."""
+    if offsets.device.type != "meta":
+        holds = (offsets[0] == 0) & (offsets[-1] <= rows if spare else offsets[-1] == rows)
+        assert_on_device(holds, f"{name}: must start at 0 and end at the number of rows; {CUT}")
+
+
+def segment_ids(offsets: Tensor, total: int) -> Tensor:
+    """``[total]`` int64: the segment of each packed token; S for tokens behind the last offset.
+
+    Searches all S+1 offsets rather than the S ends: a slice of S would make S = 1 a graph of its own.
+    """
+    token = torch.arange(total, device=offsets.device, dtype=offsets.dtype)
+    return torch.searchsorted(offsets.contiguous(), token, right=True) - 1
+
+
+def offsets_of(lengths: Tensor) -> Tensor:
+    """``[S+1]`` offsets of ``[S]`` lengths, in their dtype."""
+    return torch.cat([lengths.new_zeros(1), lengths.cumsum(0, dtype=lengths.dtype)])
+
+
+def offsets_from(lengths: Tensor | Sequence[int], device: torch.device) -> tuple[Tensor, int | None]:
+    """``[S+1]`` offsets on `device`, and the last of them if it can be known without waiting.
+
+    Raises:
+        LayoutError: As :func:`lengths_tensor`.
+    """
+    if isinstance(lengths, Tensor) or torch.compiler.is_compiling():
+        offsets = offsets_of(lengths_tensor(lengths, device))
+        return offsets, int(offsets[-1]) if can_look(offsets) else None
+    ends = [0, *itertools.accumulate(_integers(lengths))]
+    return torch.tensor(ends, dtype=torch.int64, device=device), ends[-1]
+
+
+def lengths_tensor(lengths: Tensor | Sequence[int], device: torch.device) -> Tensor:
+    """Lengths ``[S]``, int32 or int64, on `device`: those of a sequence are int64.
+
+    Raises:
+        LayoutError: If they are no integers, or found to be negative.
+    """
+    if not isinstance(lengths, Tensor):
+        return torch.tensor(_integers(lengths), dtype=torch.int64, device=device)
+    if lengths.dtype not in (torch.int32, torch.int64) or lengths.ndim != 1:
+        seen = {"dtype": lengths.dtype, "shape": tuple(lengths.shape)}
+        raise LayoutError(explain_values("lengths", "must be 1-D int32 or int64", **seen))
+    if can_look(lengths) and lengths.shape[0] and int(lengths.min()) < 0:
+        raise LayoutError(explain_values("lengths", "must not be negative", lengths=lengths))
+    return lengths.to(device)
+
+
+def _index(given: Any) -> Any:
+    if isinstance(given, bool) or (isinstance(given, Tensor) and given.dtype == torch.bool):
+        raise TypeError("a truth value is no length")
+    return given if isinstance(given, int | torch.SymInt) else operator.index(given)
+
+
+def _integers(lengths: object) -> list[int]:
+    """Those of a sequence: Python's, NumPy's, or tensors of one element."""
+    try:
+        entries = list(lengths)  # pyright: ignore[reportArgumentType, reportUnknownVariableType]
+    except (TypeError, ValueError):  # the latter of a tracer's stand-in
+        rule = "must be a 1-D tensor or a sequence of integers, one per segment"
+        seen = {"lengths": lengths if isinstance(lengths, int | float) else type(lengths).__name__}
+        raise LayoutError(explain_values("lengths", rule, **seen)) from None
+    try:
+        found = [n if type(n) is int else _index(n) for n in entries]
+    except TypeError:
+        raise LayoutError(explain_values("lengths", "must be integers", lengths=entries)) from None
+    if not torch.compiler.is_compiling() and min(found, default=0) < 0:
+        raise LayoutError(explain_values("lengths", "must not be negative", lengths=entries))
+    return found
+
+
+def check_tensor(error: type[ValueError], name: str, given: object) -> None:
+    """Check that what should be a tensor is one, and say what to do with what is often taken for one.
+
+    Args:
+        error: What to raise.
+        name: The argument.
+        given: Its value.
+    """
+    if isinstance(given, Tensor):
+        return
+    kind, hint = type(given).__name__, ""
+    if isinstance(given, list | tuple):
+        hint = "; Jagged.from_list and Jagged.from_lengths take Python lists"
+    elif kind == "ndarray":
+        hint = "; torch.from_numpy shares the memory of an array"
+    elif kind == "Proxy":
+        hint = "; torch.fx.symbolic_trace cannot read data: use torch.export or make_fx, or torch.fx.wrap the call"
+    raise error(explain_values(name, f"must be a tensor{hint}", type=kind))
+
+
+def check_computable(name: str, values: Tensor) -> None:
+    """Check that values are of a type that is computed with, not only stored and moved as float8 is.
+
+    Raises:
+        ShapeError: If they are not.
+    """
+    if values.dtype.itemsize == 1 and values.dtype.is_floating_point:
+        rule = "float8 values are stored and moved, not computed with; convert them, as by x.to(torch.bfloat16)"
+        raise ShapeError(explain_values(name, rule, dtype=values.dtype))
+
+
+def listed(name: str, given: Any) -> list[Any]:
+    """What an argument holds that can be iterated over.
+
+    Raises:
+        ShapeError: If it cannot.
+    """
+    try:
+        return list(given)
+    except (TypeError, ValueError):
+        raise ShapeError(explain_values(name, "must be a list", type=type(given).__name__)) from None
