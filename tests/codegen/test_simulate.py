@@ -52,6 +52,60 @@ def dense(qkv: QKV) -> fj.Mask:
     return fj.Dense(torch.rand(areas) < 0.4)
 
 
+def looked_up() -> tuple[torch.Tensor, torch.Tensor]:
+    """A table ``[7, 3]``, and for each position of the longest segment where its span starts and ends."""
+    pos = torch.arange(max(LENGTHS))
+    return torch.rand(7, 3, generator=torch.Generator().manual_seed(1)), torch.stack([pos // 2, pos + 20], 1)
+
+
+def constant_indices() -> fj.Score:
+    table, _ = looked_up()
+
+    def score(x: torch.Tensor, *at: torch.Tensor) -> torch.Tensor:
+        _, _, q, kv = at
+        row = table[q % 7]
+        return x + table[kv % 2, 0] - table[-2, kv % 3] + table[q % 7, -1] * row[-2] + table[2, 1]
+
+    return fj.ScoreMod(score)
+
+
+def within_spans(_: QKV) -> fj.Mask:
+    _, spans = looked_up()
+
+    def mask(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
+        row = spans[kv]
+        return (q >= row[0]) & (q < row[-1]) & (spans[q, -1] >= kv) & (kv >= spans[q, 0] - 30)
+
+    return fj.MaskMod(mask)
+
+
+def scalars() -> fj.Score:
+    table, _ = looked_up()
+    two, half, yes, flags = torch.tensor(2), torch.tensor(0.5), torch.tensor(True), torch.tensor([True, False])
+
+    def score(x: torch.Tensor, *at: torch.Tensor) -> torch.Tensor:
+        _, _, q, kv = at
+        warm = torch.where(yes & (q > kv), x * half, torch.tensor(-1.0))
+        return warm + table[two, kv % 3] + flags[kv % 2] + table[kv % 7, int(True)] * 3 + torch.full_like(x, 2.0)
+
+    return fj.ScoreMod(score)
+
+
+def scalar_conditions(_: QKV) -> fj.Mask:
+    two, yes, flags = torch.tensor(2), torch.tensor(True), torch.tensor([True, False])
+
+    def mask(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
+        allowed = (q >= kv - two) & yes & (flags[q % 2] | torch.ones_like(q, dtype=torch.bool))
+        return allowed | torch.tensor(False)
+
+    return fj.MaskMod(mask)
+
+
+def learned_from_the_end() -> fj.Score:
+    table = learned(2, 7, 3)
+    return fj.ScoreMod(lambda x, b, h, q, kv: x + table[h, (q - kv) % 7 - 7, -1])
+
+
 PLANS: dict[str, tuple[Callable[[], QKV], Callable[[QKV], fj.Mask], Callable[[], fj.Score | None]]] = {
     "full+softcap": (small, lambda _: fj.Full(), lambda: fj.SoftCap(3.0)),
     "causal": (small, lambda _: fj.Causal(), lambda: None),
@@ -80,6 +134,9 @@ PLANS: dict[str, tuple[Callable[[], QKV], Callable[[QKV], fj.Mask], Callable[[],
         lambda _: fj.Causal() & fj.MaskMod(lambda b, h, q, kv: (q - kv) % 3 < 2),
         learned_score,
     ),
+    "constant indices": (small, within_spans, constant_indices),
+    "numbers of no dimension": (small, scalar_conditions, scalars),
+    "learned, from the end": (small, lambda _: fj.Causal(), learned_from_the_end),
     "per head": (
         small,
         lambda _: fj.PerHead([fj.Causal(), fj.Window(16, 16) & ~fj.Prefix(3)]),
