@@ -105,7 +105,7 @@ def mend_cpu_flex_rows() -> None:
     The graph also shows what a call does not: how ``torch.isin`` is made of rows. Nothing that is right changes, for
     whoever calls FlexAttention.
     """
-    lowering = import_module("torch._inductor.kernel.flex.flex_attention")
+    lowering: Any = import_module("torch._inductor.kernel.flex.flex_attention")
     plain = lowering.lower_cpu
 
     def lower_cpu(query: Any, key: Any, value: Any, subgraph: Any, block_mask: Any, *rest: Any) -> Any:
@@ -133,7 +133,7 @@ def mend_flex_negative_indices() -> None:
     from torch.utils._sympy.numbers import int_oo
     from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
 
-    select = import_module("torch._inductor.select_algorithm")
+    select: Any = import_module("torch._inductor.select_algorithm")
     analysis = ValueRangeAnalysis()
 
     def range_of(x: Any) -> Any:

@@ -153,20 +153,40 @@ PLANS: dict[str, tuple[Callable[[], QKV], Callable[[QKV], fj.Mask], Callable[[],
 
 
 def test_fixed_capacity_needs_no_bounds_and_stays_inside(worker: Worker) -> None:
-    """Whole tiles of the plan's own size: with tiles of 256, 384 tokens are none."""
+    """Whole tiles of the plan's own size: with tiles of 256, 384 tokens are none. What spare rows hold goes nowhere."""
     for lengths, tokens, block in (([100, 0, 30], 256, 128), ([256, 128], 384, 256)):
         q, k, v = make_qkv(lengths, dtype=torch.float32, dim=32)
-        spare = torch.zeros(tokens - sum(lengths), 2, 32)
+        spare = torch.full((tokens - sum(lengths), 2, 32), torch.nan)
         q, k, v = (fj.Jagged(torch.cat([x.values, spare]), q.offsets) for x in (q, k, v))
         plan = fj.plan(q, mask=fj.Causal(), max_tokens=tokens, block_size=block)
         exact = [x.values.detach().clone().requires_grad_() for x in (q, k, v)]
         want = fj.attention(*(q.with_values(x) for x in exact), plan=plan, backend="reference").values
         grad = torch.randn_like(want)
+        grad[sum(lengths) :] = torch.nan
         report = fj.compile_for("sm_90", plan, q, k, v, assemble=False, worker=worker)
         out, grads = report.simulate(q, k, v, grad, worker=worker)
+        assert want.isfinite().all()
         torch.testing.assert_close(out.values, want, atol=1e-5, rtol=1e-5)
         for x, wanted in zip((q, k, v), torch.autograd.grad(want, exact, grad), strict=True):
             torch.testing.assert_close(grads[x.values], wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_half_precision_tables_learn_in_float32(dtype: torch.dtype, worker: Worker) -> None:
+    """Their gradients are sums over all scores: rounded once, not after each addend."""
+    q, k, v = small(dtype=dtype)
+    exact, table = torch.zeros(2, 3, dtype=torch.float64, requires_grad=True), torch.zeros(2, 3, dtype=torch.bfloat16)
+    plan = fj.plan(q, mask=fj.Causal(), score=fj.RelativeBias(table.requires_grad_()))
+    grad = v.values.detach() * 10
+    report = fj.compile_for("sm_90", plan, q, k, v, assemble=False, worker=worker)
+    _, grads = report.simulate(q, k, v, grad, worker=worker)
+    wide = [x.with_values(x.values.detach().double()) for x in (q, k, v)]
+    want = fj.attention(*wide, mask=fj.Causal(), score=fj.RelativeBias(exact), backend="reference").values
+    (wanted,) = torch.autograd.grad(want, [exact], grad.double())
+    assert grads[table].dtype == torch.bfloat16
+    rounding = 2**-9 * wanted.abs()  # of the gradient, once
+    other = 4 * torch.finfo(dtype).eps * wanted.abs().max()  # of q·k, of weights and of what flows back
+    assert bool(((grads[table].double() - wanted).abs() <= rounding + other).all())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
