@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 @cache
 def mend_cpu_flex_size_names() -> None:
-    """Inductor's CPU FlexAttention kernels do not compile for some sizes (seen in torch 2.11 and 2.13).
+    """Inductor's CPU FlexAttention kernels do not compile for some sizes (seen in torch 2.11 to 2.14).
 
     The template stands for its split sizes by two unbacked symbols, ``ks1`` say, and textually replaces that name in
     the generated C++, also inside ``ks18``, the size of a captured tensor. Named ``ku1_size``, they are part of no
@@ -265,6 +265,6 @@ def fence(x: Tensor) -> Tensor:
 
     Inductor's CPU FlexAttention takes no view of a tensor of another rank, and no operation fused behind it. Its Triton
     one inlines a tensor that a mod reads and that the graph has not yet written, and fails if that one is padded
-    (seen in torch 2.11 and 2.13).
+    (seen in torch 2.11 to 2.14).
     """
     return _fence(x) if torch.compiler.is_compiling() else x
