@@ -102,8 +102,8 @@ def _misplaced(module: torch.fx.GraphModule, num_scores: int) -> bool:
 def mend_cpu_flex_rows() -> None:
     """What :func:`cpu_flex_misplaces` says of a function is an error when it is lowered, in graphs that call it, too.
 
-    The graph also shows what a call does not: how ``torch.isin`` is made of rows. Nothing that is right changes, for
-    whoever calls FlexAttention.
+    It sees users' own nodes, too, and holds for whoever calls FlexAttention in this process. A few rows that happen to
+    come out right are refused with the others: those only summed over their last dimension, or given a dimension of 1.
     """
     lowering: Any = import_module("torch._inductor.kernel.flex.flex_attention")
     plain = lowering.lower_cpu
@@ -144,7 +144,7 @@ def mend_flex_negative_indices() -> None:
     class Wrapping(select.ModificationWrapper):
         def load(self, name: str, index: Any) -> Any:
             out = super().load(name, index)
-            if name in self.fixed_inputs and name != "score":  # b, h, m and n
+            if name in self.fixed_inputs and name in ("b", "h", "m", "n"):
                 out.bounds = ValueRanges(0, int_oo)
             return out
 
