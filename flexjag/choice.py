@@ -21,6 +21,7 @@ from flexjag.errors import BackendError, MaskError, PlanError, explain_values
 from flexjag.launching import DTYPES
 from flexjag.layout import Layout
 from flexjag.normalizers import GELU, Identity, Normalizer, Pointwise, Sigmoid, SiLU, Softmax, StickBreaking
+from flexjag.upstream import ROWS, cpu_flex_misplaces
 
 BACKENDS = ("reference", "tiled", "segments", "flex", "varlen", "triton")
 LONG_LEARNED = 16384  # keys over which a learned bias, a gradient of all keys per call of segments, wastes too much
@@ -91,6 +92,9 @@ def _flex(case: Case) -> str | None:
             return "FlexAttention has no backward on CPU"
         if case.lse:
             return "FlexAttention's CPU kernel does not return the log-sum-exp"
+        for fn, is_score in [] if case.tracing else expressions.functions(case.mask, case.score):
+            if cpu_flex_misplaces(fn, is_score):  # in a graph, its lowering says so
+                return f"{ROWS}, as {getattr(fn, '__name__', type(fn).__name__)} does"
     if case.dtype == torch.float64:
         return "FlexAttention's kernels have no float64"
     if case.on_cuda and case.block_size % 128:

@@ -16,7 +16,9 @@ from torch import Tensor
 from flexjag.errors import AmbiguousMaskError, MaskError, explain_values
 from flexjag.nodes import Node, along, check_tensor, is_integer, node, saturated
 from flexjag.offsets import mark_varying
-from flexjag.upstream import holds_no_numbers
+from flexjag.upstream import holds_no_numbers, mend_dynamo_invert
+
+mend_dynamo_invert()  # for ``~mask`` in functions that are compiled
 
 Bound = int | Tensor
 Align = Literal["start", "end"]
@@ -24,10 +26,7 @@ MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 class Mask(Node):
-    """Base class of every mask node. Subclass it and register its cases to add a node of your own.
-
-    Dynamo cannot trace ``~mask`` inside a compiled function: build masks outside, or write ``masks.Not(mask)``.
-    """
+    """Base class of every mask node. Subclass it and register its cases to add a node of your own."""
 
     def __and__(self, other: Mask) -> Mask:
         return And(self, _check_mask(other, "&"))

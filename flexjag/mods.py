@@ -137,7 +137,7 @@ def kernel_mask(sandwich: Sandwich, t: RowTables) -> m.Mask:
 
 def _local(t: RowTables, q: Tensor, kv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Segment, query position and key position, clamped into the segment so that no lookup leaves it."""
-    kv_pos = torch.minimum((kv - t.kv_start[q]).clamp(min=0), t.kv_last[q])
+    kv_pos = torch.minimum(kv - t.kv_start[q], t.kv_last[q]).clamp(min=0)  # last, so that a compiler sees the bound
     return t.segment[q], t.q_pos[q], kv_pos
 
 
@@ -186,7 +186,8 @@ def _(mask: DenseRows, t: RowTables, layout: Layout) -> MaskMod:
     values, base = mask.values, mask.base
 
     def matrix(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-        return values[(base[q] + kv).clamp(0, values.shape[0] - 1)]  # outside the row's spans any entry will do
+        at = (base[q] + kv).clamp(max=values.shape[0] - 1)  # outside the row's spans any entry will do
+        return values[at.clamp(min=0)]
 
     return matrix
 

@@ -13,14 +13,18 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
 from flexjag.backends import flex_options
+from flexjag.errors import BackendError
 from flexjag.jagged import mark_varying
 from flexjag.plan import Plan, mark_plan
-from flexjag.upstream import fence, mend_cpu_flex_size_names
+from flexjag.upstream import ROWS, fence, mend_cpu_flex_rows, mend_cpu_flex_size_names, mend_flex_negative_indices
 
 Pair = tuple[Tensor, Tensor | None]
 _numbers = itertools.count()
 
-mend_cpu_flex_size_names()  # at import, because Dynamo cannot trace it and a graph may be the first to come here
+# At import, because Dynamo cannot trace them and a graph may be the first to come here.
+mend_cpu_flex_size_names()
+mend_cpu_flex_rows()
+mend_flex_negative_indices()
 
 
 def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, need_lse: bool) -> Pair:
@@ -30,11 +34,20 @@ def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, need_lse: boo
 
     Returns:
         ``[T_q, H, E]`` and, if wanted, the log-sum-exp ``[T_q, H]`` in float32.
+
+    Raises:
+        BackendError: If the CPU's kernel would compute something else than the user's functions.
     """
     if torch.compiler.is_compiling():
         return _attend(q, k, v, plan, scale, need_lse)
     _mark(q, k, v, plan)
-    return _compiled((_structure(plan, q, k, v), scale, need_lse))(q, k, v, plan, scale, need_lse)
+    compiled = _compiled((_structure(plan, q, k, v), scale, need_lse))
+    try:
+        return compiled(q, k, v, plan, scale, need_lse)
+    except RuntimeError as reason:
+        if ROWS in str(reason):  # seen in the graph only
+            raise BackendError(f"backend: 'flex' cannot run this plan: {ROWS}, as a function in it does") from reason
+        raise
 
 
 def with_options(options: Mapping[str, Any]) -> Callable[..., Pair]:

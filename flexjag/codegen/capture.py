@@ -16,7 +16,6 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch._functorch import config as functorch_config
-from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
@@ -70,6 +69,7 @@ class _Recorder:
 
     def __call__(self, module: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         from torch._dynamo.backends.common import aot_autograd
+        from torch._inductor.compile_fx import partition_fn
         from torch._inductor.decomposition import select_decomp_table
 
         if self.graphs:
@@ -81,9 +81,9 @@ class _Recorder:
             aot_autograd(
                 fw_compiler=self.keep("forward"),
                 bw_compiler=self.keep("backward"),
-                inference_compiler=self.keep("forward"),
+                inference_compiler=self.keep("forward", is_whole=True),
                 decompositions=select_decomp_table(),
-                partition_fn=min_cut_rematerialization_partition,
+                partition_fn=partition_fn,
             )(module, inputs)
         self.problem = _problem(len(shown))
 
@@ -94,8 +94,13 @@ class _Recorder:
 
         return run
 
-    def keep(self, phase: str) -> Callable[..., Any]:
+    def keep(self, phase: str, is_whole: bool = False) -> Callable[..., Any]:
+        """Inductor's lowering counts on its passes over the joint graph, which its partitioner runs before it cuts."""
+        from torch._inductor.compile_fx import _recursive_joint_graph_passes
+
         def compiler(module: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+            if is_whole:
+                module = _recursive_joint_graph_passes(module)
             self.graphs.append(Graph(phase, module, list(inputs)))
 
             def never(_: list[Any]) -> Any:

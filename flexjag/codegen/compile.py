@@ -26,7 +26,7 @@ from flexjag.jagged import Jagged, mark_varying
 from flexjag.plan import Plan, mark_plan
 from flexjag.upstream import interpreter_needs_older_numpy
 
-TESTED_TORCH = ("2.11", "2.12", "2.13")
+TESTED_TORCH = ("2.11", "2.12", "2.13", "2.14")
 """Versions of torch whose internals the worker is known to fit."""
 
 

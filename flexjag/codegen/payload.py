@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexjag import mods
+from flexjag import functions, mods
 from flexjag.errors import CodegenError, explain_values
 from flexjag.layout import Layout
 from flexjag.plan import Plan, mark_plan
@@ -105,7 +105,8 @@ def for_gpu(plan: Plan) -> Plan:
     tables = mods.row_tables(layout, plan.block_size)
     masks = tuple(mods.kernel_mask(x, tables) for x in plan.sandwiches)
     score = None if plan.score is None else mods.rounded(plan.score, tables)
-    made = replace(plan, layout=layout, tables=tables, kernel_masks=masks, kernel_score=score)
+    nothing = functions.Reading([], [])  # what functions read is compared here, not in another process
+    made = replace(plan, layout=layout, tables=tables, kernel_masks=masks, kernel_score=score, reading=nothing)
     mark_plan(made)
     return made
 

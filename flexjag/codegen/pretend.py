@@ -45,6 +45,7 @@ def _pretend_cuda(capability: tuple[int, int], properties: Any) -> None:
         "get_device_name": properties.name,
         "is_bf16_supported": True,
         "is_initialized": True,
+        "is_current_stream_capturing": False,
         "set_device": None,
         "synchronize": None,
         "_lazy_init": None,

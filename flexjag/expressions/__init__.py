@@ -7,6 +7,7 @@ and it is plain Python on strings, which TorchDynamo can trace.
 
 from flexjag.expressions.derivative import derivative as derivative
 from flexjag.expressions.derivative import times as times
+from flexjag.expressions.objection import functions as functions
 from flexjag.expressions.objection import has_functions as has_functions
 from flexjag.expressions.objection import objection as objection
 from flexjag.expressions.program import Instruction as Instruction

@@ -12,24 +12,24 @@ from flexjag import scores as s
 from flexjag.expressions.program import Program, as_symbol
 
 
-def _functions(mask: m.Mask, score: s.Score | None) -> list[tuple[Callable[..., Any], bool]]:
+def functions(mask: m.Mask, score: s.Score | None) -> list[tuple[Callable[..., Any], bool]]:
     """The user's functions in a mask and a score, and whether each is a score's."""
     found: list[tuple[Callable[..., Any], bool]] = []
     match mask:
         case m.MaskMod():
             found = [(mask.fn, False)]
         case m.And() | m.Or():
-            found = _functions(mask.left, None) + _functions(mask.right, None)
+            found = functions(mask.left, None) + functions(mask.right, None)
         case m.Not():
-            found = _functions(mask.mask, None)
+            found = functions(mask.mask, None)
         case m.PerHead():
-            found = [x for one in mask.masks for x in _functions(one, None)]
+            found = [x for one in mask.masks for x in functions(one, None)]
     return found + [(x.fn, True) for x in s.parts(score) if isinstance(x, s.ScoreMod)]
 
 
 def has_functions(mask: m.Mask, score: s.Score | None) -> bool:
     """Whether a mask or a score calls functions of the user's."""
-    return bool(_functions(mask, score))
+    return bool(functions(mask, score))
 
 
 def _parts(mask: m.Mask) -> list[m.Mask]:
@@ -56,7 +56,7 @@ def objection(mask: m.Mask, score: s.Score | None, device: torch.device, tracing
     for node in (*_parts(mask), *s.parts(score)):
         if not type(node).__module__.startswith("flexjag."):
             return f"its kernels cannot be printed from a node of your own, {type(node).__name__}"
-    for fn, is_score in _functions(mask, score):
+    for fn, is_score in functions(mask, score):
         name = getattr(fn, "__name__", type(fn).__name__)
         if tracing:
             return f"{name} cannot be made part of its kernels while a graph is being traced"

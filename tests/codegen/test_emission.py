@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -60,6 +61,18 @@ def test_the_document_mask_gathers_by_key_and_takes_more_instructions(worker: Wo
         assert theirs[phase].kv_indexed >= 1
         masked = [[per_score(r[phase], x) for x in r[phase].loops if x.masked] for r in (ours, theirs)]
         assert sum(x or 0 for x in masked[0]) < sum(x or 0 for x in masked[1])
+
+
+def test_lookups_that_cannot_be_negative_are_not_tested_for_it(worker: Worker) -> None:
+    """A table of a user's is counted from its end where an index is negative; nodes of ours do not pay for that."""
+    x, table = batch(), torch.ones(8, 9, requires_grad=True)
+    user = fj.ScoreMod(lambda s, b, h, q, kv: s + table[h, (q - kv) % 5 - 7])
+    ours = fj.RelativeBias(table) >> fj.BucketedBias(table[:, :5], torch.arange(4) * 8)
+    mask = fj.PerHead([fj.Dense(torch.ones(4100, 4100, dtype=torch.bool)), fj.SameGroup(torch.arange(4100) // 7)] * 4)
+    for score, found in ((ours, 0), (user, 1)):
+        plan = fj.plan(x, mask=mask, score=score)
+        report = fj.compile_for("sm_90", plan, x, x, x, backward=False, assemble=False, worker=worker, cache=False)
+        assert len(re.findall(r"tl\.where\(\w+ < 0, ", report.wrappers["forward"])) == found
 
 
 @pytest.mark.parametrize("dim", [64, 128])

@@ -52,6 +52,60 @@ def dense(qkv: QKV) -> fj.Mask:
     return fj.Dense(torch.rand(areas) < 0.4)
 
 
+def looked_up() -> tuple[torch.Tensor, torch.Tensor]:
+    """A table ``[7, 3]``, and for each position of the longest segment where its span starts and ends."""
+    pos = torch.arange(max(LENGTHS))
+    return torch.rand(7, 3, generator=torch.Generator().manual_seed(1)), torch.stack([pos // 2, pos + 20], 1)
+
+
+def constant_indices() -> fj.Score:
+    table, _ = looked_up()
+
+    def score(x: torch.Tensor, *at: torch.Tensor) -> torch.Tensor:
+        _, _, q, kv = at
+        row = table[q % 7]
+        return x + table[kv % 2, 0] - table[-2, kv % 3] + table[q % 7, -1] * row[-2] + table[2, 1]
+
+    return fj.ScoreMod(score)
+
+
+def within_spans(_: QKV) -> fj.Mask:
+    _, spans = looked_up()
+
+    def mask(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
+        row = spans[kv]
+        return (q >= row[0]) & (q < row[-1]) & (spans[q, -1] >= kv) & (kv >= spans[q, 0] - 30)
+
+    return fj.MaskMod(mask)
+
+
+def scalars() -> fj.Score:
+    table, _ = looked_up()
+    two, half, yes, flags = torch.tensor(2), torch.tensor(0.5), torch.tensor(True), torch.tensor([True, False])
+
+    def score(x: torch.Tensor, *at: torch.Tensor) -> torch.Tensor:
+        _, _, q, kv = at
+        warm = torch.where(yes & (q > kv), x * half, torch.tensor(-1.0))
+        return warm + table[two, kv % 3] + flags[kv % 2] + table[kv % 7, int(True)] * 3 + torch.full_like(x, 2.0)
+
+    return fj.ScoreMod(score)
+
+
+def scalar_conditions(_: QKV) -> fj.Mask:
+    two, yes, flags = torch.tensor(2), torch.tensor(True), torch.tensor([True, False])
+
+    def mask(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
+        allowed = (q >= kv - two) & yes & (flags[q % 2] | torch.ones_like(q, dtype=torch.bool))
+        return allowed | torch.tensor(False)
+
+    return fj.MaskMod(mask)
+
+
+def learned_from_the_end() -> fj.Score:
+    table = learned(2, 7, 3)
+    return fj.ScoreMod(lambda x, b, h, q, kv: x + table[h, (q - kv) % 7 - 7, -1])
+
+
 PLANS: dict[str, tuple[Callable[[], QKV], Callable[[QKV], fj.Mask], Callable[[], fj.Score | None]]] = {
     "full+softcap": (small, lambda _: fj.Full(), lambda: fj.SoftCap(3.0)),
     "causal": (small, lambda _: fj.Causal(), lambda: None),
@@ -80,6 +134,9 @@ PLANS: dict[str, tuple[Callable[[], QKV], Callable[[QKV], fj.Mask], Callable[[],
         lambda _: fj.Causal() & fj.MaskMod(lambda b, h, q, kv: (q - kv) % 3 < 2),
         learned_score,
     ),
+    "constant indices": (small, within_spans, constant_indices),
+    "numbers of no dimension": (small, scalar_conditions, scalars),
+    "learned, from the end": (small, lambda _: fj.Causal(), learned_from_the_end),
     "per head": (
         small,
         lambda _: fj.PerHead([fj.Causal(), fj.Window(16, 16) & ~fj.Prefix(3)]),
@@ -96,20 +153,40 @@ PLANS: dict[str, tuple[Callable[[], QKV], Callable[[QKV], fj.Mask], Callable[[],
 
 
 def test_fixed_capacity_needs_no_bounds_and_stays_inside(worker: Worker) -> None:
-    """Whole tiles of the plan's own size: with tiles of 256, 384 tokens are none."""
+    """Whole tiles of the plan's own size: with tiles of 256, 384 tokens are none. What spare rows hold goes nowhere."""
     for lengths, tokens, block in (([100, 0, 30], 256, 128), ([256, 128], 384, 256)):
         q, k, v = make_qkv(lengths, dtype=torch.float32, dim=32)
-        spare = torch.zeros(tokens - sum(lengths), 2, 32)
+        spare = torch.full((tokens - sum(lengths), 2, 32), torch.nan)
         q, k, v = (fj.Jagged(torch.cat([x.values, spare]), q.offsets) for x in (q, k, v))
         plan = fj.plan(q, mask=fj.Causal(), max_tokens=tokens, block_size=block)
         exact = [x.values.detach().clone().requires_grad_() for x in (q, k, v)]
         want = fj.attention(*(q.with_values(x) for x in exact), plan=plan, backend="reference").values
         grad = torch.randn_like(want)
+        grad[sum(lengths) :] = torch.nan
         report = fj.compile_for("sm_90", plan, q, k, v, assemble=False, worker=worker)
         out, grads = report.simulate(q, k, v, grad, worker=worker)
+        assert want.isfinite().all()
         torch.testing.assert_close(out.values, want, atol=1e-5, rtol=1e-5)
         for x, wanted in zip((q, k, v), torch.autograd.grad(want, exact, grad), strict=True):
             torch.testing.assert_close(grads[x.values], wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_half_precision_tables_learn_in_float32(dtype: torch.dtype, worker: Worker) -> None:
+    """Their gradients are sums over all scores: rounded once, not after each addend."""
+    q, k, v = small(dtype=dtype)
+    exact, table = torch.zeros(2, 3, dtype=torch.float64, requires_grad=True), torch.zeros(2, 3, dtype=torch.bfloat16)
+    plan = fj.plan(q, mask=fj.Causal(), score=fj.RelativeBias(table.requires_grad_()))
+    grad = v.values.detach() * 10
+    report = fj.compile_for("sm_90", plan, q, k, v, assemble=False, worker=worker)
+    _, grads = report.simulate(q, k, v, grad, worker=worker)
+    wide = [x.with_values(x.values.detach().double()) for x in (q, k, v)]
+    want = fj.attention(*wide, mask=fj.Causal(), score=fj.RelativeBias(exact), backend="reference").values
+    (wanted,) = torch.autograd.grad(want, [exact], grad.double())
+    assert grads[table].dtype == torch.bfloat16
+    rounding = torch.finfo(torch.bfloat16).eps / 2 * wanted.abs()  # of the gradient, once
+    other = 4 * torch.finfo(dtype).eps * wanted.abs().max()  # of q·k, of weights and of what flows back
+    assert bool(((grads[table].double() - wanted).abs() <= rounding + other).all())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
