@@ -52,7 +52,7 @@ def jagged_hash_size_cumsum(offsets: Tensor, indices: Tensor, batch_size: Intege
         seen: dict[str, object] = {"offsets": tuple(offsets.shape), "batch_size": size}
         raise LayoutError(explain_values("offsets", "must be those of batch_size segments per feature", **seen))
     check_lengths(indices, "indices")
-    rows = read(indices, offsets[:: max(size, 1)], mask=False)
+    rows = read(indices, offsets[:: max(size, 1)].contiguous(), mask=False)
     largest = rows.narrow(ops.segment_max(rows.x, fill=-1)).to(offsets.dtype)
     return asynchronous_complete_cumsum(largest + 1), torch.arange(
         features + 1, device=offsets.device, dtype=offsets.dtype
@@ -94,9 +94,8 @@ def jagged_unique_indices(
     unique = torch.zeros_like(keys).index_copy(0, inverse, indices)  # equal keys are equal indices
 
     # How many keys each group of features has, and how many segments share them.
-    ends = torch.searchsorted(keys, hash_size_cumsum.index_select(0, hash_size_offsets))
-    ends = torch.where(hash_size_offsets == features, keys.shape[0], ends)
     begins = torch.searchsorted(keys, hash_size_cumsum.index_select(0, hash_size_offsets))
+    ends = torch.where(hash_size_offsets == features, keys.shape[0], begins)  # the last feature's may be any
     group = segment_ids(hash_size_offsets, features).repeat_interleave(batch)
     count = (ends[1:] - begins[:-1]).index_select(0, group)
     first = (hash_size_offsets * batch).index_select(0, group)
