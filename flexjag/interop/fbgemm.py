@@ -9,6 +9,8 @@ outside a tensor or returns memory that it never wrote, there is an error or a z
   then ignore the others, which get no gradient. Functions with a packed result need all rows covered.
 - Where offsets decrease or leave the values, FBGEMM reads other memory: a ``LayoutError`` here. On a CPU all contents
   are checked; on a GPU and in a compiled graph only what the op itself must look at.
+- Where FBGEMM takes an ``int``, so do these: Python's, NumPy's, or an integer tensor of one entry; and for an ``int[]``
+  a sequence of them, a NumPy array or a 1-D tensor, in a compiled graph too.
 - `max_length` and its other names cut every segment to its first tokens, as in FBGEMM.
 - Wrong shapes are a ``ShapeError``.
 
@@ -19,12 +21,23 @@ outside a tensor or returns memory that it never wrote, there is an error or a z
 [[1.0, -1.0], [2.0, 3.0]]
 """
 
-from flexjag.interop.fbgemm_padding import (
+from flexjag.interop.fbgemm_lengths import (
+    asynchronous_batched_complete_cumsum,
     asynchronous_complete_cumsum,
+    asynchronous_exclusive_cumsum,
+    asynchronous_inclusive_cumsum,
+    expand_into_jagged_permute,
+    get_source_mask,
+    offsets_range,
+    repeat_arange,
+)
+from flexjag.interop.fbgemm_padding import (
     dense_to_jagged,
     jagged_1d_to_dense,
     jagged_2d_to_dense,
     jagged_to_padded_dense,
+    pack_segments,
+    pack_segments_v2,
     stacked_jagged_1d_to_dense,
     stacked_jagged_2d_to_dense,
 )
@@ -35,9 +48,16 @@ from flexjag.interop.fbgemm_products import (
     jagged_dense_elementwise_add,
     jagged_dense_elementwise_add_jagged_output,
     jagged_dense_elementwise_mul,
-    jagged_index_select,
     jagged_jagged_bmm,
     jagged_softmax,
+)
+from flexjag.interop.fbgemm_select import (
+    jagged_1d_to_truncated_values,
+    jagged_index_add_2d_forward,
+    jagged_index_select,
+    jagged_slice,
+    keyed_jagged_index_select_dim1,
+    masked_select_jagged_1d,
 )
 from flexjag.interop.fbgemm_sll import (
     sll_dense_jagged_cat_jagged_out,
@@ -57,22 +77,44 @@ from flexjag.interop.fbgemm_sll_packed import (
     sll_jagged_jagged_bmm_jagged_out,
     sll_jagged_self_substraction_jagged_out,
 )
+from flexjag.interop.fbgemm_unique import (
+    jagged_acc_weights_and_counts,
+    jagged_hash_size_cumsum,
+    jagged_unique_indices,
+)
 
 __all__ = [
+    "asynchronous_batched_complete_cumsum",
     "asynchronous_complete_cumsum",
+    "asynchronous_exclusive_cumsum",
+    "asynchronous_inclusive_cumsum",
     "batched_dense_vec_jagged_2d_mul",
     "dense_to_jagged",
+    "expand_into_jagged_permute",
+    "get_source_mask",
     "jagged_1d_to_dense",
+    "jagged_1d_to_truncated_values",
     "jagged_2d_to_dense",
+    "jagged_acc_weights_and_counts",
     "jagged_dense_bmm",
     "jagged_dense_dense_elementwise_add_jagged_output",
     "jagged_dense_elementwise_add",
     "jagged_dense_elementwise_add_jagged_output",
     "jagged_dense_elementwise_mul",
+    "jagged_hash_size_cumsum",
+    "jagged_index_add_2d_forward",
     "jagged_index_select",
     "jagged_jagged_bmm",
+    "jagged_slice",
     "jagged_softmax",
     "jagged_to_padded_dense",
+    "jagged_unique_indices",
+    "keyed_jagged_index_select_dim1",
+    "masked_select_jagged_1d",
+    "offsets_range",
+    "pack_segments",
+    "pack_segments_v2",
+    "repeat_arange",
     "sll_array_jagged_bmm_jagged_out",
     "sll_dense_jagged_cat_jagged_out",
     "sll_jagged2_softmax",

@@ -3,28 +3,133 @@
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
+import numpy
 import torch
 from torch import Tensor
 
 from flexjag.errors import LayoutError, ShapeError, explain_values
 from flexjag.jagged import Jagged, segment_ids
+from flexjag.ops import checks
 from flexjag.ops.checks import can_look
+
+Integer: TypeAlias = int | numpy.integer[Any] | Tensor
+"""What FBGEMM takes for an ``int``: one of Python or NumPy, or an integer tensor of one entry."""
+
+Integers: TypeAlias = Sequence[Integer] | numpy.ndarray[Any, Any] | Tensor
+"""What FBGEMM takes for an ``int[]``: a sequence of them, or a NumPy array or tensor of one dimension."""
+
+
+def integer(given: Integer, name: str) -> int:
+    """A number as FBGEMM takes it. One that varies in a graph stays what it is; a tensor on a GPU costs a sync.
+
+    Raises:
+        ShapeError: If it is no integer.
+
+    >>> [integer(n, "n") for n in (3, numpy.int64(4), torch.tensor(5))]
+    [3, 4, 5]
+    """
+    if isinstance(given, Tensor) and torch.compiler.is_compiling():
+        return _traced(int(given.item()))
+    if isinstance(given, (int, torch.SymInt)) and not isinstance(given, bool):
+        return given
+    try:
+        if not isinstance(given, bool):
+            return operator.index(given)
+    except TypeError:
+        pass
+    raise ShapeError(explain_values(name, "must be an integer", **{name: given}))
+
+
+def _traced(size: int) -> int:
+    """A size that only the data tells: a graph must know that it is one."""
+    if torch.compiler.is_compiling():
+        torch._check(size >= 0)
+    return size
+
+
+def size_of(given: Integer, name: str) -> int:
+    """A number of rows.
+
+    Raises:
+        ShapeError: If it is no integer, or negative.
+    """
+    size = integer(given, name)
+    if size < 0:
+        raise ShapeError(explain_values(name, "must not be negative", **{name: size}))
+    return size
+
+
+def integers(given: Integers, name: str, size: int) -> list[int]:
+    """`size` numbers as FBGEMM takes them.
+
+    Raises:
+        LayoutError: If there are not so many, or it is no list.
+        ShapeError: If one is no integer.
+
+    >>> integers(numpy.array([1, 2]), "max_lengths", 2), integers(torch.tensor([3]), "max_lengths", 1)
+    ([1, 2], [3])
+    """
+    numbers = given
+    if isinstance(given, (Tensor, numpy.ndarray)):
+        numbers = given.tolist()
+        numbers = [_traced(n) for n in numbers] if isinstance(numbers, list) else numbers
+    check_list(numbers, name, "numbers", size)
+    return [integer(n, f"{name}[{i}]") for i, n in enumerate(numbers)]
 
 
 def check_tensor(tensor: object, name: str, *ndims: int) -> None:
-    """Check that an argument is a tensor with one of the numbers of dimensions.
+    """Check that an argument is a tensor, with one of the numbers of dimensions if some are given.
 
     Raises:
         ShapeError: If it is not.
     """
     if not isinstance(tensor, Tensor):
         raise ShapeError(explain_values(name, "must be a tensor", type=type(tensor).__name__))
-    if tensor.ndim not in ndims:
+    if ndims and tensor.ndim not in ndims:
         wanted = " or ".join(map(str, ndims))
         raise ShapeError(explain_values(name, f"must have {wanted} dimensions", shape=tuple(tensor.shape)))
+
+
+def check_index(tensor: object, name: str, like: object = None) -> None:
+    """Check that offsets, lengths or indices are a 1-D integer tensor, on the device of another tensor if it is given.
+
+    Raises:
+        LayoutError: If they are not.
+    """
+    owner = tensor if like is None else like
+    checks.check_index(tensor, name, owner.device if isinstance(owner, Tensor) else torch.device("cpu"))
+
+
+def check_lengths(lengths: Tensor, name: str, like: Tensor | None = None) -> None:
+    """Check that lengths are a 1-D integer tensor and, where they can be looked at (on a CPU), not negative.
+
+    Raises:
+        LayoutError: If they are not.
+    """
+    check_index(lengths, name, like)
+    if can_look(lengths):
+        wrong = (lengths < 0).nonzero()
+        if wrong.numel():
+            at = int(wrong[0])
+            raise LayoutError(explain_values(name, "must not be negative", **{f"{name}[{at}]": int(lengths[at])}))
+
+
+def check_range(indices: Tensor, name: str, size: int, letter: str = "S") -> None:
+    """Check where they can be looked at (on a CPU) that indices are from 0 to `size` - 1, a size of this letter.
+
+    Raises:
+        LayoutError: If they are not.
+    """
+    if can_look(indices) and indices.shape[0]:
+        low, high = (int(v) for v in indices.aminmax())
+        if low < 0 or high >= size:
+            seen: dict[str, object] = {"smallest": low, "largest": high, letter: size}
+            raise LayoutError(explain_values(name, f"must be from 0 to {letter} - 1", **seen))
 
 
 def check_list(given: object, name: str, of: str, size: int | None = None) -> None:
@@ -107,7 +212,7 @@ class Rows:
         return dense[1:-1] if self.enclosed else dense
 
 
-def read(values: Tensor, offsets: Tensor, max_length: int | None = None, *, mask: bool = True) -> Rows:
+def read(values: Tensor, offsets: Tensor, max_length: Integer | None = None, *, mask: bool = True) -> Rows:
     """Values as FBGEMM reads them: from the first offset to the last, at most `max_length` rows per segment.
 
     Args:
@@ -119,9 +224,11 @@ def read(values: Tensor, offsets: Tensor, max_length: int | None = None, *, mask
     Raises:
         LayoutError: If the offsets are no offsets, decrease or leave the values. Contents are checked where they can
             be looked at (on a CPU), and elsewhere by the op.
+        ShapeError: If `max_length` is no integer.
     """
     total = values.shape[0]
     x = Jagged(values, offsets)
+    max_length = None if max_length is None else integer(max_length, "max_length")
     exact, short = False, max_length is None
     if can_look(offsets):
         ends = offsets.tolist()

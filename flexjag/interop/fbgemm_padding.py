@@ -10,26 +10,24 @@ from torch import Tensor
 
 from flexjag import ops
 from flexjag.errors import LayoutError, ShapeError, explain_values
-from flexjag.interop.fbgemm_common import check_list, check_tensor, only, read
+from flexjag.interop.fbgemm_common import (
+    Integer,
+    Integers,
+    check_lengths,
+    check_list,
+    check_tensor,
+    integers,
+    only,
+    read,
+    size_of,
+)
+from flexjag.interop.fbgemm_lengths import asynchronous_complete_cumsum
 from flexjag.jagged import Jagged
 from flexjag.ops.checks import can_look
 
 
-def asynchronous_complete_cumsum(t_in: Tensor) -> Tensor:
-    """Offsets of lengths: ``[S]`` to ``[S+1]``, or ``[K, S]`` to ``[K, S+1]``, in their dtype.
-
-    Raises:
-        ShapeError: If `t_in` is no tensor of one or two dimensions.
-
-    >>> asynchronous_complete_cumsum(torch.tensor([1, 0, 2])).tolist()
-    [0, 1, 1, 3]
-    """
-    check_tensor(t_in, "t_in", 1, 2)
-    return torch.nn.functional.pad(t_in.cumsum(-1, dtype=t_in.dtype), (1, 0))
-
-
 def jagged_to_padded_dense(
-    values: Tensor, offsets: Sequence[Tensor], max_lengths: Sequence[int], padding_value: float = 0.0
+    values: Tensor, offsets: Sequence[Tensor], max_lengths: Integers, padding_value: float = 0.0
 ) -> Tensor:
     """Pad packed values in every jagged dimension.
 
@@ -53,16 +51,16 @@ def jagged_to_padded_dense(
     """
     check_tensor(values, "values", 1, 2)
     check_list(offsets, "offsets", "tensors, one per jagged dimension")
-    check_list(max_lengths, "max_lengths", "numbers", len(offsets))
-    *outer, innermost = zip(offsets, max_lengths, strict=True)
+    sizes = integers(max_lengths, "max_lengths", len(offsets))
+    *outer, innermost = zip(offsets, sizes, strict=True)
     rows = read(values, innermost[0], mask=False)
-    out = rows.narrow(ops.jagged_to_padded_dense(rows.x, innermost[1], padding_value))
+    out = rows.narrow(ops.jagged_to_padded_dense(rows.x, innermost[1], float(padding_value)))
     for level, size in reversed(outer):
-        out = ops.jagged_to_padded_dense(Jagged(out, level), size, padding_value)
+        out = ops.jagged_to_padded_dense(Jagged(out, level), size, float(padding_value))
     return out
 
 
-def jagged_2d_to_dense(values: Tensor, offsets: Tensor, max_sequence_length: int) -> Tensor:
+def jagged_2d_to_dense(values: Tensor, offsets: Tensor, max_sequence_length: Integer) -> Tensor:
     """:func:`jagged_to_padded_dense` of one jagged dimension, padded with 0: ``[T, D]`` to ``[S, N, D]``.
 
     As in FBGEMM, values ``[T]`` give ``[S, N]``.
@@ -77,7 +75,7 @@ def jagged_2d_to_dense(values: Tensor, offsets: Tensor, max_sequence_length: int
     return jagged_to_padded_dense(values, [offsets], [max_sequence_length])
 
 
-def jagged_1d_to_dense(values: Tensor, offsets: Tensor, max_sequence_length: int, padding_value: int) -> Tensor:
+def jagged_1d_to_dense(values: Tensor, offsets: Tensor, max_sequence_length: Integer, padding_value: int) -> Tensor:
     """:func:`jagged_to_padded_dense` of values ``[T]``: ``[S, N]``.
 
     FBGEMM refuses N = 0; here the result has no columns, as of :func:`jagged_2d_to_dense`.
@@ -96,8 +94,8 @@ def jagged_1d_to_dense(values: Tensor, offsets: Tensor, max_sequence_length: int
 def stacked_jagged_1d_to_dense(
     values: Tensor,
     lengths: Tensor,
-    offset_per_key: Sequence[int],
-    max_lengths_per_key: Sequence[int],
+    offset_per_key: Integers,
+    max_lengths_per_key: Integers,
     padding_value: int,
 ) -> list[Tensor]:
     """Pad every feature of a stack of jagged features for itself.
@@ -131,8 +129,8 @@ def stacked_jagged_1d_to_dense(
 def stacked_jagged_2d_to_dense(
     values: Tensor,
     lengths: Tensor,
-    offset_per_key: Sequence[int],
-    max_lengths_per_key: Sequence[int],
+    offset_per_key: Integers,
+    max_lengths_per_key: Integers,
     padding_value: int = 0,
 ) -> list[Tensor]:
     """:func:`stacked_jagged_1d_to_dense` of values ``[T, D]``: K tensors ``[S, N_k, D]``.
@@ -150,11 +148,11 @@ def stacked_jagged_2d_to_dense(
 
 
 def _stacked(
-    values: Tensor, lengths: Tensor, starts: Sequence[int], sizes: Sequence[int], padding_value: int
+    values: Tensor, lengths: Tensor, offset_per_key: Integers, max_lengths_per_key: Integers, padding_value: int
 ) -> list[Tensor]:
     check_tensor(lengths, "lengths", 2)
-    check_list(sizes, "max_lengths_per_key", "numbers", lengths.shape[0])
-    check_list(starts, "offset_per_key", "numbers", len(sizes) + 1)
+    sizes = integers(max_lengths_per_key, "max_lengths_per_key", lengths.shape[0])
+    starts = integers(offset_per_key, "offset_per_key", len(sizes) + 1)
     out = []
     for key, ((start, stop), size) in enumerate(zip(itertools.pairwise(starts), sizes, strict=True)):
         if not 0 <= start <= stop:
@@ -166,7 +164,7 @@ def _stacked(
 
 
 def dense_to_jagged(
-    dense: Tensor, x_offsets: Sequence[Tensor], total_L: int | None = None
+    dense: Tensor, x_offsets: Sequence[Tensor], total_L: Integer | None = None
 ) -> tuple[Tensor, list[Tensor]]:
     """Drop the padding of every jagged dimension.
 
@@ -195,8 +193,7 @@ def dense_to_jagged(
     offsets = levels[-1]
     if total_L is None:
         return ops.dense_to_jagged(dense, offsets, allow_longer=True).values, levels
-    if total_L < 0:
-        raise ShapeError(explain_values("total_L", "must not be negative", total_L=total_L))
+    total_L = size_of(total_L, "total_L")
     if dense.shape[0] == 0:
         values = ops.dense_to_jagged(dense, offsets, total=0).values
         return torch.nn.functional.pad(values, (0, 0, 0, total_L)), levels
@@ -211,6 +208,56 @@ def dense_to_jagged(
     ends = torch.where(last, total_L, offsets.clamp(max=total_L))
     values = ops.dense_to_jagged(dense, ends, total=total_L, allow_longer=True).values
     return only(torch.arange(total_L, device=offsets.device) < offsets[-1], values), levels
+
+
+def pack_segments(t_in: Tensor, lengths: Tensor, max_length: Integer) -> Tensor:
+    """The first result of :func:`pack_segments_v2`, padded with 0.
+
+    Raises:
+        LayoutError: If lengths are none, negative, or say more rows than there are.
+        ShapeError: If shapes do not fit, or `max_length` is no integer or negative.
+
+    >>> pack_segments(torch.arange(1, 4), torch.tensor([1, 2]), 2).tolist()
+    [[1, 0], [2, 3]]
+    """
+    return pack_segments_v2(t_in, lengths, max_length)[0]
+
+
+def pack_segments_v2(
+    t_in: Tensor, lengths: Tensor, max_length: Integer, pad_minf: bool = False, return_presence_mask: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Pad rows of any shape, and say where they are.
+
+    Where a segment is cut, FBGEMM's CPU gives gradients to other rows than those that were kept.
+
+    Args:
+        t_in: ``[T, ...]``, any dtype. Rows behind the last segment do not count.
+        lengths: ``[S]``, int32 or int64.
+        max_length: N: longer segments are cut. FBGEMM refuses N = 0; here the result has no columns.
+        pad_minf: Whether to pad with minus infinity, floating point only, instead of 0.
+        return_presence_mask: Whether the second result is wanted.
+
+    Returns:
+        ``[S, N, ...]``; and ``[S, N]`` bool, true where a row stands, or None.
+
+    Raises:
+        LayoutError: If lengths are none, negative, or say more rows than there are, which FBGEMM reads.
+        ShapeError: If shapes or dtypes do not fit, or `max_length` is no integer or negative.
+
+    >>> pack_segments_v2(torch.arange(1, 4), torch.tensor([1, 2]), 2, return_presence_mask=True)
+    (tensor([[1, 0], [2, 3]]), tensor([[ True, False], [ True,  True]]))
+    """
+    check_tensor(t_in, "t_in")
+    size = size_of(max_length, "max_length")
+    if t_in.ndim == 0 or (pad_minf and not t_in.is_floating_point()):
+        seen: dict[str, object] = {"shape": tuple(t_in.shape), "dtype": t_in.dtype, "pad_minf": pad_minf}
+        raise ShapeError(explain_values("t_in", "must have rows, of floating point for pad_minf", **seen))
+    check_lengths(lengths, "lengths", t_in)
+    rows = read(t_in, asynchronous_complete_cumsum(lengths), mask=False)
+    packed = rows.narrow(ops.jagged_to_padded_dense(rows.x, size, -torch.inf if pad_minf else 0.0))
+    if not return_presence_mask:
+        return packed, None
+    return packed, torch.arange(size, device=lengths.device) < lengths[:, None]
 
 
 def check_dense(dense: Tensor, name: str, offsets: Sequence[Tensor]) -> list[Tensor]:

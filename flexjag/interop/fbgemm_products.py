@@ -1,4 +1,4 @@
-"""FBGEMM's elementwise functions, products, softmax and selection."""
+"""FBGEMM's elementwise functions, products and softmax."""
 
 from __future__ import annotations
 
@@ -9,15 +9,13 @@ from torch import Tensor
 
 from flexjag import ops
 from flexjag.errors import ShapeError, explain_values
-from flexjag.interop.fbgemm_common import check_tensor, read
+from flexjag.interop.fbgemm_common import Integer, check_tensor, read
 from flexjag.interop.fbgemm_padding import (
-    asynchronous_complete_cumsum,
     check_dense,
     jagged_to_padded_dense,
     to_innermost,
 )
 from flexjag.jagged import Jagged
-from flexjag.ops.checks import can_look, check_index
 
 
 def jagged_dense_elementwise_add(x_values: Tensor, x_offsets: Sequence[Tensor], y: Tensor) -> Tensor:
@@ -183,7 +181,7 @@ def batched_dense_vec_jagged_2d_mul(v: Tensor, a_values: Tensor, a_offsets: Tens
     return rows.narrow(ops.segment_sum(rows.x.with_values(products))).reshape(segments * heads, dim)
 
 
-def jagged_softmax(values: Tensor, x_offsets: Tensor, max_L: int) -> tuple[Tensor, Tensor]:
+def jagged_softmax(values: Tensor, x_offsets: Tensor, max_L: Integer) -> tuple[Tensor, Tensor]:
     """Softmax over the first `max_L` tokens of each segment, every feature for itself.
 
     The other rows are 0 and get no gradient. FBGEMM never writes those: they hold whatever was in memory, and so does
@@ -210,7 +208,7 @@ def jagged_softmax(values: Tensor, x_offsets: Tensor, max_L: int) -> tuple[Tenso
     return rows.only(ops.jagged_softmax(x).values), x_offsets
 
 
-def jagged_jagged_bmm(x_values: Tensor, y_values: Tensor, x_offsets: Tensor, max_L: int) -> Tensor:
+def jagged_jagged_bmm(x_values: Tensor, y_values: Tensor, x_offsets: Tensor, max_L: Integer) -> Tensor:
     """``out_s = x_sᵀ y_s`` over the first `max_L` tokens of each segment.
 
     Args:
@@ -240,7 +238,7 @@ def jagged_jagged_bmm(x_values: Tensor, y_values: Tensor, x_offsets: Tensor, max
     return rows.narrow(ops.jagged_jagged_bmm(x, y))
 
 
-def jagged_dense_bmm(x_values: Tensor, x_offsets: Tensor, y: Tensor, max_L: int) -> tuple[Tensor, Tensor]:
+def jagged_dense_bmm(x_values: Tensor, x_offsets: Tensor, y: Tensor, max_L: Integer) -> tuple[Tensor, Tensor]:
     """``out_s = x_s y_s`` for the first `max_L` tokens of each segment; the other rows are 0.
 
     Args:
@@ -265,44 +263,3 @@ def jagged_dense_bmm(x_values: Tensor, x_offsets: Tensor, y: Tensor, max_L: int)
     check_tensor(y, "y", 3)
     rows = read(x_values, x_offsets, max_L)
     return ops.jagged_dense_bmm(rows.x.with_values(rows.only(x_values)), rows.widen(y)).values, x_offsets
-
-
-def jagged_index_select(
-    values: Tensor, lengths: Tensor, indices: Tensor, num_dense_output_rows: int | None = None
-) -> list[Tensor]:
-    """The segments with the given indices, in that order; an index may repeat.
-
-    FBGEMM refuses empty `indices`; here the result is empty.
-
-    Args:
-        values: ``[T, D]``, any dtype. Rows behind the last segment do not count.
-        lengths: ``[S]``, int32 or int64.
-        indices: ``[K]``, int32 or int64, 0 to S - 1.
-        num_dense_output_rows: The number of rows of the result, which saves a device sync. If it is smaller than
-            that, the rows are cut as in FBGEMM; if it is larger, FBGEMM crashes the process. In a compiled graph and
-            on a GPU it must be right.
-
-    Returns:
-        The selected rows and their lengths, in the dtype of `lengths`, in a list.
-
-    Raises:
-        LayoutError: If lengths are negative, say more rows than there are, an index is out of range, or
-            `num_dense_output_rows` is wrong.
-        ShapeError: If shapes do not fit.
-
-    >>> jagged_index_select(torch.tensor([[1], [2], [3]]), torch.tensor([1, 2]), torch.tensor([1, 0, 1]))
-    [tensor([[2], [3], [1], [2], [3]]), tensor([2, 1, 2])]
-    """
-    check_tensor(values, "values", 2)
-    check_tensor(lengths, "lengths", 1)
-    check_index(indices, "indices", values.device)
-    offsets = asynchronous_complete_cumsum(lengths)
-    total = num_dense_output_rows
-    if can_look(lengths, indices):
-        read(values, offsets, mask=False)
-        count = None if total is None else int(lengths.index_select(0, indices).sum())
-        if total is not None and count is not None and 0 <= total < count:
-            total = None
-    out = ops.jagged_index_select(Jagged(values, offsets), indices, total=total)
-    rows = out.values if num_dense_output_rows is None else out.values[:num_dense_output_rows]
-    return [rows, lengths.index_select(0, indices)]

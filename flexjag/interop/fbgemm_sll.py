@@ -8,7 +8,7 @@ from torch import Tensor
 from flexjag import ops
 from flexjag.attention import attention
 from flexjag.errors import ShapeError, explain_values
-from flexjag.interop.fbgemm_common import check_tensor, kept, only, read
+from flexjag.interop.fbgemm_common import Integer, check_tensor, integer, kept, only, read
 from flexjag.interop.fbgemm_products import (
     jagged_dense_bmm,
     jagged_dense_elementwise_add_jagged_output,
@@ -21,7 +21,7 @@ from flexjag.ops.checks import can_look
 
 
 def sll_jagged_dense_bmm(
-    x: Tensor, y: Tensor, x_offsets: Tensor, N: int, allow_tf32: bool = True, use_fbgemm_kernel: bool = True
+    x: Tensor, y: Tensor, x_offsets: Tensor, N: Integer, allow_tf32: bool = True, use_fbgemm_kernel: bool = True
 ) -> Tensor:
     """The values of :func:`jagged_dense_bmm`.
 
@@ -50,7 +50,7 @@ def sll_jagged_dense_bmm(
 
 
 def sll_jagged_jagged_bmm(
-    x: Tensor, y: Tensor, x_offsets: Tensor, N: int, allow_tf32: bool = True, use_fbgemm_kernel: bool = True
+    x: Tensor, y: Tensor, x_offsets: Tensor, N: Integer, allow_tf32: bool = True, use_fbgemm_kernel: bool = True
 ) -> Tensor:
     """The same as :func:`jagged_jagged_bmm`: ``[T, D]`` and ``[T, E]`` to ``[S, D, E]``.
 
@@ -64,7 +64,7 @@ def sll_jagged_jagged_bmm(
     return jagged_jagged_bmm(x, y, x_offsets, N)
 
 
-def sll_jagged_softmax(x: Tensor, x_offsets: Tensor, max_seq_len: int, use_fbgemm_kernel: bool = True) -> Tensor:
+def sll_jagged_softmax(x: Tensor, x_offsets: Tensor, max_seq_len: Integer, use_fbgemm_kernel: bool = True) -> Tensor:
     """The values of :func:`jagged_softmax`: ``[T, D]`` to ``[T, D]``.
 
     Raises:
@@ -78,7 +78,7 @@ def sll_jagged_softmax(x: Tensor, x_offsets: Tensor, max_seq_len: int, use_fbgem
 
 
 def sll_jagged_dense_elementwise_add(
-    x: Tensor, x_offsets: Tensor, y: Tensor, max_seq_len: int, use_fbgemm_kernel: bool = True
+    x: Tensor, x_offsets: Tensor, y: Tensor, max_seq_len: Integer, use_fbgemm_kernel: bool = True
 ) -> Tensor:
     """The values of :func:`jagged_dense_elementwise_add_jagged_output`: ``[T, D]`` and ``[S, N, D]`` to ``[T, D]``.
 
@@ -94,7 +94,9 @@ def sll_jagged_dense_elementwise_add(
     return jagged_dense_elementwise_add_jagged_output(x, [x_offsets], y)[0]
 
 
-def sll_dense_jagged_cat_jagged_out(a: Tensor, b: Tensor, a_offsets: Tensor, max_seq_len: int) -> tuple[Tensor, Tensor]:
+def sll_dense_jagged_cat_jagged_out(
+    a: Tensor, b: Tensor, a_offsets: Tensor, max_seq_len: Integer
+) -> tuple[Tensor, Tensor]:
     """One value in front of every segment.
 
     Differentiable, without the warning that FBGEMM's gives. `max_seq_len` changes nothing, as on FBGEMM's CPU; its CUDA
@@ -130,7 +132,7 @@ def sll_jagged_dense_flash_attention(
     v_weights: Tensor,
     attn_bias: Tensor,
     offsets: Tensor,
-    max_seq_len: int,
+    max_seq_len: Integer,
     allow_tf32: bool = True,
 ) -> Tensor:
     """Target attention: ``out[s, m] = Σ_i softmax_i(q[s, i] · k[s, :, m] + bias[s, i, m]) v[s, i]``.
@@ -166,15 +168,16 @@ def sll_jagged_dense_flash_attention(
     ):
         check_tensor(tensor, name, ndim)
     k_weights = k_weights.to(q_weights.dtype)
+    size = integer(max_seq_len, "max_seq_len")
     if can_look(offsets) and attn_bias.dtype == q_weights.dtype:
-        rows = read(q_weights, offsets, min(max_seq_len, attn_bias.shape[1]))
+        rows = read(q_weights, offsets, min(size, attn_bias.shape[1]))
         if rows.keep is None:  # nothing is cut: one pass, and no weights are stored
             value = rows.x.with_values(v_weights.to(q_weights.dtype))
             return ops.jagged_dense_attention(k_weights.transpose(1, 2), rows.x, value, attn_bias)
-    scores, _ = jagged_dense_bmm(q_weights, offsets, k_weights, max_seq_len)
+    scores, _ = jagged_dense_bmm(q_weights, offsets, k_weights, size)
     scores, _ = jagged_dense_elementwise_add_jagged_output(scores, [offsets], attn_bias)
-    weights, _ = jagged_softmax(scores, offsets, max_seq_len)
-    return jagged_jagged_bmm(weights, v_weights.to(weights.dtype), offsets, max_seq_len)
+    weights, _ = jagged_softmax(scores, offsets, size)
+    return jagged_jagged_bmm(weights, v_weights.to(weights.dtype), offsets, size)
 
 
 def sll_jagged_flash_attention_basic(
@@ -182,7 +185,7 @@ def sll_jagged_flash_attention_basic(
     k_weights: Tensor,
     v_weights: Tensor,
     offsets: Tensor,
-    max_seq_len: int,
+    max_seq_len: Integer,
     use_mask: bool = False,
     allow_tf32: bool = True,
 ) -> Tensor:
@@ -221,7 +224,8 @@ def sll_jagged_flash_attention_basic(
     for tensor, name in zip((q_weights, k_weights, v_weights), names, strict=True):
         check_tensor(tensor, name, 2)
     q, k, v = (t.unsqueeze(1) for t in (q_weights, k_weights, v_weights))
-    keep = _check_attention(q, k, v, offsets, max_seq_len)
+    size = integer(max_seq_len, "max_seq_len")
+    keep = _check_attention(q, k, v, offsets, size)
     v = v if keep is None else only(keep, v)
     if use_mask:
         # What is left of a softmax: its weights, taken among the keys that are left, times the share of those.
@@ -230,7 +234,7 @@ def sll_jagged_flash_attention_basic(
         values = out * (left - total).exp().unsqueeze(-1).to(out.dtype)
     else:
         values = _attend(q, k, v, offsets, lse=False)[0]
-    values = (values / max_seq_len).squeeze(1)
+    values = (values / size).squeeze(1)
     return values if keep is None else only(keep, values)
 
 
@@ -239,7 +243,7 @@ def sll_multi_head_jagged_flash_attention(
     k_weights: Tensor,
     v_weights: Tensor,
     offsets: Tensor,
-    max_seq_len: int,
+    max_seq_len: Integer,
     allow_tf32: bool = True,
 ) -> Tensor:
     """Self-attention of H heads whose weights are divided by `max_seq_len`, without a scale.
@@ -270,9 +274,10 @@ def sll_multi_head_jagged_flash_attention(
     for tensor, name in zip((q_weights, k_weights, v_weights), names, strict=True):
         check_tensor(tensor, name, 3)
     q, k, v = (t.transpose(0, 1) for t in (q_weights, k_weights, v_weights))
-    keep = _check_attention(q, k, v, offsets, max_seq_len)
-    mask = None if keep is None else Prefix(max_seq_len)
-    values = _attend(q, k, v, offsets, mask, lse=False)[0] / max_seq_len
+    size = integer(max_seq_len, "max_seq_len")
+    keep = _check_attention(q, k, v, offsets, size)
+    mask = None if keep is None else Prefix(size)
+    values = _attend(q, k, v, offsets, mask, lse=False)[0] / size
     return (values if keep is None else only(keep, values)).transpose(0, 1)
 
 

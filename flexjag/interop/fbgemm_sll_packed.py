@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from flexjag import ops
-from flexjag.errors import ShapeError, explain_values
-from flexjag.interop.fbgemm_common import check_equal, check_tensor, read
-from flexjag.interop.fbgemm_padding import asynchronous_complete_cumsum
+from flexjag.interop.fbgemm_common import Integer, check_equal, check_tensor, read, size_of
+from flexjag.interop.fbgemm_lengths import asynchronous_complete_cumsum
 from flexjag.jagged import Jagged, check_offsets, segment_ids
 from flexjag.ops.checks import can_look
 from flexjag.ops.segment import spread
@@ -23,7 +22,7 @@ def sll_jagged_jagged_bmm_jagged_out(
     y_offsets: Tensor,
     z_lengths: Tensor,
     z_offsets: Tensor,
-    max_seq_len: int,
+    max_seq_len: Integer,
     allow_tf32: bool = True,
 ) -> Tensor:
     """``P_s = x_s y_sᵀ``: every token of x times every token of y in the same segment.
@@ -74,7 +73,7 @@ def sll_array_jagged_bmm_jagged_out(
     y_offsets: Tensor,
     z_lengths: Tensor,
     z_offsets: Tensor,
-    max_seq_len: int,
+    max_seq_len: Integer,
     allow_tf32: bool = True,
 ) -> Tensor:
     """``out_s = P_s y_s`` of packed square matrices, over the first `max_seq_len` rows and columns of each.
@@ -118,7 +117,9 @@ def sll_array_jagged_bmm_jagged_out(
     return rows.only(out.values)
 
 
-def sll_jagged2_softmax(x: Tensor, offsets: Tensor, offsets_total: Tensor, max_seq_len: int, transpose: bool) -> Tensor:
+def sll_jagged2_softmax(
+    x: Tensor, offsets: Tensor, offsets_total: Tensor, max_seq_len: Integer, transpose: bool
+) -> Tensor:
     """Softmax of packed square matrices: every row sums to 1, or with `transpose` every column.
 
     `max_seq_len` changes nothing, as on FBGEMM's CPU; its CUDA kernel leaves zeros behind it.
@@ -144,7 +145,9 @@ def sll_jagged2_softmax(x: Tensor, offsets: Tensor, offsets_total: Tensor, max_s
     return ops.jagged2_softmax(Jagged(x, offsets_total), offsets, dim=0 if transpose else 1).values
 
 
-def sll_jagged2_to_padded_dense(values: Tensor, offsets: Tensor, max_length: int, padding_value: float = 0.0) -> Tensor:
+def sll_jagged2_to_padded_dense(
+    values: Tensor, offsets: Tensor, max_length: Integer, padding_value: float = 0.0
+) -> Tensor:
     """Pad packed square matrices to the same size.
 
     Larger ones are cut to their first rows and columns, as by FBGEMM's CUDA kernel; its CPU refuses them.
@@ -166,22 +169,21 @@ def sll_jagged2_to_padded_dense(values: Tensor, offsets: Tensor, max_length: int
     [[[0, -1], [-1, -1]], [[1, 2], [3, 4]]]
     """
     check_tensor(values, "values", 1)
-    if max_length < 0:
-        raise ShapeError(explain_values("max_length", "must not be negative", max_length=max_length))
+    size = size_of(max_length, "max_length")
     squares = Jagged(values, offsets).lengths
     lengths = squares.double().sqrt().long()
     _check_exact(values, offsets, "offsets")
     check_equal(squares, "lengths of offsets", lengths * lengths, "must be squares")
     segment, row, column = _entries(values, offsets, lengths)
-    spare = lengths.shape[0] * max_length * max_length  # one entry past the end takes what is cut off
-    inside = (row < max_length) & (column < max_length) & (segment < lengths.shape[0])
-    index = torch.where(inside, (segment * max_length + row) * max_length + column, spare)
+    spare = lengths.shape[0] * size * size  # one entry past the end takes what is cut off
+    inside = (row < size) & (column < size) & (segment < lengths.shape[0])
+    index = torch.where(inside, (segment * size + row) * size + column, spare)
     out = values.new_full((spare + 1,), padding_value).index_copy(0, index, values)
-    return out[:spare].view(lengths.shape[0], max_length, max_length)
+    return out[:spare].view(lengths.shape[0], size, size)
 
 
 def sll_jagged_dense_elementwise_mul_jagged_out(
-    x: Tensor, y: Tensor, x_seq_lengths: Tensor, x_offsets: Tensor, max_seq_len: int
+    x: Tensor, y: Tensor, x_seq_lengths: Tensor, x_offsets: Tensor, max_seq_len: Integer
 ) -> Tensor:
     """Every packed square matrix times the first rows and columns of one dense matrix, entry by entry.
 
@@ -217,7 +219,7 @@ def sll_jagged_dense_elementwise_mul_jagged_out(
 
 
 def sll_jagged_self_substraction_jagged_out(
-    a: Tensor, offsets_a: Tensor, offsets_b: Tensor, max_seq_len: int
+    a: Tensor, offsets_a: Tensor, offsets_b: Tensor, max_seq_len: Integer
 ) -> Tensor:
     """The differences of each segment's tokens: ``out[s, i, j] = a[s, i] − a[s, j + 1]``, i and j from 0 to n_s − 2.
 

@@ -91,6 +91,7 @@ class Batch:
             "P": sum(n * n for n in self.lengths),
             "N": self.size,
             "L": max(self.lengths, default=0),
+            "C": sum(self.lengths[i] for i in self.chosen),
         }
 
     def cut(self, x: Tensor) -> list[Tensor]:
@@ -164,6 +165,34 @@ def times_dense(b: Batch, x: Tensor, y: Tensor) -> Tensor:
 def selected(b: Batch, x: Tensor) -> Tensor:
     parts = b.cut(x)
     return _cat([parts[i] for i in b.chosen], x, *x.shape[1:])
+
+
+def added(b: Batch, y: Tensor) -> Tensor:
+    """Rows of the chosen segments, added up where they came from."""
+    out = [torch.zeros(n, *y.shape[1:], dtype=y.dtype) for n in b.lengths]
+    for i, part in zip(b.chosen, y.split([b.lengths[i] for i in b.chosen]), strict=True) if b.lengths else ():
+        out[i] = out[i] + part
+    return _cat(out, y, *y.shape[1:])
+
+
+def selected_keys(b: Batch, x: Tensor, y: Tensor) -> Tensor:
+    """Of one key, and of another with the same lengths backwards."""
+    back = Batch(b.lengths[::-1], b.size).cut(y)
+    return torch.cat([selected(b, x), _cat([back[i] for i in b.chosen], y)])
+
+
+def sliced(b: Batch, x: Tensor) -> Tensor:
+    """From the middle of each segment on."""
+    return _cat([s[s.shape[0] // 2 :][: b.size] for s in b.cut(x)], x)
+
+
+def truncated(b: Batch, x: Tensor) -> Tensor:
+    return _cat([s[: b.size] for s in b.cut(x)], x)
+
+
+def accumulated(b: Batch, w: Tensor, index: Tensor, count: int) -> Tensor:
+    rows = [torch.stack([w[index == i].float().sum(), (index == i).sum().float()]) for i in range(count)]
+    return _stack(rows, w.float(), 2)
 
 
 def stacked(b: Batch, x: Tensor, fill: float) -> tuple[Tensor, ...]:

@@ -62,6 +62,20 @@ def _zyy(b: Arguments) -> tuple[Tensor, ...]:
     return (*b.squares, b.n, b.offsets, b.n, b.offsets)
 
 
+def _thirds(x: Tensor) -> Tensor:
+    """0, 1, 2 and again, one per row."""
+    return torch.arange(x.shape[0]) % 3
+
+
+def _keyed(f: Any, b: Arguments, x: Tensor, w: Tensor) -> list[Tensor]:
+    """Two keys: all segments, and the same lengths backwards."""
+    lengths = b.keys.flatten()
+    offsets = f.asynchronous_complete_cumsum(lengths)
+    values, weights = torch.cat([x, x * 3]), torch.cat([w, w * 3])
+    out = f.keyed_jagged_index_select_dim1(values, lengths, offsets, b.chosen, b.n.shape[0], weights)
+    return [out[0], out[2]]
+
+
 CASES: dict[str, Case] = {
     "jagged_to_padded_dense": Case(
         (PACKED,),
@@ -168,6 +182,48 @@ CASES: dict[str, Case] = {
         (PACKED,),
         lambda f, b, x: f.jagged_index_select(x, b.n, b.chosen, b.chosen_total)[0],
         loops.selected,
+    ),
+    "jagged_index_add_2d_forward": Case(
+        (("C", D),),
+        lambda f, b, y: f.jagged_index_add_2d_forward(
+            y, b.chosen, b.n[b.chosen].cumsum(0), b.n.cumsum(0), y.shape[0], b.total
+        ),
+        loops.added,
+        oracle="",
+    ),
+    "keyed_jagged_index_select_dim1": Case(
+        (("T",), ("T",)),
+        _keyed,
+        lambda b, x, w: (loops.selected_keys(b, x, x * 3), loops.selected_keys(b, w, w * 3)),
+        oracle="none",
+    ),
+    "jagged_slice": Case(
+        (("T",),),
+        lambda f, b, x: f.jagged_slice(x, b.n.long(), b.n.long() // 2, b.size)[0],
+        loops.sliced,
+    ),
+    "jagged_1d_to_truncated_values": Case(
+        (("T",),), lambda f, b, x: f.jagged_1d_to_truncated_values(x, b.n, b.size), loops.truncated, oracle=""
+    ),
+    "masked_select_jagged_1d": Case(
+        (("T",),),
+        lambda f, b, x: f.masked_select_jagged_1d(x, b.n, _thirds(x) > 0)[0],
+        lambda b, x: x[_thirds(x) > 0],
+        oracle="",
+    ),
+    "jagged_acc_weights_and_counts": Case(
+        (("T",),),
+        lambda f, b, w: f.jagged_acc_weights_and_counts(w, _thirds(w), 4),
+        lambda b, w: loops.accumulated(b, w, _thirds(w), 4),
+        oracle="",
+    ),
+    "pack_segments": Case((PACKED,), lambda f, b, x: f.pack_segments(x, b.n, b.size), loops.padded, oracle="short"),
+    "pack_segments_v2": Case(
+        (PACKED,),
+        # Clamped, as infinity would be no bound for differences.
+        lambda f, b, x: f.pack_segments_v2(x, b.n, b.size, True)[0].clamp(min=-9),
+        lambda b, x: loops.padded(b, x, -9.0),
+        oracle="short",
     ),
     "sll_jagged_dense_bmm": Case(
         (PACKED, ("S", D, E)),

@@ -157,6 +157,11 @@ BAD: dict[str, tuple[Callable[[], object], type[FlexjagError], str]] = {
         LayoutError,
         "indices: must be from 0 to S - 1",
     ),
+    "index behind the segments, and a number of rows": (
+        lambda: fbgemm.jagged_index_select(X, N, torch.tensor([3]), 3),
+        LayoutError,
+        "indices: must be from 0 to S - 1",
+    ),
     "too many output rows": (
         lambda: fbgemm.jagged_index_select(X, N, torch.tensor([0]), 3),
         LayoutError,
@@ -279,7 +284,17 @@ def test_mistakes(name: str) -> None:
         call()
 
 
-LENGTHS_ONLY = ("jagged_index_select", "stacked_jagged")
+LENGTHS_ONLY = (
+    "jagged_index_select",
+    "stacked_jagged",
+    "keyed_jagged",
+    "jagged_index_add",
+    "jagged_slice",
+    "jagged_1d_to_truncated",
+    "masked_select",
+    "jagged_acc",
+    "pack_segments",
+)
 """These take lengths."""
 
 
