@@ -85,10 +85,10 @@ def _(values: Tensor, dense: Tensor, offsets: Tensor) -> Tensor:
 def gram(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
     """Transposed ``[T, D]`` times ``[T, E]``, per segment: ``[S, D, E]``."""
     lengths = lengths_of(offsets, left.shape[0], "x.offsets")
-    segments = zip(cut(left.t(), lengths, 1), cut(right, lengths), strict=True)
-    rows, columns = left.shape[1], right.shape[1]
-    found = each(torch.mm, segments, left, (len(lengths) * rows, columns), lambda out: cut(out, [rows] * len(lengths)))
-    return found.view(len(lengths), rows, columns)
+    out = left.new_empty((len(lengths), left.shape[1], right.shape[1]))
+    for x, y, z in zip(cut(left.t(), lengths, 1), cut(right, lengths), out.unbind(0), strict=True):
+        torch.mm(x, y, out=z)
+    return out
 
 
 @gram.register_fake

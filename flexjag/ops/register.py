@@ -182,8 +182,7 @@ def _make_function(op: Operator[Any, Any], backward: Function, setup_context: Fu
                 return torch.stack(found), 0
             return tuple(torch.stack(parts) for parts in zip(*found, strict=True)), (0,) * len(found[0])
 
-    Formula.__name__ = op.name
-    return Formula
+    return type(op.name, (Formula,), {})  # whose name the nodes of graphs have
 
 
 class _Seen:

@@ -140,11 +140,9 @@ def add_up(values: Tensor, offsets: Tensor) -> Tensor:
     bags = values.dtype in (torch.float32, torch.bfloat16, torch.float16) and values.device.type == "cpu"
     if bags and values.numel() and max(lengths) <= SEQUENTIAL:  # vectorized, and one call for all segments
         token = torch.arange(values.shape[0], dtype=offsets.dtype, device=values.device)
-        if values.ndim == 2:
-            return torch.embedding_bag(values, token, offsets, False, 0, False, None, True)[0]
-        rows = values.reshape(values.shape[0], -1)
+        rows = values if values.ndim == 2 else values.reshape(values.shape[0], -1)
         found = torch.embedding_bag(rows, token, offsets, False, 0, False, None, True)[0]
-        return found.view(len(lengths), *values.shape[1:])
+        return found if values.ndim == 2 else found.view(len(lengths), *values.shape[1:]).clone()
     out = values.new_empty((len(lengths), *values.shape[1:]))
     for x, y in zip(cut(values, lengths), out.unbind(0), strict=True):
         torch.sum(x, 0, dtype=values.dtype, out=y)

@@ -71,6 +71,30 @@ def test_gradients_are_right(name: str) -> None:
     assert torch.autograd.gradcheck(lambda *t: OPS[name].run(a, b, *t), OPS[name].operands(lengths))
 
 
+NEEDED = ("softmax", "max", "min", "attention")
+"""In names of ops whose gradients need their results."""
+
+
+@pytest.mark.parametrize("name", [name for name in OPS if not any(part in name for part in NEEDED)])
+def test_results_may_be_changed_in_place(name: str) -> None:
+    a, b = both([2, 0, 3])
+    op, operands = OPS[name], OPS[name].operands([2, 0, 3])
+    results = tuple_of(op.run(a, b, *operands))
+    want = torch.autograd.grad([r.sum() for r in results], operands)
+    results = tuple_of(op.run(a, b, *operands))
+    got = torch.autograd.grad([r.mul_(2.0).sum() for r in results], operands)
+    for x, y in zip(got, want, strict=True):
+        assert torch.equal(x, 2 * y)
+
+
+@pytest.mark.parametrize("shape", [(5,), (5, 2, 3)], ids=str)
+def test_sums_may_be_changed_in_place(shape: tuple[int, ...]) -> None:
+    x = torch.ones(shape, requires_grad=True)
+    ops.segment_sum(Jagged.from_lengths(x, [2, 3])).mul_(2.0).sum().backward()
+    assert x.grad is not None
+    assert bool((x.grad == 2).all())
+
+
 @pytest.mark.parametrize("lengths", [[40, 0, 7, 33], [45, 48]], ids=["short", "long"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", OPS)
