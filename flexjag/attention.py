@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -24,6 +24,70 @@ from flexjag.scores import Score, num_score_heads, tensors
 from flexjag.upstream import holds_no_numbers
 
 
+@overload
+def attention(
+    q: Jagged,
+    k: Jagged,
+    v: Jagged,
+    *,
+    mask: Mask | None = None,
+    score: Score | None = None,
+    normalizer: Normalizer | None = None,
+    plan: Plan | None = None,
+    scale: float | None = None,
+    return_lse: Literal[False] = False,
+    return_remainder: Literal[False] = False,
+    backend: str = "auto",
+    validate: bool = False,
+) -> Jagged: ...
+@overload
+def attention(
+    q: Jagged,
+    k: Jagged,
+    v: Jagged,
+    *,
+    mask: Mask | None = None,
+    score: Score | None = None,
+    normalizer: Normalizer | None = None,
+    plan: Plan | None = None,
+    scale: float | None = None,
+    return_lse: Literal[True],
+    return_remainder: Literal[False] = False,
+    backend: str = "auto",
+    validate: bool = False,
+) -> tuple[Jagged, Jagged]: ...
+@overload
+def attention(
+    q: Jagged,
+    k: Jagged,
+    v: Jagged,
+    *,
+    mask: Mask | None = None,
+    score: Score | None = None,
+    normalizer: Normalizer | None = None,
+    plan: Plan | None = None,
+    scale: float | None = None,
+    return_lse: Literal[False] = False,
+    return_remainder: Literal[True],
+    backend: str = "auto",
+    validate: bool = False,
+) -> tuple[Jagged, Jagged]: ...
+@overload
+def attention(
+    q: Jagged,
+    k: Jagged,
+    v: Jagged,
+    *,
+    mask: Mask | None = None,
+    score: Score | None = None,
+    normalizer: Normalizer | None = None,
+    plan: Plan | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+    return_remainder: bool = False,
+    backend: str = "auto",
+    validate: bool = False,
+) -> Jagged | tuple[Jagged, Jagged]: ...
 def attention(
     q: Jagged,
     k: Jagged,

@@ -28,6 +28,7 @@ LONG_LEARNED = 16384  # keys over which a learned bias, a gradient of all keys p
 SHARED = 2**22  # numbers in a bias for all segments, if it depends on the head: 16 MB in float32
 WIDEST = 256  # features that a Triton program keeps of a token
 HALF = (torch.float16, torch.bfloat16)
+ASSUMED_DIMS = (1, 1, 64, 64)  # H, G, D and E where nothing says them
 
 
 @dataclass(frozen=True)
@@ -304,7 +305,7 @@ def _about(seconds: float) -> str:
 def expected_seconds(case: Case) -> dict[str, float]:
     """What the CPU backends are expected to take for a case, on the machine where ``costs.json`` was recorded."""
     layout, mask = case.layout, case.mask
-    heads, _, d, e = case.dims or (1, 1, 64, 64)
+    heads, _, d, e = case.dims or ASSUMED_DIMS
     sizes = layout.num_segments, layout.num_q, layout.num_kv, heads * (d + e) / costs.DIMS
     softmax = isinstance(case.normalizer, Softmax)
     if not softmax:

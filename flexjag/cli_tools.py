@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -16,13 +18,13 @@ from flexjag.language import parse_mask, parse_score
 from flexjag.masks import Mask
 from flexjag.scores import Score
 
-PATIENCE = 2.0  # seconds of work before anything is shown
+PATIENCE = 0.5  # seconds of work before anything is shown
 MOST_TOKENS = 2**24  # a plan takes about 200 bytes a token
 MOST_SEGMENTS = 2**20
 
 LANGUAGE = (
     "Masks: full, causal, causal(end), window(left[, right[, align]]), prefix(n), chunked(size), global(n), "
-    "combined by ~, & and | and parentheses; window(256) is 256 tokens back and none ahead (in Python Window(256, 0)), "
+    "combined by ~, & and | and parentheses; window(256) is 256 tokens back and none ahead, "
     "none is no limit; a number may be a list with one per segment. "
     "Scores: alibi, softcap(cap), relative(max_distance), composed by >>."
 )
@@ -40,7 +42,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def progress(total: int, *, quiet: bool) -> Iterator[Say]:
-    """Show progress on stderr, from the third second on and only on a terminal.
+    """Show progress on stderr where the work takes longer than a moment: a bar on a terminal, else a line a step.
 
     Args:
         total: How many steps there will be.
@@ -58,18 +60,32 @@ def progress(total: int, *, quiet: bool) -> Iterator[Say]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     bar = Progress(*columns, console=Console(stderr=True), transient=True)
     task = bar.add_task("", total=total, completed=-1)
-    lock, closed = threading.Lock(), threading.Event()
+    began, lock, late, closed = time.monotonic(), threading.Lock(), threading.Event(), threading.Event()
+
+    def line(text: str) -> None:  # where rich would print an empty one
+        print(f"{time.monotonic() - began:4.0f} s  {text}", file=sys.stderr, flush=True)
 
     def show() -> None:
         with lock:
-            if bar.console.is_terminal and not closed.is_set():  # elsewhere rich prints an empty line
+            if closed.is_set():
+                return
+            late.set()
+            if bar.console.is_terminal:
                 bar.start()
+            elif bar.tasks[0].description:
+                line(bar.tasks[0].description)
+
+    def say(text: str) -> None:
+        with lock:
+            bar.update(task, description=text, advance=1)
+            if late.is_set() and not bar.console.is_terminal:
+                line(text)
 
     timer = threading.Timer(PATIENCE, show)
     timer.daemon = True
     timer.start()
     try:
-        yield lambda text: bar.update(task, description=text, advance=1)
+        yield say
     finally:
         timer.cancel()
         with lock:

@@ -92,14 +92,10 @@ class _Form:
         return f"{name}({text}{']' * (len(given) - self.required)})" if given else name
 
 
-def _window(left: m.Bound | None, right: m.Bound | None = 0, align: m.Align = "start") -> m.Window:
-    return m.Window(left, right, align)
-
-
 _MASKS = {
     "full": _Form({}, 0, m.Full),
     "causal": _Form({"align": "align"}, 0, m.Causal),
-    "window": _Form({"left": "limit", "right": "limit", "align": "align"}, 1, _window),
+    "window": _Form({"left": "limit", "right": "limit", "align": "align"}, 1, m.Window),
     "prefix": _Form({"n": "bound"}, 1, m.Prefix),
     "chunked": _Form({"size": "size"}, 1, m.Chunked),
     "global": _Form({"n": "bound"}, 1, m.GlobalTokens),
@@ -124,8 +120,8 @@ def parse_mask(text: str) -> m.Mask:
     """Read a mask.
 
     The names are ``full``, ``causal``, ``window``, ``prefix``, ``chunked`` and ``global``. ``~`` binds tighter than
-    ``&``, and ``&`` tighter than ``|``, as in Python. A single number means what users of sliding windows expect:
-    ``window(256)`` is ``Window(256, 0)``, that is up to 256 tokens back and none ahead.
+    ``&``, and ``&`` tighter than ``|``, as in Python. Arguments are those of the nodes, with their defaults:
+    ``window(256)`` is ``Window(256)``, that is up to 256 tokens back and none ahead.
 
     Args:
         text: For instance ``causal & (window(256) | prefix(4))``, ``causal(end)``, ``prefix([1, 2, 3])`` or

@@ -112,15 +112,18 @@ class Window(Mask):
 
     Args:
         left: How far back, int or ``[S]``; None is unlimited.
-        right: How far ahead, int or ``[S]``; None is unlimited.
+        right: How far ahead, int or ``[S]``; None is unlimited. Default 0: a sliding window looks back.
         align: As in :class:`Causal`.
 
     Raises:
         MaskError: If a bound is negative (unlimited is None, not -1).
+
+    >>> Window(64)
+    Window(64, 0)
     """
 
     left: Bound | None = along("segment")
-    right: Bound | None = along("segment")
+    right: Bound | None = along("segment", default=0)
     align: Align = "start"
 
     def __post_init__(self) -> None:

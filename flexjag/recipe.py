@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from flexjag import choice, functions, mods, viz
+from flexjag import choice, functions, mods, normalizers, viz
 from flexjag import masks as m
 from flexjag import scores as s
 from flexjag.errors import MaskError, PlanError, ScoreError, ShapeError, explain_values
@@ -155,12 +155,12 @@ class Plan:
     @property
     def num_tiles(self) -> int:
         """Non-empty tiles, all heads' masks united. Reads the device."""
-        return int(self.tiles.all_heads.live.sum())
+        return int(self.tiles.all_heads.live.count_nonzero())  # sum() would copy to int64
 
     @property
     def num_full(self) -> int:
         """Tiles that need no masking, all heads' masks united. Reads the device."""
-        return int(self.tiles.all_heads.full.sum())
+        return int(self.tiles.all_heads.full.count_nonzero())
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -194,9 +194,11 @@ class Plan:
 
     def case(self, **known: object) -> choice.Case:
         """The plan as backends' rules see it, with what the caller knows besides."""
-        if not known and self.sample is not None:
-            heads, dim, dtype, grad = self.sample
-            known = {"dtype": dtype, "grad": grad, "dims": (heads, heads, dim, dim)}
+        if not known:
+            learned = functions.learned_tensors(self.score, torch.float32, self.place)
+            trained = any(x.requires_grad for x in (*learned, *normalizers.tensors(self.normalizer)))
+            heads, dim, dtype, grad = self.sample or (*choice.ASSUMED_DIMS[1:3], None, False)
+            known = {"dtype": dtype, "grad": grad or trained, "dims": (heads, heads, dim, dim)}
         known["block_size"] = self.block_size
         return choice.Case(self.layout, self.mask, self.score, self.normalizer, **known)  # type: ignore[arg-type]
 
@@ -226,8 +228,13 @@ class Plan:
     def show(self, head: int = 0) -> Figure:
         """A picture of the tiles and segments, as a matplotlib Figure.
 
+        Its cost is bounded: a large plan is drawn down-sampled, and the title says so.
+
         Args:
             head: Which head to draw, if the mask depends on the head.
+
+        Raises:
+            PlanError: If the plan has no such head.
         """
         return viz.draw_plan(self, head)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flexjag.bench import environment, main, peak
+from flexjag.bench import environment, main, peak, run
 from flexjag.bench.attention_arms import Batch
 from flexjag.bench.measure import Results, disagreement, peak_in_subprocess, run_case, run_suite
 from flexjag.bench.registry import Arm, ArmResult, BenchError, Case, CaseResult, Figure, Options, find, load
@@ -343,3 +343,15 @@ def test_module_entry_point_passes_on_the_exit_code():
     )
     assert done.returncode == 2
     assert done.stderr.startswith("flexjag bench: suite: must be one of")
+
+
+def test_progress_elsewhere_than_on_a_terminal_is_a_line_a_case(capsys, monkeypatch):
+    with run.progress() as tell:
+        for text in ("a: one: checking x", "a: one: timing x, sample 1", "a: two: checking x", "b: two: checking x"):
+            tell(text)
+        monkeypatch.setattr(run, "SILENCE", 0.0)
+        tell("b: two: timing x, sample 1")
+    printed = capsys.readouterr()
+    lines = [line.partition(" s  ")[2] for line in printed.err.splitlines()]
+    assert lines == ["a: one: checking x", "a: two: checking x", "b: two: checking x", "b: two: timing x, sample 1"]
+    assert printed.out == ""

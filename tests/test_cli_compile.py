@@ -8,13 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from flexjag import cli_compile
+from flexjag import cli_compile, cli_tools
 from flexjag.__main__ import main
 from flexjag.cli_compile import parse_options, shorten
 from flexjag.codegen import compile as codegen
 from flexjag.codegen import worker
 from flexjag.errors import CodegenError, CommandError
 from flexjag.testing import kernels
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch):
+    """On a busy machine quick work may take long enough to be told of."""
+    monkeypatch.setattr(cli_tools, "PATIENCE", 60.0)
 
 
 def fails(capsys, arguments, *words):
@@ -80,6 +86,7 @@ def test_help(capsys):
     [
         (["--target", "sm_70"], ["target", "sm_80, sm_90", "'sm_70'"]),
         (["--target", "gfx942"], ["target", "NVIDIA"]),
+        (["--target", "h100"], ["target", "for the H100 say sm_90", "'h100'"]),
         (["--mask", "causal & windw(3)"], ["--mask", "'windw'", "'window'", "column 10"]),
         (["--mask", "causal and full"], ["--mask", "'&'", "column 8"]),
         (["--mask", "__import__('os')"], ["--mask", "unknown mask '__import__'", "column 1"]),

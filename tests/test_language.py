@@ -56,6 +56,15 @@ def test_masks_read_as_written(text, mask):
     assert same(parse_mask(text), mask), parse_mask(text)
 
 
+@pytest.mark.parametrize(("name", "node"), [("window", fj.Window), ("causal", fj.Causal)])
+def test_arguments_left_out_are_those_of_python(name, node):
+    """One default for both: a sliding window of one number looks back."""
+    given = (64,) if name == "window" else ()
+    text = f"{name}({', '.join(map(str, given))})"
+    assert parse_mask(text) == node(*given)
+    assert repr(fj.Window(64)) == "Window(64, 0)"
+
+
 def test_a_list_is_one_bound_per_segment():
     x = fj.Jagged.from_lengths(torch.zeros(9, 1, 16), [4, 5])
     dense = fj.plan(x, mask=parse_mask("prefix([1, 3])"), block_size=16).to_dense()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -15,6 +17,7 @@ from flexjag.bench.measure import iterate
 from flexjag.bench.registry import BenchError, Options, Suite, Tell
 
 SCHEMA = 1
+SILENCE = 10.0  # seconds without a line, at most, while cases do things
 
 
 def measure(results: dict[str, Any], suites: Sequence[Suite], options: Options, path: Path | None, tell: Tell) -> None:
@@ -93,15 +96,29 @@ def read(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def progress() -> Iterator[Tell]:
-    """A line on stderr that says what is being measured, where rich is installed."""
+    """What is being measured, on stderr: on a terminal a line that is redrawn, elsewhere one a case or ten seconds."""
+    began = time.monotonic()
+    shown, last = "", began
+
+    def line(text: str) -> None:
+        nonlocal shown, last
+        case, now = text.rpartition(": ")[0], time.monotonic()
+        if not shown or case != shown or now - last >= SILENCE:
+            print(f"{now - began:5.0f} s  {text}", file=sys.stderr, flush=True)
+            shown, last = case, now
+
     try:
         from rich.console import Console
         from rich.progress import Progress, TextColumn, TimeElapsedColumn
     except ImportError:
-        yield lambda text: None
+        yield line
+        return
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield line
         return
     # Drawn between samples only: a thread that redraws would take its time from what is measured.
     columns = (TimeElapsedColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=Console(stderr=True), auto_refresh=False, transient=True) as bar:
+    with Progress(*columns, console=console, auto_refresh=False, transient=True) as bar:
         task = bar.add_task("starting", total=None)
         yield lambda text: bar.update(task, description=text, refresh=True)

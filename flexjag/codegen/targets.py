@@ -148,6 +148,14 @@ TARGETS = {
     )
 }
 
+PRODUCTS = {
+    **dict.fromkeys(("a100",), "sm_80"),
+    **dict.fromkeys(("h100", "h200", "gh200"), "sm_90"),
+    **dict.fromkeys(("b200", "gb200"), "sm_100"),
+    **dict.fromkeys(("mi300", "mi300a", "mi300x", "mi325x"), "gfx942"),
+}
+"""What people call these GPUs, for errors: a target is an architecture, and names one device of it for its figures."""
+
 
 def get_target(name: str | Target) -> Target:
     """Look a target up.
@@ -161,5 +169,7 @@ def get_target(name: str | Target) -> Target:
     if isinstance(name, Target):
         return name
     if name not in TARGETS:
-        raise TargetError(explain_values("target", f"must be one of {', '.join(TARGETS)}", target=name))
+        known = PRODUCTS.get(name.strip().lower()) if isinstance(name, str) else None
+        hint = f"; for the {name.strip().upper()} say {known}" if known else ""
+        raise TargetError(explain_values("target", f"must be one of {', '.join(TARGETS)}{hint}", target=name))
     return TARGETS[name]

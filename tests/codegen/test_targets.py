@@ -37,3 +37,27 @@ def test_targets_describe_themselves() -> None:
     assert get_target("gfx942").arch == "gfx942"
     with pytest.raises(TargetError, match=r"target: must be one of .*; got target='H100'"):
         get_target("H100")
+
+
+PRODUCTS = {
+    "H100": "sm_90",
+    "h200": "sm_90",
+    "A100": "sm_80",
+    "b200": "sm_100",
+    "MI300": "gfx942",
+    " mi300x ": "gfx942",
+}
+
+
+@pytest.mark.parametrize(("product", "target"), PRODUCTS.items(), ids=PRODUCTS.keys())
+def test_a_product_is_told_its_target(product: str, target: str) -> None:
+    message = rf"target: must be one of .*; for the {product.strip().upper()} say {target}; got target='{product}'"
+    with pytest.raises(TargetError, match=message):
+        get_target(product)
+    assert target in TARGETS
+
+
+def test_a_name_that_is_no_product_gets_no_advice() -> None:
+    for name in ("sm_70", "", "rtx"):
+        with pytest.raises(TargetError, match=rf"gfx942; got target='{name}'"):
+            get_target(name)
