@@ -97,7 +97,9 @@ def draw(axes: Axes, plan: Plan, head: int = 0) -> None:
     right, bottom = kinds.shape[1] * squares.width * scale, kinds.shape[0] * squares.height * scale
     # imshow would blend in floating point, at 80 MB for a million scores.
     x, y = (torch.linspace(0, end, n + 1).numpy() for end, n in ((right, kinds.shape[1]), (bottom, kinds.shape[0])))
-    axes.add_image(PcolorImage(axes, x, y, _palette()[kinds]))
+    image = PcolorImage(axes, x, y, _palette()[kinds])
+    image.set_in_layout(False)  # it fills the axes, and cannot be asked for its extent
+    axes.add_image(image)
     if max(plan.grid) <= MOST_LINES:
         axes.hlines(range(block, num_q, block), 0, num_kv, colors="white", linewidth=0.6)
         axes.vlines(range(block, num_kv, block), 0, num_q, colors="white", linewidth=0.6)
@@ -246,7 +248,7 @@ def _outline(axes: Axes, plan: Plan) -> tuple[float, float] | None:
     corners = torch.stack([torch.stack([k0, k1, k1, k0], 1), torch.stack([q0, q0, q1, q1], 1)], 2)
     width = 1.2 if chosen.shape[0] <= MOST_LINES else 0.4
     axes.add_collection(
-        PolyCollection(corners.numpy(), facecolors="none", edgecolors=SEGMENT_COLOR, linewidths=width),  # type: ignore[arg-type]
+        PolyCollection(corners.numpy(), facecolors="none", edgecolors=SEGMENT_COLOR, linewidths=width, snap=True),  # type: ignore[arg-type]
         autolim=False,
     )
     return least if least is not None and chosen.shape[0] < layout.num_segments else None

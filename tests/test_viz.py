@@ -171,3 +171,18 @@ def test_a_head_that_is_none(head: object) -> None:
 def test_an_svg_of_a_picture(tmp_path) -> None:  # type: ignore[no-untyped-def]
     fj.plan(jagged([40]), mask=Causal()).show().savefig(tmp_path / "mask.svg")
     assert "<image" in (tmp_path / "mask.svg").read_text()
+
+
+@pytest.mark.parametrize("layout", ["constrained", "tight", None])
+def test_pictures_in_figures_of_ones_own(layout: str | None) -> None:
+    """As notebooks save them: with a layout, and cut to what was drawn."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(layout=layout, dpi=40)
+    for axes, mask in zip(figure.subplots(1, 2), MASKS[:2], strict=True):
+        viz.draw(axes, fj.plan(jagged([40, 20]), mask=mask, block_size=16))
+    file = io.BytesIO()
+    figure.savefig(file, format="png", bbox_inches="tight")
+    file.seek(0)
+    pixels = torch.from_numpy(imread(file))
+    assert (pixels == torch.tensor(to_rgba(viz.FULL_COLOR))).all(2).any()
