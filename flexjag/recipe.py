@@ -196,7 +196,8 @@ class Plan:
         """The plan as backends' rules see it, with what the caller knows besides."""
         if not known:
             learned = functions.learned_tensors(self.score, torch.float32, self.place)
-            trained = any(x.requires_grad for x in (*learned, *normalizers.tensors(self.normalizer)))
+            held = (*learned, *normalizers.tensors(self.normalizer))
+            trained = torch.is_grad_enabled() and any(x.requires_grad for x in held)
             heads, dim, dtype, grad = self.sample or (*choice.ASSUMED_DIMS[1:3], None, False)
             known = {"dtype": dtype, "grad": grad or trained, "dims": (heads, heads, dim, dim)}
         known["block_size"] = self.block_size
