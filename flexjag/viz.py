@@ -124,7 +124,7 @@ def _check_head(plan: Plan, head: object) -> None:
 
 
 def _sees_head(plan: Plan) -> bool:
-    place, rests = plan.place, [x.rest for x in plan.sandwiches if x.rest is not None]
+    place, rests = plan.place(), [x.rest for x in plan.sandwiches if x.rest is not None]
     by_function = place is not None and any(functions.depends_on_head(rest, place) for rest in rests)
     return plan.head_of is not None or by_function
 
