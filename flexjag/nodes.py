@@ -36,7 +36,11 @@ def along(axis: Axis | None, *, default: Any = MISSING, in_place_of_none: str | 
 @dataclass_transform(frozen_default=True, field_specifiers=(along,))
 def node(cls: NodeType) -> NodeType:
     """Make `cls` a frozen dataclass that compares tensors by identity, so that it has a hash."""
-    return dataclass(frozen=True, eq=False, repr=False)(cls)  # type: ignore[return-value]
+    made: Any = dataclass(frozen=True, eq=False, repr=False)(cls)  # type: ignore[assignment]
+    # Kept apart, because Dynamo refuses to read the fields' metadata once a graph has changed any dictionary.
+    shown = (f for f in fields(made) if "axis" in f.metadata)  # pyright: ignore[reportUnknownArgumentType]
+    made._axes = tuple((f.name, *f.metadata.values()) for f in shown)
+    return made  # pyright: ignore[reportUnknownVariableType]
 
 
 def check_tensor(error: type[ValueError], name: str, given: object, hint: str = "") -> None:
@@ -97,11 +101,11 @@ def tensors_along(node: Node | None) -> list[Along]:
     """The tensors in the :func:`along` fields of a node and of its nodes."""
     found: list[Along] = []
     for one in () if node is None else walk(node):
-        for f in _fields(one):
-            value, other = getattr(one, f.name), f.metadata.get("in_place_of_none")
+        for name, axis, other in getattr(one, "_axes", ()):  # a user's node may forget the decorator
+            value = getattr(one, name)
             value = getattr(one, other) if value is None and other is not None else value
-            if "axis" in f.metadata and isinstance(value, Tensor):
-                found.append(Along(f.name, f.metadata["axis"], value))
+            if isinstance(value, Tensor):
+                found.append(Along(name, axis, value))
     return found
 
 
