@@ -88,6 +88,7 @@ OPS = {
         X, [torch.tensor([1, 0, 4], device="cpu"), torch.tensor([2, 0, 3], device="cpu")]
     ),
     "jagged_to_padded_dense": lambda: ops.jagged_to_padded_dense(X),
+    "segment_broadcast": lambda: ops.segment_broadcast(DENSE, X),
     "segment_max": lambda: ops.segment_max(X),
     "segment_mean": lambda: ops.segment_mean(X),
     "segment_min": lambda: ops.segment_min(X),
