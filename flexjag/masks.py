@@ -117,9 +117,6 @@ class Window(Mask):
 
     Raises:
         MaskError: If a bound is negative (unlimited is None, not -1).
-
-    >>> Window(64)
-    Window(64, 0)
     """
 
     left: Bound | None = along("segment")
