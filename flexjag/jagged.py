@@ -160,7 +160,6 @@ class Jagged(Arithmetic):
         Raises:
             LayoutError: If there are not S lengths, or one is over N.
         """
-        check_tensor(ShapeError, "dense", dense)
         return Jagged(*unpad(dense, lengths, total))
 
     @property
@@ -265,17 +264,16 @@ class Jagged(Arithmetic):
         if isinstance(index, slice):
             first, end, step = index.indices(self.num_segments)
             if step != 1:
-                chosen = range(self.num_segments)[index]
-                values = torch.cat([self.values[:0], *(self[s] for s in chosen)])
-                return Jagged(values, offsets_of(self.lengths[list(chosen)]))
+                chosen = list(range(self.num_segments))[index]
+                parts = [self.values[:0], *map(self.__getitem__, chosen)]
+                return Jagged(torch.cat(parts), offsets_of(self.lengths[chosen]))
             offsets = self.offsets[first : max(first, end) + 1]
             low, high = torch.stack((offsets[0], offsets[-1])).tolist()
             return Jagged(self.values[low:high], offsets - low)
         try:
             s = operator.index(index)
         except TypeError:
-            rule = "must be an integer or a slice; flexjag.ops.jagged_index_select takes tensors"
-            raise SegmentError(explain_values("index", rule, index=index)) from None
+            raise SegmentError(explain_values("index", "must be an integer or a slice", index=index)) from None
         if not -self.num_segments <= s < self.num_segments:
             raise SegmentError(explain_values("index", "must be that of a segment", index=s, segments=len(self)))
         low, high = self.offsets[s % self.num_segments :][:2].tolist()

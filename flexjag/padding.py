@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from flexjag.errors import LayoutError, explain_values
-from flexjag.offsets import can_look, lengths_tensor, offsets_of, segment_ids
+from flexjag.errors import LayoutError, ShapeError, explain_values
+from flexjag.offsets import can_look, check_tensor, lengths_tensor, offsets_of, segment_ids
 
 BITS = {
     **dict.fromkeys((torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz), torch.int8),
@@ -41,7 +41,9 @@ def unpad(dense: Tensor, lengths: Tensor | Sequence[int], total: int | None) -> 
 
     Raises:
         LayoutError: If there are not S lengths, or one is over N.
+        ShapeError: If `dense` is no tensor.
     """
+    check_tensor(ShapeError, "dense", dense)
     n = lengths_tensor(lengths, dense.device)
     if dense.ndim < 2 or n.shape[0] != dense.shape[0]:
         seen = {"lengths": tuple(n.shape), "dense": tuple(dense.shape)}
