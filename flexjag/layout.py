@@ -82,6 +82,14 @@ class Layout:
         """
         return self.device.type != "cpu"
 
+    @property
+    def may_look(self) -> bool:
+        """Whether the coordinates may be read on the host: on a CPU outside of graphs, unless capacity is fixed.
+
+        Plans of fixed capacity promise to read nothing, on a GPU as well as here.
+        """
+        return not self.on_gpu and not self.has_spare and not holds_no_numbers(self.q_offsets)
+
     def in_whole_tiles(self, block: int) -> bool:
         """Whether T_q and T_kv are fixed at multiples of a tile, so that kernels need not look where tokens end.
 

@@ -24,7 +24,7 @@ from flexjag.dispatch import Interpretation
 from flexjag.errors import MaskError, ScoreError
 from flexjag.layout import Layout, blocks
 from flexjag.spans import DenseRows, InSpans, Sandwich
-from flexjag.upstream import fence, holds_no_numbers
+from flexjag.upstream import fence
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -79,14 +79,14 @@ def row_tables(layout: Layout, block: int) -> RowTables:
     kernels never read past T, so there nothing is padded and one size symbol serves all.
     """
     keys, zero = layout.kv_length(), layout.q_pos.new_zeros(1)
-    all_exist = not layout.on_gpu and not holds_no_numbers(keys) and bool((keys > 0).all())
+    all_exist = layout.may_look and bool((keys > 0).all())
     rows = blocks(layout.num_q, block) * block if layout.on_gpu else layout.num_q
-    some = zero if all_exist else torch.cat([keys, zero]).argmax(0, keepdim=True)
+    most, some = (zero, zero) if all_exist else torch.cat([keys, zero]).max(0, keepdim=True)
 
     def existing(x: Tensor) -> Tensor:
         if all_exist:
             return x
-        known = torch.cat([x, zero]).index_select(0, some)
+        known = torch.where(most > 0, torch.cat([x, zero]).index_select(0, some), 0)
         x = torch.where(keys > 0, x, known)
         return fence(torch.cat([x, known.expand(rows - layout.num_q)])) if layout.on_gpu else x
 

@@ -250,10 +250,10 @@ class Plan:
 
 
 def place_in(layout: Layout, t: mods.RowTables) -> functions.Place | None:
-    """A query and a key that exist; None if none is known to. Reads a CPU."""
+    """A query and a key that exist, None if none do; where the host may not look, the first of all if none do."""
     if layout.num_q == 0 or layout.num_kv == 0 or holds_no_numbers(layout.q_offsets):
         return None
-    if not layout.on_gpu and not bool((layout.kv_end > layout.kv_start).any()):
+    if layout.may_look and not bool((layout.kv_end > layout.kv_start).any()):
         return None
     zero = t.q_pos.new_zeros(())
     return t.segment[0], zero, t.q_pos[0], zero.clone()
