@@ -11,6 +11,8 @@ from typing import Any, Self
 class Arithmetic:
     """``+ - * /`` between objects of a subclass, and with numbers on either side."""
 
+    __array_ufunc__ = None  # NumPy's numbers leave it to us, too
+
     @abstractmethod
     def _combine(self, other: Any, fn: Callable[[Any, Any], Any]) -> Self:
         """Apply `fn` elementwise to what this object and the other one hold."""

@@ -14,13 +14,14 @@ from flexjag import choice, normalizers
 from flexjag.choice import check_normalizer
 from flexjag.differentiation import needs_plain_operations
 from flexjag.errors import PlanError, ShapeError, assert_on_device, explain_values
+from flexjag.functions import captured
 from flexjag.jagged import Jagged, check_same_layout
 from flexjag.masks import Mask, num_mask_heads
 from flexjag.nodes import replaced
 from flexjag.normalizers import Normalizer, num_bias_heads
 from flexjag.offsets import check_computable, is_empty, same_size
 from flexjag.plan import Plan, outline, with_tiles
-from flexjag.scores import Score, num_score_heads, tensors
+from flexjag.scores import Score, num_score_heads
 from flexjag.upstream import holds_no_numbers
 
 
@@ -159,7 +160,7 @@ def attention(
             explain_values("scale", "must be a number; multiply q by a learned one", shape=tuple(scale.shape))
         )
     scale = 1.0 / math.sqrt(max(1, q.values.shape[2])) if scale is None else float(scale)
-    learned = (*tensors(plan.score), *normalizers.tensors(plan.normalizer))
+    learned = (*captured(plan.score, torch.float32, plan.place), *normalizers.tensors(plan.normalizer))
     learns = torch.is_grad_enabled() and any(x.requires_grad for x in learned)
     known = {
         "tracing": holds_no_numbers(q.values),
@@ -190,9 +191,9 @@ def attention(
 
 def _decide(plan: Plan, backend: str, known: dict[str, Any], return_remainder: bool, learns: bool) -> str:
     """The backend that runs a call. Checks what is asked of the plan. Outside of graphs once for all calls alike."""
-    key = backend, return_remainder, learns, *known.values()
-    if not known["tracing"] and key in plan.decided:
-        return plan.decided[key]
+    key = backend, return_remainder, learns, known["scale"] > 0, *(x for name, x in known.items() if name != "scale")
+    if not known["tracing"] and key in plan.own_notes:
+        return plan.own_notes[key]
     check_normalizer(plan.layout, plan.mask, plan.normalizer, lse=known["lse"], remainder=return_remainder)
     heads = known["dims"][0]
     for wanted in (num_mask_heads(plan.mask), num_score_heads(plan.score), num_bias_heads(plan.normalizer)):
@@ -200,7 +201,7 @@ def _decide(plan: Plan, backend: str, known: dict[str, Any], return_remainder: b
             raise ShapeError(explain_values("mask, score", "must be made for q's heads", made_for=wanted, heads=heads))
     name = choice.pick(backend, plan.case(**known))
     if not known["tracing"]:
-        plan.decided[key] = name
+        plan.own_notes[key] = name
     return name
 
 
@@ -308,14 +309,16 @@ def check_plan(plan: Plan, q: Jagged, k: Jagged, *, validate: bool = False) -> N
     made = (layout.num_q, layout.num_kv, layout.num_segments)
     seen = (q.values.shape[0], k.values.shape[0], q.num_segments)
     same = made == seen and k.num_segments == q.num_segments and q.offsets.device == layout.device
-    pairs = [(q.offsets, layout.q_offsets), (k.offsets, layout.kv_offsets)]
+    pairs = [(q.offsets, layout.q_offsets)]
+    if q.offsets is not k.offsets or layout.q_offsets is not layout.kv_offsets:
+        pairs.append((k.offsets, layout.kv_offsets))
     difference = None
     if same and holds_no_numbers(q.offsets):
         if not layout.on_gpu:
             alike = (q.offsets == layout.q_offsets).all() & (k.offsets == layout.kv_offsets).all()
             assert_on_device(alike, "plan: was made for another layout; make one per batch")
     elif same and (validate or layout.device.type == "cpu"):
-        for name, (given, planned) in zip(("q", "k"), pairs, strict=True):
+        for name, (given, planned) in zip(("q", "k"), pairs, strict=False):
             if difference is None and not torch.equal(given.to(torch.int32), planned):
                 at = int((given != planned).nonzero()[0])
                 difference = {f"{name}.offsets[{at}]": int(given[at]), f"plan's offsets[{at}]": int(planned[at])}

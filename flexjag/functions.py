@@ -43,6 +43,61 @@ class _Watch(TorchFunctionMode):
         return out
 
 
+@dataclass(frozen=True, eq=False)
+class Trial:
+    """A user's function, called once and watched.
+
+    Attributes:
+        fn: The function.
+        dtype: Of the score that it was given; None if it is a mask's.
+        place: Where it was called.
+        given: The tensors that it read, its arguments apart.
+        used: The ids of those of its arguments that it looked at.
+        out: What it returned.
+    """
+
+    fn: Callable[..., Any]
+    dtype: torch.dtype | None
+    place: Place
+    given: list[Tensor]
+    used: set[int]
+    out: Any
+
+    @staticmethod
+    def of(fn: Callable[..., Any], dtype: torch.dtype | None, place: Place) -> Trial:
+        """Call a function."""
+        score = () if dtype is None else (torch.full((), 0.75, dtype=dtype, device=place[0].device),)
+        with _Watch((*score, *place)) as watch:
+            out = fn(*score, *place)
+        return Trial(fn, dtype, place, list(watch.given.values()), watch.used, out)
+
+    def has_changed(self) -> bool:
+        """Whether the function reads other tensors by now, or makes something else of them."""
+        with torch.no_grad():
+            now = Trial.of(self.fn, self.dtype, self.place)
+        if [id(x) for x in now.given] != [id(x) for x in self.given]:
+            return True
+        outs = now.out, self.out
+        if not all(isinstance(x, Tensor) and x.device.type == "cpu" for x in outs):  # a GPU would have to be waited for
+            return False
+        return not torch.equal(*(x.detach().nan_to_num(nan=0.5) for x in outs))
+
+
+def trials(node: Node | None, dtype: torch.dtype, place: Callable[[], Place | None]) -> list[Trial]:
+    """Each of a node's functions, called once.
+
+    Args:
+        node: A mask, a score, or None.
+        dtype: What scores are computed in.
+        place: Where; None if nowhere. Asked if there are functions.
+    """
+    found: list[Trial] = []
+    for one in () if node is None else walk(node):
+        if isinstance(one, (m.MaskMod, s.ScoreMod)) and (at := place()) is not None:
+            found.append(Trial.of(one.fn, dtype if isinstance(one, s.ScoreMod) else None, at))
+    return found
+
+
 class Substitute(TorchFunctionMode):
     """Torch functions that are given one of `old` get its counterpart in `new` instead."""
 
@@ -56,7 +111,7 @@ class Substitute(TorchFunctionMode):
 
 
 class _ReadWide(TorchFunctionMode):
-    """Torch functions that are given a half-precision tensor that learns get it in `dtype` instead."""
+    """Torch functions that are given a tensor of less precision than `dtype` get it in that."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
@@ -68,14 +123,12 @@ class _ReadWide(TorchFunctionMode):
 
 
 def widened(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """A tensor that learns in at least `dtype`; others as they are, which they are read as soon as they are used."""
-    if not x.requires_grad or not x.dtype.is_floating_point:
-        return x
-    return x.to(torch.promote_types(x.dtype, dtype))
+    """A floating-point tensor in at least `dtype`."""
+    return x.to(torch.promote_types(x.dtype, dtype)) if x.dtype.is_floating_point else x
 
 
 class _Wide:
-    """A function that reads what it learns in another precision."""
+    """A function that reads what it closes over in another precision."""
 
     def __init__(self, func: Callable[..., Tensor], dtype: torch.dtype) -> None:
         self.func, self.dtype = func, dtype
@@ -87,21 +140,21 @@ class _Wide:
 
 
 def learning_in(node: NodeKind, dtype: torch.dtype, place: Callable[[], Place | None]) -> NodeKind:
-    """The node with all that it learns read in at least `dtype`, so that gradients add up in it and are rounded once.
+    """The node with what it learns read in at least `dtype`, so that gradients add up in it and are rounded once.
+
+    Functions read all that they close over so, whether it learns or not: what they compute is not to depend on that.
 
     Args:
         node: A score or a normalizer.
         dtype: What scores are computed in.
         place: Where its functions may be tried; None if nowhere, as in a graph. Asked if there are any.
     """
-    if not torch.is_grad_enabled():
-        return node
 
     def leaf(x: Any) -> Any:
         if isinstance(x, Tensor):
-            return widened(x, dtype)
+            return widened(x, dtype) if x.requires_grad and torch.is_grad_enabled() else x
         at = place()
-        known = at is not None and all(widened(t, dtype) is t for t in _try(x, dtype, at).given.values())
+        known = at is not None and all(widened(t, dtype) is t for t in Trial.of(x, dtype, at).given)
         return x if known else _Wide(x, dtype)
 
     return replaced(node, leaf)
@@ -111,12 +164,12 @@ def frozen(node: NodeKind, tensors: Callable[[Tensor], Tensor] = lambda x: x, wi
     """The node as it is now: the names in its functions are bound to what they mean at this moment.
 
     Otherwise a backward, which evaluates them again, would see what they mean by then, as in a loop that makes
-    ``lambda s, b, h, i, j: s * c`` for one c after the other.
+    ``lambda s, b, h, i, j: s * c`` for one c after the other. Attributes of objects stay what they are.
 
     Args:
         node: A mask or a score.
-        tensors: What to hold in place of each tensor in its fields and closures.
-        with_globals: Bind global names as well, not only those of closures. TorchDynamo cannot trace such functions.
+        tensors: What to hold in place of each tensor in its fields, closures and defaults.
+        with_globals: Bind global names as well. TorchDynamo cannot trace such functions.
     """
     memo: dict[int, Any] = {}
 
@@ -126,19 +179,25 @@ def frozen(node: NodeKind, tensors: Callable[[Tensor], Tensor] = lambda x: x, wi
             memo[id(x)] = tensors(x) if isinstance(x, Tensor) else _rebound(x, leaf, with_globals)
         return memo[id(x)]
 
-    return replaced(node, leaf)
+    twin = replaced(node, leaf)
+    memo.clear()  # `leaf` refers to itself: what it holds would wait for the garbage collector
+    return twin
 
 
-def global_names(code: types.CodeType) -> Iterator[str]:
-    """The names that a function's code, and the code of functions in it, may look up in its module."""
+def _names(code: types.CodeType) -> Iterator[str]:
+    """The names in a function's code, and in the code of functions in it."""
     yield from code.co_names
     for x in code.co_consts:
         if isinstance(x, types.CodeType):
-            yield from global_names(x)
+            yield from _names(x)
 
 
 def _rebound(x: Any, leaf: Callable[[Any], Any], with_globals: bool) -> Any:
-    """A function or partial with `leaf` of all that it is bound to; anything else as it is."""
+    """A function, partial or container with `leaf` of all that it is bound to; anything else as it is."""
+    if type(x) in (list, tuple):
+        return type(x)(leaf(y) for y in x)
+    if type(x) is dict:
+        return {key: leaf(y) for key, y in x.items()}
     if isinstance(x, functools.partial):
         keywords = {name: leaf(y) for name, y in x.keywords.items()}
         return functools.partial(leaf(x.func), *(leaf(y) for y in x.args), **keywords)
@@ -146,14 +205,17 @@ def _rebound(x: Any, leaf: Callable[[Any], Any], with_globals: bool) -> Any:
         return x
     space = x.__globals__
     if with_globals:
-        space = {name: space[name] for name in (*global_names(x.__code__), "__builtins__") if name in space}
-        mine = {name: y for name, y in space.items() if getattr(y, "__module__", None) == x.__module__}
-        space |= {name: leaf(y) for name, y in mine.items() if isinstance(y, types.FunctionType)}
-    elif not x.__closure__:
+        read = {name: space[name] for name in _names(x.__code__) if isinstance(space.get(name), types.FunctionType)}
+        space = dict(space)
+        space |= {name: leaf(y) for name, y in read.items() if y.__module__ == x.__module__}
+    elif not x.__closure__ and not x.__defaults__ and not x.__kwdefaults__:
         return x
     cells = tuple(_rebound_cell(c, leaf) for c in x.__closure__ or ())
-    twin = types.FunctionType(x.__code__, space, x.__name__, x.__defaults__, cells)
-    twin.__kwdefaults__, twin.__qualname__, twin.__module__ = x.__kwdefaults__, x.__qualname__, x.__module__
+    defaults = None if x.__defaults__ is None else tuple(leaf(y) for y in x.__defaults__)
+    twin = types.FunctionType(x.__code__, space, x.__name__, defaults, cells)
+    twin.__dict__.update(x.__dict__)
+    twin.__doc__, twin.__module__, twin.__qualname__ = x.__doc__, x.__module__, x.__qualname__
+    twin.__kwdefaults__ = None if x.__kwdefaults__ is None else {n: leaf(y) for n, y in x.__kwdefaults__.items()}
     return twin
 
 
@@ -164,23 +226,12 @@ def _rebound_cell(cell: types.CellType, leaf: Callable[[Any], Any]) -> types.Cel
         return cell
 
 
-def _try(fn: Callable[..., Tensor], dtype: torch.dtype | None, place: Place) -> _Watch:
-    """What a mask's function reads, or with a dtype a score's, called once."""
-    args = place if dtype is None else (torch.zeros((), dtype=dtype, device=place[0].device), *place)
-    with _Watch(args) as watch:
-        fn(*args)
-    return watch
-
-
 def captured(node: Node | None, dtype: torch.dtype, place: Callable[[], Place | None]) -> list[Tensor]:
     """Every tensor that a mask or a score reads, its functions included, which are called once and watched."""
     if node is None:
         return []
-    found = {id(x): x for x in held_tensors(node)}
-    for one in walk(node):
-        if isinstance(one, (m.MaskMod, s.ScoreMod)) and (at := place()) is not None:
-            found.update(_try(one.fn, dtype if isinstance(one, s.ScoreMod) else None, at).given)
-    return list(found.values())
+    read = [x for trial in trials(node, dtype, place) for x in trial.given]
+    return list({id(x): x for x in (*held_tensors(node), *read)}.values())
 
 
 def learned_tensors(score: s.Score | None, dtype: torch.dtype, place: Callable[[], Place | None]) -> list[Tensor]:
@@ -192,40 +243,41 @@ def learned_tensors(score: s.Score | None, dtype: torch.dtype, place: Callable[[
 
 @dataclass(frozen=True, eq=False)
 class Reading:
-    """What a mask's functions read when it was made.
+    """What a mask's functions read when it was made. Left behind by copies and pickles, which read anew.
 
     Attributes:
-        tensors: Tensors, and how often each had been written to.
-        names: Modules' names, and what they meant.
+        trials: The functions, called once.
+        counts: The tensors they read, and how often each had been written to.
     """
 
-    tensors: list[tuple[Tensor, int]]
-    names: list[tuple[dict[str, Any], str, Any]]
+    trials: list[Trial]
+    counts: list[tuple[Tensor, int]]
 
     @staticmethod
-    def of(mask: m.Mask, place: Place | None) -> Reading:
-        """Functions are called once. Inference tensors are left out: nothing counts their writes."""
-        functions = [one.fn for one in walk(mask) if isinstance(one, m.MaskMod)]
-        tensors = [x for fn in functions for x in (() if place is None else _try(fn, None, place).given.values())]
-        plain = [fn for fn in functions if isinstance(fn, types.FunctionType)]
-        names = [(fn.__globals__, name) for fn in plain for name in global_names(fn.__code__) if name in fn.__globals__]
-        return Reading(
-            [(x, x._version) for x in tensors if not x.is_inference()], [(g, name, g[name]) for g, name in names]
-        )
+    def of(mask: m.Mask, place: Callable[[], Place | None]) -> Reading:
+        """Inference tensors are left out: nothing counts their writes."""
+        found = trials(mask, torch.float32, place)
+        read = [x for trial in found for x in trial.given]
+        return Reading(found, [(x, x._version) for x in read if not x.is_inference()])
 
     def change(self) -> str | None:
         """What was written to or bound anew since, or None."""
-        for x, count in self.tensors:
+        for x, count in self.counts:
             if x._version != count:
                 return f"a tensor {list(x.shape)} was written to"
-        return next((f"{name} was bound anew" for g, name, x in self.names if g.get(name) is not x), None)
+        if any(trial.has_changed() for trial in self.trials):
+            return "something was bound anew"
+        return None
+
+    def __reduce__(self) -> tuple[type[Reading], tuple[list[Trial], list[tuple[Tensor, int]]]]:
+        return Reading, ([], [])
 
 
 def depends_on_head(mask: m.Mask, place: Place) -> bool:
     """Whether a user's predicate in the mask looks at its `h`, found by calling it once and watching."""
     for one in walk(mask):
         if isinstance(one, m.MaskMod):
-            if id(place[1]) in _try(one.fn, None, place).used:
+            if id(place[1]) in Trial.of(one.fn, None, place).used:
                 return True
         elif not type(one).__module__.startswith("flexjag."):  # a user's node may look at it
             return True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import Any, Literal, NamedTuple, TypeVar, dataclass_transform
 
 import torch
@@ -39,6 +39,8 @@ def node(cls: NodeType) -> NodeType:
     made: Any = dataclass(frozen=True, eq=False, repr=False)(cls)  # type: ignore[assignment]
     # Kept apart, because Dynamo refuses to read the fields' metadata once a graph has changed any dictionary.
     shown = (f for f in fields(made) if "axis" in f.metadata)  # pyright: ignore[reportUnknownArgumentType]
+    names: Any = fields(made)
+    made._of, made._names = made, tuple(f.name for f in names)
     made._axes = tuple((f.name, *f.metadata.values()) for f in shown)
     return made  # pyright: ignore[reportUnknownVariableType]
 
@@ -134,21 +136,21 @@ def check_held(error: type[ValueError], node: Node | None, sizes: Mapping[Axis, 
             raise error(explain_values(name, f"must have one entry per {axis}", **counted))
 
 
-def _fields(value: Any) -> tuple[Field[Any], ...]:
-    kind: type = type(value)  # pyright: ignore[reportUnknownVariableType]
-    if kind not in _fields_of:
-        _fields_of[kind] = fields(value) if is_dataclass(value) else ()  # a user's node may forget the decorator
-    return _fields_of[kind]
-
-
-_fields_of: dict[type, tuple[Field[Any], ...]] = {}  # looking them up anew costs microseconds in every call
+def _names(value: Any) -> tuple[str, ...]:
+    """The names of a node's fields. Looking them up anew would cost microseconds in every call."""
+    kind: Any = type(value)  # pyright: ignore[reportUnknownVariableType]
+    if getattr(kind, "_of", None) is kind:
+        return kind._names
+    return (
+        tuple([f.name for f in fields(value)]) if is_dataclass(value) else ()
+    )  # a user's node may forget the decorator
 
 
 class Node:
     """What mask and score nodes share: structural equality, a hash, and their text."""
 
     def _key(self) -> tuple[Any, ...]:
-        values = (getattr(self, f.name) for f in _fields(self))
+        values = (getattr(self, name) for name in _names(self))
         return (type(self), *(("tensor", id(x)) if isinstance(x, Tensor) else x for x in values))
 
     def __eq__(self, other: object) -> bool:
@@ -162,13 +164,13 @@ class Node:
 
         Batches with equal structures run the same compiled kernel.
         """
-        return (type(self), *(_structure(getattr(self, f.name)) for f in _fields(self)))
+        return (type(self), *(_structure(getattr(self, name)) for name in _names(self)))
 
     def __repr__(self) -> str:
         parts: list[str] = []
-        for f in _fields(self):
-            value = getattr(self, f.name)
-            if f.name == "align" and value == "start":
+        for name in _names(self):
+            value = getattr(self, name)
+            if name == "align" and value == "start":
                 continue
             if isinstance(value, Tensor):
                 text = f"<{str(value.dtype).removeprefix('torch.')}{shown(list(value.shape))}>"
@@ -176,15 +178,15 @@ class Node:
                 text = getattr(value, "__name__", type(value).__name__)
             else:
                 text = repr(value)
-            parts.append(f"align={text}" if f.name == "align" else text)
+            parts.append(f"align={text}" if name == "align" else text)
         return f"{type(self).__name__}({', '.join(parts)})"
 
 
 def walk(node: Node) -> Iterator[Node]:
     """The node and all nodes in its fields, depth first."""
     yield node
-    for f in _fields(node):
-        value = getattr(node, f.name)
+    for name in _names(node):
+        value = getattr(node, name)
         for x in value if isinstance(value, tuple) else (value,):  # pyright: ignore[reportUnknownVariableType]
             if isinstance(x, Node):
                 yield from walk(x)
@@ -192,7 +194,7 @@ def walk(node: Node) -> Iterator[Node]:
 
 def held_tensors(node: Node) -> list[Tensor]:
     """The tensors in the fields of the node and of its nodes."""
-    values = (getattr(one, f.name) for one in walk(node) for f in _fields(one))
+    values = (getattr(one, name) for one in walk(node) for name in _names(one))
     return [x for x in values if isinstance(x, Tensor)]
 
 
@@ -207,12 +209,13 @@ def replaced(node: NodeKind, leaf: Callable[[Any], Any], axes: Collection[Axis] 
         axes: Only to fields along these; default to all.
     """
     changed: dict[str, Any] = {}
-    for f in _fields(node):
-        old = getattr(node, f.name)
-        chosen = axes is None or f.metadata.get("axis") in axes
+    along = {name: axis for name, axis, _ in getattr(node, "_axes", ())}
+    for name in _names(node):
+        old = getattr(node, name)
+        chosen = axes is None or along.get(name) in axes
         new = _replaced(old, leaf if chosen else lambda x: x, leaf, axes)
         if new is not old:
-            changed[f.name] = new
+            changed[name] = new
     if not changed:
         return node
     twin = copy.copy(node)

@@ -138,7 +138,7 @@ def outline(
         if any(isinstance(x, m.MaskMod) for x in walk(mask)):
             place = place_in(layout, tables)
             functions.check_functions(mask, place)
-            reading = functions.Reading.of(mask, place)
+            reading = functions.Reading.of(mask, lambda: place)
     head_masks, head_of = _head_masks(mask)
     heads = None
     if head_of is not None:  # filled on the device: uploading a list would wait for it
@@ -163,7 +163,7 @@ def outline(
         max_length=max_length,
         reading=reading,
         notes=Notes(),
-        decided=Notes(),
+        own_notes=Notes(),
         sample=sample,
     )
 

@@ -17,6 +17,7 @@ from flexjag.explain import explain
 from flexjag.layout import Layout, blocks
 from flexjag.nodes import Axis, Node, check_held, check_node, is_integer, replaced, saturated, walk
 from flexjag.normalizers import Normalizer, num_bias_heads
+from flexjag.offsets import mark_varying
 from flexjag.spans import Sandwich
 from flexjag.tiles import Tiles, block_mask
 from flexjag.upstream import holds_no_numbers
@@ -56,7 +57,7 @@ class Plan:
         max_length: The bound that was given, or None.
         reading: What the mask's functions read.
         notes: What backends worked out of layout and mask, for all layers that share them.
-        decided: Which backends run which calls.
+        own_notes: The same of the score as well, so that another score has others.
         sample: ``(H, D, dtype, grad)`` of the q that was planned for, if it had heads.
     """
 
@@ -74,7 +75,7 @@ class Plan:
     max_length: int | None
     reading: functions.Reading
     notes: Notes
-    decided: Notes
+    own_notes: Notes
     sample: tuple[int, int, torch.dtype, bool] | None
 
     def with_score(self, score: s.Score | None) -> Plan:
@@ -100,7 +101,7 @@ class Plan:
 
     def _rescored(self, score: s.Score | None) -> Plan:
         kernel_score = None if score is None else mods.rounded(score, self.tables)
-        return replace(self, score=score, kernel_score=kernel_score, decided=Notes())
+        return replace(self, score=score, kernel_score=kernel_score, own_notes=Notes())
 
     def learning_in(self, dtype: torch.dtype) -> Plan:
         """The plan with what its score and its normalizer learn read in at least `dtype`; itself if nothing changes."""
@@ -111,9 +112,12 @@ class Plan:
         return self if score is self.score else self._rescored(score)
 
     def frozen(self) -> Plan:
-        """The plan with the names in its score's functions bound to what they mean now, for a backward to call."""
+        """The plan with the names in its functions bound to what they mean now, for a backward to call."""
         score = None if self.score is None else functions.frozen(self.score, with_globals=True)
-        return self if score is self.score else self._rescored(score)
+        masks = tuple([functions.frozen(x, with_globals=True) for x in self.kernel_masks])
+        plan = self if score is self.score else self._rescored(score)
+        same = all(x is y for x, y in zip(masks, self.kernel_masks, strict=True))
+        return plan if same else replace(plan, kernel_masks=masks)
 
     def place(self) -> functions.Place | None:
         """Where users' functions may be tried; None if nowhere."""
@@ -281,7 +285,9 @@ def of_this_batch(score: s.Score | None) -> s.Score | None:
 
     def own(x: Tensor) -> Tensor:
         wide = saturated(x) if is_integer(x) else x
-        return wide.clone() if wide is x and not holds_no_numbers(x) else wide
+        wide = wide.clone() if wide is x and not holds_no_numbers(x) else wide
+        mark_varying(wide, wide.ndim - 1)
+        return wide
 
     return None if score is None else replaced(score, own, BATCH)
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from flexjag.errors import ScoreError, explain_values
-from flexjag.jagged import mark_varying
 from flexjag.nodes import Node, along, check_tensor, head_counts, held_tensors, node
+from flexjag.offsets import can_look, mark_varying
 
 ScoreFunction = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -182,7 +182,7 @@ class TimeBias(Score):
             raise ScoreError(explain_values("count", rule, count=count, width=width))
         # Rounded down by a hair: exp(k log 2) must not pass 2**k by a rounding error.
         ends = [math.ceil(math.exp(k * width) * (1 - 2**-40)) for k in range(1, count + 1)]
-        return torch.tensor(ends, dtype=torch.int64, device=device)
+        return torch.tensor(ends, dtype=torch.int64, device="cpu" if device is None else device)
 
 
 def _check_buckets(table: Tensor, boundaries: Tensor) -> None:
@@ -193,6 +193,8 @@ def _check_buckets(table: Tensor, boundaries: Tensor) -> None:
         rule = "table must be float [H, K + 1] for K boundaries [K]"
         shapes = {"table": tuple(table.shape), "boundaries": tuple(boundaries.shape), "dtype": table.dtype}
         raise ScoreError(explain_values("table, boundaries", rule, **shapes))
+    if can_look(boundaries) and bool((boundaries.diff() < 0).any()):
+        raise ScoreError(explain_values("boundaries", "must be ascending", boundaries=boundaries))
 
 
 @node

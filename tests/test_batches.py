@@ -281,7 +281,7 @@ def test_a_shared_bias_follows_its_tensors() -> None:
                 wanted = fj.attention(x, x, x, plan=plan, backend="reference").values
             assert not torch.allclose(before, after)
             torch.testing.assert_close(after, wanted)
-        assert sum(isinstance(key, tuple) and key[0] == "bias" for key in plan.notes) == 1
+        assert sum(isinstance(key, tuple) and key[0] == "bias" for key in plan.own_notes) == 1
 
 
 def test_a_bias_that_is_trained_later_has_its_gradient() -> None:

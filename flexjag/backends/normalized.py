@@ -19,8 +19,8 @@ from flexjag import mods
 from flexjag import normalizers as nz
 from flexjag.backends import pointwise, stick_breaking, tiled
 from flexjag.backends.gathers import add_tiles, look_up, take_tiles
+from flexjag.backends.held import Held
 from flexjag.backends.pieces import Piece, Walk, walk_runs, walk_tiles
-from flexjag.backends.tiled import Held
 from flexjag.backends.whole_segments import FIRST_ORDER
 from flexjag.differentiation import first_order_only, needs_plain_operations
 from flexjag.layout import Layout
@@ -70,12 +70,12 @@ def run_tiled(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, need_re
         something of no meaning). Half precision is computed in float32.
     """
     plain = holds_no_numbers(q) or needs_plain_operations()
-    return _run(q, k, v, plan, scale, partial(walk_tiles, plan), partial(walk_tiles, plan, whole=True), plain)
+    return _run(q, k, v, plan, scale, walk_tiles, partial(walk_tiles, whole=True), plain)
 
 
 def run_segments(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, need_rest: bool) -> tuple[Tensor, Tensor]:
     """The backend ``segments`` for any normalizer but a softmax; as :func:`run_tiled`."""
-    return _run(q, k, v, plan, scale, partial(walk_runs, plan, q.shape[1]), None, False)
+    return _run(q, k, v, plan, scale, partial(walk_runs, heads=q.shape[1]), None, False)
 
 
 def _run(
@@ -84,21 +84,21 @@ def _run(
     v: Tensor,
     plan: Plan,
     scale: float,
-    walk: Callable[[], Walk],
-    whole: Callable[[], Walk] | None,
+    walk: Callable[[Plan], Walk],
+    whole: Callable[[Plan], Walk] | None,
     plain: bool,
 ) -> tuple[Tensor, Tensor]:
     dtype = q.dtype
     compute = torch.float64 if dtype == torch.float64 else torch.float32
-    plan = plan.learning_in(compute) if plain else plan.learning_in(compute).frozen()
+    plan = (plan if plain else plan.frozen()).learning_in(compute)
     normalizer = plan.normalizer
     q, k, v = q.to(compute) * scale, k.to(compute), v.to(compute)
     if plain:
         assert whole is not None
-        out, left = _all_at_once(q, k, v, _Job(whole(), *_weigh(plan), _score(plan), Held([], [], []), None))
+        out, left = _all_at_once(q, k, v, _Job(whole(plan), *_weigh(plan), _score(plan), Held([], [], [], []), None))
     else:
         held = Held.of(plan, compute)
-        job = _Job(walk(), *_weigh(plan), _score(plan), held, whole)
+        job = _Job(walk(plan), *_weigh(plan), _score(plan), held, None if whole is None else partial(whole, plan))
         out, left = _Pieces.apply(job, *held.wide, q, k, v)  # type: ignore[misc]
     if isinstance(normalizer, nz.StickBreaking):
         left = torch.exp(left)
@@ -173,6 +173,7 @@ class _Pieces(torch.autograd.Function):
         ctx: Any, *grads: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         job: _Job = ctx.job
+        job.held.check()
         if job.whole is None or not torch.is_grad_enabled():
             return tuple(_backward(ctx, *grads))
         tensors = ctx.saved_tensors[: len(job.held.wide) + 3]

@@ -109,12 +109,12 @@ def runs_of_queries(plan: Plan, scale: float, heads: int, acc: torch.dtype, may_
     held = [] if plan.score is None else held_tensors(plan.score)
     if torch.is_grad_enabled() and any(t.requires_grad for t in held):
         return Pieces(plan, scale, runs, None, _share(plan, runs, heads, acc))
-    key = "bias", plan.score, heads, acc
-    copies, shared = plan.notes.get(key, (None, None))
+    key = "bias", heads, acc
+    copies, shared = plan.own_notes.get(key, (None, None))
     # The values decide: tensors are written to in ways that their version does not tell.
     if copies is None or not all(torch.equal(x, y) for x, y in zip(copies, held, strict=True)):
         shared = _share(plan, runs, heads, acc)
-        plan.notes[key] = [t.detach().clone() for t in held], shared
+        plan.own_notes[key] = [t.detach().clone() for t in held], shared
     return Pieces(plan, scale, runs, None, shared)
 
 
@@ -192,5 +192,5 @@ def bias_of(pieces: Pieces, index: int, heads: int, acc: torch.dtype) -> tuple[T
     bias, allowed = _evaluate(pieces.plan, (a, b), (c, d), heads, acc)
     none = ~allowed.any(2)
     some = bool(none.any())
-    bias = torch.where(allowed | none[..., None] if some else allowed, bias, -torch.inf)
+    bias = torch.where(allowed, bias, torch.where(none[..., None], 0.0, -torch.inf) if some else -torch.inf)
     return bias[None], none[None] if some else None

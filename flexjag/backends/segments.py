@@ -17,6 +17,7 @@ from torch import Tensor
 from flexjag import masks as m
 from flexjag.backends import runs, whole_segments
 from flexjag.backends.batches import Range
+from flexjag.backends.held import Held
 from flexjag.backends.runs import Pieces, Shared, bias_of, runs_of_queries
 from flexjag.backends.whole_segments import FIRST_ORDER, FLASH, list_calls, with_lse_gradient
 from flexjag.choice import SDPA_WINDOWS
@@ -50,6 +51,7 @@ def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, need_lse: boo
     if causal is not None:
         pieces = runs.whole_segments(plan, scale, causal)
     else:
+        plan = plan.frozen()
         pieces = runs_of_queries(plan, scale, q.shape[1], acc, may_share=on_cpu)
     held = [] if plan.score is None else held_tensors(plan.score)
     learned = torch.is_grad_enabled() and any(x.requires_grad for x in held)
@@ -114,8 +116,10 @@ class _Flash(torch.autograd.Function):
             ctx.pieces, ctx.keyless = replace(pieces, shared=None), pieces.shared.keyless
         ctx.set_materialize_grads(False)
         lse = lse.t()
-        score = pieces.plan.score if pieces.shared is None else None  # what the backward evaluates again
-        ctx.save_for_backward(q, k, v, out, lse, bias, *([] if score is None else held_tensors(score)))
+        # What the backward evaluates again.
+        again = pieces.shared is None and any(ctx.needs_input_grad)
+        ctx.held = Held.of(pieces.plan, acc) if again else Held([], [], [], [])
+        ctx.save_for_backward(q, k, v, out, lse, bias, *ctx.held.fixed)
         return out, lse
 
     @staticmethod
@@ -124,6 +128,7 @@ class _Flash(torch.autograd.Function):
         ctx: Any, saved: Sequence[Tensor], grad_out: Tensor | None, grad_lse: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         pieces, shape = ctx.pieces, ctx.shape
+        ctx.held.check()
         q, k, v, out, lse, bias = saved[:6]
         if bias is not None:
             pieces = replace(pieces, shared=Shared(bias, ctx.keyless))

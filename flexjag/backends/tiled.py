@@ -10,7 +10,6 @@ whole tile rows and the backward recomputes the scores, so memory beyond the inp
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexjag import functions
+from flexjag.backends.held import Held
 from flexjag.differentiation import needs_plain_operations
 from flexjag.layout import blocks
 from flexjag.plan import Plan
@@ -76,7 +75,7 @@ def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, need_lse: boo
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     tiles = plan.tiles.all_heads
     plain = holds_no_numbers(q) or needs_plain_operations()
-    plan = plan.learning_in(compute) if plain else plan.learning_in(compute).frozen()
+    plan = (plan if plain else plan.frozen()).learning_in(compute)
     p = Problem(
         tiles.row,
         tiles.col,
@@ -94,34 +93,6 @@ def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, need_lse: boo
         held = Held.of(plan, compute)
         out, lse = _Chunked.apply(p, held, *held.wide, q, k, v)  # type: ignore[misc]
     return out.to(dtype), lse
-
-
-@dataclass(frozen=True, eq=False)
-class Held:
-    """What the score of a call reads besides the scores.
-
-    Attributes:
-        learned: What needs gradients, as the score knows it.
-        wide: The same in the precision of the scores, in which the gradients add up.
-        fixed: What needs none. A backward reads it again, so autograd has to hear of writes to it.
-    """
-
-    learned: list[Tensor]
-    wide: list[Tensor]
-    fixed: list[Tensor]
-
-    @staticmethod
-    def of(plan: Plan, compute: torch.dtype) -> Held:
-        """That of a plan's score and of its normalizer."""
-        found = functions.captured(plan.score, compute, plan.place)
-        found += functions.captured(plan.normalizer, compute, plan.place)
-        learned = [x for x in found if x.requires_grad and torch.is_grad_enabled()]
-        fixed = [x for x in found if not x.requires_grad]
-        return Held(learned, [functions.widened(x, compute) for x in learned], fixed)
-
-    def read_as(self, others: Sequence[Tensor]) -> AbstractContextManager[Any]:
-        """Let the score read `others` instead of what is learned."""
-        return functions.Substitute(self.learned, others) if self.learned else nullcontext()
 
 
 def in_dtype(score: Callable[..., Tensor] | None) -> Callable[..., Tensor] | None:
@@ -261,6 +232,7 @@ class _Chunked(torch.autograd.Function):
         ctx: Any, *grads: Tensor
     ) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # once: checkpointing recomputes the forward at each reading
+        ctx.held.check()
         with torch.autocast(grads[0].device.type, enabled=False):
             if torch.is_grad_enabled():
                 attend = partial(all_at_once, p=ctx.problem)
