@@ -10,7 +10,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from flexjag import choice, normalizers
+from flexjag import choice, functions, normalizers
 from flexjag.choice import check_normalizer
 from flexjag.differentiation import needs_plain_operations
 from flexjag.errors import PlanError, ShapeError, assert_on_device, explain_values
@@ -249,8 +249,10 @@ def _runner(name: str, normalizer: Normalizer):  # type: ignore[no-untyped-def]
 def _reference(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, return_lse: bool) -> tuple[Tensor, Tensor]:
     from flexjag.backends import reference
 
-    plan = plan.learning_in(torch.promote_types(q.dtype, torch.float32))
-    return reference.run(q, k, v, plan.layout, plan.mask, plan.score, scale, plan.normalizer)
+    compute = torch.promote_types(q.dtype, torch.float32)
+    plan = plan.learning_in(compute)
+    with functions.learning_once(plan.score, compute, plan.place):
+        return reference.run(q, k, v, plan.layout, plan.mask, plan.score, scale, plan.normalizer)
 
 
 def _nothing(q: Tensor, k: Tensor, v: Tensor, *learned: Tensor) -> tuple[Tensor, Tensor]:

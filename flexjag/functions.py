@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -158,6 +159,18 @@ def learning_in(node: NodeKind, dtype: torch.dtype, place: Callable[[], Place | 
         return x if known else _Wide(x, dtype)
 
     return replaced(node, leaf)
+
+
+def learning_once(
+    score: s.Score | None, dtype: torch.dtype, place: Callable[[], Place | None]
+) -> AbstractContextManager[Any]:
+    """Let a score's functions, however often they are called, read what they learn as the same tensors in `dtype`.
+
+    Their gradients are then rounded once, not once for each call.
+    """
+    learned = learned_tensors(score, dtype, place)
+    narrow = [(x, wide) for x in learned if (wide := widened(x, dtype)) is not x]
+    return Substitute(*zip(*narrow, strict=True)) if narrow else nullcontext()
 
 
 def frozen(node: NodeKind, tensors: Callable[[Tensor], Tensor] = lambda x: x, with_globals: bool = False) -> NodeKind:

@@ -39,7 +39,7 @@ def node(cls: NodeType) -> NodeType:
     made: Any = dataclass(frozen=True, eq=False, repr=False)(cls)  # type: ignore[assignment]
     # Kept apart, because Dynamo refuses to read the fields' metadata once a graph has changed any dictionary.
     shown = (f for f in fields(made) if "axis" in f.metadata)  # pyright: ignore[reportUnknownArgumentType]
-    names: Any = fields(made)
+    names: Any = fields(made)  # pyright: ignore[reportUnknownArgumentType]
     made._of, made._names = made, tuple(f.name for f in names)
     made._axes = tuple((f.name, *f.metadata.values()) for f in shown)
     return made  # pyright: ignore[reportUnknownVariableType]

@@ -193,7 +193,7 @@ def _check_buckets(table: Tensor, boundaries: Tensor) -> None:
         rule = "table must be float [H, K + 1] for K boundaries [K]"
         shapes = {"table": tuple(table.shape), "boundaries": tuple(boundaries.shape), "dtype": table.dtype}
         raise ScoreError(explain_values("table, boundaries", rule, **shapes))
-    if can_look(boundaries) and bool((boundaries.diff() < 0).any()):
+    if can_look(boundaries) and bool((boundaries[1:] < boundaries[:-1]).any()):
         raise ScoreError(explain_values("boundaries", "must be ascending", boundaries=boundaries))
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import textwrap
 from collections.abc import Callable
 from copy import deepcopy
 
@@ -288,3 +291,23 @@ def test_offsets_are_looked_at_inside_a_graph_if_asked() -> None:
     for wrong in ([0, 5, 20], [0, 7, 5, 12], [0, -3, 12], [1, 5, 12], [0, 5, 11]):
         with pytest.raises(RuntimeError, match=r"q\.offsets: must start at 0, not decrease"):
             compiled(fj.Jagged(torch.randn(12, 2, 16), torch.tensor(wrong)))
+
+
+def test_nodes_first_met_in_a_graph() -> None:
+    """In a process of its own: here other tests have met them before."""
+    script = """
+        import torch, flexjag as fj
+        x = fj.Jagged.from_lengths(torch.randn(29, 2, 8), [9, 0, 20])
+        table = torch.zeros(2, 5, requires_grad=True)
+
+        def attend(x, plan):
+            mask, score = fj.Causal() & fj.Window(4, 0), fj.SoftCap(3.0) >> fj.Alibi.from_heads(2)
+            first = fj.attention(x, x, x, mask=mask, score=score)
+            return fj.attention(first, x, x, plan=plan.with_score(fj.RelativeBias(table))).values
+
+        plan = fj.plan(x, mask=fj.Prefix(3))
+        out = torch.compile(attend, fullgraph=True, backend="eager")(x, plan)
+        torch.testing.assert_close(out, attend(x, plan))
+        """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

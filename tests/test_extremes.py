@@ -111,6 +111,20 @@ def test_a_score_of_minus_infinity_rules_a_key_out(backend: str, kind: str, norm
         assert not results[0][0][0].any()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_of_minus_infinity_under_a_bias_of_their_own_segment(backend: str) -> None:
+    """A learned bias that segments do not share: rows that it leaves without a key learn nothing, and teach nothing."""
+    q, k, v = make_qkv([2, 3], dim=8)
+    leaves = [x.values.requires_grad_() for x in (q, k, v)]
+    table = torch.full((2, 1), -INF, dtype=F64, requires_grad=True)
+    score = fj.TimeBias(table, torch.arange(5), torch.tensor([], dtype=torch.int64))
+    out, lse = fj.attention(q, k, v, score=score, backend=backend, return_lse=True)
+    assert bool((lse.values == -INF).all())
+    ones = [torch.ones_like(x.values) for x in (out, lse)]
+    for x in (out.values, *torch.autograd.grad([out.values, lse.values], [*leaves, table], ones)):
+        torch.testing.assert_close(x, torch.zeros_like(x), rtol=0, atol=0)
+
+
 def test_a_score_of_minus_infinity_in_a_graph() -> None:
     q, k, v = make_qkv([1, 40], dim=8)
     table = torch.zeros(2, 7, dtype=F64)

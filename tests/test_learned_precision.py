@@ -61,6 +61,17 @@ def test_half_precision_tables(backend: str, score: str, normalizer: str, dtype:
     assert float((got.to(torch.float64) - wanted).abs().max()) <= 2 * unit * float(wanted.abs().max())
 
 
+@pytest.mark.parametrize("backend", ["tiled", "reference"])
+def test_a_table_is_rounded_once_not_once_per_segment(backend: str) -> None:
+    """Of 300 segments, whose gradients of 1 / 512 and less would each be lost next to a sum of 1."""
+    x = fj.Jagged.from_lengths(torch.ones(600, 1, 4), [2] * 300)
+    table = torch.zeros(1, dtype=torch.bfloat16, requires_grad=True)
+    score = fj.ScoreMod(lambda s, b, h, i, j: s + table[h] * j)
+    _, lse = fj.attention(x, x, x, score=score, backend=backend, return_lse=True)
+    (got,) = torch.autograd.grad(lse.values.sum() / 256, table)  # each row's derivative is 1 / 2
+    assert float(got[0]) == float(torch.tensor(600 / 512).to(torch.bfloat16))
+
+
 @pytest.mark.parametrize("normalizer", ["softmax", "sigmoid"])
 def test_half_precision_tables_in_a_graph(normalizer: str) -> None:
     """Built-in scores and users' functions, in one graph for several batches."""

@@ -192,5 +192,6 @@ def bias_of(pieces: Pieces, index: int, heads: int, acc: torch.dtype) -> tuple[T
     bias, allowed = _evaluate(pieces.plan, (a, b), (c, d), heads, acc)
     none = ~allowed.any(2)
     some = bool(none.any())
-    bias = torch.where(allowed, bias, torch.where(none[..., None], 0.0, -torch.inf) if some else -torch.inf)
+    bias = torch.where(allowed, bias, -torch.inf)
+    bias = bias.masked_fill(none[..., None], 0.0) if some else bias
     return bias[None], none[None] if some else None

@@ -75,6 +75,11 @@ def _grad(y: Tensor, x: Tensor) -> Tensor:
     return torch.autograd.grad(y.sum(), x, create_graph=True, allow_unused=True, materialize_grads=True)[0]
 
 
+def _finite(x: Tensor) -> Tensor:
+    """An error, or a derivative, without those of scores of -inf, which are exact and rule their keys out."""
+    return x.nan_to_num(0.0, 0.0, 0.0)
+
+
 def _by_tensor(y: Tensor, tensor: Tensor) -> Tensor:
     """The derivative of each y along all ones in `tensor`: by differentiating the (linear) backward once more."""
     weights = torch.ones_like(y, requires_grad=True)
@@ -95,11 +100,12 @@ def _apply_part(part: s.Score, old: _Scores, seg: Segment, learned: Sequence[Ten
     direct = [_by_tensor(y, t) for t in learned]
     bends = [_grad(d, x).detach().abs() for d in direct]
     y, slope = y.detach(), slope.detach()
-    error = slope.abs() * old.error + unit.stored * (x.detach().abs() + y.abs())
+    slope, bend = _finite(slope), _finite(bend)
+    error = slope.abs() * old.error + unit.stored * (_finite(x.detach()).abs() + _finite(y).abs())
     own_slope_error = bend * old.error + unit.stored * (1 + slope.abs())
     carried = []
     for (was, was_error), d, b in zip(old.learned, direct, bends, strict=True):
-        d = d.detach()
+        d, b = _finite(d.detach()), _finite(b)
         spread = was_error * slope.abs() + was.abs() * own_slope_error + b * old.error + unit.stored * d.abs()
         carried.append((was * slope + d, spread))
     return _Scores(
@@ -177,9 +183,9 @@ def rounding_bounds(
         x, g = (t[seg.q_rows].transpose(0, 1) for t in (q, grad_out))
         y, z = (t[seg.kv_rows].transpose(0, 1).repeat_interleave(repeats, 0) for t in (k, v))
         state = _scores(x, y, seg, score, scale, learned, unit)
-        allowed = dense_allowed(mask, normalizer, seg, layout.is_self)
+        allowed = dense_allowed(mask, normalizer, seg, layout.is_self) & (state.value != -torch.inf)
         g_rest = grad_lse[seg.q_rows].t()[..., None]
-        values = Values(state.value, state.error, allowed, z, g, g_rest, seg)
+        values = Values(_finite(state.value), state.error, allowed, z, g, g_rest, seg)
         one = _segment_bounds(x, y, values, state, normalizer, scale, unit)
         out[seg.q_rows], lse[seg.q_rows] = one.out.transpose(0, 1), one.lse.expand(heads, seg.n, 1)[..., 0].t()
         q_bound[seg.q_rows] = one.q.transpose(0, 1)

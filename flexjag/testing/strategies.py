@@ -21,6 +21,10 @@ from flexjag.plan import plan as make_plan
 
 SEEDS = st.integers(0, 2**16)
 TILES = (16, 32)
+LIMITS = (2**31 - 1, 2**31, 2**63 - 1, 2**63, 2**70)
+INTEGERS = (
+    torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64,
+)  # fmt: skip
 
 
 def _generator(seed: int) -> torch.Generator:
@@ -127,12 +131,14 @@ class _Nodes:
 
     def bound(self, draw: st.DrawFn, least: int) -> int | Tensor:
         """An int bound, sometimes one per segment; small and large ones."""
-        value = st.one_of(st.integers(least, 6), st.sampled_from([15, 16, 17, 200, 2**31 - 1]))
+        value = st.one_of(st.integers(least, 6), st.sampled_from([15, 16, 17, 200, *LIMITS]))
         if self.portable or draw(st.integers(0, 2)):
             return draw(value)
-        count = len(self.q_lengths)
-        dtype = draw(st.sampled_from([torch.int32, torch.int64]))
-        return torch.randint(least, 20, (count,), generator=_generator(draw(SEEDS)), dtype=dtype)
+        g, dtype = _generator(draw(SEEDS)), draw(st.sampled_from(INTEGERS))
+        values = torch.randint(least, 20, (len(self.q_lengths),), generator=g).tolist()
+        if values and draw(st.booleans()):
+            values[0] = torch.iinfo(dtype).max
+        return torch.tensor(values, dtype=dtype)
 
     def leaf(self, draw: st.DrawFn) -> m.Mask:
         """One node without parts."""
@@ -170,7 +176,11 @@ class _Nodes:
                 count = draw(st.sampled_from([None, 1, 2, 3, 10]))
                 shape = (q_total,) if count is None else (count, q_total)
                 lo = torch.randint(-2, longest + 3, shape, generator=g)
-                return m.Rows(lo, lo + torch.randint(-1, 5, shape, generator=g))
+                hi = lo + torch.randint(-1, 5, shape, generator=g)
+                if draw(st.booleans()):  # from the start, and to the end
+                    ends = torch.iinfo(torch.int64)
+                    lo, hi = lo.masked_fill(lo < 0, ends.min), hi.masked_fill(hi > longest, ends.max)
+                return m.Rows(lo, hi)
             case "group":
                 groups = draw(st.integers(1, 4))
                 ids = torch.randint(-1, groups, (q_total,), generator=g)
