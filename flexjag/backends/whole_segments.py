@@ -49,8 +49,10 @@ def list_calls(layout: Layout, width: int, causal: bool, scale: float) -> Calls:
     batches, unmet_q, unmet_kv = list_batches(q, kv, width, pad_keys=layout.is_self or not causal)
     q_cut = Cut([b.q for b in batches if isinstance(b.q, tuple)], layout.num_q)
     kv_cut = Cut([b.kv for b in batches if isinstance(b.kv, tuple)], layout.num_kv)
-    spare_q, spare_kv = (q[-1], layout.num_q), (kv[-1], layout.num_kv)
-    return Calls(batches, q_cut, kv_cut, [*unmet_q, spare_q], [*unmet_kv, spare_kv], causal, scale)
+    unmet_q.append((q[-1], layout.num_q))  # the spare rows
+    unmet_kv.append((kv[-1], layout.num_kv))
+    unmet_q, unmet_kv = ([at for at in ranges if at[0] < at[1]] for ranges in (unmet_q, unmet_kv))
+    return Calls(batches, q_cut, kv_cut, unmet_q, unmet_kv, causal, scale)
 
 
 def _groups(q: Tensor, k: Tensor) -> int | None:
@@ -76,34 +78,38 @@ def attend(calls: Calls, q: Tensor, k: Tensor, v: Tensor, need_lse: bool) -> tup
 
     The latter may be None if it is not needed.
     """
-    return _Whole.apply(calls, need_lse, q, k, v)  # type: ignore[misc]
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return _Whole.apply(calls, q, k, v)  # type: ignore[misc]
+    return _run(calls, need_lse, q, k, v)
+
+
+def _run(calls: Calls, need_lse: bool, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
+    groups = _groups(q, k)
+    acc = torch.float64 if q.dtype == torch.float64 else torch.float32
+    out, lse = torch.empty_like(q), q.new_empty((q.shape[1], q.shape[0]), dtype=acc).t()
+    for start, end in calls.unmet_q:
+        out[start:end] = 0.0
+        lse[start:end] = -torch.inf
+    packed_q, packed_out, packed_lse = (Packed(t, calls.q_cut) for t in (q, out, lse))
+    packed_k, packed_v = (Packed(t, calls.kv_cut) for t in (k, v))
+    for batch in calls.batches:
+        x = batch.take(packed_q, True, groups)
+        y, z = batch.take(packed_k, False, groups), batch.take(packed_v, False, groups)
+        bias = None if calls.causal else batch.bias(y.dtype, groups)
+        part, log = FLASH(x, *_shared(y, z, x), 0.0, calls.causal, attn_mask=bias, scale=calls.scale)
+        batch.put(packed_out, part, True)
+        if need_lse:
+            batch.put(packed_lse, log, True)
+    return out, lse if need_lse else None
 
 
 class _Whole(torch.autograd.Function):
     """:func:`attend`, forward and backward."""
 
     @staticmethod
-    def forward(
-        ctx: Any, calls: Calls, need_lse: bool, q: Tensor, k: Tensor, v: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        groups, need_lse = _groups(q, k), need_lse or any(ctx.needs_input_grad)
-        acc = torch.float64 if q.dtype == torch.float64 else torch.float32
-        out, lse = torch.empty_like(q), q.new_empty((q.shape[1], q.shape[0]), dtype=acc).t()
-        for start, end in calls.unmet_q:
-            out[start:end] = 0.0
-            lse[start:end] = -torch.inf
-        packed_q, packed_out, packed_lse = (Packed(t, calls.q_cut) for t in (q, out, lse))
-        packed_k, packed_v = (Packed(t, calls.kv_cut) for t in (k, v))
-        for batch in calls.batches:
-            x = batch.take(packed_q, True, groups)
-            y, z = batch.take(packed_k, False, groups), batch.take(packed_v, False, groups)
-            bias = None if calls.causal else batch.bias(y.dtype, groups)
-            part, log = FLASH(x, *_shared(y, z, x), 0.0, calls.causal, attn_mask=bias, scale=calls.scale)
-            batch.put(packed_out, part, True)
-            if need_lse:
-                batch.put(packed_lse, log, True)
-        if not need_lse:
-            return out, None
+    def forward(ctx: Any, calls: Calls, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        out, lse = _run(calls, True, q, k, v)
+        assert lse is not None
         ctx.calls = calls
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(q, k, v, out, lse)
@@ -146,7 +152,7 @@ class _Whole(torch.autograd.Function):
             )
             for target, part, is_query in zip(targets, parts, (True, False, False), strict=True):
                 batch.put(target, part if is_query or groups is None else part.sum(1, keepdim=True), is_query)
-        return None, None, *(g[..., :dim] for g in grads)
+        return None, *(g[..., :dim] for g in grads)
 
 
 def _shared(y: Tensor, z: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
