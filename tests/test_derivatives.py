@@ -8,6 +8,7 @@ import pickle
 import weakref
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from cases import make_qkv
@@ -439,3 +440,17 @@ def test_scores_made_in_inference_mode_train(backend: str) -> None:
     values = x.values.requires_grad_()
     out = fj.attention(x.with_values(values), k, v, mask=fj.Causal(), score=score, backend=backend)
     assert bool(torch.autograd.grad(out.values.sum(), values)[0].any())
+
+
+@pytest.mark.parametrize("backend", ["tiled", "segments", "reference"])
+def test_tensors_that_a_function_makes_at_each_call_are_no_change(backend: str) -> None:
+    x, k, v = make_qkv([7, 3], dim=8)
+    table = np.array([True, False] * 4)
+    mask = fj.MaskMod(lambda b, h, i, j: torch.as_tensor(table)[i] | torch.from_numpy(table)[j])
+    plan = fj.plan(x, mask=mask)
+    values = x.values.requires_grad_()
+    wanted = fj.attention(x, k, v, mask=fj.MaskMod(lambda b, h, i, j: (i % 2 == 0) | (j % 2 == 0)), backend=backend)
+    for _ in range(2):
+        out = fj.attention(x.with_values(values), k, v, plan=plan, backend=backend).values
+        torch.testing.assert_close(out, wanted.values)
+        assert bool(torch.autograd.grad(out.sin().sum(), values)[0].any())
