@@ -248,6 +248,8 @@ def captured(node: Node | None, dtype: torch.dtype, place: Callable[[], Place | 
     if node is None:
         return []
     read = [x for trial in trials(node, dtype, place) for x in trial.given]
+    if not read:  # as in a graph, which must not look at the tensors' identities
+        return held_tensors(node)
     return list({id(x): x for x in (*held_tensors(node), *read)}.values())
 
 

@@ -16,7 +16,8 @@ Attend = Callable[[Jagged, Jagged, Jagged], Any]
 
 def _bits(x: Tensor) -> Tensor:
     """The tensor's bytes, one row per token: -0.0 differs from 0.0, and NaN equals itself."""
-    return x.detach().contiguous().flatten().view(torch.uint8).view(x.shape[0], -1)
+    x = x.detach().clone(memory_format=torch.contiguous_format)  # a single number may be contiguous with any stride
+    return x.flatten().view(torch.uint8).view(x.shape[0], -1)
 
 
 def _outputs(attend: Attend, q: Jagged, k: Jagged, v: Jagged) -> list[Jagged]:

@@ -110,9 +110,13 @@ def test_dual_numbers(name: str) -> None:
     alike(*found)
 
 
+INTEGERS = ("repeat_arange", "sorted_unique", "true_at")
+"""Operators of FBGEMM's names that give integers, which have no gradients, by plain torch on every device."""
+
+
 def test_every_operator_has_a_formula() -> None:
     assert OPERATORS
-    assert all(op.formula is not None for op in OPERATORS.values())
+    assert [name for name, op in OPERATORS.items() if op.formula is None and name not in INTEGERS] == []
 
 
 def test_transforms_of_what_is_not_called_by_python_are_refused() -> None:

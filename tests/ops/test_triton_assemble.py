@@ -52,9 +52,14 @@ def test_assembles_without_spills(target: str, worker: Worker) -> None:
     assert TENSOR_CORES[target] in {core for k in halves for core in k.tensor_cores}
 
 
+PLAIN = ("repeat_arange", "sorted_unique", "true_at")
+"""Operators of FBGEMM's names that give integers; they are there once something has imported those."""
+
+
 def test_every_operator_has_its_kernels() -> None:
-    assert {case.op.split(",")[0] for case in list_kernels()} == set(OPERATORS)
-    assert all(op.launcher is not None for op in OPERATORS.values())
+    own = {name: op for name, op in OPERATORS.items() if name not in PLAIN}
+    assert {case.op.split(",")[0] for case in list_kernels()} == set(own)
+    assert all(op.launcher is not None for op in own.values())
 
 
 def test_no_kernel_uses_atomics() -> None:
