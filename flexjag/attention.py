@@ -14,7 +14,6 @@ from flexjag import choice, functions, normalizers
 from flexjag.choice import check_normalizer
 from flexjag.differentiation import needs_plain_operations
 from flexjag.errors import PlanError, ShapeError, assert_on_device, explain_values
-from flexjag.functions import captured
 from flexjag.jagged import Jagged, check_same_layout
 from flexjag.masks import Mask, num_mask_heads
 from flexjag.nodes import replaced
@@ -160,7 +159,8 @@ def attention(
             explain_values("scale", "must be a number; multiply q by a learned one", shape=tuple(scale.shape))
         )
     scale = 1.0 / math.sqrt(max(1, q.values.shape[2])) if scale is None else float(scale)
-    learned = (*captured(plan.score, torch.float32, plan.place), *normalizers.tensors(plan.normalizer))
+    found = functions.learned_tensors(plan.score, torch.float32, plan.place)
+    learned = (*found, *normalizers.tensors(plan.normalizer))
     learns = torch.is_grad_enabled() and any(x.requires_grad for x in learned)
     known = {
         "tracing": holds_no_numbers(q.values),
