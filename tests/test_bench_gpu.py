@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from flexjag.bench import gpu, main, nvml, run, sync
-from flexjag.bench.gpu import Clock, read_tests, run_process
+from flexjag.bench import gpu, main, nvml, outcomes, run, smoke, sync, warm
+from flexjag.bench.gpu import Clock, run_process
 from flexjag.bench.measure import iterate
 from flexjag.bench.registry import Arm, BenchError, Case, Options, Suite, find
 
@@ -117,10 +117,20 @@ def test_process_that_hangs_is_ended_with_its_own_processes_and_keeps_what_it_pr
     assert "exit status -6" in died.cut
 
 
-def test_reading_tests_of_a_run_that_was_ended():
-    found = read_tests("a.py::b[x y] PASSED [ 50%]\na.py::c FAILED [ 60%]\na.py::d ")
-    assert found == {"counts": {"passed": 1, "failed": 1}, "failures": {"a.py::c": "no reason was printed"}}
-    assert read_tests("no pytest here") == {"counts": {}, "failures": {}}
+def test_outcomes_are_read_from_a_file_that_was_cut_off(tmp_path):
+    path = tmp_path / "outcomes"
+    assert outcomes.read(path) == {"counts": {}, "failures": {}, "skips": {}, "slowest": {}}
+    lines = [
+        {"test": "a.py::b[x y]", "outcome": "passed", "seconds": 0.5},
+        {"test": "a.py::c", "outcome": "failed", "seconds": 2.0, "reason": "assert 0\nwhole"},
+        {"test": "a.py::d", "outcome": "skipped", "seconds": 0.0, "reason": "not here"},
+    ]
+    path.write_text("\n".join(map(json.dumps, lines)) + '\n{"test": "a.py::e", "outc')
+    found = outcomes.read(path)
+    assert found["counts"] == {"passed": 1, "failed": 1, "skipped": 1}
+    assert found["failures"] == {"a.py::c": "assert 0\nwhole"}
+    assert found["skips"] == {"not here": 1}
+    assert list(found["slowest"]) == ["a.py::c", "a.py::b[x y]", "a.py::d"]
 
 
 def run_blocked(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -140,7 +150,7 @@ def run_blocked(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[
 
 def test_dry_run_on_a_cpu_where_only_the_necessary_is_installed(tmp_path):
     (tmp_path / "test_some.py").write_text(TESTS)
-    asked = ["--device", "cpu", "--quick", "--no-memory", "--suites", "mask-build", "energy", "--tests"]
+    asked = ["--device", "cpu", "--quick", "--no-memory", "--stage", "tests", "sync", "mask-build", "energy", "--tests"]
     done = run_blocked(tmp_path, "gpu", "--out", str(tmp_path / "out"), *asked, str(tmp_path / "test_some.py"))
     assert done.returncode == 1, done.stderr  # a test failed
     (path,) = (tmp_path / "out").glob("quick-cpu-*.json")
@@ -162,6 +172,7 @@ def test_dry_run_on_a_cpu_where_only_the_necessary_is_installed(tmp_path):
     assert energy["cases"]
     log = path.with_suffix(".log").read_text()
     assert "== mask-build: " in log
+    assert "def test_wrong(): assert 1 == 2" in log  # the failure, whole
     assert "flexjag plan" in log
     page = tmp_path / "page.md"
     assert main(["report", str(path), "--write", str(page)]) == 0
@@ -169,7 +180,7 @@ def test_dry_run_on_a_cpu_where_only_the_necessary_is_installed(tmp_path):
 
 
 def test_suite_without_time_is_recorded_as_cut(tmp_path):
-    asked = ["--device", "cpu", "--quick", "--no-memory", "--no-tests", "--suites", "mask-build"]
+    asked = ["--device", "cpu", "--quick", "--no-memory", "--stage", "sync", "mask-build"]
     assert main(["gpu", "--out", str(tmp_path), "--minutes", "0.0001", *asked]) == 0
     (path,) = tmp_path.glob("*.json")
     results = json.loads(path.read_text())
@@ -185,7 +196,7 @@ def test_suite_without_time_is_recorded_as_cut(tmp_path):
     [
         (["gpu"], "the following arguments are required: --out"),
         (["gpu", "--out", "x", "--minutes", "0", "--device", "cpu"], "--minutes: must be over 0"),
-        (["gpu", "--out", "x", "--suites", "nothing", "--device", "cpu"], "suite: must be one of"),
+        (["gpu", "--out", "x", "--stage", "nothing", "--device", "cpu"], "--stage: must be one of smoke, tests"),
         (["mask-build", "--budget", "0"], "--budget: must be over 0 seconds"),
     ],
 )
@@ -215,6 +226,37 @@ def test_sync_check_runs_on_a_cpu_and_reports_what_fails(monkeypatch):
     found = sync.check("cpu")
     assert found["passed"] is False
     assert found["detail"] == "causal: RuntimeError: called a synchronizing CUDA operation"
+
+
+def test_smoke_checks_run_in_processes_of_their_own(tmp_path):
+    found = smoke.check_all("cpu", tmp_path / "smoke.json", ["tiled", "plan on the device"])
+    assert [x["name"] for x in found] == ["tiled", "plan on the device"]
+    assert all(x["passed"] for x in found), found
+    assert json.loads((tmp_path / "smoke.json").read_text())["checks"] == found
+
+
+def test_smoke_tells_what_is_thrown_and_what_is_wrong(monkeypatch):
+    def breaks(device, dtype, exact):
+        raise RuntimeError("no such instruction")
+
+    monkeypatch.setitem(smoke.CHECKS, "tiled", breaks)
+    found = smoke.check("tiled", "cpu")
+    assert not found["passed"]
+    assert "Traceback" in found["wrong"]
+    assert "no such instruction" in found["wrong"]
+    monkeypatch.setitem(smoke.CHECKS, "tiled", lambda device, dtype, exact: (torch.ones(3, dtype=dtype) + (not exact),))
+    assert "result 0 is off by 1.00e+00" in smoke.check("tiled", "cpu")["wrong"]
+
+
+def test_warming_up_goes_on_behind_a_job_that_fails(monkeypatch, capsys):
+    done = []
+    jobs = [lambda: 1 / 0, lambda: done.append(1), lambda: lambda: done.append(2), lambda: done.append(3)]
+    monkeypatch.setattr(warm, "jobs", lambda stage, options: iter(jobs))
+    warm.main("attention", 0, 1, 60.0, 0)
+    assert done == [1, 2, 3]
+    assert "job 0: ZeroDivisionError" in capsys.readouterr().out
+    warm.main("attention", 1, 2, 60.0, 0)
+    assert done == [1, 2, 3, 1, 3]
 
 
 @pytest.mark.cuda

@@ -34,6 +34,7 @@ NESTED = "NestedTensor SDPA"
 GYM = "attention-gym document mask + flex_attention, compiled"
 VARLEN = "varlen_attn"
 AUTO = "flexjag auto"
+FLEX = "flexjag flex"
 WITH_PLAN = ", planning included"
 BACKENDS = ("auto", "tiled", "segments", "flex", "varlen")
 SLOW = (PADDED_FLEX, GYM)  # each compiles a kernel for each kind
@@ -113,7 +114,7 @@ class Batch:
             )
         planned = partial(self._flexjag, "auto", ready=False)
         found.append(self._arm(AUTO + WITH_PLAN, planned, memory=False))
-        left_out = () if compiled else (*SLOW, "flexjag flex") if self.device == "cpu" else SLOW
+        left_out = () if compiled else (*SLOW, FLEX) if self.device == "cpu" else SLOW
         return [arm for arm in found if arm.name not in left_out]
 
     def _arm(

@@ -92,7 +92,12 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout this package lies in, marked if files differ; None outside of one."""
+    """The commit of the checkout this package lies in, marked if files differ; None outside of one.
+
+    A copy without its history can be told by the variable ``FLEXJAG_COMMIT``.
+    """
+    if os.environ.get("FLEXJAG_COMMIT"):
+        return os.environ["FLEXJAG_COMMIT"]
     here = Path(__file__).parent
 
     def git(*args: str) -> str | None:

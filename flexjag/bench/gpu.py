@@ -1,7 +1,9 @@
 """Everything that needs a GPU, in one bounded run: ``python -m flexjag.bench gpu --out DIR``.
 
-The tests (``pytest -m cuda``), a check that nothing waits for the device, and every suite, each in a process of its
-own: one that crashes the device or hangs takes no other with it. The results are written after each.
+In stages: a smoke test of every way to the device, the tests (``pytest -m cuda``), a check that nothing waits for the
+device, compiling what comes then in all cores at once, every suite, and the tuning of kernel options. Each is a process
+of its own: one that crashes the device or hangs takes no other with it. The results are written after each, and each
+can be asked for alone (``--stage``).
 """
 
 from __future__ import annotations
@@ -15,24 +17,34 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
-from flexjag.bench import run
+from flexjag.bench import outcomes, run, warm
 from flexjag.bench.cli import Parser, add_options, make_options
 from flexjag.bench.registry import BenchError, find, load
 
 ROOT = Path(__file__).parents[2]
 OPTIONAL = ("attn_gym", "rich", "matplotlib", "cloudpickle", "fbgemm_gpu", "psutil")
-WEIGHTS = {"tests": 5.0, "sync": 1.0, "mask-build": 1.0, "attention": 6.0, "ops": 3.0, "normalizers": 3.0}
+FIRST, LAST = ("smoke", "tests", "sync", "warm"), ("tune",)  # before the suites, and behind them
+WEIGHTS = {
+    "smoke": 2.0,
+    "tests": 8.0,
+    "sync": 1.0,
+    "mask-build": 1.0,
+    "attention": 6.0,
+    "ops": 3.0,
+    "normalizers": 3.0,
+    "paper": 3.0,
+}
 """Shares of the time; 2 for what is not listed. What one does not use is left to those after it."""
 START = 10.0  # seconds until a process measures anything
 GRACE = 10.0  # seconds after its budget when a process is ended
-OUTCOME = re.compile(r"^(?P<test>\S.*?) (?P<outcome>PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b", re.M)
-REASON = re.compile(r"^(?:FAILED|ERROR) (?P<test>\S+)(?: - (?P<reason>.*))?$", re.M)
+SHOWN = 1500  # characters of a fault that are printed; the log has it whole
+TUNED = ("spans", "formula", "lookup")  # a mask alone, a score that is computed, one that is looked up
 
 
 @dataclass
@@ -83,7 +95,7 @@ def main(argv: Sequence[str]) -> int:
         argv: The arguments behind ``gpu``.
 
     Returns:
-        0, or 1 if a test failed or did not end, an arm was wrong, or a step waited for the device.
+        0, or 1 if a check or test failed or did not end, an arm was wrong, or a step waited for the device.
 
     Raises:
         BenchError: If the arguments are wrong or there is no GPU.
@@ -92,23 +104,24 @@ def main(argv: Sequence[str]) -> int:
     parser = Parser("flexjag bench gpu", description="The tests and suites that need a GPU, in at most nine minutes.")
     parser.add_argument("--out", type=Path, metavar="DIR", required=True, help="where the results and a log are put")
     parser.add_argument("--minutes", type=float, default=9.0, help="for everything; default 9")
-    parser.add_argument("--suites", nargs="*", metavar="SUITE", help=f"default all: {', '.join(load())}")
+    stages = [*FIRST, *load(), *LAST]
+    parser.add_argument("--stage", nargs="+", metavar="STAGE", help=f"default all, in this order: {', '.join(stages)}")
     parser.add_argument(
         "--tests", type=Path, default=ROOT / "tests", metavar="PATH", help="default: beside the package"
     )
-    parser.add_argument("--no-tests", action="store_true", help="suites only")
+    parser.add_argument("--processes", type=int, help="for the tests; default: three quarters of the cores")
     add_options(parser)
     parser.set_defaults(device="cuda")
     args = parser.parse_args(argv)
     if not args.minutes > 0:
         raise BenchError(f"--minutes: must be over 0; got minutes={args.minutes}")
-    suites = [find(name).name for name in (load() if args.suites is None else args.suites)]
-    session = _Session(args, suites)
-    if not args.no_tests:
-        session.tests(args.tests.resolve())
-    session.sync()
-    for name in suites:
-        session.suite(name)
+    asked = stages if args.stage is None else args.stage
+    unknown = [name for name in asked if name not in stages]
+    if unknown:
+        raise BenchError(f"--stage: must be one of {', '.join(stages)}; got stage={unknown[0]!r}")
+    session = _Session(args, asked)
+    for name in asked:
+        getattr(session, name if name in (*FIRST, *LAST) else "suite")(name)
     print(f"wrote {session.path} and {session.log.name}", file=sys.stderr)
     return 1 if session.went_wrong else 0
 
@@ -116,9 +129,8 @@ def main(argv: Sequence[str]) -> int:
 class _Session:
     """One run: its results so far, its file, its log and its clock."""
 
-    def __init__(self, args: argparse.Namespace, suites: list[str]) -> None:
-        parts = [*([] if args.no_tests else ["tests"]), "sync", *suites]
-        self.clock = Clock(60 * args.minutes, parts, time.monotonic())
+    def __init__(self, args: argparse.Namespace, stages: Sequence[str]) -> None:
+        self.clock = Clock(60 * args.minutes, list(stages), time.monotonic())
         self.args, self.device = args, args.device
         self.results = run.begin(make_options(args))
         absent = [name for name in OPTIONAL if not _installed(name)]
@@ -128,39 +140,90 @@ class _Session:
         run.write(self.results, self.path)
         self.log.write_text("")
 
-    def tests(self, folder: Path) -> None:
-        """``pytest -m cuda`` on the files that have such tests."""
+    def smoke(self, name: str) -> None:
+        """:mod:`flexjag.bench.smoke`."""
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder) / "smoke.json"
+            ended = self._run(name, ["-m", "flexjag.bench.smoke", self.device, str(out)], self.clock.share(name))
+            checks = json.loads(out.read_text())["checks"] if out.exists() else []
+        self.results["smoke"] = {"checks": checks, "cut": ended.cut}
+        self._done(name, ended, [f"{x['name']}: {x['wrong']}" for x in checks if not x["passed"]])
+
+    def tests(self, name: str) -> None:
+        """``pytest -m cuda`` on the files that have such tests, in several processes where xdist is installed."""
         # Other files may import what is not installed here.
-        places = [folder] if folder.is_file() else sorted(folder.rglob("test_*.py"))
+        folder = self.args.tests.resolve()
+        places = [folder] if folder.is_file() else sorted(folder.rglob("test_*.py"), key=_importance)
         files = [p for p in places if re.search("CUDA_ONLY|mark.cuda", p.read_text())]
         if not files:
-            self.clock.share("tests")
+            self.clock.share(name)
             self.results["tests"] = {"counts": {}, "failures": {}, "cut": "There are no tests here."}
             return
-        command = ["-m", "pytest", "-m", "cuda", "-v", "-rfE", "--tb=short", "-p", "no:cacheprovider"]
-        # Without the project's own arguments, which would collect doctests too.
-        command += ["--continue-on-collection-errors", "-o", "addopts=", "--color=no", *map(str, files)]
-        ended = self._run("tests", command, self.clock.share("tests"))
-        self.results["tests"] = read_tests(ended.output) | {"cut": ended.cut, "seconds": ended.seconds}
-        self._done("tests", ended)
+        command = ["-m", "pytest", "-m", "cuda", "-q", "-rfE", "--tb=short", "-p", "no:cacheprovider"]
+        command += ["-p", outcomes.__name__]
+        # Without the project's own arguments, which would collect doctests too; a warning of somebody else's is none
+        # of these tests' business.
+        command += ["--continue-on-collection-errors", "-o", "addopts=", "-W", "default", "--color=no"]
+        if _installed("xdist"):
+            count = self.args.processes or max(1, (os.cpu_count() or 1) * 3 // 4)
+            command += ["-n", str(count), "--dist", "load", "--maxschedchunk", "1"]  # in order, so that slow ones end
+        with tempfile.TemporaryDirectory() as place:
+            written = Path(place) / "outcomes.jsonl"
+            ended = self._run(
+                name, [*command, *map(str, files)], self.clock.share(name), {outcomes.NAMED_BY: str(written)}
+            )
+            self.results["tests"] = outcomes.read(written) | {"cut": ended.cut, "seconds": ended.seconds}
+        self._done(name, ended, [f"{x}: {why}" for x, why in self.results["tests"]["failures"].items()])
 
     @property
     def went_wrong(self) -> bool:
-        """Whether a test failed or did not end, an arm is wrong, or a step waited for the device."""
+        """Whether a check or a test failed or did not end, an arm is wrong, or a step waited for the device."""
         tests = self.results.get("tests", {"failures": {}, "cut": None})
+        smoke = self.results.get("smoke", {"checks": [], "cut": None})
         arms = [arm for suite in self.results["suites"] for case in suite["cases"] for arm in case["arms"]]
-        wrong = any(arm["status"] == "wrong" for arm in arms)
-        return bool(tests["failures"] or tests["cut"]) or wrong or self.results["sync"]["passed"] is False
+        wrong = any(arm["status"] == "wrong" for arm in arms) or not all(x["passed"] for x in smoke["checks"])
+        waited = self.results.get("sync", {"passed": None})["passed"] is False
+        return bool(tests["failures"] or tests["cut"] or smoke["cut"]) or wrong or waited
 
-    def sync(self) -> None:
+    def sync(self, name: str) -> None:
         """:func:`flexjag.bench.sync.check`."""
-        ended = self._run("sync", ["-m", "flexjag.bench.sync", self.device], self.clock.share("sync"))
+        ended = self._run(name, ["-m", "flexjag.bench.sync", self.device], self.clock.share(name))
         try:
             found = json.loads(ended.output.splitlines()[-1])
         except (IndexError, ValueError):
             found = {"passed": None, "detail": ended.cut or "it printed no result", "steps": 0}
         self.results["sync"] = found
-        self._done("sync", ended)
+        self._done(name, ended)
+
+    def warm(self, name: str) -> None:
+        """:mod:`flexjag.bench.warm` for the stages that are still to come."""
+        share = self.clock.share(name)
+        stages = [x for x in warm.STAGES if x in self.clock.waiting]
+        parts = max(1, (os.cpu_count() or 1) * 7 // 8 // max(1, len(stages)))
+        asked = [(x, str(i), str(parts), f"{max(1.0, share - START):.0f}") for x in stages for i in range(parts)]
+
+        def one(arguments: tuple[str, ...]) -> Ended:
+            command = [sys.executable, "-m", warm.__name__, *arguments, str(self.args.seed)]
+            return run_process(command, share + GRACE, {"TORCHINDUCTOR_COMPILE_THREADS": "1"})
+
+        print(f"{name}: at most {share + GRACE:.0f} s", file=sys.stderr)
+        began = time.monotonic()
+        with ThreadPoolExecutor(max(1, len(asked))) as pool:
+            ended = list(pool.map(one, asked))
+        cut = next((x.cut for x in ended if x.cut), None)
+        self._done(name, Ended("".join(x.output for x in ended), time.monotonic() - began, cut))
+
+    def tune(self, name: str) -> None:
+        """:mod:`flexjag.bench.tune`; the winners go into the results, and nowhere else."""
+        share = self.clock.share(name)
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder) / "tuned.json"
+            command = ["-m", "flexjag.bench", "tune", "--out", str(out), "--work", *TUNED]
+            command += ["--minutes", f"{max(1.0, share - START) / 60:.2f}", "--seed", str(self.args.seed)]
+            ended = self._run(name, command, share)
+            found = json.loads(out.read_text()) if out.exists() else None
+        self.results["tune"] = {"tuned": found, "cut": ended.cut}
+        self._done(name, ended)
 
     def suite(self, name: str) -> None:
         """One suite; what it had written when it ended counts, however it ended."""
@@ -179,20 +242,25 @@ class _Session:
         self.results["suites"].append(entry | {"cut": cut, "budget_seconds": round(budget, 1)})
         self._done(name, ended)
 
-    def _run(self, name: str, arguments: list[str], share: float) -> Ended:
+    def _run(self, name: str, arguments: list[str], share: float, more: Mapping[str, str] | None = None) -> Ended:
         limit = max(1.0, min(share + GRACE, self.clock.left))
         print(f"{name}: at most {limit:.0f} s", file=sys.stderr)
-        return run_process([sys.executable, *arguments], limit)
+        return run_process([sys.executable, *arguments], limit, more)
 
-    def _done(self, name: str, ended: Ended) -> None:
+    def _done(self, name: str, ended: Ended, faults: Sequence[str] = ()) -> None:
+        """Keep what a stage printed, its faults whole, and say them at once."""
         self.results["runs"].append({"name": name, "seconds": round(ended.seconds, 1), "cut": ended.cut})
         run.write(self.results, self.path)
+        title = f"== {name}: {ended.seconds:.1f} s{f', {ended.cut}' if ended.cut else ''}"
         with self.log.open("a") as log:
-            log.write(f"== {name}: {ended.seconds:.1f} s{f', {ended.cut}' if ended.cut else ''}\n{ended.output}\n")
+            log.write("\n".join([title, ended.output, *faults, ""]))
+        print(
+            title, *(f"{fault[:200]} … {fault[-SHOWN:]}" if len(fault) > SHOWN else fault for fault in faults), sep="\n"
+        )
 
 
-def run_process(command: list[str], limit: float) -> Ended:
-    """Run a Python command in the package's own folder, for at most `limit` seconds."""
+def run_process(command: list[str], limit: float, more: Mapping[str, str] | None = None) -> Ended:
+    """Run a Python command in the package's own folder, for at most `limit` seconds; `more` joins its environment."""
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     start = time.monotonic()
     with tempfile.TemporaryFile() as output:  # a file: what was printed is there whatever becomes of the process
@@ -201,7 +269,7 @@ def run_process(command: list[str], limit: float) -> Ended:
             stdout=output,
             stderr=subprocess.STDOUT,
             cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": paths, "COLUMNS": "300"},  # or pytest cuts its reasons
+            env={**os.environ, "PYTHONPATH": paths, "COLUMNS": "300", **(more or {})},  # or pytest cuts its reasons
             start_new_session=True,  # so that its own processes end with it
         )
         cut = None
@@ -218,22 +286,9 @@ def run_process(command: list[str], limit: float) -> Ended:
     return Ended(text, time.monotonic() - start, cut)
 
 
-def read_tests(output: str) -> dict[str, Any]:
-    r"""Counts and failures from what ``pytest -v -rfE`` printed, also if it was ended.
-
-    >>> read_tests("a.py::b PASSED [ 50%]\na.py::c FAILED [100%]\nFAILED a.py::c - assert 0")
-    {'counts': {'passed': 1, 'failed': 1}, 'failures': {'a.py::c': 'assert 0'}}
-    """
-    counts: dict[str, int] = {}
-    failures: dict[str, str] = {}
-    for found in OUTCOME.finditer(output):
-        outcome = found["outcome"].lower()
-        counts[outcome] = counts.get(outcome, 0) + 1
-        if outcome in ("failed", "error"):
-            failures[found["test"]] = "no reason was printed"
-    for found in REASON.finditer(output):
-        failures[found["test"]] = (found["reason"] or "see the log")[:300]
-    return {"counts": counts, "failures": failures}
+def _importance(file: Path) -> tuple[bool, str]:
+    """A sort key: what computes attention on the device comes first."""
+    return not file.name.startswith("test_cuda"), file.name
 
 
 def _installed(name: str) -> bool:

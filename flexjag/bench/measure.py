@@ -27,6 +27,9 @@ RESULTS = ("output", "dq", "dk", "dv")
 FREE_SHARE = 0.6
 LEAST_SAMPLES = 3
 SLOW_FIRST_CALL = 2.0  # seconds; on a CPU, such an arm's check was warm-up enough
+ON_GPU = 0.01  # seconds of work in a sample, so that the host runs ahead of the device as in training
+MOST_CALLS = 50  # in a sample
+KERNELS = 8  # that are listed of an arm, those that take longest
 
 
 def run_suite(suite: Suite, options: Options, tell: Tell) -> list[CaseResult]:
@@ -72,11 +75,12 @@ class _Live:
     arm: Arm
     call: Callable[[], Any]
     first_seconds: float
+    calls: int = 1  # in a sample
     seconds: list[float] = field(default_factory=list)
 
     def done(self, options: Options) -> bool:
         enough = min(LEAST_SAMPLES, options.rounds)
-        slow = self.arm.steps * sum(self.seconds) > options.seconds_per_arm or options.over
+        slow = self.calls * self.arm.steps * sum(self.seconds) > options.seconds_per_arm or options.over
         return len(self.seconds) >= options.rounds or (slow and len(self.seconds) >= enough)
 
 
@@ -107,13 +111,16 @@ def run_case(suite: str, case: Case, options: Options, tell: Tell) -> list[ArmRe
         for x in running:
             tell(f"{suite}: {case.name}: timing {x.arm.name}, sample {len(x.seconds) + 1}")
             try:
-                x.seconds.append(_timed(x.call, options.device)[0] / x.arm.steps)
+                x.seconds.append(_timed(x.call, options.device, x.calls)[0] / x.arm.steps)
             except Exception as e:  # such as memory that somebody else took meanwhile
                 results[x.arm.name] = ArmResult(x.arm.name, "failed", describe_error(e))
                 live.remove(x)
     for x in live:
-        rate = {"tokens_per_second": x.arm.tokens / median(x.seconds)} if x.arm.tokens else {}
-        results[x.arm.name] = ArmResult(x.arm.name, "ok", seconds=x.seconds, first_seconds=x.first_seconds, extra=rate)
+        extra: dict[str, Any] = {"tokens_per_second": x.arm.tokens / median(x.seconds)} if x.arm.tokens else {}
+        if options.device == "cuda":
+            tell(f"{suite}: {case.name}: kernels of {x.arm.name}")
+            extra |= {"calls_per_sample": x.calls} | _kernels(x.call, x.arm.steps)
+        results[x.arm.name] = ArmResult(x.arm.name, "ok", seconds=x.seconds, first_seconds=x.first_seconds, extra=extra)
     live.clear()
     if options.memory:
         for arm in arms:
@@ -139,11 +146,16 @@ def _admit(arm: Arm, options: Options) -> _Live | ArmResult:
         if wrong is not None:
             return ArmResult(arm.name, "wrong", wrong)
         del result
-        if seconds < SLOW_FIRST_CALL or options.device == "cuda":  # there it compiled
+        calls = 1
+        if options.device == "cuda":  # there the first call compiled
+            call()
+            again = _timed(call, options.device)[0]
+            calls = max(1, min(MOST_CALLS, math.ceil(ON_GPU / again)))
+        elif seconds < SLOW_FIRST_CALL:
             call()
     except Exception as e:  # other people's code: whatever it throws is its result
         return ArmResult(arm.name, "failed", describe_error(e))
-    return _Live(arm, call, seconds)
+    return _Live(arm, call, seconds, calls)
 
 
 def describe_error(error: BaseException) -> str:
@@ -151,14 +163,46 @@ def describe_error(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
 
 
-def _timed(call: Callable[[], Any], device: str) -> tuple[float, Any]:
+def _timed(call: Callable[[], Any], device: str, calls: int = 1) -> tuple[float, Any]:
+    """Seconds of one of `calls` calls, made one after the other, and what the last one returned.
+
+    On a GPU the host waits only at the end, so that a call takes as long as the slower of host and device needs for it.
+    """
     if device == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
     result = call()
+    for _ in range(calls - 1):
+        result = call()
     if device == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - start, result
+    return (time.perf_counter() - start) / calls, result
+
+
+def _kernels(call: Callable[[], Any], steps: int) -> dict[str, Any]:
+    """What the device itself did during one step of a call, by PyTorch's profiler; why it is not known, if so.
+
+    Returns:
+        ``kernel_seconds`` of all kernels and copies together, their number, and the longest by name.
+    """
+    from torch.profiler import ProfilerActivity, profile
+
+    try:
+        with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as recorded:
+            call()
+            torch.cuda.synchronize()
+        found = [x for x in recorded.key_averages() if x.self_device_time_total > 0]
+    except Exception as e:  # the profiler is not what is measured
+        return {"kernels_failed": describe_error(e)}
+    found.sort(key=lambda x: -x.self_device_time_total)
+    return {
+        "kernel_seconds": sum(x.self_device_time_total for x in found) / 1e6 / steps,
+        "kernel_launches": sum(x.count for x in found) / steps,
+        "kernels": [
+            {"name": x.key[:120], "count": x.count / steps, "seconds": x.self_device_time_total / 1e6 / steps}
+            for x in found[:KERNELS]
+        ],
+    }
 
 
 def _with_memory(result: ArmResult, suite: str, case: Case, arm: Arm, options: Options) -> ArmResult:
@@ -276,6 +320,10 @@ class Results:
         """An arm's peak memory in bytes, or None if it was not measured."""
         found = self._arms.get((case, arm))
         return None if found is None or found.memory_bytes is None else float(found.memory_bytes)
+
+    def kernel_seconds(self, case: str, arm: str) -> float | None:
+        """What an arm's kernels took on a GPU, without the host's part, or None if it was not measured."""
+        return self.extra(case, arm, "kernel_seconds")
 
     def extra(self, case: str, arm: str, key: str) -> Any:
         """Another value that the arm recorded, or None."""

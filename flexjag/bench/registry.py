@@ -23,6 +23,7 @@ MODULES = (
     "suites_train",
     "suites_energy",
     "suites_paper",
+    "suites_step",
 )
 
 Tell = Callable[[str], None]
