@@ -6,7 +6,6 @@ metadata only, so the same ones explain a plan, choose a backend and reject an i
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from flexjag import costs, expressions
 from flexjag import masks as m
 from flexjag import scores as s
 from flexjag.errors import BackendError, MaskError, PlanError, explain_values
-from flexjag.launching import DTYPES
+from flexjag.launching import DTYPES, HAS_TRITON
 from flexjag.layout import Layout
 from flexjag.normalizers import GELU, Identity, Normalizer, Pointwise, Sigmoid, SiLU, Softmax, StickBreaking
 from flexjag.upstream import ROWS, cpu_flex_misplaces
@@ -149,7 +148,7 @@ KERNELS = (SiLU, GELU, Identity, Sigmoid, StickBreaking)
 def _triton(case: Case) -> str | None:
     if type(case.normalizer) not in KERNELS:
         return f"it has no kernels for the normalizer {case.normalizer!r}"
-    if importlib.util.find_spec("triton") is None:
+    if not HAS_TRITON:
         return "Triton is not installed"
     if case.layout.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return "its kernels run on CUDA only"

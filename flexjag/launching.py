@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
+
+HAS_TRITON = find_spec("triton") is not None
+"""Whether Triton is installed. Looked up once: TorchDynamo of torch 2.11 cannot trace the question."""
 
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 """What the kernels compute with. All else is left to plain torch."""
