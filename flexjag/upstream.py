@@ -199,16 +199,16 @@ def mend_dynamo_invert() -> None:
 
 def dynamo_traces_invert() -> bool:
     """Whether this torch's Dynamo traces ``~`` of any object by itself."""
-    return _release(torch) >= (2, 14)
+    return _release() >= (2, 14)
 
 
 def opcheck_reads_grads() -> bool:
     """Whether ``torch.library.opcheck`` asks tensors that are no leaves for their ``grad``: a warning (torch 2.14)."""
-    return _release(torch) >= (2, 14)
+    return _release() >= (2, 14)
 
 
-def _release(package: Any) -> tuple[int, int]:
-    major, minor, *_ = package.__version__.split(".")
+def _release() -> tuple[int, int]:
+    major, minor, *_ = torch.__version__.split(".")
     return int(major), int(minor)
 
 
@@ -234,12 +234,6 @@ class _After(MetaPathFinder):
 
             loader.exec_module = exec_module
         return spec
-
-
-def interpreter_needs_older_numpy() -> bool:
-    """Triton 3.6's interpreter turns arrays of one element into numbers, which numpy 2.4 no longer does."""
-    triton, numpy = (_release(import_module(name)) for name in ("triton", "numpy"))
-    return triton < (3, 7) and numpy >= (2, 4)
 
 
 @torch.library.custom_op("flexjag::fence", mutates_args=())

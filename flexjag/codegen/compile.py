@@ -24,7 +24,6 @@ from flexjag.codegen.worker import TIMEOUT_S, Worker, call
 from flexjag.errors import BackendError, CodegenError, ShapeError, TargetError, explain_values
 from flexjag.jagged import Jagged, mark_varying
 from flexjag.plan import Plan, mark_plan
-from flexjag.upstream import interpreter_needs_older_numpy
 
 TESTED_TORCH = ("2.11", "2.12", "2.13", "2.14")
 """Versions of torch whose internals the worker is known to fit."""
@@ -289,8 +288,6 @@ def _simulate(report: Report, args: tuple[Any, ...], grad_out: Any, run: Callabl
             raise ShapeError(f"args: {rule}; with a plan, share its offsets")
     if grad_out is not None and "backward" not in report.wrappers:
         raise CodegenError("grad_out: these kernels were made with backward=False")
-    if interpreter_needs_older_numpy():
-        raise CodegenError("numpy: Triton 3.6's interpreter needs numpy < 2.4, or take Triton 3.7")
     wrappers = dict(report.wrappers)
     if grad_out is None:
         wrappers.pop("backward", None)

@@ -1,7 +1,8 @@
 """Mends for Triton's interpreter (seen in 3.6 and 3.7). For workers with TRITON_INTERPRET=1; nothing is undone.
 
 The interpreter computes with numpy, which has no bfloat16: it keeps the bits in integers, multiplies them as integers
-in ``tl.dot`` and cuts float32 off instead of rounding it. And it cannot call NVIDIA's libdevice.
+in ``tl.dot`` and cuts float32 off instead of rounding it. It cannot call NVIDIA's libdevice. And that of Triton 3.6
+turns arrays of one element into numbers in a way that numpy 2.4 no longer knows.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ import torch
 
 @cache
 def mend_interpreter() -> None:
-    """bfloat16 as on a GPU: products of its values exact in float32, results rounded to nearest even."""
+    """bfloat16 as on a GPU: products of its values exact in float32, results rounded to nearest even. Any numpy."""
     import triton.language as tl
+    from triton.runtime import interpreter
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
     plain_cast, plain_binary = InterpreterBuilder.cast_impl, InterpreterBuilder.binary_op
@@ -48,6 +50,14 @@ def mend_interpreter() -> None:
 
     for name, new in (("cast_impl", cast), ("binary_op", binary), ("create_dot", dot), ("create_fp_to_fp", convert)):
         setattr(InterpreterBuilder, name, new)
+
+    plain_patch: Any = interpreter._patch_lang_tensor  # pyright: ignore[reportPrivateUsage]
+
+    def patch(tensor: Any, scope: Any) -> None:
+        plain_patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda x: int(x.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch  # pyright: ignore[reportPrivateUsage]
 
 
 def _to_float32(bits: np.ndarray) -> np.ndarray:
