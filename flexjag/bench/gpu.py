@@ -31,20 +31,13 @@ ROOT = Path(__file__).parents[2]
 OPTIONAL = ("attn_gym", "rich", "matplotlib", "cloudpickle", "fbgemm_gpu", "psutil")
 FIRST, LAST = ("smoke", "tests", "sync", "warm"), ("tune",)  # before the suites, and behind them
 WEIGHTS = {
-    "smoke": 2.0,
-    "tests": 8.0,
-    "sync": 1.0,
-    "mask-build": 1.0,
-    "attention": 6.0,
-    "ops": 3.0,
-    "normalizers": 3.0,
-    "paper": 3.0,
-}
+    "smoke": 2.0, "tests": 8.0, "sync": 1.0, "warm": 4.0, "mask-build": 1.0, "attention": 6.0, "ops": 3.0,
+    "normalizers": 3.0, "paper": 3.0, "step": 1.0, "tune": 6.0,
+}  # fmt: skip
 """Shares of the time; 2 for what is not listed. What one does not use is left to those after it."""
 START = 10.0  # seconds until a process measures anything
 GRACE = 10.0  # seconds after its budget when a process is ended
 SHOWN = 1500  # characters of a fault that are printed; the log has it whole
-TUNED = ("spans", "formula", "lookup")  # a mask alone, a score that is computed, one that is looked up
 
 
 @dataclass
@@ -107,8 +100,9 @@ def main(argv: Sequence[str]) -> int:
     stages = [*FIRST, *load(), *LAST]
     parser.add_argument("--stage", nargs="+", metavar="STAGE", help=f"default all, in this order: {', '.join(stages)}")
     parser.add_argument(
-        "--tests", type=Path, default=ROOT / "tests", metavar="PATH", help="default: beside the package"
+        "--tests", type=Path, nargs="+", default=[ROOT / "tests"], metavar="PATH", help="default: beside the package"
     )
+    parser.add_argument("-k", metavar="EXPRESSION", help="the tests whose names match, as of pytest")
     parser.add_argument("--processes", type=int, help="for the tests; default: three quarters of the cores")
     add_options(parser)
     parser.set_defaults(device="cuda")
@@ -152,8 +146,7 @@ class _Session:
     def tests(self, name: str) -> None:
         """``pytest -m cuda`` on the files that have such tests, in several processes where xdist is installed."""
         # Other files may import what is not installed here.
-        folder = self.args.tests.resolve()
-        places = [folder] if folder.is_file() else sorted(folder.rglob("test_*.py"), key=_importance)
+        places = [x for given in self.args.tests for x in _test_files(given.resolve())]
         files = [p for p in places if re.search("CUDA_ONLY|mark.cuda", p.read_text())]
         if not files:
             self.clock.share(name)
@@ -164,6 +157,7 @@ class _Session:
         # Without the project's own arguments, which would collect doctests too; a warning of somebody else's is none
         # of these tests' business.
         command += ["--continue-on-collection-errors", "-o", "addopts=", "-W", "default", "--color=no"]
+        command += ["-k", self.args.k] if self.args.k else []
         if _installed("xdist"):
             count = self.args.processes or max(1, (os.cpu_count() or 1) * 3 // 4)
             command += ["-n", str(count), "--dist", "load", "--maxschedchunk", "1"]  # in order, so that slow ones end
@@ -199,17 +193,17 @@ class _Session:
         """:mod:`flexjag.bench.warm` for the stages that are still to come."""
         share = self.clock.share(name)
         stages = [x for x in warm.STAGES if x in self.clock.waiting]
-        parts = max(1, (os.cpu_count() or 1) * 7 // 8 // max(1, len(stages)))
-        asked = [(x, str(i), str(parts), f"{max(1.0, share - START):.0f}") for x in stages for i in range(parts)]
+        parts = max(1, (os.cpu_count() or 1) * 7 // 8)
+        seconds = f"{max(1.0, share - START):.0f}"
 
-        def one(arguments: tuple[str, ...]) -> Ended:
-            command = [sys.executable, "-m", warm.__name__, *arguments, str(self.args.seed)]
-            return run_process(command, share + GRACE, {"TORCHINDUCTOR_COMPILE_THREADS": "1"})
+        def one(part: int) -> Ended:
+            command = [sys.executable, "-m", warm.__name__, str(part), str(parts), seconds, str(self.args.seed)]
+            return run_process([*command, *stages], share + GRACE, {"TORCHINDUCTOR_COMPILE_THREADS": "1"})
 
         print(f"{name}: at most {share + GRACE:.0f} s", file=sys.stderr)
         began = time.monotonic()
-        with ThreadPoolExecutor(max(1, len(asked))) as pool:
-            ended = list(pool.map(one, asked))
+        with ThreadPoolExecutor(parts) as pool:
+            ended = list(pool.map(one, range(parts)))
         cut = next((x.cut for x in ended if x.cut), None)
         self._done(name, Ended("".join(x.output for x in ended), time.monotonic() - began, cut))
 
@@ -218,7 +212,9 @@ class _Session:
         share = self.clock.share(name)
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "tuned.json"
-            command = ["-m", "flexjag.bench", "tune", "--out", str(out), "--work", *TUNED]
+            command = ["-m", "flexjag.bench", "tune", "--out", str(out), "--work", warm.TUNED["work"]]
+            command += ["--dim", *map(str, warm.TUNED["dims"])]
+            command += ["--first", str(warm.TUNED["first"]), "--masks", str(warm.TUNED["masks"])]
             command += ["--minutes", f"{max(1.0, share - START) / 60:.2f}", "--seed", str(self.args.seed)]
             ended = self._run(name, command, share)
             found = json.loads(out.read_text()) if out.exists() else None
@@ -284,6 +280,10 @@ def run_process(command: list[str], limit: float, more: Mapping[str, str] | None
         output.seek(0)
         text = output.read().decode(errors="replace")
     return Ended(text, time.monotonic() - start, cut)
+
+
+def _test_files(place: Path) -> list[Path]:
+    return [place] if place.is_file() else sorted(place.rglob("test_*.py"), key=_importance)
 
 
 def _importance(file: Path) -> tuple[bool, str]:

@@ -61,10 +61,11 @@ class Layer:
 
     def arms(self) -> list[Arm]:
         """Both plans and the step."""
-        bounds = {"max_tokens": self.sizes.tokens, "max_length": self.sizes.longest}
+        free = partial(plan, self.batch, mask=self.mask)
+        fixed = partial(free, max_tokens=self.sizes.tokens, max_length=self.sizes.longest)
         return [
-            Arm(PLAN, lambda: lambda: plan(self.batch, mask=self.mask).block_mask, self._check_plan, memory=False),
-            Arm(FIXED, lambda: lambda: plan(self.batch, mask=self.mask, **bounds).block_mask, self._check_plan),
+            Arm(PLAN, lambda: lambda: free().block_mask, self._check_plan, memory=False),
+            Arm(FIXED, lambda: lambda: fixed().block_mask, self._check_plan),
             Arm(STEP, self._step, self._check_step, memory=False),
         ]
 

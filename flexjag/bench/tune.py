@@ -1,7 +1,7 @@
 """Which kernel options are fastest on this GPU: ``python -m flexjag.bench tune``. The winners go into a file.
 
 The file is the one that :mod:`flexjag.backends.tuning` reads. Every candidate is checked against float64 before it is
-timed. Not yet run on a GPU.
+timed.
 """
 
 from __future__ import annotations
@@ -75,6 +75,8 @@ def tune(
     tell: Tell,
     attend: Attend = flex.with_options,
     measure: Measure = run_case,
+    first: int | None = None,
+    masks: int | None = None,
 ) -> list[tuning.Entry]:
     """The entries for one kind of work: of inference, the forward and the backward.
 
@@ -87,9 +89,11 @@ def tune(
         tell: Called with what is being measured now.
         attend: From kernel options to a function like :func:`flexjag.backends.flex.run`.
         measure: What checks and times the arms of a case.
+        first: Of how many blocks; None for all.
+        masks: On how many masks; None for all.
     """
     end = time.monotonic() + seconds
-    about = subjects(work, sizes)
+    about = subjects(work, sizes, masks)
     score, exact = WORKS[work]
     dim = tuning.rounded(sizes.dim)
     assert dim is not None, "checked with the arguments"
@@ -115,7 +119,7 @@ def tune(
 
     made = []
     ahead: tuning.Options = {}
-    candidates = {BUILT_IN: {}, **forward_candidates(sizes, here.capability, shared)}
+    candidates = {BUILT_IN: {}, **forward_candidates(sizes, here.capability, shared, first)}
     with_flash = dict(candidates)
     if (score, exact) == ("none", True) and tuning.flash_is_installed():
         with_flash[FLASH] = {"BACKEND": "FLASH"}
@@ -127,7 +131,7 @@ def tune(
     if best is not None:
         ahead = candidates[best]
         made.append(entry("forward", best, candidates, found))
-    candidates = {BUILT_IN: {}, **backward_candidates(sizes, here.capability, shared)}
+    candidates = {BUILT_IN: {}, **backward_candidates(sizes, here.capability, shared, first)}
     found = run({name: {**ahead, **options} for name, options in candidates.items()}, True, len(about))
     best = pick(found, list(candidates))
     if best is not None:
@@ -181,7 +185,7 @@ def main(argv: Sequence[str]) -> int:
         for dim in args.dim
         for work in args.work
     ]
-    return _tune_all(jobs, here, shared, args.out, 60 * args.minutes, _say)
+    return _tune_all(jobs, here, shared, args.out, 60 * args.minutes, _say, first=args.first, masks=args.masks)
 
 
 def _tune_all(
@@ -224,6 +228,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=32768, help="T; default 32768")
     parser.add_argument("--work", choices=tuple(WORKS), nargs="+", default=["spans"], help="default spans")
     parser.add_argument("--minutes", type=float, default=20.0, help="for everything; default 20")
+    parser.add_argument("--first", type=int, metavar="N", help="try the first N blocks only; default all")
+    parser.add_argument("--masks", type=int, metavar="N", help="on the first N masks of each work only; default all")
     parser.add_argument("--seed", type=int, default=0, help="what lengths and values are drawn from; default 0")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: the file that flexjag reads")
     args = parser.parse_args(argv)

@@ -187,17 +187,17 @@ def _dense(lengths: Sequence[int], device: str) -> Mask:
     return Dense((torch.rand(sum(n * n for n in lengths), generator=generator) < 0.5).to(device))
 
 
-def subjects(work: str, sizes: Sizes) -> list[Subject]:
-    """The masks and scores that stand for one of `WORKS`."""
+def subjects(work: str, sizes: Sizes, first: int | None = None) -> list[Subject]:
+    """The masks and scores that stand for one of `WORKS`, or the first few of them."""
     if work == "predicate":
-        return [Subject("groups", sizes, _groups), Subject("dense", sizes, _dense)]
+        return [Subject("groups", sizes, _groups), Subject("dense", sizes, _dense)][:first]
     scores: dict[str, tuple[Any, Any]] = {
         "spans": (None, None),
         "formula": (Alibi, (sizes.heads,)),
         "lookup": (RelativeBias, (sizes.heads, 2 * MAX_DISTANCE + 1)),
     }
     masks = {"causal": _causal, "window or prefix": _window_or_prefix}
-    return [Subject(name, sizes, mask, *scores[work]) for name, mask in masks.items()]
+    return [Subject(name, sizes, mask, *scores[work]) for name, mask in list(masks.items())[:first]]
 
 
 WORKS: dict[str, tuple[tuning.ScoreKind, bool]] = {
@@ -209,15 +209,20 @@ WORKS: dict[str, tuple[tuning.ScoreKind, bool]] = {
 """What is tuned: the kind of score, and whether the mask is spans alone."""
 
 
-def forward_candidates(sizes: Sizes, capability: str, shared: int) -> dict[str, tuning.Options]:
-    """Options for the forward by name, but for those that cannot fit in a block's shared memory of `shared` bytes."""
+def forward_candidates(
+    sizes: Sizes, capability: str, shared: int, first: int | None = None
+) -> dict[str, tuning.Options]:
+    """Options for the forward by name, but for those that cannot fit in a block's shared memory of `shared` bytes.
+
+    With `first`, only of so many blocks.
+    """
     item = sizes.dtype.itemsize
 
     def need(n: int, stages: int) -> int:  # of K and V what is loaded ahead, at least; Q may stay in registers
         return 2 * (stages - 1) * n * sizes.dim * item
 
     found: dict[str, tuning.Options] = {}
-    for i, (m, n, warps, stages) in enumerate(FORWARD):
+    for i, (m, n, warps, stages) in enumerate(FORWARD[:first]):
         if need(n, stages) > shared:
             continue
         for tma in (False, True)[: 1 + _has_tma(capability, i)]:
@@ -227,15 +232,20 @@ def forward_candidates(sizes: Sizes, capability: str, shared: int) -> dict[str, 
     return found
 
 
-def backward_candidates(sizes: Sizes, capability: str, shared: int) -> dict[str, tuning.Options]:
-    """Options for the backward by name, but for those that cannot fit in a block's shared memory of `shared` bytes."""
+def backward_candidates(
+    sizes: Sizes, capability: str, shared: int, first: int | None = None
+) -> dict[str, tuning.Options]:
+    """Options for the backward by name, but for those that cannot fit in a block's shared memory of `shared` bytes.
+
+    With `first`, only of so many blocks.
+    """
     item = sizes.dtype.itemsize
 
     def need(short: int, stages: int) -> int:  # of Q and dO, or of K and V, what is loaded ahead, at least
         return 2 * (stages - 1) * short * sizes.dim * item
 
     found: dict[str, tuning.Options] = {}
-    for i, (short, long, warps, stages) in enumerate(BACKWARD):
+    for i, (short, long, warps, stages) in enumerate(BACKWARD[:first]):
         if need(short, stages) > shared:
             continue
         for tma in (False, True)[: 1 + _has_tma(capability, i)]:

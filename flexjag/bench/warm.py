@@ -1,4 +1,4 @@
-"""Compile what stages will need, in all cores at once: ``python -m flexjag.bench.warm STAGE PART PARTS SECONDS SEED``.
+"""Compile what stages will need, in all cores at once: ``python -m flexjag.bench.warm PART PARTS SECONDS SEED STAGE…``.
 
 A suite runs in one process, because nothing may run beside what is timed; the compilers' caches on disk let it find
 its kernels there. What fails here fails again where it is reported.
@@ -9,55 +9,70 @@ from __future__ import annotations
 import gc
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
 from flexjag.backends import flex
 from flexjag.bench.attention_arms import SLOW
-from flexjag.bench.registry import Options, Trial, find
-from flexjag.bench.tune_candidates import WORKS, Sizes, backward_candidates, forward_candidates, subjects
+from flexjag.bench.registry import Arm, Case, Options, find
+from flexjag.bench.tune_candidates import Sizes, backward_candidates, forward_candidates, subjects
 
 STAGES = ("attention", "normalizers", "tune")
 """Those whose kernels take the compilers long."""
+TUNED: dict[str, Any] = {"work": "spans", "dims": (128, 64), "first": 3, "masks": 1}
+"""What the tuning stage tries: few candidates on one mask, since each is compiled."""
 
 
 def jobs(stage: str, options: Options) -> Iterator[Callable[[], Any]]:
-    """What compiles something, each to be called once."""
+    """What compiles something, each to be called once. Inputs are made in the call: they are large."""
     if stage != "tune":
-        for case in find(stage).cases(options):
-            if not isinstance(case, Trial):
-                for arm in case.arms():
-                    if arm.absent is None and (arm.name.startswith("flexjag") or arm.name in SLOW):
-                        yield lambda arm=arm: arm.make()()
+        yield from (partial(_run, case) for case in find(stage).cases(options) if isinstance(case, Case))
+        return
+    if options.device == "cpu":  # where there is nothing to tune
         return
     shared = torch.cuda.get_device_properties().shared_memory_per_block_optin
     capability = ".".join(map(str, torch.cuda.get_device_capability()))
-    sizes = Sizes(8, 8, 64, torch.bfloat16, 4096, options.seed)
-    for work in WORKS:
-        for subject in subjects(work, sizes) if work == "spans" else ():
+    for dim in TUNED["dims"]:
+        sizes = Sizes(8, 8, dim, torch.bfloat16, 4096, options.seed)
+        for subject in subjects(TUNED["work"], sizes, TUNED["masks"]):
             for backward, make in ((False, forward_candidates), (True, backward_candidates)):
-                arms = subject.arms(flex.with_options, {"built in": {}, **make(sizes, capability, shared)}, backward)
-                yield from (arm.make for arm in arms)
+                candidates = {"built in": {}, **make(sizes, capability, shared, TUNED["first"])}
+                arms = subject.arms(flex.with_options, candidates, backward)
+                yield from (partial(_call, arm) for arm in arms)
 
 
-def main(stage: str, part: int, parts: int, seconds: float, seed: int) -> None:
-    """Call every `parts`-th job, from the `part`-th on, until the time is up."""
+def _run(case: Case) -> None:
+    """A case's arms that compile much: ours, and others' through FlexAttention."""
+    for arm in case.arms():
+        if arm.absent is None and (arm.name.startswith("flexjag") or arm.name in SLOW):
+            try:
+                _call(arm)
+            except Exception as e:  # reported where it is measured
+                print(f"{case.name}: {arm.name}: {type(e).__name__}: {e}")
+
+
+def _call(arm: Arm) -> None:
+    arm.make()()
+
+
+def main(part: int, parts: int, seconds: float, seed: int, stages: Sequence[str]) -> None:
+    """Call every `parts`-th job of all stages, from the `part`-th on, until the time is up."""
     end = time.monotonic() + seconds
     device = "cuda" if torch.cuda.is_available() else "cpu"
     options = Options(quick=device == "cpu", device=device, memory=False, seed=seed, budget=seconds)
-    for i, job in enumerate(jobs(stage, options)):
+    each = ((stage, job) for stage in stages for job in jobs(stage, options))
+    for i, (stage, job) in enumerate(each):
         if i % parts != part:
             continue
         if time.monotonic() > end:
-            print(f"{stage}: no time for job {i} and those behind it")
+            print(f"no time for job {i}, of {stage}, and those behind it")
             return
         started = time.monotonic()
         try:
-            made = job()
-            if callable(made):
-                made()
+            job()
         except Exception as e:  # reported where it is measured
             print(f"{stage}: job {i}: {type(e).__name__}: {e}")
         print(f"{stage}: job {i}: {time.monotonic() - started:.1f} s", flush=True)
@@ -65,4 +80,4 @@ def main(stage: str, part: int, parts: int, seconds: float, seed: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]), int(sys.argv[5]))
+    main(int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), int(sys.argv[4]), sys.argv[5:])

@@ -113,6 +113,7 @@ def assert_matches_reference(
     lse: bool = True,
     backward: bool = True,
     seed: int = 0,
+    norms: bool = False,
 ) -> dict[str, float]:
     """Assert that a backend agrees with the dense reference in float64, forward and backward, up to rounding.
 
@@ -132,6 +133,7 @@ def assert_matches_reference(
         lse: Compare the log-sum-exp, too, or the remainder, if the normalizer has one.
         backward: Compare the gradients of q, k, v and `learned`, too.
         seed: For the weights of the loss.
+        norms: Bound each tensor's error as a whole, too: tighter than its entries' worst case in half precision.
 
     Returns:
         The largest ratio of error to allowed error for each tensor compared: ``out``, ``lse``, ``grad_q``, ...
@@ -152,6 +154,7 @@ def assert_matches_reference(
         lambda _: _run(backend, dtype, trial),
         f"backend={backend!r}",
         _compute(backend, dtype, plan.normalizer),
+        norms=norms,
     )
 
 

@@ -132,7 +132,7 @@ def _packed(a: list[int], b: list[int], dense: Tensor) -> Tensor:
 
 
 def _select(offsets: Tensor, other: Tensor, x: Tensor) -> Tensor:
-    segment = torch.arange(offsets.shape[0] - 1)
+    segment = torch.arange(offsets.shape[0] - 1, device=offsets.device)
     return ops.jagged_index_select(Jagged(x, offsets), torch.cat([segment.flip(0), segment // 2])).values
 
 

@@ -30,7 +30,7 @@ def with_gradients(call: Callable[..., Result], operands: list[Tensor]) -> tuple
     leaves = [t.detach().requires_grad_() for t in operands]
     results = tuple_of(call(*leaves))
     generator = torch.Generator().manual_seed(7)
-    directions = [torch.randn(r.shape, generator=generator, dtype=torch.float64).to(r.dtype) for r in results]
+    directions = [torch.randn(r.shape, generator=generator, dtype=torch.float64).to(r.device, r.dtype) for r in results]
     found = torch.autograd.grad(results, leaves, directions, allow_unused=True, materialize_grads=True)
     return [r.detach() for r in results], list(found)
 
