@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import Any, Literal, NamedTuple, TypeVar, dataclass_transform
@@ -208,18 +207,15 @@ def replaced(node: NodeKind, leaf: Callable[[Any], Any], axes: Collection[Axis] 
         leaf: Applied to tensors and functions.
         axes: Only to fields along these; default to all.
     """
-    changed: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     along = {name: axis for name, axis, _ in getattr(node, "_axes", ())}
     for name in _names(node):
-        old = getattr(node, name)
         chosen = axes is None or along.get(name) in axes
-        new = _replaced(old, leaf if chosen else lambda x: x, leaf, axes)
-        if new is not old:
-            changed[name] = new
-    if not changed:
+        values[name] = _replaced(getattr(node, name), leaf if chosen else lambda x: x, leaf, axes)
+    if all(new is getattr(node, name) for name, new in values.items()):
         return node
-    twin = copy.copy(node)
-    for name, value in changed.items():
+    twin = object.__new__(type(node))  # what copy.copy does, which Dynamo of torch 2.11 cannot trace, nor vars
+    for name, value in (values if torch.compiler.is_compiling() else {**vars(node), **values}).items():
         object.__setattr__(twin, name, value)  # a user's node may have an __init__ of its own
     return twin
 
