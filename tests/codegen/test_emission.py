@@ -52,6 +52,7 @@ def test_masks_of_spans_gather_nothing_by_key_and_spill_nothing(name: str, worke
 
 
 def test_the_document_mask_gathers_by_key_and_takes_more_instructions(worker: Worker) -> None:
+    pytest.importorskip("attn_gym")
     ours = compiled(worker, fj.Causal())
     x = batch()
     q, k, v = (x.with_values(x.values.clone().requires_grad_()) for _ in range(3))
