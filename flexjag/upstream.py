@@ -173,6 +173,27 @@ def mend_flex_negative_indices() -> None:
 
 
 @cache
+def mend_flex_short_queries() -> None:
+    """FlexAttention asks whether there are fewer than 128 queries where nothing depends on it (torch 2.11 to 2.14).
+
+    The answer may choose its decoding kernel, but not if ``BACKEND="TRITON"`` has chosen already. It is asked all the
+    same, and becomes a guard: batches of fewer tokens compile once more (seen on an H100).
+    """
+    lowering: Any = import_module("torch._inductor.kernel.flex.flex_attention")
+    settle, decide = lowering._sanitize_kernel_options_for_triton, lowering._use_flex_decoding
+
+    def settled(kernel_options: dict[str, Any]) -> tuple[dict[str, Any], str]:
+        options, backend = settle(kernel_options)
+        return options | ({"FORCE_USE_FLEX_ATTENTION": True} if backend == "TRITON" else {}), backend
+
+    def use_decoding(query: Any, kv_indices: Any, value: Any, kernel_options: Any, enable_gqa: Any) -> bool:
+        forced = kernel_options.get("FORCE_USE_FLEX_ATTENTION", False)
+        return not forced and decide(query, kv_indices, value, kernel_options, enable_gqa)
+
+    lowering._sanitize_kernel_options_for_triton, lowering._use_flex_decoding = settled, use_decoding
+
+
+@cache
 def mend_dynamo_invert() -> None:
     """Dynamo cannot trace ``~`` of an object with an ``__invert__`` of its own (torch 2.11 to 2.13; 2.14 can).
 

@@ -16,7 +16,14 @@ from flexjag.backends import flex_options
 from flexjag.errors import BackendError
 from flexjag.jagged import mark_varying
 from flexjag.plan import Plan, mark_plan
-from flexjag.upstream import ROWS, fence, mend_cpu_flex_rows, mend_cpu_flex_size_names, mend_flex_negative_indices
+from flexjag.upstream import (
+    ROWS,
+    fence,
+    mend_cpu_flex_rows,
+    mend_cpu_flex_size_names,
+    mend_flex_negative_indices,
+    mend_flex_short_queries,
+)
 
 Pair = tuple[Tensor, Tensor | None]
 _numbers = itertools.count()
@@ -25,6 +32,7 @@ _numbers = itertools.count()
 mend_cpu_flex_size_names()
 mend_cpu_flex_rows()
 mend_flex_negative_indices()
+mend_flex_short_queries()
 
 
 def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, need_lse: bool) -> Pair:

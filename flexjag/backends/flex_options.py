@@ -28,7 +28,7 @@ def kernel_options(plan: Plan, q: Tensor, v: Tensor, need_lse: bool = False) -> 
 
 def built_in(plan: Plan, q: Tensor, v: Tensor) -> dict[str, Any]:
     """The options as they are without measurements."""
-    # Fewer than 128 queries would else go to another kernel, by a guard: a second graph.
+    # Fewer than 128 queries would else go to another kernel, by a guard: a second graph (see mend_flex_short_queries).
     options: dict[str, Any] = {"BACKEND": "TRITON"}
     if plan.layout.in_whole_tiles(plan.block_size):
         options["IS_DIVISIBLE"] = True  # no bounds checks and no remainders
