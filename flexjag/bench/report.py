@@ -229,6 +229,11 @@ def _one_run(results: dict[str, Any], pictures: Mapping[str, Sequence[Picture]])
 def _besides(results: dict[str, Any]) -> list[str]:
     """What a run of ``gpu`` says besides its suites, a line for each."""
     lines = []
+    smoke = results.get("smoke")
+    if smoke is not None:
+        passed = [x["name"] for x in smoke["checks"] if x["passed"]]
+        lines.append(f"Ways to the device that work: {', '.join(passed) or 'none'}.")
+        lines += [f"- {x['name']}: {_last_line(x['wrong'])}" for x in smoke["checks"] if not x["passed"]]
     sync = results.get("sync")
     if sync is not None:
         told = {True: "passed", False: "failed", None: "not done"}[sync["passed"]]
@@ -238,8 +243,22 @@ def _besides(results: dict[str, Any]) -> list[str]:
         counts = ", ".join(f"{n} {outcome}" for outcome, n in tests["counts"].items()) or "none"
         cut = f" {tests['cut']}" if tests["cut"] else ""
         lines.append(f"Tests that need a GPU: {counts}.{cut}")
-        lines += [f"- `{name}`: {reason}" for name, reason in tests["failures"].items()]
+        alike: dict[str, list[str]] = {}
+        for name, reason in tests["failures"].items():
+            alike.setdefault(_last_line(reason), []).append(name)
+        for reason, names in alike.items():
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            lines.append(f"- `{names[0]}`{more}: {reason}")
     return lines
+
+
+def _last_line(text: str) -> str:
+    r"""What a failure comes down to.
+
+    >>> _last_line("a.py:3: in test\n    assert x == 2\nE   assert 1 == 2\n")
+    'assert 1 == 2'
+    """
+    return text.strip().splitlines()[-1].removeprefix("E ").strip() if text.strip() else ""
 
 
 def _markdown_table(columns: Row, rows: list[Row]) -> list[str]:
