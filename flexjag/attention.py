@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from flexjag import choice, functions, normalizers
+from flexjag.algebra.tree import replaced
 from flexjag.choice import check_normalizer
 from flexjag.differentiation import needs_plain_operations
 from flexjag.errors import PlanError, ShapeError, assert_on_device, explain_values
 from flexjag.jagged import Jagged, check_same_layout
 from flexjag.masks import Mask, num_mask_heads
-from flexjag.nodes import replaced
 from flexjag.normalizers import Normalizer, num_bias_heads
 from flexjag.offsets import check_computable, is_empty, same_size
 from flexjag.plan import Plan, outline, with_tiles

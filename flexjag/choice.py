@@ -6,19 +6,23 @@ metadata only, so the same ones explain a plan, choose a backend and reject an i
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from flexjag import costs, expressions
+from flexjag import costs, expressions, mods
 from flexjag import masks as m
 from flexjag import scores as s
-from flexjag.errors import BackendError, MaskError, PlanError, explain_values
+from flexjag.algebra.facts import as_window, diagonal_align
+from flexjag.algebra.tree import is_by_position, walk
+from flexjag.errors import BackendError, PlanError, explain_values
 from flexjag.launching import DTYPES, HAS_TRITON
 from flexjag.layout import Layout
+from flexjag.nodes import Node
 from flexjag.normalizers import GELU, Identity, Normalizer, Pointwise, Sigmoid, SiLU, Softmax, StickBreaking
 from flexjag.upstream import ROWS, cpu_flex_misplaces
 
@@ -106,7 +110,7 @@ def _flex(case: Case) -> str | None:
 
 def varlen_window(case: Case) -> tuple[int, int] | None:
     """The mask as ``varlen_attn``'s ``window_size`` (bottom-right, -1 unlimited), or None if it is not one."""
-    window = m.as_window(case.mask)
+    window = as_window(case.mask)
     if window is None:
         return None
     left, right, align = window
@@ -156,7 +160,26 @@ def _triton(case: Case) -> str | None:
         return f"its kernels compute with float32, float16 and bfloat16, not {case.dtype}"
     if case.dims is not None and max(case.dims[2:]) > WIDEST:
         return f"its kernels need D and E of at most {WIDEST}; got D={case.dims[2]}, E={case.dims[3]}"
-    return expressions.objection(case.mask, case.score, case.layout.device, case.tracing)
+    asked = [*expressions.functions(case.mask, case.score), *_cases_to_try(case)]
+    return expressions.objection(asked, case.layout.device, case.tracing)
+
+
+def _cases_to_try(case: Case) -> Iterator[tuple[Callable[..., Tensor], bool]]:
+    """What kernels would be printed from nodes that are not known to be printable, and whether each is a score's."""
+    tables = mods.one_row()
+    for one in (*walk(case.mask), *walk(case.score)):
+        if one.printable or isinstance(one, m.MaskMod | s.ScoreMod):
+            continue
+        if isinstance(one, s.Score):
+            yield _named(mods.score_case(one, tables), one), True
+        elif mods.mask_case.knows(one):  # else its spans are exact, or leave masks that are in the tree, too
+            yield _named(mods.mask_case(one, tables, case.layout), one), False
+
+
+def _named(fn: Callable[..., Tensor], node: Node) -> Callable[..., Tensor]:
+    named = functools.partial(fn)
+    named.__name__ = type(node).__name__  # pyright: ignore[reportAttributeAccessIssue]
+    return named
 
 
 def varlen_has_gqa() -> bool:
@@ -197,43 +220,6 @@ def refusal(backend: str, case: Case) -> str | None:
             return f"its kernels compute a softmax, not {case.normalizer!r}"
         return _reference(case)  # without SDPA, any score will do
     return _RULES[backend](case)
-
-
-def _causal_aligns(mask: m.Mask) -> set[m.Align]:
-    """How the parts of a mask that rule out all later keys are aligned; empty if later keys may be allowed."""
-    match mask:
-        case m.Causal():
-            return {mask.align}
-        case m.Window() if isinstance(mask.right, int) and mask.right == 0:
-            return {mask.align}
-        case m.And():
-            return _causal_aligns(mask.left) | _causal_aligns(mask.right)
-        case m.Or():
-            parts = [_causal_aligns(mask.left), _causal_aligns(mask.right)]
-        case m.PerHead():
-            parts = [_causal_aligns(one) for one in mask.masks]
-        case _:
-            return set()
-    united: set[m.Align] = set()
-    for part in parts:
-        united |= part
-    return united if all(parts) else set()
-
-
-def diagonal_align(mask: m.Mask, is_self: bool) -> m.Align:
-    """Which key a query of a causal-type mask lines up with: counted from the segment's start, or from its end.
-
-    Raises:
-        MaskError: If the mask may allow later keys, or, in cross-attention, lines up both ways.
-    """
-    found = _causal_aligns(mask)
-    if not found:
-        rule = "stick-breaking needs a mask without later keys: Causal(), Window(w, 0) or one of them & any mask"
-        raise MaskError(explain_values("mask", rule, mask=mask))
-    if len(found) > 1 and not is_self:
-        rule = "stick-breaking needs one alignment of queries and keys that differ in offsets"
-        raise MaskError(explain_values("mask", rule, mask=mask))
-    return "start" if is_self else found.pop()
 
 
 def check_normalizer(layout: Layout, mask: m.Mask, normalizer: Normalizer, *, lse: bool, remainder: bool) -> None:
@@ -309,7 +295,7 @@ def expected_seconds(case: Case) -> dict[str, float]:
     softmax = isinstance(case.normalizer, Softmax)
     if not softmax:
         kind = "pointwise"
-    elif case.score is None and m.as_window(mask) in SDPA_WINDOWS and case.scale > 0:
+    elif case.score is None and as_window(mask) in SDPA_WINDOWS and case.scale > 0:
         kind = "whole"
     elif _shares_bias(case):
         kind = "shared bias"
@@ -320,39 +306,6 @@ def expected_seconds(case: Case) -> dict[str, float]:
         "tiled": costs.work_of_tiles("tiled" if softmax else "tiled, pointwise", mask, *sizes),
     }
     return {backend: costs.seconds(work, bool(case.grad)) for backend, work in works.items()}
-
-
-def is_by_position(mask: m.Mask, score: s.Score | None, is_self: bool) -> bool:
-    """Whether mask and score see nothing of a token but its position in its segment, so that one bias fits them all.
-
-    >>> is_by_position(m.Causal() & m.Window(9, 0), None, True), is_by_position(m.Prefix(torch.tensor([2])), None, True)
-    (True, False)
-    """
-    by_position = all(isinstance(part, (s.Alibi, s.RelativeBias, s.BucketedBias)) for part in s.parts(score))
-    return by_position and _mask_is_by_position(mask, is_self)
-
-
-def _mask_is_by_position(mask: m.Mask, is_self: bool) -> bool:
-    match mask:
-        case m.And() | m.Or():
-            return _mask_is_by_position(mask.left, is_self) and _mask_is_by_position(mask.right, is_self)
-        case m.Not():
-            return _mask_is_by_position(mask.mask, is_self)
-        case m.PerHead():
-            return all(_mask_is_by_position(one, is_self) for one in mask.masks)
-        case m.Full():
-            return True
-        case m.Causal():
-            return is_self or mask.align == "start"
-        case m.Window():
-            fixed = not isinstance(mask.left, Tensor) and not isinstance(mask.right, Tensor)
-            return fixed and (is_self or mask.align == "start")
-        case m.Prefix() | m.GlobalTokens():
-            return not isinstance(mask.n, Tensor)
-        case m.Chunked():
-            return not isinstance(mask.size, Tensor)
-        case _:
-            return False
 
 
 def _shares_bias(case: Case) -> bool:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from flexjag import masks as m
+from flexjag.algebra.facts import as_window, attended, extent
 
 PATH = Path(__file__).with_name("costs.json")
 ROWS = {
@@ -68,7 +69,7 @@ def work_of_segments(way: str, mask: m.Mask, segments: int, num_q: int, num_kv: 
     """
     segments, n, keys = lengths(segments, num_q, num_kv)
     if way == "segments, whole":
-        reach = keys if m.as_window(mask) == (None, None, "start") else keys / 2
+        reach = keys if as_window(mask) == (None, None, "start") else keys / 2
         return Work(way, segments, num_q * reach * per_score)
     rows = min(n, ROWS[way])
     calls = segments * max(1.0, -(-n // ROWS[way]))
@@ -83,45 +84,6 @@ def work_of_tiles(way: str, mask: m.Mask, segments: int, num_q: int, num_kv: int
     met = min(num_kv, max(1.0, TILE / max(n, 1.0)) * keys, attended(mask, keys) + TILE)
     met = max(met, min(keys, attended(mask, keys)), 1.0)
     return Work(way, rows, rows * met * TILE * per_score)
-
-
-def attended(mask: m.Mask, keys: float) -> float:
-    """About how many of a segment's keys a query may attend.
-
-    >>> attended(m.Window(127, 0) | m.Prefix(4), 1000.0), attended(m.Causal() & m.Prefix(4), 1000.0)
-    (132.0, 4.0)
-    """
-    match mask:
-        case m.And():
-            return min(attended(mask.left, keys), attended(mask.right, keys))
-        case m.Or():
-            return min(keys, attended(mask.left, keys) + attended(mask.right, keys))
-        case m.Causal():
-            return keys / 2
-        case m.Window():
-            sides = [keys / 2 if x is None or not isinstance(x, int) else float(x) for x in (mask.left, mask.right)]
-            return min(keys, sum(sides) + 1)
-        case m.Prefix() if isinstance(mask.n, int):
-            return min(keys, float(mask.n))
-        case m.Chunked() if isinstance(mask.size, int):
-            return min(keys, float(mask.size))
-        case _:
-            return keys
-
-
-def extent(mask: m.Mask, keys: float) -> float:
-    """About how many keys lie between the first and the last that a query may attend.
-
-    >>> extent(m.Window(127, 0) | m.Prefix(4), 1000.0), extent(m.Causal() & m.Window(9, 9), 1000.0)
-    (1000.0, 19.0)
-    """
-    match mask:
-        case m.And():
-            return min(extent(mask.left, keys), extent(mask.right, keys))
-        case m.Or():
-            return keys
-        case _:
-            return attended(mask, keys)
 
 
 @cache

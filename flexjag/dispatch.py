@@ -21,26 +21,36 @@ class Interpretation:
 
     Args:
         name: What the interpretation computes, for error messages.
+        of: The base class of the nodes that it is for.
+        otherwise: The case of nodes that have none, where there is an answer that is always right.
 
-    >>> size = Interpretation("size")
+    Attributes:
+        cases: What is registered.
+
+    >>> size = Interpretation("size", int)
     >>> @size.register(int)
     ... def _(node): return node
     >>> size(3)
     3
     """
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, of: type, otherwise: Callable[..., Any] | None = None) -> None:
+        self.name, self.of, self.otherwise = name, of, otherwise
         self.cases: dict[type, Callable[..., Any]] = {}
 
-    def register(self, node_type: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        """Register the decorated function as the case of `node_type` and of its subclasses."""
+    def register(self, *node_types: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """Register the decorated function as the case of `node_types` and of their subclasses."""
 
         def decorate(case: Callable[..., Any]) -> Callable[..., Any]:
-            self.cases[node_type] = case
+            for node_type in node_types:
+                self.cases[node_type] = case
             return case
 
         return decorate
+
+    def knows(self, node: object) -> bool:
+        """Whether the node's type, or one of its base classes, has a case."""
+        return any(node_type in self.cases for node_type in type(node).__mro__)
 
     def __call__(self, node: Any, *args: Any) -> Any:
         """Run the case of the node's type, or of its nearest base class that has one.
@@ -51,6 +61,8 @@ class Interpretation:
         for node_type in type(node).__mro__:
             if node_type in self.cases:
                 return self.cases[node_type](node, *args)
+        if self.otherwise is not None:
+            return self.otherwise(node, *args)
         raise UnknownNodeError(
             f"{type(node).__name__}: this node has no {self.name}; got {node!r}. "
             f"Write one and decorate it with register({type(node).__name__}) of that interpretation."

@@ -16,8 +16,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from flexjag import masks as m
 from flexjag import scores as s
+from flexjag.algebra.tree import held_tensors, replaced, walk
 from flexjag.errors import MaskError, ScoreError, explain_values
-from flexjag.nodes import Node, NodeKind, held_tensors, replaced, walk
+from flexjag.nodes import Node, NodeKind
 
 Place = tuple[Tensor, Tensor, Tensor, Tensor]
 """The b, h, i and j of a query and a key that exist, 0-d int32 each: what functions are tried on."""
@@ -97,7 +98,7 @@ def trials(node: Node | None, dtype: torch.dtype, place: Callable[[], Place | No
         place: Where; None if nowhere. Asked if there are functions.
     """
     found: list[Trial] = []
-    for one in () if node is None else walk(node):
+    for one in walk(node):
         if isinstance(one, (m.MaskMod, s.ScoreMod)) and (at := place()) is not None:
             found.append(Trial.of(one.fn, dtype if isinstance(one, s.ScoreMod) else None, at))
     return found

@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from flexjag.algebra.tree import rebuilt, walk
 from flexjag.errors import AmbiguousMaskError, MaskError, explain_values
 from flexjag.nodes import Node, along, check_tensor, is_integer, node, saturated
 from flexjag.offsets import mark_varying
@@ -87,6 +88,9 @@ class Full(Mask):
     Full()
     """
 
+    by_position = printable = True
+    reads_pairs = False
+
 
 @node
 class Causal(Mask):
@@ -99,6 +103,9 @@ class Causal(Mask):
     >>> Causal() & (Window(256, 0) | Prefix(4))
     Causal() & (Window(256, 0) | Prefix(4))
     """
+
+    by_position = printable = True
+    reads_pairs = False
 
     align: Align = "start"
 
@@ -118,6 +125,9 @@ class Window(Mask):
     Raises:
         MaskError: If a bound is negative (unlimited is None, not -1).
     """
+
+    by_position = printable = True
+    reads_pairs = False
 
     left: Bound | None = along("segment")
     right: Bound | None = along("segment", default=0)
@@ -140,6 +150,9 @@ class Prefix(Mask):
         n: int or ``[S]``.
     """
 
+    by_position = printable = True
+    reads_pairs = False
+
     n: Bound = along("segment")
 
     def __post_init__(self) -> None:
@@ -153,6 +166,9 @@ class Chunked(Mask):
     Args:
         size: Chunk length, int or ``[S]``, at least 1.
     """
+
+    by_position = printable = True
+    reads_pairs = False
 
     size: Bound = along("segment")
 
@@ -168,6 +184,9 @@ class GlobalTokens(Mask):
         n: int or ``[S]``.
     """
 
+    by_position = printable = True
+    reads_pairs = False
+
     n: Bound = along("segment")
 
     def __post_init__(self) -> None:
@@ -182,6 +201,9 @@ class Rows(Mask):
         lo: ``[K, T_q]`` or ``[T_q]`` integers, segment-local, inclusive. Out of range is clipped.
         hi: The same shape, exclusive.
     """
+
+    printable = True
+    reads_pairs = False
 
     lo: Tensor = along("query token")
     hi: Tensor = along("query token")
@@ -216,6 +238,9 @@ class SameGroup(Mask):
         kv_ids: ``[T_kv]`` per packed key token, when keys are not the queries' tokens.
     """
 
+    printable = True
+    reads_pairs = False
+
     ids: Tensor = along("query token")
     kv_ids: Tensor | None = along("key token", default=None, in_place_of_none="ids")
 
@@ -245,7 +270,9 @@ class Dense(Mask):
             row-major matrix back to back. :meth:`from_list` makes the second.
     """
 
-    values: Tensor = along(None)
+    printable = True
+
+    values: Tensor = along("pair")
 
     def __post_init__(self) -> None:
         check_tensor(MaskError, "values", self.values)
@@ -293,6 +320,9 @@ class PerHead(Mask):
         masks: As many masks as there are query heads.
     """
 
+    by_position = printable = True
+    reads_pairs = False
+
     masks: Sequence[Mask]
 
     def __post_init__(self) -> None:
@@ -305,6 +335,9 @@ class PerHead(Mask):
 class And(Mask):
     """Both masks allow the key: ``left & right``."""
 
+    by_position = printable = True
+    reads_pairs = False
+
     left: Mask
     right: Mask
 
@@ -316,6 +349,9 @@ class And(Mask):
 class Or(Mask):
     """One of the masks allows the key: ``left | right``."""
 
+    by_position = printable = True
+    reads_pairs = False
+
     left: Mask
     right: Mask
 
@@ -326,6 +362,9 @@ class Or(Mask):
 @node
 class Not(Mask):
     """The mask does not allow the key, within the own segment: ``~mask``."""
+
+    by_position = printable = True
+    reads_pairs = False
 
     mask: Mask
 
@@ -339,17 +378,9 @@ def _group(mask: Mask, *types: type) -> str:
 
 def at_head(mask: Mask, head: int) -> Mask:
     """The mask of one query head: every :class:`PerHead` inside replaced by its choice."""
-    match mask:
-        case PerHead():
-            return at_head(mask.masks[head], head)
-        case And():
-            return And(at_head(mask.left, head), at_head(mask.right, head))
-        case Or():
-            return Or(at_head(mask.left, head), at_head(mask.right, head))
-        case Not():
-            return Not(at_head(mask.mask, head))
-        case _:
-            return mask
+    if isinstance(mask, PerHead):
+        return at_head(mask.masks[head], head)
+    return rebuilt(mask, lambda one: at_head(one, head))
 
 
 def num_mask_heads(mask: Mask) -> int | None:
@@ -358,42 +389,7 @@ def num_mask_heads(mask: Mask) -> int | None:
     Raises:
         MaskError: If two of them disagree.
     """
-    match mask:
-        case PerHead():
-            counts = {len(mask.masks)} | {num_mask_heads(m) for m in mask.masks}
-        case And() | Or():
-            counts = {num_mask_heads(mask.left), num_mask_heads(mask.right)}
-        case Not():
-            counts = {num_mask_heads(mask.mask)}
-        case _:
-            counts = {None}
-    found = {c for c in counts if c is not None}
+    found = {len(one.masks) for one in walk(mask) if isinstance(one, PerHead)}
     if len(found) > 1:
         raise MaskError(explain_values("masks", "every PerHead must have one mask per head", heads=sorted(found)))
     return found.pop() if found else None
-
-
-def as_window(mask: Mask) -> tuple[int | None, int | None, Align] | None:
-    """The mask as one sliding window ``(left, right, align)`` of ints, or None if it is not one."""
-    match mask:
-        case Full():
-            return None, None, "start"
-        case Causal():
-            return None, 0, mask.align
-        case Window() if not isinstance(mask.left, Tensor) and not isinstance(mask.right, Tensor):
-            return mask.left, mask.right, mask.align
-        case And():
-            a, b = as_window(mask.left), as_window(mask.right)
-            if a is None or b is None:
-                return None
-            if a[:2] == (None, None) or b[:2] == (None, None):
-                return b if a[:2] == (None, None) else a
-            if a[2] != b[2]:
-                return None
-            return _least(a[0], b[0]), _least(a[1], b[1]), a[2]
-        case _:
-            return None
-
-
-def _least(a: int | None, b: int | None) -> int | None:
-    return b if a is None else a if b is None else min(a, b)

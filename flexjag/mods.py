@@ -11,8 +11,7 @@ written for scalars, so on tensors it is vmapped.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import TypeVar
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,9 +19,11 @@ from torch import Tensor
 from flexjag import masks as m
 from flexjag import scalars
 from flexjag import scores as s
+from flexjag.algebra.tree import filled, replaced
 from flexjag.dispatch import Interpretation
 from flexjag.errors import MaskError, ScoreError
 from flexjag.layout import Layout, blocks
+from flexjag.nodes import NodeKind
 from flexjag.spans import DenseRows, InSpans, Sandwich
 from flexjag.upstream import fence
 
@@ -96,37 +97,22 @@ def row_tables(layout: Layout, block: int) -> RowTables:
     return RowTables(existing(layout.q_segment), existing(layout.q_pos), *others, rounded=layout.on_gpu)
 
 
+def one_row() -> RowTables:
+    """Tables of one row without numbers, where it only matters what is done with them."""
+    zero = torch.zeros(1, dtype=torch.int32, device="meta")
+    return RowTables(zero, zero, zero, zero, zero, rounded=False)
+
+
 def _pad_rows(x: Tensor, rows: int) -> Tensor:
     """Pad the last dimension with zeros to this many rows."""
     return fence(torch.nn.functional.pad(x, (0, rows - x.shape[-1])))
 
 
-Node = TypeVar("Node", m.Mask, s.Score)
-
-
-def rounded(node: Node, t: RowTables) -> Node:
+def rounded(node: NodeKind, t: RowTables) -> NodeKind:
     """The node with what it holds per token padded to a tile, if kernels want that. Once per plan, not per layer."""
     if not t.rounded:
         return node
-    match node:
-        case InSpans():
-            return InSpans(t.padded(node.lo), t.padded(node.hi))  # pyright: ignore[reportReturnType]
-        case DenseRows():
-            return replace(node, base=t.padded(node.base))
-        case m.SameGroup():
-            keys = node.ids if node.kv_ids is None else node.kv_ids
-            return replace(node, ids=t.padded(node.ids), kv_ids=t.padded_keys(keys))
-        case s.TimeBias():
-            keys = node.times if node.kv_times is None else node.kv_times
-            return replace(node, times=t.padded(node.times), kv_times=t.padded_keys(keys))
-        case m.And() | m.Or():
-            return replace(node, left=rounded(node.left, t), right=rounded(node.right, t))
-        case m.Not():
-            return replace(node, mask=rounded(node.mask, t))
-        case s.Then():
-            return replace(node, first=rounded(node.first, t), second=rounded(node.second, t))
-        case _:
-            return node
+    return replaced(replaced(filled(node), t.padded, ("query token",)), t.padded_keys, ("key token",))
 
 
 def kernel_mask(sandwich: Sandwich, t: RowTables) -> m.Mask:
@@ -141,7 +127,7 @@ def _local(t: RowTables, q: Tensor, kv: Tensor) -> tuple[Tensor, Tensor, Tensor]
     return t.segment[q], t.q_pos[q], kv_pos
 
 
-mask_case = Interpretation("mask_mod")
+mask_case = Interpretation("mask_mod", m.Mask)
 """``mask_case(node, tables, layout) -> mask_mod``: one case per node that is not folded into spans."""
 
 
@@ -233,7 +219,7 @@ def mask_mod(masks: tuple[m.Mask, ...], head_of: Tensor | None, t: RowTables, la
     return per_head
 
 
-score_case = Interpretation("score_mod")
+score_case = Interpretation("score_mod", s.Score)
 """``score_case(node, tables) -> score_mod``."""
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
-from typing import Any, Literal, NamedTuple, TypeVar, dataclass_transform
+from typing import Any, ClassVar, Literal, TypeVar, dataclass_transform
 
 import torch
 from torch import Tensor
@@ -15,14 +14,19 @@ NodeType = TypeVar("NodeType", bound=type)
 NodeKind = TypeVar("NodeKind")
 
 
-Axis = Literal["query token", "key token", "segment", "query head"]
-"""What the tensors of a node may have an entry for."""
+Axis = Literal["query token", "key token", "pair", "segment", "query head"]
+"""What the tensors of a node may have an entry for. A pair is a query and a key of one segment, in row-major matrices
+back to back."""
+
+BATCH: tuple[Axis, ...] = ("query token", "key token", "pair", "segment")
+"""What changes from batch to batch."""
 
 
 def along(axis: Axis | None, *, default: Any = MISSING, in_place_of_none: str | None = None) -> Any:
     """A node's field that may hold a tensor, and what the tensor has an entry for: checks follow from it.
 
-    Heads are a tensor's first dimension, everything else is its last. A tensor without dimensions serves all.
+    Heads are a tensor's first dimension, everything else is its last. A tensor without dimensions serves all, and so
+    does a matrix of pairs, which is read by local positions.
 
     Args:
         axis: What there is an entry for; None if nothing of the batch, as for boundaries.
@@ -84,59 +88,8 @@ def check_node(error: type[ValueError], kind: type[NodeKind], given: object) -> 
     raise error(explain_values(name, f"must be a flexjag {name}{hint}", **seen))
 
 
-class Along(NamedTuple):
-    """A tensor that a node holds, and what it has an entry for.
-
-    Attributes:
-        name: The field.
-        axis: The axis; None if nothing of the batch.
-        tensor: The tensor.
-    """
-
-    name: str
-    axis: Axis | None
-    tensor: Tensor
-
-
-def tensors_along(node: Node | None) -> list[Along]:
-    """The tensors in the :func:`along` fields of a node and of its nodes."""
-    found: list[Along] = []
-    for one in () if node is None else walk(node):
-        for name, axis, other in getattr(one, "_axes", ()):  # a user's node may forget the decorator
-            value = getattr(one, name)
-            value = getattr(one, other) if value is None and other is not None else value
-            if isinstance(value, Tensor):
-                found.append(Along(name, axis, value))
-    return found
-
-
-def head_counts(node: Node | None) -> set[int]:
-    """For how many query heads a node's tensors are made; empty if it does not matter."""
-    return {x.tensor.shape[0] for x in tensors_along(node) if x.axis == "query head"}
-
-
-def check_held(error: type[ValueError], node: Node | None, sizes: Mapping[Axis, int], device: torch.device) -> None:
-    """Check that a node's tensors fit a batch; metadata only.
-
-    Args:
-        error: What to raise.
-        node: The mask, score or normalizer.
-        sizes: How many there are of the axes that are known.
-        device: The batch's. A number in a tensor may also be on a CPU, as everywhere in torch.
-    """
-    for name, axis, x in tensors_along(node):
-        if x.device != device and not (x.ndim == 0 and x.device.type == "cpu"):
-            raise error(explain_values(name, "must be on the batch's device", device=str(x.device), batch=str(device)))
-        if axis is None or axis not in sizes or x.ndim == 0:
-            continue
-        entries = x.shape[0 if axis == "query head" else -1]
-        if entries != sizes[axis]:
-            counted = {"entries": entries, f"{axis.split()[-1]}s": sizes[axis]}
-            raise error(explain_values(name, f"must have one entry per {axis}", **counted))
-
-
-def _names(value: Any) -> tuple[str, ...]:
-    """The names of a node's fields. Looking them up anew would cost microseconds in every call."""
+def field_names(value: Any) -> tuple[str, ...]:
+    """The names of a node's fields, in order. Looking them up anew would cost microseconds in every call."""
     kind: Any = type(value)  # pyright: ignore[reportUnknownVariableType]
     if getattr(kind, "_of", None) is kind:
         return kind._names
@@ -146,10 +99,22 @@ def _names(value: Any) -> tuple[str, ...]:
 
 
 class Node:
-    """What mask and score nodes share: structural equality, a hash, and their text."""
+    """What mask, score and normalizer nodes share: structural equality, a hash, their text, and what a class declares.
+
+    Attributes:
+        by_position: The node depends on nothing but the positions of query and key in their segment, where its tensors
+            have no entry per token or segment: then one bias can serve all segments.
+        reads_pairs: The node looks something up for each query and key, which takes a kernel registers to do.
+        printable: Kernels are known to be printed from the node, and it looks up only what exists; else that is tried
+            each time, and lookups are kept inside their tensors.
+    """
+
+    by_position: ClassVar[bool] = False
+    reads_pairs: ClassVar[bool] = True
+    printable: ClassVar[bool] = False
 
     def _key(self) -> tuple[Any, ...]:
-        values = (getattr(self, name) for name in _names(self))
+        values = (getattr(self, name) for name in field_names(self))
         return (type(self), *(("tensor", id(x)) if isinstance(x, Tensor) else x for x in values))
 
     def __eq__(self, other: object) -> bool:
@@ -163,11 +128,11 @@ class Node:
 
         Batches with equal structures run the same compiled kernel.
         """
-        return (type(self), *(_structure(getattr(self, name)) for name in _names(self)))
+        return (type(self), *(_structure(getattr(self, name)) for name in field_names(self)))
 
     def __repr__(self) -> str:
         parts: list[str] = []
-        for name in _names(self):
+        for name in field_names(self):
             value = getattr(self, name)
             if name == "align" and value == "start":
                 continue
@@ -179,54 +144,6 @@ class Node:
                 text = repr(value)
             parts.append(f"align={text}" if name == "align" else text)
         return f"{type(self).__name__}({', '.join(parts)})"
-
-
-def walk(node: Node) -> Iterator[Node]:
-    """The node and all nodes in its fields, depth first."""
-    yield node
-    for name in _names(node):
-        value = getattr(node, name)
-        for x in value if isinstance(value, tuple) else (value,):  # pyright: ignore[reportUnknownVariableType]
-            if isinstance(x, Node):
-                yield from walk(x)
-
-
-def held_tensors(node: Node) -> list[Tensor]:
-    """The tensors in the fields of the node and of its nodes."""
-    values = (getattr(one, name) for one in walk(node) for name in _names(one))
-    return [x for x in values if isinstance(x, Tensor)]
-
-
-def replaced(node: NodeKind, leaf: Callable[[Any], Any], axes: Collection[Axis] | None = None) -> NodeKind:
-    """The node with every tensor and function in it, and in its nodes, replaced by `leaf` of it.
-
-    The node itself if nothing changes. Nothing is checked again: `leaf` must keep shapes, dtypes and devices or widen.
-
-    Args:
-        node: The node.
-        leaf: Applied to tensors and functions.
-        axes: Only to fields along these; default to all.
-    """
-    values: dict[str, Any] = {}
-    along = {name: axis for name, axis, _ in getattr(node, "_axes", ())}
-    for name in _names(node):
-        chosen = axes is None or along.get(name) in axes
-        values[name] = _replaced(getattr(node, name), leaf if chosen else lambda x: x, leaf, axes)
-    if all(new is getattr(node, name) for name, new in values.items()):
-        return node
-    twin = object.__new__(type(node))  # what copy.copy does, which Dynamo of torch 2.11 cannot trace, nor vars
-    for name, value in (values if torch.compiler.is_compiling() else {**vars(node), **values}).items():
-        object.__setattr__(twin, name, value)  # a user's node may have an __init__ of its own
-    return twin
-
-
-def _replaced(value: Any, own: Callable[[Any], Any], leaf: Callable[[Any], Any], axes: Collection[Axis] | None) -> Any:
-    if isinstance(value, Node):
-        return replaced(value, leaf, axes)
-    if isinstance(value, tuple):
-        new = tuple(_replaced(x, own, leaf, axes) for x in value)  # pyright: ignore[reportUnknownVariableType]
-        return new if any(x is not y for x, y in zip(new, value, strict=True)) else value  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
-    return own(value) if isinstance(value, Tensor) or callable(value) else value
 
 
 def _structure(value: Any) -> Any:

@@ -12,9 +12,10 @@ from typing import Literal
 
 from torch import Tensor
 
+from flexjag.algebra.tree import head_counts, held_tensors
 from flexjag.errors import PlanError, explain_values
 from flexjag.jagged import mark_varying
-from flexjag.nodes import Node, along, head_counts, held_tensors, node
+from flexjag.nodes import Node, along, node
 
 
 class Normalizer(Node):

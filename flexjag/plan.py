@@ -11,12 +11,12 @@ from torch import Tensor
 from flexjag import choice, functions, mods
 from flexjag import masks as m
 from flexjag import scores as s
+from flexjag.algebra import tree
 from flexjag.errors import MaskError, PlanError, assert_on_device
 from flexjag.jagged import Jagged, mark_varying
 from flexjag.layout import Layout, blocks, build_layout
-from flexjag.nodes import tensors_along, walk
 from flexjag.normalizers import Normalizer, Softmax
-from flexjag.recipe import BATCH, Notes, Plan, check_arguments, check_fit, check_score, of_this_batch, place_in
+from flexjag.recipe import Notes, Plan, check_arguments, check_fit, check_score, of_this_batch, place_in
 from flexjag.spans import Sandwich, Spans, sandwich
 from flexjag.tiles import TileList, Tiles, build_tables, list_tiles, refine
 from flexjag.upstream import holds_no_numbers
@@ -135,7 +135,7 @@ def outline(
     reading = functions.Reading([], [])
     if not torch.compiler.is_compiling():
         mask = functions.frozen(mask, torch.clone)
-        if any(isinstance(x, m.MaskMod) for x in walk(mask)):
+        if any(isinstance(x, m.MaskMod) for x in tree.walk(mask)):
             place = place_in(layout, tables)
             functions.check_functions(mask, place)
             reading = functions.Reading.of(mask, lambda: place)
@@ -206,29 +206,14 @@ def mark_plan(plan: Plan) -> None:
     for x in plan.sandwiches:
         _mark(x.outer, 1)
         _mark(x.inner, 1)
-    for x in (plan.mask, *plan.kernel_masks):
-        _mark_mask(x)
-    for x in (*tensors_along(plan.score), *tensors_along(plan.kernel_score)):
-        if x.axis in BATCH:
-            mark_varying(x.tensor, x.tensor.ndim - 1)
+    for x in (plan.mask, *plan.kernel_masks, plan.score, plan.kernel_score):
+        tree.mark(x)
 
 
 def _mark(holder: object, dim: int) -> None:
     for value in vars(holder).values():
         if isinstance(value, Tensor):
             mark_varying(value, dim)
-
-
-def _mark_mask(mask: m.Mask | None) -> None:
-    """The last dimension of a mask's tensors is per token or per segment; only a shared matrix has fixed sizes."""
-    if mask is None or (isinstance(mask, m.Dense) and mask.values.ndim == 2):
-        return
-    for value in vars(mask).values():
-        for x in value if isinstance(value, tuple) else (value,):
-            if isinstance(x, m.Mask):
-                _mark_mask(x)
-            elif isinstance(x, Tensor):
-                mark_varying(x, x.ndim - 1)
 
 
 def _refined(

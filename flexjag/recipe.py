@@ -12,10 +12,11 @@ from torch import Tensor
 from flexjag import choice, functions, mods, normalizers, viz
 from flexjag import masks as m
 from flexjag import scores as s
+from flexjag.algebra.tree import check_held, replaced, walk
 from flexjag.errors import MaskError, PlanError, ScoreError, ShapeError, explain_values
 from flexjag.explain import explain
 from flexjag.layout import Layout, blocks
-from flexjag.nodes import Axis, Node, check_held, check_node, is_integer, replaced, saturated, walk
+from flexjag.nodes import BATCH, Axis, Node, check_node, is_integer, saturated
 from flexjag.normalizers import Normalizer, num_bias_heads
 from flexjag.offsets import mark_varying
 from flexjag.spans import Sandwich
@@ -25,10 +26,6 @@ from flexjag.upstream import holds_no_numbers
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch.nn.attention.flex_attention import BlockMask
-
-
-BATCH: tuple[Axis, ...] = ("query token", "key token", "segment")
-"""What changes from batch to batch."""
 
 
 class Notes(dict[Hashable, Any]):

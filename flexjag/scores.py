@@ -7,19 +7,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from flexjag.algebra.tree import head_counts, held_tensors, walk
 from flexjag.errors import ScoreError, explain_values
-from flexjag.nodes import Node, along, check_tensor, head_counts, held_tensors, node
+from flexjag.nodes import Node, along, check_tensor, node
 from flexjag.offsets import can_look, mark_varying
 
 ScoreFunction = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 class Score(Node):
-    """Base class of every score node."""
+    """Base class of every score node.
+
+    Attributes:
+        additive: The node only adds something that does not depend on the score itself.
+    """
+
+    additive: ClassVar[bool] = False
 
     def __rshift__(self, other: object) -> Score:
         if not isinstance(other, Score):
@@ -53,6 +61,9 @@ class Alibi(Score):
     [0.25, 0.0625, 0.015625, 0.00390625]
     """
 
+    additive = by_position = printable = True
+    reads_pairs = False
+
     slopes: Tensor = along("query head")
 
     def __post_init__(self) -> None:
@@ -81,6 +92,9 @@ class SoftCap(Score):
         cap: A positive float.
     """
 
+    printable = True
+    reads_pairs = False
+
     cap: float
 
     def __post_init__(self) -> None:
@@ -96,6 +110,8 @@ class RelativeBias(Score):
     Args:
         table: ``[H, 2R + 1]`` floating point, may need gradients.
     """
+
+    additive = by_position = printable = True
 
     table: Tensor = along("query head")
 
@@ -129,6 +145,8 @@ class BucketedBias(Score):
     BucketedBias(<float32[2, 4]>, <int64[3]>)
     """
 
+    additive = by_position = printable = True
+
     table: Tensor = along("query head")
     boundaries: Tensor = along(None)
 
@@ -152,6 +170,8 @@ class TimeBias(Score):
     >>> TimeBias(torch.zeros(2, 9), torch.arange(6), TimeBias.log_boundaries(8))
     TimeBias(<float32[2, 9]>, <int64[6]>, <int64[8]>, None)
     """
+
+    additive = printable = True
 
     table: Tensor = along("query head")
     times: Tensor = along("query token")
@@ -201,6 +221,9 @@ def _check_buckets(table: Tensor, boundaries: Tensor) -> None:
 class Then(Score):
     """`first`, then `second`: ``first >> second``."""
 
+    additive = by_position = printable = True
+    reads_pairs = False
+
     first: Score
     second: Score
 
@@ -219,7 +242,7 @@ def parts(score: Score | None) -> list[Score]:
 
 def is_additive(score: Score | None) -> bool:
     """Whether the score only adds something that does not depend on the score itself."""
-    return all(isinstance(s, (Alibi, RelativeBias, BucketedBias, TimeBias)) for s in parts(score))
+    return all(isinstance(one, Score) and one.additive for one in walk(score))
 
 
 def num_score_heads(score: Score | None) -> int | None:
@@ -236,4 +259,4 @@ def num_score_heads(score: Score | None) -> int | None:
 
 def tensors(score: Score | None) -> list[Tensor]:
     """The tensors that nodes hold; what a :class:`ScoreMod` closes over is not among them."""
-    return [] if score is None else held_tensors(score)
+    return held_tensors(score)

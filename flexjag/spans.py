@@ -66,6 +66,9 @@ class Sandwich:
 class InSpans(m.Mask):
     """A subtree folded into the spans it was lowered to, in packed key indices."""
 
+    printable = True
+    reads_pairs = False
+
     lo: Tensor = along("query token")
     hi: Tensor = along("query token")
 
@@ -74,7 +77,9 @@ class InSpans(m.Mask):
 class DenseRows(m.Mask):
     """A :class:`~flexjag.masks.Dense` as one flat boolean tensor: a row's packed key `kv` is at ``base + kv``."""
 
-    values: Tensor = along(None)
+    printable = True
+
+    values: Tensor = along("pair")
     base: Tensor = along("query token")
 
 
@@ -138,7 +143,7 @@ def rest_of(s: Sandwich) -> m.Mask:
     return outer if s.rest is None else m.And(outer, s.rest)
 
 
-sandwich = Interpretation("sandwich")
+sandwich = Interpretation("sandwich", m.Mask)
 """``sandwich(mask, layout) -> Sandwich``. O(K·T); the mask must not hold a PerHead (see `masks.at_head`)."""
 
 

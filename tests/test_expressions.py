@@ -13,7 +13,9 @@ from torch import Tensor
 import flexjag as fj
 from flexjag.choice import choose, refusal
 from flexjag.errors import BackendError
-from flexjag.expressions import Program, derivative, has_functions, objection
+from flexjag.expressions import Program, derivative, functions, has_functions, objection
+from flexjag.layout import Layout
+from flexjag.mods import RowTables, mask_case
 from flexjag.nodes import node
 from flexjag.normalizers import Pointwise, Sigmoid, SiLU
 
@@ -144,7 +146,7 @@ REFUSED: dict[str, tuple[Callable[..., Tensor], str]] = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_refusals_say_why(name: str) -> None:
     fn, why = REFUSED[name]
-    found = objection(fj.Causal() & fj.MaskMod(fn), None, CPU, tracing=False)
+    found = objection(functions(fj.Causal() & fj.MaskMod(fn), None), CPU, tracing=False)
     assert found is not None
     assert why in found
     assert "cannot be made part of its kernels" in found
@@ -152,9 +154,9 @@ def test_refusals_say_why(name: str) -> None:
 
 def test_functions_elsewhere_or_traced_are_refused() -> None:
     mask = fj.Causal() | ~fj.MaskMod(lambda b, h, q, kv: TABLE[h, kv % 4] > 0)
-    assert objection(mask, None, CPU, tracing=False) is None
-    assert "reads a tensor on cpu" in str(objection(mask, None, torch.device("meta"), tracing=False))
-    assert "while a graph is being traced" in str(objection(mask, None, CPU, tracing=True))
+    assert objection(functions(mask, None), CPU, tracing=False) is None
+    assert "reads a tensor on cpu" in str(objection(functions(mask, None), torch.device("meta"), tracing=False))
+    assert "while a graph is being traced" in str(objection(functions(mask, None), CPU, tracing=True))
     assert has_functions(fj.PerHead([fj.Full(), mask]), None)
     assert has_functions(fj.Full(), fj.SoftCap(2.0) >> fj.ScoreMod(lambda s, b, h, q, kv: s))
     assert not has_functions(fj.Causal() & fj.Prefix(2), fj.SoftCap(2.0))
@@ -162,7 +164,12 @@ def test_functions_elsewhere_or_traced_are_refused() -> None:
 
 @node
 class Own(fj.Mask):
-    """A user's mask."""
+    """A user's mask that cannot be printed."""
+
+
+@mask_case.register(Own)
+def _(mask: Own, tables: RowTables, layout: Layout) -> Callable[..., Tensor]:
+    return lambda b, h, q, kv: q > kv if tables.q_pos[q] else kv > q
 
 
 @node
@@ -183,7 +190,7 @@ def test_the_rule(monkeypatch: pytest.MonkeyPatch) -> None:
         (case(normalizer=OwnNormalizer(), **gpu), "no kernels for the normalizer"),
         (case(normalizer=SiLU(), device="cuda", dtype=torch.float64), "not torch.float64"),
         (case(normalizer=SiLU(), dims=(2, 2, 16, 512), **gpu), "at most 256"),
-        (case(Own(), normalizer=SiLU(), **gpu), "a node of your own, Own"),
+        (case(Own(), normalizer=SiLU(), **gpu), "Own cannot be made part of its kernels: it decides by a value"),
         (case(fj.MaskMod(_branch), normalizer=SiLU(), **gpu), "_branch cannot"),
     ]
     for what, why in refused:

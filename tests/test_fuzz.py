@@ -25,9 +25,10 @@ from torch.autograd import forward_ad
 
 import flexjag as fj
 from flexjag import functions
+from flexjag.algebra.tree import replaced, walk
 from flexjag.backends import runs, segments
 from flexjag.layout import build_layout
-from flexjag.nodes import Axis, NodeKind, replaced, walk
+from flexjag.nodes import Axis, NodeKind
 from flexjag.testing import Bounds, rounding_bounds
 
 calls = importlib.import_module("flexjag.attention")  # the module: the package has the function by that name

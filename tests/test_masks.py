@@ -8,6 +8,7 @@ import torch
 import flexjag as fj
 from flexjag import Causal, Chunked, Dense, Full, GlobalTokens, MaskMod, PerHead, Prefix, Rows, SameGroup, Window
 from flexjag import masks as m
+from flexjag.algebra.facts import as_window
 from flexjag.errors import AmbiguousMaskError, MaskError
 
 BOUND = torch.tensor([1, 2])
@@ -186,7 +187,7 @@ WINDOWS = [
 
 @pytest.mark.parametrize(("mask", "window"), WINDOWS, ids=[repr(x) for x, _ in WINDOWS])
 def test_as_window(mask: fj.Mask, window: tuple[int | None, int | None, str] | None) -> None:
-    assert m.as_window(mask) == window
+    assert as_window(mask) == window
 
 
 def test_dense_from_list_packs_row_major() -> None:

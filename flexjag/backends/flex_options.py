@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexjag import masks as m
+from flexjag.algebra import tree
 from flexjag.backends import tuning
 from flexjag.plan import Plan
-from flexjag.spans import DenseRows
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -59,17 +58,7 @@ def _blocks(capability: tuple[int, int], dim: int, by_key: bool) -> dict[str, An
 
 def reads_by_key(plan: Plan) -> bool:
     """Whether the mask or the score looks something up for each query and key, which takes registers to do."""
-    return tuning.score_kind(plan.score) == "lookup" or any(_looks_up(x) for x in plan.kernel_masks)
-
-
-def _looks_up(mask: m.Mask) -> bool:
-    match mask:
-        case m.And() | m.Or():
-            return _looks_up(mask.left) or _looks_up(mask.right)
-        case m.Not():
-            return _looks_up(mask.mask)
-        case _:
-            return isinstance(mask, DenseRows | m.MaskMod)
+    return tuning.score_kind(plan.score) == "lookup" or any(map(tree.reads_pairs, plan.kernel_masks))
 
 
 @torch.compiler.assume_constant_result

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from flexjag import normalizers as nz
+from flexjag.algebra.facts import diagonal_align
 from flexjag.backends import tiled
 from flexjag.backends.gathers import add_at
-from flexjag.choice import diagonal_align
 from flexjag.layout import INT32_MAX
 from flexjag.plan import Plan
 

@@ -32,7 +32,7 @@ class Activation(NamedTuple):
     neutral: float = 0.0
 
 
-activation = Interpretation("activation")
+activation = Interpretation("activation", nz.Pointwise)
 """``activation(normalizer) -> Activation``."""
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from flexjag import masks as m
 from flexjag import normalizers as nz
 from flexjag import scores as s
-from flexjag.choice import diagonal_align
+from flexjag.algebra.facts import diagonal_align
 from flexjag.dispatch import Interpretation
 from flexjag.errors import MaskError, ScoreError
 from flexjag.layout import Layout
@@ -55,7 +55,7 @@ class Segment:
         return self.j.shape[1]
 
 
-dense = Interpretation("dense mask")
+dense = Interpretation("dense mask", m.Mask)
 """``dense(mask, segment) -> bool``, something that broadcasts to ``[H, n, m]``."""
 
 
@@ -164,7 +164,7 @@ def _over_heads_and_positions(fn, scores: int):  # type: ignore[no-untyped-def]
     return fn
 
 
-rescore = Interpretation("dense score")
+rescore = Interpretation("dense score", s.Score)
 """``rescore(score, scores [H, n, m], segment) -> scores``."""
 
 
@@ -212,7 +212,7 @@ def _(score: s.Then, x: Tensor, seg: Segment) -> Tensor:
     return rescore(score.second, rescore(score.first, x, seg), seg)
 
 
-weigh = Interpretation("dense weights")
+weigh = Interpretation("dense weights", nz.Normalizer)
 """``weigh(normalizer, scores [H, n, m], allowed [H, n, m], segment) -> (weights [H, n, m], rest [H, n])``.
 
 The rest is the log-sum-exp of a softmax, the remainder of stick-breaking, and zeros otherwise.

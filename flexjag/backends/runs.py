@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flexjag.algebra.tree import held_tensors, is_by_position
 from flexjag.backends.batches import Range
-from flexjag.choice import SHARED, is_by_position
+from flexjag.choice import SHARED
 from flexjag.jagged import Jagged
 from flexjag.layout import INT32_MAX
-from flexjag.nodes import held_tensors
 from flexjag.plan import Plan, outline
 
 ROWS = 256  # queries per call where a mask tensor is needed: bounds the mask, and lets a window skip keys

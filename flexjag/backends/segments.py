@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexjag import masks as m
+from flexjag.algebra.facts import as_window
+from flexjag.algebra.tree import held_tensors
 from flexjag.backends import runs, whole_segments
 from flexjag.backends.batches import Range
 from flexjag.backends.held import Held
@@ -22,7 +23,6 @@ from flexjag.backends.runs import Pieces, Shared, bias_of, runs_of_queries
 from flexjag.backends.whole_segments import FIRST_ORDER, FLASH, list_calls, with_lse_gradient
 from flexjag.choice import SDPA_WINDOWS
 from flexjag.differentiation import first_order_only
-from flexjag.nodes import held_tensors
 from flexjag.plan import Plan
 
 Pair = tuple[Tensor, Tensor]
@@ -35,7 +35,7 @@ def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, need_lse: boo
     Returns:
         ``[T_q, H, E]`` and the log-sum-exp ``[T_q, H]``, the latter in at least float32; maybe None if not needed.
     """
-    window = m.as_window(plan.mask)
+    window = as_window(plan.mask)
     # The kernel masks before it scales: with a scale of 0 or less, -inf turns into NaN or +inf.
     own = plan.score is None and window in SDPA_WINDOWS and scale > 0
     causal = window == (None, 0, "start") if own else None

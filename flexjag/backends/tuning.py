@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from flexjag import scores as s
+from flexjag.algebra.tree import reads_pairs
 from flexjag.plan import Plan
 
 SCHEMA = 1
@@ -132,7 +133,7 @@ def score_kind(score: s.Score | None) -> ScoreKind:
     """
     if score is None:
         return "none"
-    return "formula" if all(isinstance(x, s.Alibi | s.SoftCap) for x in s.parts(score)) else "lookup"
+    return "lookup" if reads_pairs(score) else "formula"
 
 
 @torch.compiler.assume_constant_result

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from flexjag.algebra.facts import as_window
 from flexjag.attention import attention
 from flexjag.bench.attention_kinds import KINDS, MAX_DISTANCE
 from flexjag.bench.padded import Expected, Padding, Tensors, with_gradients
 from flexjag.bench.registry import Arm
 from flexjag.choice import Case, refusal
 from flexjag.jagged import Jagged
-from flexjag.masks import Causal, Full, as_window
+from flexjag.masks import Causal, Full
 from flexjag.normalizers import Softmax
 from flexjag.plan import plan
 from flexjag.scores import Alibi, RelativeBias, Score

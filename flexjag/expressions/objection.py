@@ -2,61 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 
 from flexjag import masks as m
 from flexjag import scores as s
+from flexjag.algebra.tree import walk
 from flexjag.expressions.program import Program, as_symbol
 
 
-def functions(mask: m.Mask, score: s.Score | None) -> list[tuple[Callable[..., Any], bool]]:
+def functions(mask: m.Mask | None, score: s.Score | None) -> list[tuple[Callable[..., Any], bool]]:
     """The user's functions in a mask and a score, and whether each is a score's."""
-    found: list[tuple[Callable[..., Any], bool]] = []
-    match mask:
-        case m.MaskMod():
-            found = [(mask.fn, False)]
-        case m.And() | m.Or():
-            found = functions(mask.left, None) + functions(mask.right, None)
-        case m.Not():
-            found = functions(mask.mask, None)
-        case m.PerHead():
-            found = [x for one in mask.masks for x in functions(one, None)]
-    return found + [(x.fn, True) for x in s.parts(score) if isinstance(x, s.ScoreMod)]
+    nodes = [*walk(mask), *walk(score)]
+    return [(one.fn, isinstance(one, s.ScoreMod)) for one in nodes if isinstance(one, (m.MaskMod, s.ScoreMod))]
 
 
 def has_functions(mask: m.Mask, score: s.Score | None) -> bool:
-    """Whether a mask or a score calls functions of the user's."""
-    return bool(functions(mask, score))
+    """Whether a mask or a score has functions or nodes of the user's."""
+    return not all(one.printable for one in (*walk(mask), *walk(score)))
 
 
-def _parts(mask: m.Mask) -> list[m.Mask]:
-    match mask:
-        case m.And() | m.Or():
-            return _parts(mask.left) + _parts(mask.right)
-        case m.Not():
-            return _parts(mask.mask)
-        case m.PerHead():
-            return [x for one in mask.masks for x in _parts(one)]
-        case _:
-            return [mask]
-
-
-def objection(mask: m.Mask, score: s.Score | None, device: torch.device, tracing: bool) -> str | None:
-    """Why a mask and a score cannot be made programs of; None if they can.
+def objection(fns: Iterable[tuple[Callable[..., Any], bool]], device: torch.device, tracing: bool) -> str | None:
+    """Why functions cannot be made programs of; None if they can.
 
     Args:
-        mask: The mask.
-        score: The score, or None.
+        fns: The functions, in FlexAttention's signatures, and whether each is a score's.
         device: Where the kernels run.
         tracing: TorchDynamo is tracing, which knows less of symbols than Python.
     """
-    for node in (*_parts(mask), *s.parts(score)):
-        if not type(node).__module__.startswith("flexjag."):
-            return f"its kernels cannot be printed from a node of your own, {type(node).__name__}"
-    for fn, is_score in functions(mask, score):
+    for fn, is_score in fns:
         name = getattr(fn, "__name__", type(fn).__name__)
         if tracing:
             return f"{name} cannot be made part of its kernels while a graph is being traced"
@@ -74,5 +50,5 @@ def _objection(fn: Callable[..., Any], is_score: bool, device: torch.device) -> 
         as_symbol(fn(*args), program)
     except Exception as reason:  # a user's function may do anything with what is not a tensor
         return str(reason).split("\n")[0] or type(reason).__name__
-    elsewhere = [x.device for x in program.captures if x.device != device]
+    elsewhere = [x.device for x in program.captures if x.device not in (device, torch.device("meta"))]
     return f"it reads a tensor on {elsewhere[0]}" if elsewhere else None

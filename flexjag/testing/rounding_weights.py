@@ -85,7 +85,7 @@ class Weighed:
     v_error: Tensor
 
 
-weighed = Interpretation("rounding bounds")
+weighed = Interpretation("rounding bounds", nz.Normalizer)
 """``weighed(normalizer, values, unit) -> Weighed``."""
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from flexjag import masks as m
 from flexjag.backends.reference import dense
+from flexjag.dispatch import Interpretation
 from flexjag.jagged import Jagged
 from flexjag.layout import build_layout
 from flexjag.plan import Plan
@@ -15,7 +16,6 @@ from flexjag.spans import MAX_SPANS, Spans
 from flexjag.testing.rounding import segments_of
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
-INTERVALS = (m.Full, m.Causal, m.Window, m.Prefix, m.Chunked, m.GlobalTokens, m.Rows)
 
 
 def dense_mask(mask: m.Mask, q: Jagged, k: Jagged, heads: int) -> Tensor:
@@ -28,19 +28,35 @@ def dense_mask(mask: m.Mask, q: Jagged, k: Jagged, heads: int) -> Tensor:
     return allowed
 
 
+_spans_needed = Interpretation("bound on its spans", m.Mask, otherwise=lambda mask: None)
+"""``_spans_needed(mask) -> int | None``: the most spans a row can have; None if the mask is not made of intervals."""
+
+
+@_spans_needed.register(m.Full, m.Causal, m.Window, m.Prefix, m.Chunked, m.GlobalTokens)
+def _(mask: m.Mask) -> int | None:
+    return 1
+
+
+@_spans_needed.register(m.Rows)
+def _(mask: m.Rows) -> int | None:
+    return mask.lo.shape[0] if mask.lo.ndim == 2 else 1
+
+
+@_spans_needed.register(m.Not)
+def _(mask: m.Not) -> int | None:
+    inside = span_bound(mask.mask)
+    return None if inside is None else inside + 1
+
+
+@_spans_needed.register(m.And, m.Or)
+def _(mask: m.And | m.Or) -> int | None:
+    a, b = span_bound(mask.left), span_bound(mask.right)
+    return None if a is None or b is None else a + b - isinstance(mask, m.And)
+
+
 def span_bound(mask: m.Mask) -> int | None:
     """The most spans a row of this mask can have; None if it is not made of intervals or may need over MAX_SPANS."""
-    match mask:
-        case m.And() | m.Or():
-            a, b = span_bound(mask.left), span_bound(mask.right)
-            bound = None if a is None or b is None else a + b - isinstance(mask, m.And)
-        case m.Not():
-            inside = span_bound(mask.mask)
-            bound = None if inside is None else inside + 1
-        case m.Rows():
-            bound = mask.lo.shape[0] if mask.lo.ndim == 2 else 1
-        case _:
-            bound = 1 if isinstance(mask, INTERVALS) else None
+    bound = _spans_needed(mask)
     return bound if bound is None or bound <= MAX_SPANS else None
 
 
