@@ -32,7 +32,7 @@ def test_the_example_runs_and_is_right() -> None:
 def test_the_example_of_a_node_runs() -> None:
     text = (ROOT / "docs/extending.md").read_text(encoding="utf-8")
     code = "\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
-    exec(compile(code, "docs/extending.md", "exec"), {"__name__": "extending"})
+    exec(compile(code, "docs/extending.md", "exec", dont_inherit=True), {"__name__": "extending"})
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/design.md"])
