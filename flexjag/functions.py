@@ -21,11 +21,11 @@ from flexjag.errors import MaskError, ScoreError, explain_values
 from flexjag.nodes import Node, NodeKind
 
 Place = tuple[Tensor, Tensor, Tensor, Tensor]
-"""The b, h, i and j of a query and a key that exist, 0-d int32 each: what functions are tried on."""
+"""Sample arguments for users' functions: segment, head, query and key position of an existing pair, 0-d int32 each."""
 
 
 class _Watch(TorchFunctionMode):
-    """Sees every tensor that torch functions are given, and tells apart arguments and what they made themselves."""
+    """Record the tensors that torch functions read, except the function's own arguments and intermediate results."""
 
     def __init__(self, args: Sequence[Tensor]) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class Trial:
         return Trial(fn, dtype, place, list(watch.given.values()), watch.used, out)
 
     def has_changed(self) -> bool:
-        """Whether the function reads other tensors by now, or makes something else of them."""
+        """True if the function reads other tensors than at first, or computes other values from them."""
         known = {id(x) for x in self.given}
         with torch.no_grad():
             now = Trial.of(self.fn, self.dtype, self.place)
@@ -134,7 +134,7 @@ def widened(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class _Wide:
-    """A function that reads what it closes over in another precision."""
+    """A function whose captured tensors are replaced by copies in another dtype."""
 
     def __init__(self, func: Callable[..., Tensor], dtype: torch.dtype) -> None:
         self.func, self.dtype = func, dtype
@@ -146,7 +146,7 @@ class _Wide:
 
 
 def learning_in(node: NodeKind, dtype: torch.dtype, place: Callable[[], Place | None]) -> NodeKind:
-    """The node with what it learns read in at least `dtype`, so that gradients add up in it and are rounded once.
+    """Return the node with its trainable tensors cast to at least `dtype`: gradients accumulate in it and round once.
 
     Functions read all that they close over so, whether it learns or not: what they compute is not to depend on that.
 
@@ -169,7 +169,7 @@ def learning_in(node: NodeKind, dtype: torch.dtype, place: Callable[[], Place | 
 def learning_once(
     score: s.Score | None, dtype: torch.dtype, place: Callable[[], Place | None]
 ) -> AbstractContextManager[Any]:
-    """Let a score's functions, however often they are called, read what they learn as the same tensors in `dtype`.
+    """Cast the trainable tensors of a score's functions to `dtype` once, and pass the same copies to every call.
 
     Their gradients are then rounded once, not once for each call.
     """
@@ -179,7 +179,7 @@ def learning_once(
 
 
 def frozen(node: NodeKind, tensors: Callable[[Tensor], Tensor] = lambda x: x, with_globals: bool = False) -> NodeKind:
-    """The node as it is now: the names in its functions are bound to what they mean at this moment.
+    """Return the node with the closures, defaults and globals of its functions bound to their present values.
 
     Otherwise a backward, which evaluates them again, would see what they mean by then, as in a loop that makes
     ``lambda s, b, h, i, j: s * c`` for one c after the other. Attributes of objects stay what they are.
@@ -263,7 +263,7 @@ def learned_tensors(score: s.Score | None, dtype: torch.dtype, place: Callable[[
 
 @dataclass(frozen=True, eq=False)
 class Reading:
-    """What a mask's functions read when it was made. Left behind by copies and pickles, which read anew.
+    """Snapshot of the tensors that a mask's functions read at planning. Not copied or pickled: copies take a new one.
 
     Attributes:
         trials: The functions, called once.
@@ -281,7 +281,7 @@ class Reading:
         return Reading(found, [(x, x._version) for x in read if not x.is_inference()])
 
     def change(self) -> str | None:
-        """What was written to or bound anew since, or None."""
+        """Return the name of a tensor that was written to or rebound since, or None."""
         for x, count in self.counts:
             if x._version != count:
                 return f"a tensor {list(x.shape)} was written to"
@@ -294,7 +294,7 @@ class Reading:
 
 
 def depends_on_head(mask: m.Mask, place: Place) -> bool:
-    """Whether a user's predicate in the mask looks at its `h`, found by calling it once and watching."""
+    """Return True if a user's predicate in the mask reads its `h`; found by calling it once under a recorder."""
     for one in walk(mask):
         if isinstance(one, m.MaskMod):
             if id(place[1]) in Trial.of(one.fn, None, place).used:

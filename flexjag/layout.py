@@ -1,4 +1,4 @@
-"""Where each packed token sits: its segment, its position, and its segment's key/value range."""
+"""Layout: segment, local position and key range of each packed token."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ INT32_MAX = 2**31 - 1
 
 
 def blocks(tokens: int, block: int) -> int:
-    """How many tiles cover this many tokens; at least one."""
+    """Number of tiles that cover this many tokens; at least 1."""
     count = (tokens + block - 1) // block
     if surely(count == 0):
         return 1
@@ -71,7 +71,7 @@ class Layout:
 
     @property
     def device(self) -> torch.device:
-        """Where the coordinates live."""
+        """The device of the coordinates."""
         return self.q_offsets.device
 
     @property

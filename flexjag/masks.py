@@ -384,7 +384,7 @@ def at_head(mask: Mask, head: int) -> Mask:
 
 
 def num_mask_heads(mask: Mask) -> int | None:
-    """How many heads the :class:`PerHead` nodes inside ask for; None without any.
+    """Number of query heads required by the :class:`PerHead` nodes inside; None without any.
 
     Raises:
         MaskError: If two of them disagree.

@@ -98,7 +98,7 @@ def row_tables(layout: Layout, block: int) -> RowTables:
 
 
 def one_row() -> RowTables:
-    """Tables of one row without numbers, where it only matters what is done with them."""
+    """Tables of one row on the meta device, for tracing a mod without a batch."""
     zero = torch.zeros(1, dtype=torch.int32, device="meta")
     return RowTables(zero, zero, zero, zero, zero, rounded=False)
 
@@ -109,14 +109,14 @@ def _pad_rows(x: Tensor, rows: int) -> Tensor:
 
 
 def rounded(node: NodeKind, t: RowTables) -> NodeKind:
-    """The node with what it holds per token padded to a tile, if kernels want that. Once per plan, not per layer."""
+    """Pad a node's per-token tensors to a multiple of the tile, for kernels that round rows up. Once per plan."""
     if not t.rounded:
         return node
     return replaced(replaced(filled(node), t.padded, ("query token",)), t.padded_keys, ("key token",))
 
 
 def kernel_mask(sandwich: Sandwich, t: RowTables) -> m.Mask:
-    """What a kernel tests for one sandwich: its outer spans, and what they leave open."""
+    """The mask that a kernel evaluates for one sandwich: its outer spans and the rest."""
     inside = InSpans(sandwich.outer.lo, sandwich.outer.hi)
     return rounded(inside if sandwich.rest is None else m.And(inside, sandwich.rest), t)
 
@@ -254,7 +254,7 @@ def _(score: s.RelativeBias, t: RowTables) -> ScoreMod:
 
 
 def _bucket(x: Tensor, boundaries: Tensor) -> Tensor:
-    """How many of the boundaries are at most x."""
+    """Bucket index of x: the number of boundaries <= x."""
     x, most = x.to(boundaries.dtype), boundaries.shape[0]
     if x.ndim or not isinstance(x, Tensor):  # tensors that broadcast, or symbols
         return torch.bucketize(x, boundaries, right=True)

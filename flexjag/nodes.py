@@ -1,4 +1,4 @@
-"""What mask, score and normalizer nodes share: frozen fields, structural equality, a hash, their text and tensors."""
+"""Base class and decorator of mask, score and normalizer nodes: frozen fields with axes, equality, hash and text."""
 
 from __future__ import annotations
 
@@ -15,23 +15,22 @@ NodeKind = TypeVar("NodeKind")
 
 
 Axis = Literal["query token", "key token", "pair", "segment", "query head"]
-"""What the tensors of a node may have an entry for. A pair is a query and a key of one segment, in row-major matrices
-back to back."""
+"""Axes of a node's tensors. Pairs are (query, key) of one segment, in row-major matrices back to back."""
 
 BATCH: tuple[Axis, ...] = ("query token", "key token", "pair", "segment")
-"""What changes from batch to batch."""
+"""Axes whose size changes from batch to batch."""
 
 
 def along(axis: Axis | None, *, default: Any = MISSING, in_place_of_none: str | None = None) -> Any:
-    """A node's field that may hold a tensor, and what the tensor has an entry for: checks follow from it.
+    """Declare a node's field that may hold a tensor, with the axis that the tensor is indexed by.
 
-    Heads are a tensor's first dimension, everything else is its last. A tensor without dimensions serves all, and so
-    does a matrix of pairs, which is read by local positions.
+    Checks, padding, marking and copies follow from the axis. Heads are a tensor's first dimension, all other axes its
+    last. A 0-d tensor is shared by all entries; a 2-D tensor of pairs is shared by all segments, by local positions.
 
     Args:
-        axis: What there is an entry for; None if nothing of the batch, as for boundaries.
+        axis: The axis; None for tensors that do not depend on the batch, such as boundaries.
         default: The field's default.
-        in_place_of_none: The field that is read along this axis where this one is None.
+        in_place_of_none: Name of the field that is used along this axis if this one is None.
     """
     return field(default=default, metadata={"axis": axis, "in_place_of_none": in_place_of_none})
 
@@ -49,7 +48,7 @@ def node(cls: NodeType) -> NodeType:
 
 
 def check_tensor(error: type[ValueError], name: str, given: object, hint: str = "") -> None:
-    """Check that what a node was given as a tensor is one.
+    """Check that an argument is a tensor.
 
     Args:
         error: What to raise.
@@ -62,12 +61,12 @@ def check_tensor(error: type[ValueError], name: str, given: object, hint: str = 
 
 
 def is_integer(x: Tensor) -> bool:
-    """Whether a tensor holds integers, of any width and sign; bools are none."""
+    """True for integer dtypes of any width and sign; False for bool."""
     return not (x.dtype.is_floating_point or x.dtype.is_complex or x.dtype == torch.bool)
 
 
 def saturated(integers: Tensor) -> Tensor:
-    """Integers of any dtype as int64; what only uint64 can hold becomes the largest."""
+    """Cast integers to int64; uint64 values beyond its range become the largest int64."""
     if integers.dtype != torch.uint64:
         return integers.to(torch.int64)
     signed = integers.view(torch.int64)
@@ -99,14 +98,14 @@ def field_names(value: Any) -> tuple[str, ...]:
 
 
 class Node:
-    """What mask, score and normalizer nodes share: structural equality, a hash, their text, and what a class declares.
+    """Base class of mask, score and normalizer nodes: structural equality, hash, text and declarations.
 
     Attributes:
-        by_position: The node depends on nothing but the positions of query and key in their segment, where its tensors
-            have no entry per token or segment: then one bias can serve all segments.
-        reads_pairs: The node looks something up for each query and key, which takes a kernel registers to do.
-        printable: Kernels are known to be printed from the node, and it looks up only what exists; else that is tried
-            each time, and lookups are kept inside their tensors.
+        by_position: The node's value depends only on the local positions of query and key, apart from its tensors per
+            token or segment. Without such tensors, one bias serves all segments.
+        reads_pairs: The node reads a table for each (query, key) pair, which costs a kernel registers.
+        printable: The node's case is known to translate to kernel source, with indices in range. If False, the
+            translation is attempted for each plan, and indices are clamped.
     """
 
     by_position: ClassVar[bool] = False
@@ -124,7 +123,7 @@ class Node:
         return hash(self._key())
 
     def structure(self) -> tuple[Any, ...]:
-        """What the node *is* without what it holds: tensors by rank and dtype, functions by their code.
+        """Structural key: node types, tensors by rank and dtype, functions by their code.
 
         Batches with equal structures run the same compiled kernel.
         """

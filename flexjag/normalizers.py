@@ -1,4 +1,4 @@
-"""Normalizers: what turns masked scores into weights.
+"""Normalizers: functions from masked scores to attention weights.
 
 A pointwise normalizer weighs each key by its own score alone: the weights of a row need not sum to one, a key that is
 not allowed weighs nothing, and there is no log-sum-exp. To add one, subclass :class:`Pointwise` and register its case
@@ -151,7 +151,7 @@ def tensors(normalizer: Normalizer) -> list[Tensor]:
 
 
 def num_bias_heads(normalizer: Normalizer) -> int | None:
-    """How many query heads the normalizer's bias is made for; None if it does not matter."""
+    """Number of query heads of the normalizer's bias; None if it is not per head."""
     return max(head_counts(normalizer), default=None)
 
 

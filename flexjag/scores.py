@@ -1,4 +1,4 @@
-"""Score nodes: what happens to ``scale * q·k`` before the normalizer, composed left to right by ``>>``.
+"""Score nodes: functions applied to ``scale * q·k`` before the normalizer, composed left to right by ``>>``.
 
 Positions are segment-local. A score may hold tensors that need gradients.
 """
@@ -24,7 +24,7 @@ class Score(Node):
     """Base class of every score node.
 
     Attributes:
-        additive: The node only adds something that does not depend on the score itself.
+        additive: The node adds a term that does not depend on the score: it is a bias.
     """
 
     additive: ClassVar[bool] = False
@@ -241,12 +241,12 @@ def parts(score: Score | None) -> list[Score]:
 
 
 def is_additive(score: Score | None) -> bool:
-    """Whether the score only adds something that does not depend on the score itself."""
+    """True if the score is a bias: a sum of ``s`` and terms that do not depend on ``s``."""
     return all(isinstance(one, Score) and one.additive for one in walk(score))
 
 
 def num_score_heads(score: Score | None) -> int | None:
-    """How many query heads the score's tables are made for; None if it does not matter.
+    """Number of query heads of the score's tables; None if no table is per head.
 
     Raises:
         ScoreError: If two of them disagree.
@@ -258,5 +258,5 @@ def num_score_heads(score: Score | None) -> int | None:
 
 
 def tensors(score: Score | None) -> list[Tensor]:
-    """The tensors that nodes hold; what a :class:`ScoreMod` closes over is not among them."""
+    """Tensors in the fields of the score's nodes; without those captured by a :class:`ScoreMod`."""
     return held_tensors(score)

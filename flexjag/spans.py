@@ -58,7 +58,7 @@ class Sandwich:
 
     @property
     def exact(self) -> bool:
-        """Whether the spans say everything."""
+        """True if inner and outer spans are equal, so that nothing is left to evaluate."""
         return self.rest is None
 
 
@@ -253,7 +253,7 @@ def _(mask: m.Dense, layout: Layout) -> Sandwich:
 
 
 def _comparable(ids: Tensor) -> Tensor:
-    """Ids as int32 or int64, equal where they were: unsigned 64-bit ones by their bits."""
+    """Cast ids to int32 or int64, preserving equality; uint64 is reinterpreted bitwise."""
     if ids.dtype in (torch.int32, torch.int64):
         return ids
     return ids.view(torch.int64) if ids.dtype == torch.uint64 else ids.to(torch.int64)

@@ -1,1 +1,1 @@
-"""Trees of mask, score and normalizer nodes: how they are walked, and what follows from what their fields say."""
+"""Mask, score and normalizer nodes: walks over their trees, and properties derived from them."""

@@ -1,4 +1,4 @@
-"""What follows from a mask, of keys per query and of order, without looking at a batch."""
+"""Properties of masks that do not depend on a batch: windows, causality, expected numbers of keys."""
 
 from __future__ import annotations
 
@@ -48,8 +48,7 @@ def _least(a: int | None, b: int | None) -> int | None:
 
 
 causal_aligns = Interpretation("alignment of the last key", m.Mask, otherwise=lambda mask: set())
-"""``causal_aligns(mask) -> set``: how the parts that rule out all later keys are aligned; empty if later keys may be
-allowed."""
+"""``causal_aligns(mask) -> set``: alignments of the parts without later keys; empty if later keys may be allowed."""
 
 
 @causal_aligns.register(m.Causal)
@@ -101,7 +100,7 @@ def diagonal_align(mask: m.Mask, is_self: bool) -> m.Align:
 
 
 attended = Interpretation("number of keys", m.Mask, otherwise=lambda mask, keys: keys)
-"""``attended(mask, keys)``: about how many of a segment's keys a query may attend.
+"""``attended(mask, keys)``: expected number of keys that a query may attend, of `keys` in its segment.
 
 >>> attended(m.Window(127, 0) | m.Prefix(4), 1000.0), attended(m.Causal() & m.Prefix(4), 1000.0)
 (132.0, 4.0)
@@ -140,7 +139,7 @@ def _(mask: m.Chunked, keys: float) -> float:
 
 
 extent = Interpretation("reach of keys", m.Mask, otherwise=attended)
-"""``extent(mask, keys)``: about how many keys lie between the first and the last that a query may attend.
+"""``extent(mask, keys)``: expected distance between the first and the last key that a query may attend.
 
 >>> extent(m.Window(127, 0) | m.Prefix(4), 1000.0), extent(m.Causal() & m.Window(9, 9), 1000.0)
 (1000.0, 19.0)

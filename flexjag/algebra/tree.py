@@ -1,7 +1,7 @@
-"""One way to walk a tree of nodes, and what follows from the axes that their fields declare.
+"""Traversal of node trees, and operations derived from the axes of their fields.
 
-Nodes say what they hold (:func:`flexjag.nodes.along`); padding, marking, checking, copying and collecting are read off
-that here, so that a new node needs no line in any of them.
+Nodes declare the axis of each tensor (:func:`flexjag.nodes.along`). Padding, marking as dynamic, checks, copies and
+collection are implemented here once for all nodes.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def walk(node: Node | None) -> Iterator[Node]:
 
 
 def fold(node: Node, combine: Callable[[Node, list[Result]], Result]) -> Result:
-    """From the leaves up: `combine` of each node and of what came of its children.
+    """Reduce a tree bottom-up: ``combine(node, results of its children)``.
 
     >>> from flexjag.masks import Causal, Prefix
     >>> fold(Causal() | ~Prefix(2), lambda node, below: 1 + sum(below))
@@ -71,7 +71,7 @@ def replaced(node: NodeKind, leaf: Callable[[Any], Any], axes: Collection[Axis] 
 
 
 def filled(node: NodeKind) -> NodeKind:
-    """The node, and its nodes, with fields of None set to what is read in their place (`in_place_of_none`)."""
+    """Replace None by the tensor that is used instead (`in_place_of_none`), in a node and its nodes."""
     instead = {name: other for name, _, other in getattr(node, "_axes", ()) if other is not None}
 
     def new(name: str) -> Any:
@@ -109,7 +109,7 @@ def _with_fields(node: NodeKind, values: Mapping[str, Any]) -> NodeKind:
 
 
 class Along(NamedTuple):
-    """A tensor that a node holds, and what it has an entry for.
+    """A tensor in a node's field, with its axis.
 
     Attributes:
         name: The field.
@@ -135,7 +135,7 @@ def tensors_along(node: Node | None) -> list[Along]:
 
 
 def head_counts(node: Node | None) -> set[int]:
-    """For how many query heads a node's tensors are made; empty if it does not matter."""
+    """Sizes of the head axis among a node's tensors; empty if none is per head."""
     return {x.tensor.shape[0] for x in tensors_along(node) if x.axis == "query head"}
 
 
@@ -179,7 +179,7 @@ def mark(node: Node | None) -> None:
 
 
 def is_by_position(mask: Node | None, score: Node | None, is_self: bool) -> bool:
-    """Whether mask and score see nothing of a token but its position in its segment, so that one bias fits them all.
+    """True if mask and score depend on local positions only, so that one bias serves all segments.
 
     Args:
         mask: The mask, or None.
@@ -197,5 +197,5 @@ def is_by_position(mask: Node | None, score: Node | None, is_self: bool) -> bool
 
 
 def reads_pairs(node: Node | None) -> bool:
-    """Whether a node or one of its nodes looks something up for each query and key."""
+    """True if a node or one of its nodes reads a table for each (query, key) pair."""
     return any(one.reads_pairs for one in walk(node))
