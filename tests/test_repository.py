@@ -46,7 +46,7 @@ def test_hooks_are_tasks_that_ci_calls() -> None:
 
 
 def test_contributing_names_tasks_that_exist() -> None:
-    assert set(re.findall(r"`just ([a-z-]+)`", read("CONTRIBUTING.md"))) <= tasks()
+    assert set(re.findall(r"`just ([a-z][a-z-]*)`", read("CONTRIBUTING.md"))) <= tasks()
 
 
 @pytest.mark.parametrize("page", ["CONTRIBUTING.md", "SECURITY.md", "docs/decisions/README.md"])
