@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
 import pytest
 import torch
 
 import flexjag as fj
 
+T = TypeVar("T")
 TILE = 16
 
 CUDA_ONLY = [
@@ -17,6 +21,14 @@ CUDA_ONLY = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::UserWarning"),
 ]
+
+
+def mostly_slow(values: Iterable[T], *quick: T) -> list[Any]:
+    """Parameters of a test that takes seconds for each: all are marked slow but `quick`."""
+    found = list(values)
+    assert set(map(str, quick)) <= set(map(str, found)), quick
+    return [x if x in quick else pytest.param(x, marks=pytest.mark.slow) for x in found]
+
 
 EDGE_LENGTHS: dict[str, list[int]] = {
     "no_segments": [],

@@ -1,8 +1,9 @@
-"""Hypothesis budgets, seeds, and which tests need a GPU."""
+"""Hypothesis budgets, seeds, which tests need a GPU, and which files take the time."""
 
 from __future__ import annotations
 
 import os
+from collections import Counter
 
 import pytest
 import torch
@@ -29,6 +30,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("cuda"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU; torch.cuda.is_available() is False here"))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """With ``--durations N``, the seconds of the N slowest files, set-up and tear-down included."""
+    most = config.getoption("durations")
+    if most is None:
+        return
+    seconds: Counter[str] = Counter()
+    tests: Counter[str] = Counter()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                file = report.nodeid.split("::")[0]
+                seconds[file] += report.duration
+                tests[file] += report.when == "call"
+    terminalreporter.section(f"seconds by file, {sum(seconds.values()):.0f} in all")
+    for file, spent in seconds.most_common(most or None):
+        terminalreporter.write_line(f"{spent:8.1f}  {file} ({tests[file]} tests)")
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import check_error, double, jagged, make_qkv, needing_gradients
+from cases import check_error, double, jagged, make_qkv, mostly_slow, needing_gradients
 
 import flexjag as fj
 from flexjag import (
@@ -237,9 +237,10 @@ FLEX = {
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # raised by Inductor's own imports
-@pytest.mark.parametrize(("mask", "score", "groups", "kv_lengths"), FLEX.values(), ids=FLEX.keys())
-def test_flex_inference(mask: fj.Mask, score: fj.Score | None, groups: int, kv_lengths: list[int] | None) -> None:
+@pytest.mark.parametrize("name", mostly_slow(FLEX, "sinks, alibi, gqa"))
+def test_flex_inference(name: str) -> None:
     """The compiled kernel on CPU; two batches, so that nothing of the first is baked in."""
+    mask, score, groups, kv_lengths = FLEX[name]
     for lengths in (LENGTHS, [3, 140, 0, 9]):
         q, k, v = make_qkv(lengths, kv_lengths, heads=4, groups=groups, dtype=torch.float32)
         got = fj.attention(q, k, v, mask=mask, score=score, backend="flex")

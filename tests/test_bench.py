@@ -39,7 +39,7 @@ def test_suites_register_themselves():
         find("nothing")
 
 
-@pytest.mark.parametrize("name", ["mask-build", "attention"])
+@pytest.mark.parametrize("name", [pytest.param(x, marks=pytest.mark.slow) for x in ("mask-build", "attention")])
 def test_every_arm_is_right_or_says_why_it_is_absent(name):
     results = run_suite(find(name), QUICK, quietly)
     names = [case.name for case in results]
@@ -73,6 +73,7 @@ def test_full_figures_carry_the_acceptance_limits_and_miss_values_without_sample
     assert limits == [">= 9", ">= 22", ">= 3", ">= 2.13", ">= 0.95", ">= 0.95"] * 2  # for each of two head dims
 
 
+@pytest.mark.slow
 def test_compile_suite_counts_graphs_and_checks_every_batch():
     results = run_suite(find("compile"), QUICK, quietly)
     graphs = [{"forward": 1, "backward": 1}, {"inference": 1}]
@@ -86,6 +87,7 @@ def test_compile_suite_counts_graphs_and_checks_every_batch():
         assert 0 < compiled.extra["seconds_of_batches_that_compiled"] <= compiled.extra["total_seconds"]
 
 
+@pytest.mark.slow
 def test_compile_suite_reports_a_wrong_compiler_and_one_that_fails(monkeypatch):
     def wrong(self, direction, graph, inputs):
         return lambda *args: [x + 1e-3 if x.is_floating_point() else x for x in graph(*args)]
@@ -143,6 +145,7 @@ def test_wrong_failing_absent_and_oversized_arms_are_reported_and_never_timed():
     assert calls.count("good") == 2 + QUICK.rounds  # the check, a warm-up, the samples
 
 
+@pytest.mark.slow
 def test_an_arm_that_fails_while_it_is_timed_ends_and_the_others_go_on():
     left = [1, 1, 1]  # the check, a warm-up and one sample
     cases = one_case(Arm("a", lambda: lambda: left.pop(), right), Arm("b", lambda: lambda: None, right))
@@ -160,6 +163,7 @@ def test_arms_are_interleaved():
     assert all(sorted(r) == ["a", "b", "c"] for r in rounds)
 
 
+@pytest.mark.slow
 def test_a_slow_arm_stops_after_three_samples_and_the_others_go_on():
     options = Options(rounds=5, seconds_per_arm=0.0, memory=False)
     (result,) = run_case("none", one_case(Arm("a", lambda: lambda: None, right)), options, quietly)
@@ -227,6 +231,7 @@ print(peak.measure_peak(lambda: torch.ones(2**22))["bytes"])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's high-water mark")
 def test_peak_memory_does_not_use_what_others_freed():
     seen = []
@@ -238,6 +243,7 @@ def test_peak_memory_does_not_use_what_others_freed():
         assert seen[1] < seen[0]  # which is why
 
 
+@pytest.mark.slow
 def test_peak_memory_in_a_fresh_process():
     found = peak_in_subprocess("mask-build", "documents, 2,048 tokens", "create_block_mask, eager", QUICK)
     assert found["bytes"] >= 2048**2  # the dense boolean mask alone
@@ -300,6 +306,7 @@ def test_results_lookup_ignores_arms_without_samples():
     assert found.extra("no", "b", "graphs") is None
 
 
+@pytest.mark.slow
 def test_command_line_writes_json_and_a_page(tmp_path, capsys):
     assert main(["mask-build", "--quick", "--no-memory", "--device", "cpu", "--json", "--out", str(tmp_path)]) == 0
     printed = json.loads(capsys.readouterr().out)

@@ -46,6 +46,7 @@ def case(name, seconds, calls):
     return Case(name, {}, lambda: arms, lambda: arms)
 
 
+@pytest.mark.slow
 def test_an_arm_that_comes_too_late_is_skipped_and_its_case_says_so():
     calls = []
     cut, whole = iterate(
@@ -61,6 +62,7 @@ def test_an_arm_that_comes_too_late_is_skipped_and_its_case_says_so():
     assert "fast" not in calls
 
 
+@pytest.mark.slow
 def test_what_a_case_does_not_use_is_left_to_the_next_and_nothing_is_cut():
     options = Options(rounds=4, memory=False, budget=60)
     results = list(iterate(suite_of(*(case(n, 0.0, []) for n in "abc")), options, quietly))
@@ -68,6 +70,7 @@ def test_what_a_case_does_not_use_is_left_to_the_next_and_nothing_is_cut():
     assert all(len(arm.seconds) == 4 for x in results for arm in x.arms)
 
 
+@pytest.mark.slow
 def test_an_interruption_loses_one_case_and_the_file_says_so(tmp_path):
     def interrupt():
         raise KeyboardInterrupt
@@ -84,6 +87,7 @@ def test_an_interruption_loses_one_case_and_the_file_says_so(tmp_path):
     assert sorted(path.parent.iterdir()) == [path]
 
 
+@pytest.mark.slow
 def test_compile_suite_stops_between_batches():
     cases = list(iterate(find("compile"), Options(quick=True, memory=False, budget=1e-6), quietly))
     assert [x.cut.split(":")[0] for x in cases] == ["not begun"] * 2
@@ -105,6 +109,7 @@ def test_clock_shares_what_is_left_by_weight(monkeypatch):
     assert Clock(0.0, ["sync"], start=0.0).share("sync") == 0.0
 
 
+@pytest.mark.slow
 def test_process_that_hangs_is_ended_with_its_own_processes_and_keeps_what_it_printed():
     sleeper = "import subprocess, sys; print('begun', flush=True); subprocess.run([sys.executable, '-c', '{}'])"
     started = time.monotonic()
@@ -148,6 +153,7 @@ def run_blocked(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[
     )
 
 
+@pytest.mark.slow
 def test_dry_run_on_a_cpu_where_only_the_necessary_is_installed(tmp_path):
     (tmp_path / "test_some.py").write_text(TESTS)
     asked = ["--device", "cpu", "--quick", "--no-memory", "--stage", "tests", "sync", "mask-build", "energy", "--tests"]
@@ -228,6 +234,7 @@ def test_sync_check_runs_on_a_cpu_and_reports_what_fails(monkeypatch):
     assert found["detail"] == "causal: RuntimeError: called a synchronizing CUDA operation"
 
 
+@pytest.mark.slow
 def test_smoke_checks_run_in_processes_of_their_own(tmp_path):
     found = smoke.check_all("cpu", tmp_path / "smoke.json", ["tiled", "plan on the device"])
     assert [x["name"] for x in found] == ["tiled", "plan on the device"]
@@ -248,6 +255,7 @@ def test_smoke_tells_what_is_thrown_and_what_is_wrong(monkeypatch):
     assert smoke.check("tiled", "cpu")["wrong"] == "off in norm: result 0 by 1; allowed 0.0001"
 
 
+@pytest.mark.slow
 def test_warming_up_goes_on_behind_a_job_that_fails(monkeypatch, capsys):
     done = []
     jobs = [lambda: 1 / 0, lambda: done.append(1), lambda: done.append(2), lambda: done.append(3)]

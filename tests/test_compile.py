@@ -10,6 +10,7 @@ from copy import deepcopy
 
 import pytest
 import torch
+from cases import mostly_slow
 from torch import Tensor, nn
 
 import flexjag as fj
@@ -118,6 +119,7 @@ def compile_all(model: Model, with_plan: bool, backward: bool) -> Graphs:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("with_plan", [True, False], ids=["plan outside", "plan inside"])
 def test_fifty_batches_share_a_graph_forward_and_backward(with_plan: bool) -> None:
     graphs = compile_all(Model(), with_plan, backward=True)
@@ -125,11 +127,13 @@ def test_fifty_batches_share_a_graph_forward_and_backward(with_plan: bool) -> No
     assert not graphs.inference
 
 
+@pytest.mark.slow
 def test_fifty_batches_share_an_inference_graph_of_flex() -> None:
     graphs = compile_all(Model("flex"), with_plan=True, backward=False)
     assert graphs.inference == [0, 20]
 
 
+@pytest.mark.slow
 def test_no_tokens_and_one_token_take_a_graph_each() -> None:
     """T = 0 launches nothing and T = 1 is specialised by PyTorch, so these are all the graphs there can be."""
     model = Model()
@@ -209,7 +213,7 @@ def three_batches(make: Callable[[list[int]], Tensor]) -> list[tuple[fj.Jagged, 
     return found
 
 
-@pytest.mark.parametrize("family", MASKS)
+@pytest.mark.parametrize("family", mostly_slow(MASKS, "prefix per segment", "nested"))
 def test_every_mask_is_planned_and_attended_in_one_graph(family: str) -> None:
     make, mask = MASKS[family]
 
@@ -230,7 +234,7 @@ SCORES: dict[str, Callable[[], fj.Score]] = {
 }
 
 
-@pytest.mark.parametrize("name", SCORES)
+@pytest.mark.parametrize("name", mostly_slow(SCORES, "chain"))
 def test_every_score_is_traced_with_its_gradients(name: str) -> None:
     def attend(x: fj.Jagged, data: Tensor) -> Tensor:
         return fj.attention(x, x, x, mask=fj.Causal(), score=SCORES[name]()).values
@@ -276,6 +280,7 @@ def test_tilde_is_traced() -> None:
     assert_compiles(attend, three_batches(nothing), backend="aot_eager")
 
 
+@pytest.mark.slow
 def test_offsets_are_looked_at_inside_a_graph_if_asked() -> None:
     """By an assertion, which asks for no graph of its own."""
 

@@ -22,7 +22,8 @@ NORMALIZERS = [
     fj.Sigmoid(),
     fj.StickBreaking(),
 ]
-COMPILED = pytest.param("compiled", marks=pytest.mark.filterwarnings("ignore::DeprecationWarning"))
+COMPILED = pytest.param("compiled", marks=[pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning")])
+FLEX = pytest.param("flex", marks=pytest.mark.slow)
 
 
 def attend(backend: str) -> Callable[..., fj.Jagged]:
@@ -36,7 +37,7 @@ def attend(backend: str) -> Callable[..., fj.Jagged]:
 
 
 @pytest.mark.parametrize("normalizer", [fj.Softmax(), fj.SiLU(), fj.StickBreaking()], ids=repr)
-@pytest.mark.parametrize("backend", [*BACKENDS, "flex", COMPILED])
+@pytest.mark.parametrize("backend", [*BACKENDS, FLEX, COMPILED])
 def test_spare_rows_may_hold_anything(backend: str, normalizer: fj.Normalizer) -> None:
     """Of q, k, v, of a scale per token, and of what flows back: real rows are as without them, spare ones get zeros."""
     trains, is_softmax = backend != "flex", isinstance(normalizer, fj.Softmax)
@@ -125,6 +126,7 @@ def test_rows_of_minus_infinity_under_a_bias_of_their_own_segment(backend: str) 
         torch.testing.assert_close(x, torch.zeros_like(x), rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_a_score_of_minus_infinity_in_a_graph() -> None:
     q, k, v = make_qkv([1, 40], dim=8)
     table = torch.zeros(2, 7, dtype=F64)
@@ -218,7 +220,7 @@ def test_times_of_every_integer_type(backend: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     "lengths", [([2, 1], [2, 0]), ([0, 2, 3], [4, 2, 0]), ([3, 2], [0, 5]), ([2], [0]), ([0, 2], [3, 0])]
 )
-@pytest.mark.parametrize("backend", ["reference", "tiled", "segments", "flex", "auto"])
+@pytest.mark.parametrize("backend", ["reference", "tiled", "segments", FLEX, "auto"])
 def test_functions_see_existing_tokens_only(backend: str, lengths: tuple[list[int], list[int]]) -> None:
     """A table with an entry per key of every segment, read past neither end by queries of segments without keys."""
     dtype = torch.float32 if backend == "flex" else F64

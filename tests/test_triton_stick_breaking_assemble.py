@@ -52,6 +52,7 @@ EXAMPLES = [
 KERNELS = {"find_spoiled", "stick_breaking", "sum_right", "of_queries", "of_keys"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_assembles_without_spills(target: str, assembler: Worker) -> None:
     """In CI an example that needs many registers; nightly all of them, with few and many features."""

@@ -135,6 +135,7 @@ assert before[1:] == after[1:]
 """
 
 
+@pytest.mark.slow
 def test_the_callers_process_is_unchanged() -> None:
     """In a process of its own, so that what other tests imported and patched does not matter."""
     import subprocess
@@ -143,6 +144,7 @@ def test_the_callers_process_is_unchanged() -> None:
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+@pytest.mark.slow
 def test_simulation_takes_new_values_of_the_same_shapes() -> None:
     plan, qkv = problem(dim=32)
     report = fj.compile_for("sm_90", plan, *qkv, backward=False, assemble=False)
@@ -174,6 +176,7 @@ class Layer(torch.nn.Module):
         return x.with_values(again.values.flatten(1) + x.values)
 
 
+@pytest.mark.slow
 def test_a_module_with_two_attentions_is_compiled_and_simulated() -> None:
     layer = Layer()
     x = fj.Jagged.from_lengths(torch.randn(90, 32, requires_grad=True), [50, 0, 40])
@@ -245,6 +248,7 @@ def test_missing_triton_and_an_untested_torch_are_told() -> None:
         fj.compile_for("sm_90", plan, *qkv)
 
 
+@pytest.mark.slow
 def test_a_callers_options_go_over_the_plans() -> None:
     plan, qkv = problem()
     options = {"BLOCK_M": 64, "num_warps": 4}
@@ -268,6 +272,7 @@ torch.testing.assert_close(r.simulate(x, x, x).out.values, want, atol=1e-5, rtol
 """
 
 
+@pytest.mark.slow
 def test_functions_of_a_script_find_its_globals(tmp_path: Path) -> None:
     import subprocess
 
@@ -287,6 +292,7 @@ class Counting(torch.nn.Module):
         return fj.attention(x, x, x)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_followed_or_fits_nothing_is_refused() -> None:
     _, (q, _, _) = problem(dim=32)
     x = q.with_values(q.values.clone().requires_grad_())
@@ -310,6 +316,7 @@ def test_an_interrupted_worker_answers_nothing_more() -> None:
             worker.call("double", 21)
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_or_fails_says_how() -> None:
     with Worker() as worker, pytest.raises(CodegenError, match=r"worker: die died \(SIGKILL\)"):
         worker.call("die")

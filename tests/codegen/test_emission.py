@@ -9,7 +9,7 @@ from importlib.metadata import version
 
 import pytest
 import torch
-from cases import make_qkv
+from cases import make_qkv, mostly_slow
 
 import flexjag as fj
 from flexjag.backends.flex_options import _blocks, reads_by_key
@@ -38,7 +38,7 @@ def compiled(worker: Worker, mask: fj.Mask, score: fj.Score | None = None, dim: 
     return fj.compile_for("sm_90", fj.plan(x, mask=mask, score=score), x, x, x, worker=worker, cache=False)
 
 
-@pytest.mark.parametrize("name", SPANS)
+@pytest.mark.parametrize("name", mostly_slow(SPANS, "`Causal() & (Window(256, 0) | Prefix(4))`"))
 def test_masks_of_spans_gather_nothing_by_key_and_spill_nothing(name: str, worker: Worker) -> None:
     report = compiled(worker, masks_and_scores()[name][0])
     for phase, loops in (("forward", 2), ("backward", 4)):
@@ -52,6 +52,7 @@ def test_masks_of_spans_gather_nothing_by_key_and_spill_nothing(name: str, worke
         assert kernel.loop_instructions is not None
 
 
+@pytest.mark.slow
 def test_the_document_mask_gathers_by_key_and_takes_more_instructions(worker: Worker) -> None:
     pytest.importorskip("attn_gym")
     ours = compiled(worker, fj.Causal())
@@ -65,6 +66,7 @@ def test_the_document_mask_gathers_by_key_and_takes_more_instructions(worker: Wo
         assert sum(x or 0 for x in masked[0]) < sum(x or 0 for x in masked[1])
 
 
+@pytest.mark.slow
 def test_lookups_that_cannot_be_negative_are_not_tested_for_it(worker: Worker) -> None:
     """A table of a user's is counted from its end where an index is negative; nodes of ours do not pay for that."""
     x, table = batch(), torch.ones(8, 9, requires_grad=True)
@@ -77,6 +79,7 @@ def test_lookups_that_cannot_be_negative_are_not_tested_for_it(worker: Worker) -
         assert len(re.findall(r"tl\.where\(\w+ < 0, ", report.wrappers["forward"])) == found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dim", [64, 128])
 def test_heavy_plans_spill_nothing_in_16_bits(dim: int, worker: Worker) -> None:
     """A learned table takes the most registers, and default options ask for more shared memory than there is."""
@@ -88,6 +91,7 @@ def test_heavy_plans_spill_nothing_in_16_bits(dim: int, worker: Worker) -> None:
         assert kernel.shared_bytes <= report.target.shared_per_block
 
 
+@pytest.mark.slow
 def test_a_fixed_number_of_whole_tiles_needs_no_bounds_checks(worker: Worker) -> None:
     x = fj.Jagged.from_lengths(torch.zeros(4096, 8, 64, dtype=torch.bfloat16), [3000, 1000, 96])
     made = {}
@@ -99,6 +103,7 @@ def test_a_fixed_number_of_whole_tiles_needs_no_bounds_checks(worker: Worker) ->
     assert (made[4096].loop_instructions or 0) < 0.8 * (made[None].loop_instructions or 0)
 
 
+@pytest.mark.slow
 def test_what_is_per_token_is_padded_once_per_plan(worker: Worker) -> None:
     """No kernel but the attention itself: nothing is left to do per layer."""
     x = batch()
@@ -107,6 +112,7 @@ def test_what_is_per_token_is_padded_once_per_plan(worker: Worker) -> None:
     assert [k.phase for k in report.kernels] == ["forward"]
 
 
+@pytest.mark.slow
 def test_a_plan_made_inside_a_graph_is_lowered_for_inference(worker: Worker) -> None:
     """Inductor fails if a mod reads a padded tensor that the graph has not written yet."""
 
@@ -117,6 +123,7 @@ def test_a_plan_made_inside_a_graph_is_lowered_for_inference(worker: Worker) -> 
     assert "flex_attention" in report.wrappers["forward"]
 
 
+@pytest.mark.slow
 def test_a_wrong_kernel_is_noticed() -> None:
     """The kernels come from a causal plan, the reference is told another mask."""
     qkv = make_qkv([20, 0, 30], dtype=torch.float32, dim=32)
@@ -127,6 +134,7 @@ def test_a_wrong_kernel_is_noticed() -> None:
             assert_kernels_match(replace(plan, mask=fj.Causal() & fj.Window(12, 0)), *qkv, worker=running)
 
 
+@pytest.mark.slow
 def test_options_fit_the_gpu_and_what_is_read() -> None:
     for target in GPUS:
         capability = int(target[3:-1]), int(target[-1])

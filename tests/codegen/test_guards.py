@@ -43,6 +43,7 @@ def guards(structure: bytes, metas: Sequence[Meta], target: Any) -> list[str]:
     return sorted({str(guard.expr) for env, before in found for guard in env.guards[before:]})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("lengths", [[300, 7], [5, 9]], ids=str)
 def test_no_size_decides_which_graph_is_taken(lengths: list[int], groups: int) -> None:

@@ -37,6 +37,7 @@ def test_the_page_lists_every_kernel_that_is_launched(name: str) -> None:
     assert [row for row, _ in read_section(PAGE, name)] == list(rows(LISTINGS[name]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WRITTEN)
 def test_the_page_says_what_the_assembler_says(name: str) -> None:
     listing, column = LISTINGS[name], list(TARGETS).index("sm_90")

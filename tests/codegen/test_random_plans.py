@@ -48,6 +48,7 @@ def plans(draw: st.DrawFn) -> tuple[fj.Plan, tuple[fj.Jagged, fj.Jagged, fj.Jagg
     return fj.plan(*qkv[:2], mask=mask, score=score), qkv
 
 
+@pytest.mark.slow
 @settings(max_examples=EXAMPLES)
 @given(plans())
 def test_random_plans_kernels_equal_the_reference(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from cases import make_qkv
+from cases import make_qkv, mostly_slow
 
 import flexjag as fj
 from flexjag.codegen.worker import Worker
@@ -152,6 +152,7 @@ PLANS: dict[str, tuple[Callable[[], QKV], Callable[[QKV], fj.Mask], Callable[[],
 }
 
 
+@pytest.mark.slow
 def test_fixed_capacity_needs_no_bounds_and_stays_inside(worker: Worker) -> None:
     """Whole tiles of the plan's own size: with tiles of 256, 384 tokens are none. What spare rows hold goes nowhere."""
     for lengths, tokens, block in (([100, 0, 30], 256, 128), ([256, 128], 384, 256)):
@@ -171,6 +172,7 @@ def test_fixed_capacity_needs_no_bounds_and_stays_inside(worker: Worker) -> None
             torch.testing.assert_close(grads[x.values], wanted, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_half_precision_tables_learn_in_float32(dtype: torch.dtype, worker: Worker) -> None:
     """Their gradients are sums over all scores: rounded once, not after each addend."""
@@ -212,12 +214,14 @@ def test_an_error_of_a_tenth_is_noticed(which: str, dtype: torch.dtype) -> None:
         check_against_reference(trial, run(0.9), "smaller", dtype, norms=True)
 
 
+@pytest.mark.slow
 def test_the_blocks_that_users_get(worker: Worker) -> None:
     qkv = small(dtype=torch.float16)
     plan = fj.plan(qkv[0], mask=fj.Causal(), score=fj.RelativeBias(learned(2, 17)))
     assert_kernels_match(plan, *qkv, kernel_options={}, worker=worker)
 
 
+@pytest.mark.slow
 def test_one_tensor_as_queries_keys_and_values(worker: Worker) -> None:
     x = small()[0]
     plan = fj.plan(x, mask=fj.Causal())
@@ -232,7 +236,7 @@ def test_one_tensor_as_queries_keys_and_values(worker: Worker) -> None:
     torch.testing.assert_close(grads[x.values], wanted, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("name", mostly_slow(PLANS, "window|prefix+alibi", "rows without keys"))
 def test_kernels_equal_the_reference(name: str, worker: Worker) -> None:
     make, make_mask, make_score = PLANS[name]
     qkv = make()

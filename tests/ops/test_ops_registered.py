@@ -218,7 +218,7 @@ def pipeline(x: Jagged, y: Jagged, dense: Tensor, weight: Tensor) -> Tensor:
     return ops.segment_max(ops.dense_to_jagged(padded, out.offsets)).sum() + padded.sum() + longest.sum()
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_ops_in_a_row_are_one_graph(backend: str) -> None:
     given = []
     for seed, lengths in enumerate(BATCHES):

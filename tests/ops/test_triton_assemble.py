@@ -38,6 +38,7 @@ def check(kernel: Usage, target: str) -> None:
     assert kernel.resident_blocks > 0, where
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_assembles_without_spills(target: str, worker: Worker) -> None:
     is_whole = IS_LONG or target in ("sm_90", "gfx942")
