@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flexjag import costs, expressions
+from flexjag import costs, printing
 from flexjag import masks as m
 from flexjag import scores as s
 from flexjag.errors import BackendError, MaskError, PlanError, explain_values
@@ -92,7 +92,7 @@ def _flex(case: Case) -> str | None:
             return "FlexAttention has no backward on CPU"
         if case.lse:
             return "FlexAttention's CPU kernel does not return the log-sum-exp"
-        for fn, is_score in [] if case.tracing else expressions.functions(case.mask, case.score):
+        for fn, is_score in [] if case.tracing else printing.functions(case.mask, case.score):
             if cpu_flex_misplaces(fn, is_score):  # in a graph, its lowering says so
                 return f"{ROWS}, as {getattr(fn, '__name__', type(fn).__name__)} does"
     if case.dtype == torch.float64:
@@ -156,7 +156,7 @@ def _triton(case: Case) -> str | None:
         return f"its kernels compute with float32, float16 and bfloat16, not {case.dtype}"
     if case.dims is not None and max(case.dims[2:]) > WIDEST:
         return f"its kernels need D and E of at most {WIDEST}; got D={case.dims[2]}, E={case.dims[3]}"
-    return expressions.objection(case.mask, case.score, case.layout.device, case.tracing)
+    return printing.objection(case.mask, case.score, case.layout.device, case.tracing)
 
 
 def varlen_has_gqa() -> bool:

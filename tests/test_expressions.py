@@ -13,9 +13,9 @@ from torch import Tensor
 import flexjag as fj
 from flexjag.choice import choose, refusal
 from flexjag.errors import BackendError
-from flexjag.expressions import Program, derivative, has_functions, objection
 from flexjag.nodes import node
 from flexjag.normalizers import Pointwise, Sigmoid, SiLU
+from flexjag.printing import Program, derivative, has_functions, objection
 
 TABLE = torch.arange(12.0).view(3, 4)
 CPU = torch.device("cpu")

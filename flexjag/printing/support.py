@@ -9,7 +9,7 @@ import torch
 
 from flexjag import masks as m
 from flexjag import scores as s
-from flexjag.expressions.program import Program, as_symbol
+from flexjag.printing.program import Program, as_symbol
 
 
 def functions(mask: m.Mask, score: s.Score | None) -> list[tuple[Callable[..., Any], bool]]:

@@ -15,7 +15,7 @@ LITERAL = 64
 """Whole numbers from here on may be sizes, which change from batch to batch: they become arguments of a program."""
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {}
-"""What is known of torch, by the names of functions, methods and operators: see :mod:`flexjag.expressions.words`."""
+"""What is known of torch, by the names of functions, methods and operators: see :mod:`flexjag.printing.torch_table`."""
 
 NAMES: dict[Any, str] = {}
 """The functions of torch whose names are known."""

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from flexjag import normalizers as nz
 from flexjag import scores as s
-from flexjag.expressions import (
+from flexjag.plan import Plan
+from flexjag.printing import (
     Instruction,
     Program,
     Symbol,
@@ -31,7 +32,6 @@ from flexjag.expressions import (
     needed,
     times,
 )
-from flexjag.plan import Plan
 
 MaskFunction = Callable[[Any, Any, Any, Any], Any]
 ScoreFunction = Callable[[Any, Any, Any, Any, Any], Any]
@@ -158,8 +158,8 @@ _HEAD = """import torch
 import triton.language as tl
 
 from flexjag.backends.gathers import look_up
-from flexjag.backends.plain_math import cast, flat_index, maximum, minimum
-from flexjag.backends.triton_math import bucketize, floor_divide, jit, sigmoid, tanh
+from flexjag.printing.runtime import cast, flat_index, maximum, minimum
+from flexjag.kernels.math import bucketize, floor_divide, jit, sigmoid, tanh
 """
 
 _OPERATORS = {

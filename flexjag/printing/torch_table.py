@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexjag.expressions.program import FUNCTIONS, NAMES, Symbol, Value, apply, convert, program_of, refuse
+from flexjag.printing.program import FUNCTIONS, NAMES, Symbol, Value, apply, convert, program_of, refuse
 
 POWERS = 8
 """The highest power that is written as a product."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from flexjag.expressions.program import Program, Symbol, Value
-from flexjag.expressions.words import FUNCTIONS
+from flexjag.printing.program import Program, Symbol, Value
+from flexjag.printing.torch_table import FUNCTIONS
 
 _where, _sign, _exp, _sin, _cos = (FUNCTIONS[name] for name in ("where", "sign", "exp", "sin", "cos"))
 
