@@ -156,7 +156,8 @@ def _triton(case: Case) -> str | None:
         return f"its kernels compute with float32, float16 and bfloat16, not {case.dtype}"
     if case.dims is not None and max(case.dims[2:]) > WIDEST:
         return f"its kernels need D and E of at most {WIDEST}; got D={case.dims[2]}, E={case.dims[3]}"
-    return printing.objection(case.mask, case.score, case.layout.device, case.tracing)
+    languages = printing.Triton(), printing.Torch()
+    return printing.objection(case.mask, case.score, case.layout.device, case.tracing, languages)
 
 
 def varlen_has_gqa() -> bool:

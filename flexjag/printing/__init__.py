@@ -6,16 +6,23 @@ and it is plain Python on strings, which TorchDynamo can trace.
 """
 
 from flexjag.printing.derivative import derivative as derivative
-from flexjag.printing.derivative import times as times
+from flexjag.printing.emit import MaskFunction as MaskFunction
+from flexjag.printing.emit import ScoreFunction as ScoreFunction
+from flexjag.printing.emit import Traced as Traced
+from flexjag.printing.emit import emit_gradient as emit_gradient
+from flexjag.printing.emit import emit_mask as emit_mask
+from flexjag.printing.emit import emit_score as emit_score
+from flexjag.printing.emit import emit_slopes as emit_slopes
+from flexjag.printing.emit import trace as trace
+from flexjag.printing.language import Language as Language
+from flexjag.printing.program import OPERATIONS as OPERATIONS
 from flexjag.printing.program import Instruction as Instruction
 from flexjag.printing.program import Program as Program
 from flexjag.printing.program import Symbol as Symbol
-from flexjag.printing.program import Value as Value
-from flexjag.printing.program import as_symbol as as_symbol
-from flexjag.printing.program import convert as convert
-from flexjag.printing.program import looks_up_pairs as looks_up_pairs
-from flexjag.printing.program import needed as needed
-from flexjag.printing.program import read as read
 from flexjag.printing.support import functions as functions
 from flexjag.printing.support import has_functions as has_functions
 from flexjag.printing.support import objection as objection
+from flexjag.printing.torch import Torch as Torch
+from flexjag.printing.tracer import new_program as new_program
+from flexjag.printing.tracer import read as read
+from flexjag.printing.triton import Triton as Triton

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from flexjag import masks as m
 from flexjag import scores as s
-from flexjag.printing.program import Program, as_symbol
+from flexjag.printing.language import Language
+from flexjag.printing.tracer import as_symbol, new_program
 
 
 def functions(mask: m.Mask, score: s.Score | None) -> list[tuple[Callable[..., Any], bool]]:
@@ -44,14 +45,17 @@ def _parts(mask: m.Mask) -> list[m.Mask]:
             return [mask]
 
 
-def objection(mask: m.Mask, score: s.Score | None, device: torch.device, tracing: bool) -> str | None:
-    """Why a mask and a score cannot be made programs of; None if they can.
+def objection(
+    mask: m.Mask, score: s.Score | None, device: torch.device, tracing: bool, languages: Sequence[Language]
+) -> str | None:
+    """Why a mask and a score cannot be printed; None if they can.
 
     Args:
         mask: The mask.
         score: The score, or None.
         device: Where the kernels run.
         tracing: TorchDynamo is tracing, which knows less of symbols than Python.
+        languages: What they are to be printed in.
     """
     for node in (*_parts(mask), *s.parts(score)):
         if not type(node).__module__.startswith("flexjag."):
@@ -60,18 +64,22 @@ def objection(mask: m.Mask, score: s.Score | None, device: torch.device, tracing
         name = getattr(fn, "__name__", type(fn).__name__)
         if tracing:
             return f"{name} cannot be made part of its kernels while a graph is being traced"
-        why = _objection(fn, is_score, device)
+        why = _objection(fn, is_score, device, languages)
         if why is not None:
             return f"{name} cannot be made part of its kernels: {why}"
     return None
 
 
-def _objection(fn: Callable[..., Any], is_score: bool, device: torch.device) -> str | None:
-    program = Program(is_checked=True)
+def _objection(
+    fn: Callable[..., Any], is_score: bool, device: torch.device, languages: Sequence[Language]
+) -> str | None:
+    program = new_program(is_checked=True)
     places = [program.symbol(name, torch.int32) for name in ("b", "h", "q", "kv")]
     args = [program.symbol("s", torch.float32), *places] if is_score else places
     try:
         as_symbol(fn(*args), program)
+        for language in languages:
+            language.lines(program.lines)
     except Exception as reason:  # a user's function may do anything with what is not a tensor
         return str(reason).split("\n")[0] or type(reason).__name__
     elsewhere = [x.device for x in program.captures if x.device != device]
