@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flexjag import costs, expressions, mods
+from flexjag import costs, mods, printing
 from flexjag import masks as m
 from flexjag import scores as s
 from flexjag.algebra.facts import as_window, diagonal_align
@@ -96,7 +96,7 @@ def _flex(case: Case) -> str | None:
             return "FlexAttention has no backward on CPU"
         if case.lse:
             return "FlexAttention's CPU kernel does not return the log-sum-exp"
-        for fn, is_score in [] if case.tracing else expressions.functions(case.mask, case.score):
+        for fn, is_score in [] if case.tracing else printing.functions(case.mask, case.score):
             if cpu_flex_misplaces(fn, is_score):  # in a graph, its lowering says so
                 return f"{ROWS}, as {getattr(fn, '__name__', type(fn).__name__)} does"
     if case.dtype == torch.float64:
@@ -160,12 +160,12 @@ def _triton(case: Case) -> str | None:
         return f"its kernels compute with float32, float16 and bfloat16, not {case.dtype}"
     if case.dims is not None and max(case.dims[2:]) > WIDEST:
         return f"its kernels need D and E of at most {WIDEST}; got D={case.dims[2]}, E={case.dims[3]}"
-    asked = [*expressions.functions(case.mask, case.score), *_cases_to_try(case)]
-    return expressions.objection(asked, case.layout.device, case.tracing)
+    asked = [*printing.functions(case.mask, case.score), *_cases_to_try(case)]
+    return printing.objection(asked, case.layout.device, case.tracing, (printing.Triton(), printing.Torch()))
 
 
 def _cases_to_try(case: Case) -> Iterator[tuple[Callable[..., Tensor], bool]]:
-    """What kernels would be printed from nodes that are not known to be printable, and whether each is a score's."""
+    """The mods of nodes that are not known to be printable, and True for those of scores."""
     tables = mods.one_row()
     for one in (*walk(case.mask), *walk(case.score)):
         if one.printable or isinstance(one, m.MaskMod | s.ScoreMod):

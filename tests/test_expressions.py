@@ -13,32 +13,33 @@ from torch import Tensor
 import flexjag as fj
 from flexjag.choice import choose, refusal
 from flexjag.errors import BackendError
-from flexjag.expressions import Program, derivative, functions, has_functions, objection
 from flexjag.layout import Layout
 from flexjag.mods import RowTables, mask_case
 from flexjag.nodes import node
 from flexjag.normalizers import Pointwise, Sigmoid, SiLU
+from flexjag.printing import Program, Torch, Triton, derivative, functions, has_functions, new_program, objection
 
 TABLE = torch.arange(12.0).view(3, 4)
 CPU = torch.device("cpu")
+LANGUAGES = (Triton(), Torch())
 
 
 def test_a_line_is_written_once() -> None:
-    program = Program()
+    program = new_program()
     x = program.symbol("x", torch.float32)
     assert ((x + 1) * (x + 1)).name == "x1"
     assert [line.op for line in program.lines] == ["add", "mul"]
 
 
 def test_numbers_that_may_be_sizes_are_arguments() -> None:
-    program = Program()
+    program = new_program()
     x = program.symbol("x", torch.int32)
     _ = (x + 63) * 64 + 65.5
     assert program.numbers == [64]
 
 
 def test_dtypes_are_torchs() -> None:
-    program = Program()
+    program = new_program()
     dtypes = [torch.bool, torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float32, torch.float64]
     for a in dtypes:
         for other in (*dtypes, 2, 2.5):
@@ -65,7 +66,7 @@ ONE: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("name", [x for x in ONE if x != "flat"])
 def test_derivatives_are_autograds(name: str) -> None:
     """The program and its derivative, run line by line with torch, against autograd in float64."""
-    program = Program()
+    program = new_program()
     x = program.symbol("x", torch.float64)
     y = ONE[name](x)  # type: ignore[arg-type]
     slope = derivative(program, y, x)  # type: ignore[arg-type]
@@ -82,7 +83,7 @@ def test_derivatives_are_autograds(name: str) -> None:
 @pytest.mark.parametrize("value", [0.0, 1.0, -1.0])
 def test_slopes_at_a_tie_are_torchs(fn: Callable[[Tensor], Tensor], value: float) -> None:
     """Where a model starts from zeros, every score is one."""
-    program = Program()
+    program = new_program()
     x = program.symbol("x", torch.float64)
     slope = derivative(program, fn(x), x)  # type: ignore[arg-type]
     leaf = torch.tensor(value, dtype=torch.float64, requires_grad=True)
@@ -92,7 +93,7 @@ def test_slopes_at_a_tie_are_torchs(fn: Callable[[Tensor], Tensor], value: float
 
 def test_sums_of_bools_are_bools() -> None:
     """Of a GPU's single bits, a sum would carry over."""
-    program = Program()
+    program = new_program()
     q, kv = program.symbol("q", torch.int32), program.symbol("kv", torch.int32)
     _ = ((q > kv) + (kv == 0)) * (q != 2)
     assert [line.op for line in program.lines] == ["gt", "eq", "or", "ne", "and"]
@@ -101,7 +102,7 @@ def test_sums_of_bools_are_bools() -> None:
 
 
 def test_a_dtype_is_found_behind_a_device() -> None:
-    program = Program()
+    program = new_program()
     x = program.symbol("x", torch.float32)
     assert x.to("cpu", torch.int32).dtype == torch.int32
     with pytest.raises(NotImplementedError, match="by a string"):
@@ -124,7 +125,7 @@ def _run(program: Program, known: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def test_what_does_not_depend_has_no_slope() -> None:
-    program = Program()
+    program = new_program()
     x, y = program.symbol("x", torch.float32), program.symbol("y", torch.float32)
     assert derivative(program, torch.floor(x) + y, x) == 0.0  # type: ignore[arg-type]
 
@@ -146,7 +147,7 @@ REFUSED: dict[str, tuple[Callable[..., Tensor], str]] = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_refusals_say_why(name: str) -> None:
     fn, why = REFUSED[name]
-    found = objection(functions(fj.Causal() & fj.MaskMod(fn), None), CPU, tracing=False)
+    found = objection(functions(fj.Causal() & fj.MaskMod(fn), None), CPU, False, LANGUAGES)
     assert found is not None
     assert why in found
     assert "cannot be made part of its kernels" in found
@@ -154,9 +155,9 @@ def test_refusals_say_why(name: str) -> None:
 
 def test_functions_elsewhere_or_traced_are_refused() -> None:
     mask = fj.Causal() | ~fj.MaskMod(lambda b, h, q, kv: TABLE[h, kv % 4] > 0)
-    assert objection(functions(mask, None), CPU, tracing=False) is None
-    assert "reads a tensor on cpu" in str(objection(functions(mask, None), torch.device("meta"), tracing=False))
-    assert "while a graph is being traced" in str(objection(functions(mask, None), CPU, tracing=True))
+    assert objection(functions(mask, None), CPU, False, LANGUAGES) is None
+    assert "reads a tensor on cpu" in str(objection(functions(mask, None), torch.device("meta"), False, LANGUAGES))
+    assert "while a graph is being traced" in str(objection(functions(mask, None), CPU, True, LANGUAGES))
     assert has_functions(fj.PerHead([fj.Full(), mask]), None)
     assert has_functions(fj.Full(), fj.SoftCap(2.0) >> fj.ScoreMod(lambda s, b, h, q, kv: s))
     assert not has_functions(fj.Causal() & fj.Prefix(2), fj.SoftCap(2.0))

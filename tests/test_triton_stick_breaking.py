@@ -14,9 +14,9 @@ from cases import CUDA_ONLY, EDGE_LENGTHS, make_qkv, needing_gradients, on_gpu
 from torch import Tensor
 
 import flexjag as fj
-from flexjag.backends.triton_math import jit
 from flexjag.backends.triton_stick_breaking_kernels import softplus
 from flexjag.codegen.worker import Worker
+from flexjag.kernels.math import jit
 from flexjag.normalizers import StickBreaking
 from flexjag.testing import assert_compiles, assert_no_leak
 from flexjag.testing.oracle import Result, Trial, check_against_reference

@@ -20,10 +20,10 @@ from torch import Tensor
 import flexjag as fj
 from flexjag import mods
 from flexjag.backends import triton as triton_backend
-from flexjag.backends.triton_mods import emit, load
+from flexjag.backends.triton_modules import emit, load
 from flexjag.codegen.interpreter import mend_interpreter
-from flexjag.expressions import has_functions, read
 from flexjag.normalizers import GELU, Identity, Pointwise, Sigmoid, SiLU
+from flexjag.printing import has_functions, read
 from flexjag.testing import assert_compiles, assert_matches_reference
 
 HEADS = 2

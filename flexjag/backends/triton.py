@@ -1,7 +1,7 @@
 """Attention by any normalizer but a softmax, with Triton kernels of our own.
 
-The plan's mask and score are printed (:mod:`flexjag.backends.triton_mods`), and the printed text is an argument of the
-operators: so they need no Python functions, and a traced graph holds all that they do.
+The plan's mask and score are printed (:mod:`flexjag.backends.triton_modules`), and the printed text is an argument of
+the operators: so they need no Python functions, and a traced graph holds all that they do.
 
 The gradients of q, k and v are the kernels'. Those of what a score or the normalizer's bias learns are summed in plain
 torch over batches of tiles, each of them computed again: deterministic, on any device, but slower than the kernels.
@@ -22,9 +22,9 @@ from flexjag import normalizers as nz
 from flexjag.backends import pointwise, tiled
 from flexjag.backends.gathers import add_at
 from flexjag.backends.normalized import scaled
-from flexjag.backends.triton_mods import Printed, emit, load, once
-from flexjag.expressions import read
+from flexjag.backends.triton_modules import Printed, emit, load, once
 from flexjag.plan import Plan
+from flexjag.printing import read
 from flexjag.tiles import TileTable
 
 NORMALIZERS: dict[str, nz.Pointwise] = {

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexjag.backends.triton_mods import load
+from flexjag.backends.triton_modules import load
 from flexjag.backends.triton_pointwise import ACTIVATIONS, pointwise_forward, pointwise_of_keys, pointwise_of_queries
 from flexjag.launching import ALL_REGISTERS, ceil_div, launch, power_of_2, precision
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import triton.language as tl
 
-from flexjag.backends.triton_math import jit, sigmoid, tanh
+from flexjag.kernels.math import jit, sigmoid, tanh
 
 VARYING = [
     "num_q", "num_kv", "numbers", "partial_row", "partial_head", "full_row", "full_head", "count_head",

@@ -16,9 +16,9 @@ from flexjag import mods
 from flexjag import normalizers as nz
 from flexjag.backends.normalized import own_values
 from flexjag.backends.pieces import own_key, tested
-from flexjag.backends.triton_mods import Printed, emit, once
-from flexjag.expressions import read
+from flexjag.backends.triton_modules import Printed, emit, once
 from flexjag.plan import Plan
+from flexjag.printing import read
 
 
 def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, need_rest: bool) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import triton.language as tl
 
-from flexjag.backends.triton_math import jit
+from flexjag.kernels.math import jit
 
 
 @jit

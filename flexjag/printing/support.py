@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,8 @@ import torch
 from flexjag import masks as m
 from flexjag import scores as s
 from flexjag.algebra.tree import walk
-from flexjag.expressions.program import Program, as_symbol
+from flexjag.printing.language import Language
+from flexjag.printing.tracer import as_symbol, new_program
 
 
 def functions(mask: m.Mask | None, score: s.Score | None) -> list[tuple[Callable[..., Any], bool]]:
@@ -24,30 +25,37 @@ def has_functions(mask: m.Mask, score: s.Score | None) -> bool:
     return not all(one.printable for one in (*walk(mask), *walk(score)))
 
 
-def objection(fns: Iterable[tuple[Callable[..., Any], bool]], device: torch.device, tracing: bool) -> str | None:
-    """Why functions cannot be made programs of; None if they can.
+def objection(
+    fns: Iterable[tuple[Callable[..., Any], bool]], device: torch.device, tracing: bool, languages: Sequence[Language]
+) -> str | None:
+    """Reason why functions cannot be printed; None if they can.
 
     Args:
         fns: The functions, in FlexAttention's signatures, and whether each is a score's.
         device: Where the kernels run.
         tracing: TorchDynamo is tracing, which knows less of symbols than Python.
+        languages: What they are to be printed in.
     """
     for fn, is_score in fns:
         name = getattr(fn, "__name__", type(fn).__name__)
         if tracing:
             return f"{name} cannot be made part of its kernels while a graph is being traced"
-        why = _objection(fn, is_score, device)
+        why = _objection(fn, is_score, device, languages)
         if why is not None:
             return f"{name} cannot be made part of its kernels: {why}"
     return None
 
 
-def _objection(fn: Callable[..., Any], is_score: bool, device: torch.device) -> str | None:
-    program = Program(is_checked=True)
+def _objection(
+    fn: Callable[..., Any], is_score: bool, device: torch.device, languages: Sequence[Language]
+) -> str | None:
+    program = new_program(is_checked=True)
     places = [program.symbol(name, torch.int32) for name in ("b", "h", "q", "kv")]
     args = [program.symbol("s", torch.float32), *places] if is_score else places
     try:
         as_symbol(fn(*args), program)
+        for language in languages:
+            language.lines(program.lines)
     except Exception as reason:  # a user's function may do anything with what is not a tensor
         return str(reason).split("\n")[0] or type(reason).__name__
     elsewhere = [x.device for x in program.captures if x.device not in (device, torch.device("meta"))]

@@ -1,4 +1,4 @@
-"""What programs know of torch: its functions, methods and operators on symbols, with torch's rules for dtypes."""
+"""What is known of torch: its functions, methods and operators on symbols, with torch's rules for dtypes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexjag.expressions.program import FUNCTIONS, NAMES, Symbol, Value, apply, convert, program_of, refuse
+from flexjag.printing.program import Symbol, Value, convert, program_of, refuse
 
 POWERS = 8
 """The highest power that is written as a product."""
@@ -63,7 +63,7 @@ def _compare(op: str) -> Callable[..., Symbol]:
     return lambda a, b: _note(op, (a, b), _dtype(a, b), torch.bool)
 
 
-def _unary(op: str) -> Callable[..., Symbol]:
+def _unary(op: str) -> Callable[..., Value]:
     return lambda x: _note(op, (x,), _floating(x))
 
 
@@ -74,7 +74,7 @@ def _logical(op: str) -> Callable[..., Symbol]:
     return combine
 
 
-def where(condition: Value, a: Value, b: Value) -> Symbol:
+def where(condition: Value, a: Value, b: Value) -> Value:
     """``torch.where`` of three arguments."""
     program, dtype = program_of((condition, a, b)), _dtype(a, b)
     return program.note("where", (condition, convert(a, dtype, program), convert(b, dtype, program)), dtype)
@@ -117,7 +117,7 @@ def _divide(a: Value, b: Value, *, rounding_mode: str | None = None) -> Symbol:
     return _note("div", (a, b), _floating(a, b))
 
 
-def _floor_divide(a: Value, b: Value) -> Symbol:
+def _floor_divide(a: Value, b: Value) -> Value:
     dtype = _dtype(a, b)
     return _note("floordiv", (a, b), dtype) if not dtype.is_floating_point else _floor(_divide(a, b))
 
@@ -155,12 +155,10 @@ def _not(x: Symbol) -> Symbol:
     return _note("not", (x,), torch.bool)
 
 
-def _sign(x: Value) -> Symbol:
-    return (
-        where(x > 0, 1, where(x < 0, -1, 0))
-        if not x.dtype.is_floating_point
-        else where(x > 0, 1.0, where(x < 0, -1.0, 0.0))
-    )
+def sign(x: Value) -> Symbol:
+    """``torch.sign``, which is 0 of NaN."""
+    one = 1.0 if x.dtype.is_floating_point else 1
+    return where(x > 0, one, where(x < 0, -one, one - one))
 
 
 def _bucketize(x: Symbol, boundaries: Any, *, right: bool = False) -> Symbol:
@@ -174,42 +172,50 @@ def _bucketize(x: Symbol, boundaries: Any, *, right: bool = False) -> Symbol:
 
 
 _minimum, _maximum, _floor = _binary("minimum"), _binary("maximum"), _unary("floor")
+exp = _unary("exp")
+"""``torch.exp``."""
+sin = _unary("sin")
+"""``torch.sin``."""
+cos = _unary("cos")
+"""``torch.cos``."""
 
-FUNCTIONS.update(
-    {
-        **{name: _binary(name) for name in ("add", "sub", "mul", "and", "or", "xor")},
-        **{name: _compare(name) for name in ("eq", "ne", "lt", "le", "gt", "ge")},
-        **{name: _unary(name) for name in ("exp", "exp2", "log", "log2", "sqrt", "rsqrt", "tanh", "sigmoid")},
-        **{name: _unary(name) for name in ("sin", "cos", "erf", "floor", "ceil")},
-        **{f"logical_{name}": _logical(name) for name in ("and", "or", "xor", "not")},
-        "minimum": _minimum,
-        "maximum": _maximum,
-        "where": where,
-        "clamp": clamp,
-        "div": _divide,
-        "floordiv": _floor_divide,
-        "mod": _remainder,
-        "pow": _power,
-        "abs": _abs,
-        "neg": _negative,
-        "invert": _not,
-        "sign": _sign,
-        "bucketize": _bucketize,
-        "relu": _relu,
-        "square": lambda x: x * x,
-        "reciprocal": lambda x: _divide(1.0, x),
-        "to": to_dtype,
-        "zeros_like": lambda x, **kwargs: _fill(x, 0, **kwargs),
-        "ones_like": lambda x, **kwargs: _fill(x, 1, **kwargs),
-        "full_like": _fill,
-        "detach": _detach,
-        "clone": lambda x: x,
-        "float": lambda x: to_dtype(x, torch.float32),
-        "int": lambda x: to_dtype(x, torch.int32),
-        "long": lambda x: to_dtype(x, torch.int64),
-        "bool": lambda x: to_dtype(x, torch.bool),
-    }
-)
+_TABLE: dict[str, Callable[..., Any]] = {
+    **{name: _binary(name) for name in ("add", "sub", "mul", "and", "or", "xor")},
+    **{name: _compare(name) for name in ("eq", "ne", "lt", "le", "gt", "ge")},
+    **{name: _unary(name) for name in ("exp2", "log", "log2", "sqrt", "rsqrt", "tanh", "sigmoid")},
+    **{name: _unary(name) for name in ("erf", "ceil")},
+    **{f"logical_{name}": _logical(name) for name in ("and", "or", "xor", "not")},
+    "exp": exp,
+    "sin": sin,
+    "cos": cos,
+    "floor": _floor,
+    "minimum": _minimum,
+    "maximum": _maximum,
+    "where": where,
+    "clamp": clamp,
+    "div": _divide,
+    "floordiv": _floor_divide,
+    "mod": _remainder,
+    "pow": _power,
+    "abs": _abs,
+    "neg": _negative,
+    "invert": _not,
+    "sign": sign,
+    "bucketize": _bucketize,
+    "relu": _relu,
+    "square": lambda x: x * x,
+    "reciprocal": lambda x: _divide(1.0, x),
+    "to": to_dtype,
+    "zeros_like": lambda x, **kwargs: _fill(x, 0, **kwargs),
+    "ones_like": lambda x, **kwargs: _fill(x, 1, **kwargs),
+    "full_like": _fill,
+    "detach": _detach,
+    "clone": lambda x: x,
+    "float": lambda x: to_dtype(x, torch.float32),
+    "int": lambda x: to_dtype(x, torch.int32),
+    "long": lambda x: to_dtype(x, torch.int64),
+    "bool": lambda x: to_dtype(x, torch.bool),
+}
 
 _SAME = {
     "subtract": "sub",
@@ -235,29 +241,26 @@ _SAME = {
     "not_equal": "ne",
     "type": "to",
 }
-FUNCTIONS.update({name: FUNCTIONS[same] for name, same in _SAME.items()})
+_REFLECTED = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")
 
 
-def _operator(name: str, is_swapped: bool) -> Callable[..., Any]:
-    def method(self: Symbol, *others: Any) -> Any:
-        return apply(name, (*others, self) if is_swapped else (self, *others), {})
-
-    return method
+def _swapped(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda a, b: function(b, a)
 
 
-for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor"):
-    setattr(Symbol, f"__{_name}__", _operator(_name, False))
-    setattr(Symbol, f"__r{_name}__", _operator(_name, True))
-    FUNCTIONS[f"r{_name}"] = lambda a, b, same=FUNCTIONS[_name]: same(b, a)
-for _name in ("eq", "ne", "lt", "le", "gt", "ge", "neg", "abs", "invert"):
-    setattr(Symbol, f"__{_name}__", _operator(_name, False))
+def _functions() -> dict[str, Callable[..., Any]]:
+    found = {**_TABLE, **{name: _TABLE[same] for name, same in _SAME.items()}}
+    return {**found, **{f"r{name}": _swapped(found[name]) for name in _REFLECTED}}
 
-NAMES.update(
-    {
-        function: name
-        for name in FUNCTIONS
-        for holder in (torch, torch.Tensor, torch.special, torch.nn.functional)
-        for function in (getattr(holder, name, None), getattr(holder, f"__{name}__", None))
-        if function is not None
-    }
-)
+
+FUNCTIONS = _functions()
+"""By the names of functions, methods and operators."""
+
+NAMES: dict[Any, str] = {
+    function: name
+    for name in FUNCTIONS
+    for holder in (torch, torch.Tensor, torch.special, torch.nn.functional)
+    for function in (getattr(holder, name, None), getattr(holder, f"__{name}__", None))
+    if function is not None
+}
+"""The names of functions of torch."""

@@ -31,6 +31,17 @@ def maximum(a: Any, b: Any) -> Any:
     return b.clamp(min=a) if isinstance(b, Tensor) else max(a, b)
 
 
+def look_up(tensor: Tensor, *index: Any) -> Tensor:
+    """``tensor[index]``, of which no gradient is taken.
+
+    >>> look_up(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), 1, torch.tensor([[1], [0]]))
+    tensor([[4.],
+            [3.]])
+    """
+    at = flat_index(tensor, *index)
+    return tensor.flatten().index_select(0, at.flatten()).view(at.shape)
+
+
 def flat_index(tensor: Tensor, *index: Any) -> Tensor:
     """Where a contiguous tensor holds the entry at an index."""
     at = torch.zeros((), dtype=torch.int64, device=tensor.device)

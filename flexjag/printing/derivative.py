@@ -5,15 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from flexjag.expressions.program import Program, Symbol, Value
-from flexjag.expressions.words import FUNCTIONS
-
-_where, _sign, _exp, _sin, _cos = (FUNCTIONS[name] for name in ("where", "sign", "exp", "sin", "cos"))
+from flexjag.printing.program import Program, Symbol, Value
+from flexjag.printing.torch_table import cos, exp, sign, sin, where
 
 
 def _halved(wins: Value, ties: Value) -> Symbol:
     """The slope of the larger or the smaller of two."""
-    return _where(ties, 0.5, _where(wins, 1.0, 0.0))
+    return where(ties, 0.5, where(wins, 1.0, 0.0))
 
 
 _SLOPES: dict[str, Callable[..., tuple[Value | None, ...]]] = {
@@ -23,11 +21,11 @@ _SLOPES: dict[str, Callable[..., tuple[Value | None, ...]]] = {
     "div": lambda y, a, b: (1.0 / b, -1.0 * y / b),
     "minimum": lambda y, a, b: (_halved(y < b, a == b), _halved(y < a, a == b)),
     "maximum": lambda y, a, b: (_halved(y > b, a == b), _halved(y > a, a == b)),
-    "clamp_min": lambda y, x, bound: (_where(x >= bound, 1.0, 0.0), _where(x < bound, 1.0, 0.0)),
-    "clamp_max": lambda y, x, bound: (_where(x <= bound, 1.0, 0.0), _where(x > bound, 1.0, 0.0)),
-    "relu": lambda y, x, zero: (_where(x > 0, 1.0, 0.0), None),
+    "clamp_min": lambda y, x, bound: (where(x >= bound, 1.0, 0.0), where(x < bound, 1.0, 0.0)),
+    "clamp_max": lambda y, x, bound: (where(x <= bound, 1.0, 0.0), where(x > bound, 1.0, 0.0)),
+    "relu": lambda y, x, zero: (where(x > 0, 1.0, 0.0), None),
     "neg": lambda y, x: (-1.0,),
-    "abs": lambda y, x: (_sign(x),),
+    "abs": lambda y, x: (sign(x),),
     "exp": lambda y, x: (y,),
     "exp2": lambda y, x: (y * math.log(2),),
     "log": lambda y, x: (1.0 / x,),
@@ -36,9 +34,9 @@ _SLOPES: dict[str, Callable[..., tuple[Value | None, ...]]] = {
     "rsqrt": lambda y, x: (-0.5 * y / x,),
     "tanh": lambda y, x: (1.0 - y * y,),
     "sigmoid": lambda y, x: (y * (1.0 - y),),
-    "sin": lambda y, x: (_cos(x),),
-    "cos": lambda y, x: (-1.0 * _sin(x),),
-    "erf": lambda y, x: (_exp(-1.0 * x * x) * (2 / math.sqrt(math.pi)),),
+    "sin": lambda y, x: (cos(x),),
+    "cos": lambda y, x: (-1.0 * sin(x),),
+    "erf": lambda y, x: (exp(-1.0 * x * x) * (2 / math.sqrt(math.pi)),),
 }
 """The derivatives of a result y by each of its arguments; of an operation that is not listed they are 0."""
 
@@ -59,7 +57,7 @@ def derivative(program: Program, result: Symbol, by: Symbol) -> Value:
         if all(x is None for x in given) or not y.dtype.is_floating_point:
             continue
         if line.op == "where":
-            slopes[y.name] = _where(line.args[0], *(0.0 if x is None else x for x in given[1:]))
+            slopes[y.name] = where(line.args[0], *(0.0 if x is None else x for x in given[1:]))
         elif line.op == "to":
             slopes[y.name] = given[0]
         elif line.op in _SLOPES:

@@ -1,0 +1,134 @@
+"""A plan's mask and score as one program, and the functions that are printed of it.
+
+Equal structures print the same source: what changes from batch to batch (tensors, sizes, strides) are arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexjag.printing.derivative import derivative, times
+from flexjag.printing.language import Language
+from flexjag.printing.program import (
+    Instruction,
+    Program,
+    Symbol,
+    Value,
+    convert,
+    depends,
+    looks_up_pairs,
+    needed,
+    refuse,
+)
+from flexjag.printing.tracer import as_symbol, new_program
+
+MaskFunction = Callable[[Any, Any, Any, Any], Any]
+ScoreFunction = Callable[[Any, Any, Any, Any, Any], Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Traced:
+    """A mask and a score as a program of a head `h`, the packed indices `q` and `kv`, and ``q·k``, called `s`.
+
+    Attributes:
+        program: The program.
+        at: The symbols h, q and kv.
+        s: The symbol of ``q·k``, float32.
+        ds: The symbol of the gradient by the score, float32.
+        allowed: The mask.
+        scored: The score, float32; `s` itself if there is none.
+        by_score: The gradient by `s`, from that by the score.
+        slopes: The lookups in captures that need gradients, each with the score's derivative by what it finds.
+        captures: The tensors that all of these read, never none.
+        learned: Which of the tensors need gradients.
+    """
+
+    program: Program
+    at: tuple[Symbol, Symbol, Symbol]
+    s: Symbol
+    ds: Symbol
+    allowed: Symbol
+    scored: Symbol
+    by_score: Symbol
+    slopes: list[tuple[Instruction, Value]]
+    captures: list[Tensor]
+    learned: list[int]
+
+    @property
+    def numbers(self) -> list[int]:
+        """The whole numbers that the program reads, never none."""
+        return [*self.program.numbers, 0]
+
+    @property
+    def is_heavy(self) -> bool:
+        """Whether something is looked up for each query and key, which takes registers."""
+        return looks_up_pairs(needed(self.program, [self.scored, self.allowed]), "q", "kv")
+
+
+def trace(mask: MaskFunction, score: ScoreFunction | None, is_checked: bool = False) -> Traced:
+    """Call a mask and a score on symbols. TorchDynamo can trace it.
+
+    Args:
+        mask: ``mask(b, h, q, kv)``, of packed indices; b is 0.
+        score: ``score(s, b, h, q, kv)``, likewise, or None.
+        is_checked: Lookups may be out of range, as those of a user's functions.
+
+    Raises:
+        NotImplementedError: If one of them does what cannot be made a program of.
+    """
+    program = new_program(is_checked)
+    h, q, kv = (program.symbol(name, torch.int32) for name in ("h", "q", "kv"))
+    s, ds = program.symbol("s", torch.float32), program.symbol("ds", torch.float32)
+    allowed = as_symbol(mask(0, h, q, kv), program)
+    scored = s if score is None else convert(as_symbol(score(s, 0, h, q, kv), program), torch.float32, program)
+    by_score = times(ds, derivative(program, scored, s))
+    learned = [i for i, x in enumerate(program.captures) if x.requires_grad and torch.is_grad_enabled()]
+    lookups = [x for x in needed(program, [scored]) if x.op == "load" and x.args[0] in learned]
+    slopes = [(x, derivative(program, scored, x.result)) for x in lookups]
+    captures = list(program.captures)
+    if not captures:
+        refuse("it reads no tensor of the plan")
+    return Traced(program, (h, q, kv), s, ds, allowed, scored, by_score, slopes, captures, learned)
+
+
+def emit_mask(traced: Traced, language: Language, name: str) -> str:
+    """The source of ``name(h, q, kv, captures, numbers)``: whether a key may be attended."""
+    lines = language.lines(needed(traced.program, [traced.allowed]))
+    return language.function(name, traced.at, lines, language.value(traced.allowed))
+
+
+def emit_score(traced: Traced, language: Language, name: str) -> str:
+    """The source of ``name(s, h, q, kv, captures, numbers)``: the score."""
+    return _emit_tile(traced, language, name, (traced.s, *traced.at), traced.scored)
+
+
+def emit_gradient(traced: Traced, language: Language, name: str) -> str:
+    """The source of ``name(ds, s, h, q, kv, captures, numbers)``: the gradient by `s` from that by the score."""
+    return _emit_tile(traced, language, name, (traced.ds, traced.s, *traced.at), traced.by_score)
+
+
+def _emit_tile(traced: Traced, language: Language, name: str, parameters: tuple[Symbol, ...], result: Symbol) -> str:
+    """The source of a function whose result has the shape of its first parameter."""
+    returned = language.value(result)
+    if not depends(traced.program, result, parameters[0]):  # it may be the same for a whole row
+        returned = language.spread(returned, traced.s.name)
+    return language.function(name, parameters, language.lines(needed(traced.program, [result])), returned)
+
+
+def emit_slopes(traced: Traced, language: Language, name: str) -> str:
+    """The source of ``name(s, h, q, kv, captures, numbers)``: what the score takes from captures that need gradients.
+
+    For each lookup the capture's number, :meth:`Language.place`, and the score's derivative by what is found there.
+    """
+    wanted = [x for line, slope in traced.slopes for x in (*line.indices, slope)]
+    lines = language.lines(needed(traced.program, wanted))
+    entries = [
+        f"({line.args[0]}, {language.place(line)}, {language.value(slope, torch.float32)})"
+        for line, slope in traced.slopes
+    ]
+    return language.function(name, (traced.s, *traced.at), lines, f"[{', '.join(entries)}]")

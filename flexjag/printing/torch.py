@@ -1,0 +1,49 @@
+"""Programs as functions of torch tensors that broadcast."""
+
+from __future__ import annotations
+
+import torch
+
+from flexjag.printing.language import FUNCTIONS, OPERATORS, Language, with_bounds
+from flexjag.printing.program import Instruction
+
+
+class Torch(Language):
+    """Functions of torch tensors, one of which is called `q`; they call :mod:`flexjag.printing.runtime`."""
+
+    name = "torch"
+    header = """\
+import torch
+
+from flexjag.printing.runtime import cast, flat_index, look_up, maximum, minimum
+"""
+    words = with_bounds(
+        {
+            **OPERATORS,
+            **{name: f"torch.{name}({{}})" for name in (*FUNCTIONS, "tanh", "sigmoid")},
+            "floordiv": "{} // {}",
+            "minimum": "minimum({}, {})",
+            "maximum": "maximum({}, {})",
+            "where": "torch.where({}, {}, {})",
+            "to": "cast({}, {dtype})",
+            "full": "torch.full_like(q, {}, dtype={dtype})",
+            "bucketize": "torch.bucketize({1}, {0}, right=True)",
+        }
+    )
+
+    def dtype(self, dtype: torch.dtype) -> str:
+        """``torch.float32`` and so on."""
+        return f"{dtype}"
+
+    def load(self, line: Instruction) -> str:
+        """A gather; a tensor without dimensions is the entry itself."""
+        indices = [self.value(i) for i in line.indices]
+        return f"look_up({', '.join([self.capture(line), *indices])})" if indices else self.capture(line)
+
+    def spread(self, x: str, like: str) -> str:
+        """A view as large as the other tensor."""
+        return f"{x}.expand({like}.shape)"
+
+    def place(self, line: Instruction) -> str:
+        """The flat index into a contiguous tensor."""
+        return f"flat_index({', '.join([self.capture(line), *[self.value(i) for i in line.indices]])})"
