@@ -228,19 +228,19 @@ def _runner(name: str, normalizer: Normalizer):  # type: ignore[no-untyped-def]
     if name == "reference":
         return _reference
     if name == "triton":
-        from flexjag.backends import triton
+        from flexjag.backends.triton import pointwise as triton
 
         return triton.run
     if not isinstance(normalizer, normalizers.Softmax):
-        from flexjag.backends import normalized
+        from flexjag.backends.normalized import run as normalized
 
         return normalized.run_tiled if name == "tiled" else normalized.run_segments
     if name == "tiled":
-        from flexjag.backends import tiled as module
+        from flexjag.backends.tiled import run as module
     elif name == "segments":
-        from flexjag.backends import segments as module
+        from flexjag.backends.segments import run as module
     elif name == "flex":
-        from flexjag.backends import flex as module
+        from flexjag.backends.flex import run as module
     else:
         from flexjag.backends import varlen as module
     return module.run

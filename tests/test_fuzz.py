@@ -25,7 +25,8 @@ from torch.autograd import forward_ad
 
 import flexjag as fj
 from flexjag import functions
-from flexjag.backends import runs, segments
+from flexjag.backends.segments import run as segments
+from flexjag.backends.segments import runs
 from flexjag.layout import build_layout
 from flexjag.nodes import Axis, NodeKind, replaced, walk
 from flexjag.testing import Bounds, rounding_bounds

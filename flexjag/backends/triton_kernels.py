@@ -77,7 +77,8 @@ def _meta(*shape: int, dtype: torch.dtype) -> Tensor:
 
 
 def _launch_pointwise(p: Plan, features: int, dtype: torch.dtype) -> None:
-    from flexjag.backends import triton, triton_launch
+    from flexjag.backends.triton import pointwise as triton
+    from flexjag.backends.triton import pointwise_launch as triton_launch
 
     printed = triton.printed(p)
     captures = [x.to("meta") for x in printed.captures]
@@ -91,8 +92,8 @@ def _launch_pointwise(p: Plan, features: int, dtype: torch.dtype) -> None:
 
 
 def _launch_stick_breaking(p: Plan, features: int, dtype: torch.dtype) -> None:
-    from flexjag.backends import triton_stick_breaking as sticks
-    from flexjag.backends.triton_stick_breaking_launch import Call, run_backward, run_forward
+    from flexjag.backends.triton import stick_breaking as sticks
+    from flexjag.backends.triton.stick_breaking_launch import Call, run_backward, run_forward
 
     printed = sticks.printed(p)
     captures, tiles = ([x.to("meta") for x in some] for some in (printed.captures, sticks.tiles_of(p)))

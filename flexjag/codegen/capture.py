@@ -168,7 +168,7 @@ def merged(own: dict[str, Any], callers: dict[str, Any]) -> dict[str, Any]:
 def as_on_gpu(kernel_options: dict[str, Any]) -> Iterator[None]:
     """FlexAttention and flexjag behave as they would for tensors on a GPU."""
     flex = importlib.import_module("torch.nn.attention.flex_attention")
-    backend = importlib.import_module("flexjag.backends.flex_options")
+    backend = importlib.import_module("flexjag.backends.flex.options")
     apply, options = flex._apply_kernel_options, backend.kernel_options
 
     def apply_kernel_options(q: Any, k: Any, v: Any, lse: bool, given: Any, aux: Any = None) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flexjag.backends.batches import Range
+from flexjag.backends.segments.batches import Range
 from flexjag.choice import SHARED, is_by_position
 from flexjag.jagged import Jagged
 from flexjag.layout import INT32_MAX

@@ -17,11 +17,12 @@ from torch import Tensor
 
 from flexjag import mods
 from flexjag import normalizers as nz
-from flexjag.backends import pointwise, stick_breaking, tiled
 from flexjag.backends.gathers import add_tiles, look_up, take_tiles
 from flexjag.backends.held import Held
-from flexjag.backends.pieces import Piece, Walk, walk_runs, walk_tiles
-from flexjag.backends.whole_segments import FIRST_ORDER
+from flexjag.backends.normalized import pointwise, stick_breaking
+from flexjag.backends.normalized.pieces import Piece, Walk, walk_runs, walk_tiles
+from flexjag.backends.segments.whole import FIRST_ORDER
+from flexjag.backends.tiled import run as tiled
 from flexjag.differentiation import first_order_only, needs_plain_operations
 from flexjag.layout import Layout
 from flexjag.plan import Plan

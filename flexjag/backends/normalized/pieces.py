@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from flexjag import normalizers as nz
-from flexjag.backends import tiled
 from flexjag.backends.gathers import add_at
+from flexjag.backends.tiled import run as tiled
 from flexjag.choice import diagonal_align
 from flexjag.layout import INT32_MAX
 from flexjag.plan import Plan

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
-from flexjag.backends import flex_options
+from flexjag.backends.flex import options as flex_options
 from flexjag.errors import BackendError
 from flexjag.jagged import mark_varying
 from flexjag.plan import Plan, mark_plan

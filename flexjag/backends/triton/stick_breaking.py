@@ -14,8 +14,8 @@ from torch import Tensor
 
 from flexjag import mods
 from flexjag import normalizers as nz
-from flexjag.backends.normalized import own_values
-from flexjag.backends.pieces import own_key, tested
+from flexjag.backends.normalized.pieces import own_key, tested
+from flexjag.backends.normalized.run import own_values
 from flexjag.backends.triton_mods import Printed, emit, once
 from flexjag.expressions import read
 from flexjag.plan import Plan
@@ -93,7 +93,7 @@ def attend(
     Returns:
         ``[T_q, H, E]``, and the logarithm of what is left of each stick, ``[T_q, H]`` float32.
     """
-    from flexjag.backends.triton_stick_breaking_launch import Call, run_forward
+    from flexjag.backends.triton.stick_breaking_launch import Call, run_forward
 
     return run_forward(Call(q, k, v, captures, numbers, source, tiles, scale, block, is_self), *_empty(q, v, is_wide))
 
@@ -125,7 +125,7 @@ def differentiate(
     is_self: bool,
 ) -> list[Tensor]:
     """The gradients of q, k and v of :func:`attend`, and of the captures that need them."""
-    from flexjag.backends.triton_stick_breaking_launch import Call, run_backward
+    from flexjag.backends.triton.stick_breaking_launch import Call, run_backward
 
     call = Call(q, k, v, captures, numbers, source, tiles, scale, block, is_self)
     return run_backward(call, grad, grad_left, learned)

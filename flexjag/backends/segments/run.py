@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from flexjag import masks as m
-from flexjag.backends import runs, whole_segments
-from flexjag.backends.batches import Range
 from flexjag.backends.held import Held
-from flexjag.backends.runs import Pieces, Shared, bias_of, runs_of_queries
-from flexjag.backends.whole_segments import FIRST_ORDER, FLASH, list_calls, with_lse_gradient
+from flexjag.backends.segments import runs
+from flexjag.backends.segments import whole as whole_segments
+from flexjag.backends.segments.batches import Range
+from flexjag.backends.segments.runs import Pieces, Shared, bias_of, runs_of_queries
+from flexjag.backends.segments.whole import FIRST_ORDER, FLASH, list_calls, with_lse_gradient
 from flexjag.choice import SDPA_WINDOWS
 from flexjag.differentiation import first_order_only
 from flexjag.nodes import held_tensors

@@ -3,7 +3,7 @@
 FlexAttention's defaults are tuned for plain kernels. With a mask of bounds, a score and totals that vary, they run out
 of registers (a forward of head dimension 64 on an H200 stores 1.7 to 10.4 kB per thread), and a relative bias asks for
 more shared memory than the GPU has. These were chosen from the compiled code (``docs/kernels.md``, before and after),
-not yet from time on a GPU. What was measured on the GPU at hand (:mod:`flexjag.backends.tuning`) goes over them.
+not yet from time on a GPU. What was measured on the GPU at hand (:mod:`flexjag.backends.flex.tuning`) goes over them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from flexjag import masks as m
-from flexjag.backends import tuning
+from flexjag.backends.flex import tuning
 from flexjag.plan import Plan
 from flexjag.spans import DenseRows
 

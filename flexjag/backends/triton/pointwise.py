@@ -19,9 +19,10 @@ from torch import Tensor
 
 from flexjag import mods
 from flexjag import normalizers as nz
-from flexjag.backends import pointwise, tiled
 from flexjag.backends.gathers import add_at
-from flexjag.backends.normalized import scaled
+from flexjag.backends.normalized import pointwise
+from flexjag.backends.normalized.run import scaled
+from flexjag.backends.tiled import run as tiled
 from flexjag.backends.triton_mods import Printed, emit, load, once
 from flexjag.expressions import read
 from flexjag.plan import Plan
@@ -52,7 +53,7 @@ def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, need_rest: bo
         meaning).
     """
     if isinstance(plan.normalizer, nz.StickBreaking):
-        from flexjag.backends import triton_stick_breaking
+        from flexjag.backends.triton import stick_breaking as triton_stick_breaking
 
         return triton_stick_breaking.run(q, k, v, plan, scale, need_rest)
     text = printed(plan)
@@ -134,7 +135,7 @@ def attend(
     Returns:
         ``[T_q, H, E]``.
     """
-    from flexjag.backends.triton_launch import pointwise_out
+    from flexjag.backends.triton.pointwise_launch import pointwise_out
 
     out = _empty_out(q, v, is_wide)
     return pointwise_out(q, k, v, out, captures, numbers, source, tables, name, scale, factor, block)
@@ -166,7 +167,7 @@ def differentiate(
     block: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v of :func:`attend`."""
-    from flexjag.backends.triton_launch import pointwise_gradients
+    from flexjag.backends.triton.pointwise_launch import pointwise_gradients
 
     return pointwise_gradients(grad, q, k, v, captures, numbers, source, tables, transposed, name, scale, factor, block)
 
