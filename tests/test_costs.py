@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import flexjag as fj
-from flexjag import costs
+from flexjag.backends import costs
+from flexjag.backends.choose import expected_seconds
 from flexjag.bench import calibrate, main
-from flexjag.choice import expected_seconds
+from flexjag.costs import attended, extent
 
 MASKS = [
     fj.Full(),
@@ -32,13 +33,13 @@ def test_estimates_against_the_dense_mask(mask: fj.Mask, n: int) -> None:
     """What a row in the middle attends is never underestimated by half, nor overestimated but for opaque masks."""
     dense = fj.plan(fj.Jagged.from_lengths(torch.zeros(n), [n]), mask=mask).to_dense()
     mean = float(dense.sum(1).double().mean())
-    estimate = costs.attended(mask, n)
+    estimate = attended(mask, n)
     assert 0.5 * mean <= estimate <= n
     if not isinstance(mask, fj.masks.Not):
         assert estimate <= 2 * mean + 1
     where = dense.int()
     first, last = where.argmax(1), n - 1 - where.flip(1).argmax(1)
-    assert costs.extent(mask, n) >= 0.5 * float((last - first + 1)[dense.any(1)].double().mean())
+    assert extent(mask, n) >= 0.5 * float((last - first + 1)[dense.any(1)].double().mean())
 
 
 def test_the_record_has_a_line_for_each_way() -> None:

@@ -11,7 +11,7 @@ from test_choice import case
 from torch import Tensor
 
 import flexjag as fj
-from flexjag.choice import choose, refusal
+from flexjag.backends.choose import choose, refusal
 from flexjag.errors import BackendError
 from flexjag.expressions import Program, derivative, has_functions, objection
 from flexjag.nodes import node

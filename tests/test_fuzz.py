@@ -25,6 +25,7 @@ from torch.autograd import forward_ad
 
 import flexjag as fj
 from flexjag import functions
+from flexjag.backends import Backend
 from flexjag.backends.segments import run as segments
 from flexjag.backends.segments import runs
 from flexjag.layout import build_layout
@@ -223,8 +224,8 @@ def test_hard_cases_are_drawn(name: str) -> None:
     find(cases("tiled").map(lambda case: bool(HARD[name](case))), bool, settings=FIRST)
 
 
-def _without_care_for_spare_rows(name: str, q: Tensor, k: Tensor, v: Tensor, plan: fj.Plan, *rest: Any) -> Any:
-    return calls._runner(name, plan.normalizer)(q, k, v, plan, *rest)
+def _without_care_for_spare_rows(backend: Backend, *args: Any) -> Any:
+    return backend.run(*args)
 
 
 def _all_ruled_out(*args: Any) -> tuple[Tensor | None, Tensor | None]:

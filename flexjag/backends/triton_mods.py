@@ -31,7 +31,7 @@ from flexjag.expressions import (
     needed,
     times,
 )
-from flexjag.plan import Plan
+from flexjag.recipe import Recipe
 
 MaskFunction = Callable[[Any, Any, Any, Any], Any]
 ScoreFunction = Callable[[Any, Any, Any, Any, Any], Any]
@@ -92,10 +92,10 @@ class Functions:
     is_heavy: bool
 
 
-_known: WeakKeyDictionary[Plan, dict[tuple[bool, ...], Printed]] = WeakKeyDictionary()
+_known: WeakKeyDictionary[Recipe, dict[tuple[bool, ...], Printed]] = WeakKeyDictionary()
 
 
-def once(plan: Plan, write: Callable[[bool], Printed]) -> Printed:
+def once(plan: Recipe, write: Callable[[bool], Printed]) -> Printed:
     """What `write` prints of a plan, printed once for all layers.
 
     But a user's function may close over what changes, and is printed anew each time.

@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from flexjag.codegen.payload import Meta, pack, unpack
-from flexjag.layout import Layout
+from flexjag.layout import cpu_stands_in_for_gpu
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ def as_on_gpu(kernel_options: dict[str, Any]) -> Iterator[None]:
         return merged(options(*args), kernel_options)
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(Layout, "on_gpu", True))
+        stack.enter_context(cpu_stands_in_for_gpu())
         stack.enter_context(mock.patch.object(flex, "_validate_device", _accept))
         stack.enter_context(mock.patch.object(flex, "_apply_kernel_options", apply_kernel_options))
         stack.enter_context(mock.patch.object(backend, "kernel_options", with_callers))

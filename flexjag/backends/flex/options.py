@@ -15,26 +15,26 @@ from torch import Tensor
 
 from flexjag import masks as m
 from flexjag.backends.flex import tuning
-from flexjag.plan import Plan
+from flexjag.recipe import Recipe
 from flexjag.spans import DenseRows
 
 HALF = (torch.float16, torch.bfloat16)
 
 
-def kernel_options(plan: Plan, q: Tensor, v: Tensor, need_lse: bool = False) -> dict[str, Any]:
+def kernel_options(recipe: Recipe, q: Tensor, v: Tensor, need_lse: bool = False) -> dict[str, Any]:
     """The options for a plan and q ``[T_q, H, D]``, v ``[T_kv, G, E]``; called while a graph is traced."""
-    return built_in(plan, q, v) | tuning.lookup(plan, q, v, need_lse)
+    return built_in(recipe, q, v) | tuning.lookup(recipe, q, v, need_lse)
 
 
-def built_in(plan: Plan, q: Tensor, v: Tensor) -> dict[str, Any]:
+def built_in(recipe: Recipe, q: Tensor, v: Tensor) -> dict[str, Any]:
     """The options as they are without measurements."""
     # Fewer than 128 queries would else go to another kernel, by a guard: a second graph (see mend_flex_short_queries).
     options: dict[str, Any] = {"BACKEND": "TRITON"}
-    if plan.layout.in_whole_tiles(plan.block_size):
+    if recipe.layout.in_whole_tiles(recipe.block_size):
         options["IS_DIVISIBLE"] = True  # no bounds checks and no remainders
     dim = max(q.shape[2], v.shape[2])
     if q.dtype in HALF and dim <= 128:
-        options |= _blocks(_capability(), dim, reads_by_key(plan))
+        options |= _blocks(_capability(), dim, reads_by_key(recipe))
     return options
 
 
@@ -57,9 +57,9 @@ def _blocks(capability: tuple[int, int], dim: int, by_key: bool) -> dict[str, An
     return options | blocks | {"bwd_num_warps": 8}
 
 
-def reads_by_key(plan: Plan) -> bool:
+def reads_by_key(recipe: Recipe) -> bool:
     """Whether the mask or the score looks something up for each query and key, which takes registers to do."""
-    return tuning.score_kind(plan.score) == "lookup" or any(_looks_up(x) for x in plan.kernel_masks)
+    return tuning.score_kind(recipe.score) == "lookup" or any(_looks_up(x) for x in recipe.kernel_masks)
 
 
 def _looks_up(mask: m.Mask) -> bool:

@@ -1,0 +1,87 @@
+"""What a call takes on a CPU: a line per way to compute it, fitted to measurements and recorded in ``costs.json``.
+
+A call's time is taken to be ``per_call · calls + per_score · scores``. Both counts are estimated from the number of
+segments and tokens, as if all segments were alike, because that needs nothing from the offsets. ``python -m
+flexjag.bench calibrate`` measures and fits the lines; the record says where, and how well they chose there.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+from flexjag.layout import Layout
+
+PATH = Path(__file__).with_name("costs.json")
+DIMS = 128  # D + E of the measurements, to which a score's time is in proportion
+
+
+class Work(NamedTuple):
+    """How much there is to do.
+
+    Attributes:
+        way: Which line of the record applies.
+        calls: Segments, runs of queries, or rows of tiles.
+        scores: Scores that are computed, for all heads, scaled to D + E = 128.
+    """
+
+    way: str
+    calls: float
+    scores: float
+
+
+class Line(NamedTuple):
+    """Seconds per call and per score."""
+
+    per_call: float
+    per_score: float
+
+    def seconds(self, work: Work) -> float:
+        """What `work` takes."""
+        return self.per_call * work.calls + self.per_score * work.scores
+
+
+class Sizes(NamedTuple):
+    """What an estimate knows of a batch.
+
+    Attributes:
+        segments: S, at least 1.
+        num_q: T_q.
+        num_kv: T_kv.
+        per_score: ``H · (D + E) / 128``.
+    """
+
+    segments: int
+    num_q: int
+    num_kv: int
+    per_score: float
+
+    @staticmethod
+    def of(layout: Layout, dims: tuple[int, int, int, int]) -> Sizes:
+        """Those of a layout and of ``(H, G, D, E)``."""
+        heads, _, d, e = dims
+        return Sizes(max(1, layout.num_segments), layout.num_q, layout.num_kv, heads * (d + e) / DIMS)
+
+    @property
+    def queries(self) -> float:
+        """The mean number n of a segment's queries."""
+        return self.num_q / self.segments
+
+    @property
+    def keys(self) -> float:
+        """The mean number m of a segment's keys."""
+        return self.num_kv / self.segments
+
+
+@cache
+def record() -> dict[str, Line]:
+    """The lines of ``costs.json``, by way and ``"forward"`` or ``"training"``."""
+    lines = json.loads(PATH.read_text())["lines"]
+    return {name: Line(x["per_call"], x["per_score"]) for name, x in lines.items()}
+
+
+def seconds(work: Work, grad: bool) -> float:
+    """What `work` is expected to take, forward or forward and backward."""
+    return record()[f"{work.way}, {'training' if grad else 'forward'}"].seconds(work)
