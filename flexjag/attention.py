@@ -10,17 +10,20 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from flexjag import choice, functions, normalizers
+from flexjag import functions, normalizers
 from flexjag.algebra.tree import replaced
-from flexjag.choice import check_normalizer
+from flexjag.backends.base import Backend, Case, Pair
+from flexjag.backends.choose import BACKENDS, pick
 from flexjag.differentiation import needs_plain_operations
 from flexjag.errors import PlanError, ShapeError, assert_on_device, explain_values
 from flexjag.jagged import Jagged, check_same_layout
-from flexjag.masks import Mask, num_mask_heads
-from flexjag.normalizers import Normalizer, num_bias_heads
+from flexjag.lowering.outline import Sizes, outline, with_tiles
+from flexjag.masks import Mask
+from flexjag.normalizers import Normalizer, Softmax, StickBreaking
 from flexjag.offsets import check_computable, is_empty, same_size
-from flexjag.plan import Plan, outline, with_tiles
-from flexjag.scores import Score, num_score_heads
+from flexjag.plan import Plan
+from flexjag.recipe import Recipe, made_for_heads
+from flexjag.scores import Score
 from flexjag.upstream import holds_no_numbers
 
 
@@ -147,20 +150,21 @@ def attention(
     """
     check_inputs(q, k, v)
     if plan is None:
-        plan = outline(q, k, mask, score, normalizer, validate=validate)
+        recipe: Recipe = outline(q, k, mask, score, normalizer, Sizes(validate=validate))
     elif mask is not None or score is not None or normalizer is not None:
         raise PlanError(
             explain_values("plan", "already holds a mask, score and normalizer; pass one or the other", plan=plan)
         )
     else:
         check_plan(plan, q, k, validate=validate)
+        recipe = plan
     if isinstance(scale, Tensor):
         raise ShapeError(
             explain_values("scale", "must be a number; multiply q by a learned one", shape=tuple(scale.shape))
         )
     scale = 1.0 / math.sqrt(max(1, q.values.shape[2])) if scale is None else float(scale)
-    found = functions.learned_tensors(plan.score, torch.float32, plan.place)
-    learned = (*found, *normalizers.tensors(plan.normalizer))
+    found = functions.learned_tensors(recipe.score, torch.float32, recipe.place)
+    learned = (*found, *normalizers.tensors(recipe.normalizer))
     learns = torch.is_grad_enabled() and any(x.requires_grad for x in learned)
     known = {
         "tracing": holds_no_numbers(q.values),
@@ -172,87 +176,57 @@ def attention(
         "dims": (q.values.shape[1], k.values.shape[1], q.values.shape[2], v.values.shape[2]),
         "plain": needs_plain_operations(),
     }
-    name = _decide(plan, backend, known, return_remainder, learns)
-    if plan.made_tiles is None and name in ("tiled", "flex", "triton"):
-        plan = with_tiles(plan)
+    chosen = BACKENDS[_decide(recipe, backend, known, return_remainder, learns)]
+    if recipe.made_tiles is None and chosen.needs_tiles:
+        recipe = with_tiles(recipe)
+    need_rest = return_lse or return_remainder
     if is_empty(q.values.shape[0]) or is_empty(k.values.shape[0]):
-        out, lse = _nothing(q.values, k.values, v.values, *(x for x in learned if x.dtype.is_floating_point))
-        lse = lse.exp() + 1 if return_remainder else lse
+        out, rest = _nothing(q.values, k.values, v.values, *(x for x in learned if x.dtype.is_floating_point))
+        rest = rest.exp() + 1 if return_remainder else rest
     elif q.device.type != "meta" and torch.is_autocast_enabled(q.device.type):  # backends choose what they compute in
         with torch.autocast(q.values.device.type, enabled=False):
-            out, lse = _execute(name, q.values, k.values, v.values, plan, scale, return_lse)
+            out, rest = _execute(chosen, q.values, k.values, v.values, recipe, scale, need_rest)
     else:
-        out, lse = _execute(name, q.values, k.values, v.values, plan, scale, return_lse)
-    if not return_lse and not return_remainder:
+        out, rest = _execute(chosen, q.values, k.values, v.values, recipe, scale, need_rest)
+    if not need_rest:
         return q.with_values(out)
-    assert lse is not None
-    return q.with_values(out), q.with_values(lse)
+    assert rest is not None
+    return q.with_values(out), q.with_values(rest)
 
 
-def _decide(plan: Plan, backend: str, known: dict[str, Any], return_remainder: bool, learns: bool) -> str:
+def _decide(recipe: Recipe, backend: str, known: dict[str, Any], return_remainder: bool, learns: bool) -> str:
     """The backend that runs a call. Checks what is asked of the plan. Outside of graphs once for all calls alike."""
     key = backend, return_remainder, learns, known["scale"] > 0, *(x for name, x in known.items() if name != "scale")
-    if not known["tracing"] and key in plan.own_notes:
-        return plan.own_notes[key]
-    check_normalizer(plan.layout, plan.mask, plan.normalizer, lse=known["lse"], remainder=return_remainder)
-    heads = known["dims"][0]
-    for wanted in (num_mask_heads(plan.mask), num_score_heads(plan.score), num_bias_heads(plan.normalizer)):
-        if wanted is not None and wanted != heads:
+    if not known["tracing"] and key in recipe.own_notes:
+        return recipe.own_notes[key]
+    normalizer, heads = recipe.normalizer, known["dims"][0]
+    if known["lse"] and not isinstance(normalizer, Softmax):
+        raise PlanError(explain_values("return_lse", "only a softmax has a log-sum-exp", normalizer=normalizer))
+    if return_remainder and not isinstance(normalizer, StickBreaking):
+        rule = "only stick-breaking leaves a remainder"
+        raise PlanError(explain_values("return_remainder", rule, normalizer=normalizer))
+    for wanted in made_for_heads(recipe.mask, recipe.score, normalizer):
+        if wanted != heads:
             raise ShapeError(explain_values("mask, score", "must be made for q's heads", made_for=wanted, heads=heads))
-    name = choice.pick(backend, plan.case(**known))
+    name = pick(backend, Case.of(recipe, **known))
     if not known["tracing"]:
-        plan.own_notes[key] = name
+        recipe.own_notes[key] = name
     return name
 
 
-def _execute(
-    name: str, q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, return_lse: bool
-) -> tuple[Tensor, Tensor | None]:
+def _execute(backend: Backend, q: Tensor, k: Tensor, v: Tensor, recipe: Recipe, scale: float, need_rest: bool) -> Pair:
     """Run a backend. What spare rows hold goes nowhere, nor what flows back into their results."""
-    run = _runner(name, plan.normalizer)
-    if not plan.layout.has_spare:
-        return run(q, k, v, plan, scale, return_lse)
-    layout = plan.layout
+    layout = recipe.layout
+    if not layout.has_spare:
+        return backend.run(q, k, v, recipe, scale, need_rest)
     spare, spare_keys = (x >= layout.num_segments for x in (layout.q_segment, layout.kv_segment))
     q, k, v = (x.masked_fill(at[:, None, None], 0.0) for x, at in ((q, spare), (k, spare_keys), (v, spare_keys)))
     clear: Callable[[Tensor], Tensor] = lambda x: x.masked_fill(spare, 0.0) if x.ndim else x  # noqa: E731
-    plan = replace(plan, normalizer=replaced(plan.normalizer, clear, ("query token",)))
-    out, rest = run(q, k, v, plan, scale, return_lse)
-    nothing = 1.0 if isinstance(plan.normalizer, normalizers.StickBreaking) else -torch.inf
+    recipe = replace(recipe, normalizer=replaced(recipe.normalizer, clear, ("query token",)))
+    out, rest = backend.run(q, k, v, recipe, scale, need_rest)
+    nothing = 1.0 if isinstance(recipe.normalizer, StickBreaking) else -torch.inf
     rest = None if rest is None or rest.ndim != 2 else rest.masked_fill(spare[:, None], nothing)
     return out.masked_fill(spare[:, None, None], 0.0), rest
-
-
-def _runner(name: str, normalizer: Normalizer):  # type: ignore[no-untyped-def]
-    """A backend's `run`, imported on first use: `import flexjag` must stay light."""
-    if name == "reference":
-        return _reference
-    if name == "triton":
-        from flexjag.backends import triton
-
-        return triton.run
-    if not isinstance(normalizer, normalizers.Softmax):
-        from flexjag.backends import normalized
-
-        return normalized.run_tiled if name == "tiled" else normalized.run_segments
-    if name == "tiled":
-        from flexjag.backends import tiled as module
-    elif name == "segments":
-        from flexjag.backends import segments as module
-    elif name == "flex":
-        from flexjag.backends import flex as module
-    else:
-        from flexjag.backends import varlen as module
-    return module.run
-
-
-def _reference(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, return_lse: bool) -> tuple[Tensor, Tensor]:
-    from flexjag.backends import reference
-
-    compute = torch.promote_types(q.dtype, torch.float32)
-    plan = plan.learning_in(compute)
-    with functions.learning_once(plan.score, compute, plan.place):
-        return reference.run(q, k, v, plan.layout, plan.mask, plan.score, scale, plan.normalizer)
 
 
 def _nothing(q: Tensor, k: Tensor, v: Tensor, *learned: Tensor) -> tuple[Tensor, Tensor]:

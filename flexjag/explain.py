@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from flexjag import choice
+from flexjag.backends.base import ASSUMED_DIMS, Case
+from flexjag.backends.choose import BACKENDS, choose, refusal
 from flexjag.normalizers import Softmax
-
-if TYPE_CHECKING:
-    from flexjag.plan import Plan
+from flexjag.recipe import Recipe
 
 LONGEST = 1000  # characters of a mask's, a score's or a reason's text
 
 
-def facts(plan: Plan) -> dict[str, Any]:
+def facts(plan: Recipe) -> dict[str, Any]:
     """Everything :func:`explain` says, ready for JSON. Reads the device a few times."""
     layout = plan.layout
-    case = plan.case()
-    backend, reason = choice.choose(case)
+    case = Case.of(plan)
+    backend, reason = choose(case)
     rows, cols = plan.grid
     tiles = plan.num_tiles
-    heads, _, dim, _ = case.dims or choice.ASSUMED_DIMS
+    heads, _, dim, _ = case.dims or ASSUMED_DIMS
     found: dict[str, Any] = {
         "segments": layout.num_segments,
         "tokens_q": layout.num_q,
@@ -49,8 +48,8 @@ def facts(plan: Plan) -> dict[str, Any]:
         "assumed": plan.sample is None,
         "backend": backend,
         "backend_reason": reason,
-        "backend_in_a_graph": choice.choose(replace(case, tracing=True))[0],
-        "not": {b: why for b in choice.BACKENDS if b != backend and (why := choice.refusal(b, case)) is not None},
+        "backend_in_a_graph": choose(replace(case, tracing=True))[0],
+        "not": {b: why for b in BACKENDS if b != backend and (why := refusal(b, case)) is not None},
     }
     if plan.sample is not None:
         padded = layout.num_segments * _longest(layout.q_offsets) * found["longest"]
@@ -62,7 +61,7 @@ def _longest(offsets: torch.Tensor) -> int:
     return int(offsets.diff().max()) if offsets.shape[0] > 1 else 0
 
 
-def _bytes(plan: Plan) -> int:
+def _bytes(plan: Recipe) -> int:
     """What the plan keeps in memory, shared storage counted once."""
     storages: dict[int, int] = {}
 
@@ -123,7 +122,7 @@ def share(part: float, whole: float) -> str:
     return f"{part / whole:.0%}" if part < 10 * whole else f"{part / whole:.0f} times"
 
 
-def explain(plan: Plan) -> str:
+def explain(plan: Recipe) -> str:
     """The facts as a few lines of text.
 
     >>> from flexjag import Causal, Jagged, plan
@@ -155,7 +154,7 @@ def explain(plan: Plan) -> str:
     return "\n".join([*lines, *_backends(plan, f)])
 
 
-def _backends(plan: Plan, f: dict[str, Any]) -> list[str]:
+def _backends(plan: Recipe, f: dict[str, Any]) -> list[str]:
     """The lines on backends, and on the q that they were chosen for."""
     given = "assumed: the plan was made from values without heads" if f["assumed"] else "as in the q planned for"
     lines = [
@@ -163,7 +162,7 @@ def _backends(plan: Plan, f: dict[str, Any]) -> list[str]:
         f"{'with' if f['gradients'] else 'without'} gradients; {given}",
         f"backend   {f['backend']}: {shortened(f['backend_reason'], LONGEST)}",
     ]
-    able = [b for b in choice.BACKENDS if b != f["backend"] and b not in f["not"]]
+    able = [b for b in BACKENDS if b != f["backend"] and b not in f["not"]]
     if able:
         lines.append(f"  also    {', '.join(able)} can run it")
     lines += [f"  not     {name}: {shortened(why, LONGEST)}" for name, why in f["not"].items()]
@@ -173,7 +172,7 @@ def _backends(plan: Plan, f: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _slower(plan: Plan) -> str:
+def _slower(plan: Recipe) -> str:
     """What a graph costs on a CPU: what was measured there, for the attention that was measured."""
     if plan.layout.device.type != "cpu" or not isinstance(plan.normalizer, Softmax):
         return ""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +16,25 @@ from flexjag.offsets import assert_ends, can_look, check_offsets, same_size, seg
 from flexjag.upstream import holds_no_numbers
 
 INT32_MAX = 2**31 - 1
+
+
+_stands_in = False
+
+
+def runs_on_gpu(device: torch.device) -> bool:
+    """Whether a GPU's kernels will read what lies on a device."""
+    return _stands_in or device.type != "cpu"
+
+
+@contextlib.contextmanager
+def cpu_stands_in_for_gpu() -> Iterator[None]:
+    """Layouts are made as for a GPU's kernels, wherever they lie: to make those kernels without a GPU."""
+    global _stands_in
+    before, _stands_in = _stands_in, True
+    try:
+        yield
+    finally:
+        _stands_in = before
 
 
 def blocks(tokens: int, block: int) -> int:
@@ -42,6 +63,7 @@ class Layout:
         kv_end: ``[T_q]`` int32, one past its last.
         is_self: Queries and keys share their offsets.
         has_spare: T_q may exceed ``q_offsets[-1]``.
+        on_gpu: A GPU's kernels will read this, which round the rows up to a tile. See :func:`runs_on_gpu`.
     """
 
     q_offsets: Tensor
@@ -53,6 +75,7 @@ class Layout:
     kv_end: Tensor
     is_self: bool
     has_spare: bool
+    on_gpu: bool
 
     @property
     def num_q(self) -> int:
@@ -73,14 +96,6 @@ class Layout:
     def device(self) -> torch.device:
         """The device of the coordinates."""
         return self.q_offsets.device
-
-    @property
-    def on_gpu(self) -> bool:
-        """Whether a GPU's kernels will read this, which round the rows up to a tile.
-
-        Asked here alone, so that :mod:`flexjag.codegen` can make a GPU's kernels of a batch on the CPU.
-        """
-        return self.device.type != "cpu"
 
     @property
     def may_look(self) -> bool:
@@ -208,4 +223,5 @@ def build_layout(
         kv_end=_gather(kv_offsets, q_segment + 1),
         is_self=is_self,
         has_spare=has_spare,
+        on_gpu=runs_on_gpu(q_offsets.device),
     )

@@ -2,7 +2,7 @@
 
 A pointwise normalizer weighs each key by its own score alone: the weights of a row need not sum to one, a key that is
 not allowed weighs nothing, and there is no log-sum-exp. To add one, subclass :class:`Pointwise` and register its case
-of :data:`flexjag.backends.pointwise.activation`, and of :data:`flexjag.backends.reference.weigh` for tests.
+of :data:`flexjag.backends.normalized.pointwise.activation`, and of :data:`flexjag.backends.reference.weigh` for tests.
 """
 
 from __future__ import annotations

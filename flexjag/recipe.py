@@ -1,30 +1,32 @@
-"""Plan: an immutable recipe of layout, mask, score and normalizer that backends run. :mod:`flexjag.plan` makes them."""
+"""Recipe: all that lowering makes of a layout, a mask, a score and a normalizer, immutable. Backends run it.
+
+:mod:`flexjag.lowering.outline` makes recipes; :class:`flexjag.Plan` is a recipe's public face.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
 
-from flexjag import choice, functions, mods, normalizers, viz
+from flexjag import functions, mods
 from flexjag import masks as m
 from flexjag import scores as s
+from flexjag.algebra.facts import diagonal_align
 from flexjag.algebra.tree import check_held, replaced, walk
 from flexjag.errors import MaskError, PlanError, ScoreError, ShapeError, explain_values
-from flexjag.explain import explain
 from flexjag.layout import Layout, blocks
 from flexjag.nodes import BATCH, Axis, Node, check_node, is_integer, saturated
-from flexjag.normalizers import Normalizer, num_bias_heads
+from flexjag.normalizers import Normalizer, StickBreaking, num_bias_heads
 from flexjag.offsets import mark_varying
 from flexjag.spans import Sandwich
 from flexjag.tiles import Tiles, block_mask
 from flexjag.upstream import holds_no_numbers
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
     from torch.nn.attention.flex_attention import BlockMask
 
 
@@ -36,8 +38,8 @@ class Notes(dict[Hashable, Any]):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Plan:
-    """What every layer of a model needs to attend over one batch. Made by :func:`plan`.
+class Recipe:
+    """What every layer of a model needs to attend over one batch.
 
     Attributes:
         layout: Where the tokens sit.
@@ -75,7 +77,7 @@ class Plan:
     own_notes: Notes
     sample: tuple[int, int, torch.dtype, bool] | None
 
-    def with_score(self, score: s.Score | None) -> Plan:
+    def with_score(self, score: s.Score | None) -> Self:
         """The same plan with another score: for one learned bias per layer. Layout, mask and tiles are shared.
 
         Args:
@@ -92,15 +94,16 @@ class Plan:
         >>> p.with_score(s.Alibi.from_heads(2)).made_tiles is p.made_tiles
         True
         """
-        check_arguments(self.mask, score, self.normalizer, self.block_size, self.max_length)
+        score = None if score is None else check_node(ScoreError, s.Score, score)
+        check_heads(self.mask, score, self.normalizer)
         check_score(score, self.layout, self.tables)
         return self._rescored(of_this_batch(score))
 
-    def _rescored(self, score: s.Score | None) -> Plan:
+    def _rescored(self, score: s.Score | None) -> Self:
         kernel_score = None if score is None else mods.rounded(score, self.tables)
         return replace(self, score=score, kernel_score=kernel_score, own_notes=Notes())
 
-    def learning_in(self, dtype: torch.dtype) -> Plan:
+    def learning_in(self, dtype: torch.dtype) -> Self:
         """The plan with what its score and its normalizer learn read in at least `dtype`; itself if nothing changes."""
         score = None if self.score is None else functions.learning_in(self.score, dtype, self.place)
         normalizer = functions.learning_in(self.normalizer, dtype, self.place)
@@ -108,7 +111,7 @@ class Plan:
             return replace(self._rescored(score), normalizer=normalizer)
         return self if score is self.score else self._rescored(score)
 
-    def frozen(self) -> Plan:
+    def frozen(self) -> Self:
         """The plan with the names in its functions bound to what they mean now, for a backward to call."""
         score = None if self.score is None else functions.frozen(self.score, with_globals=True)
         masks = tuple([functions.frozen(x, with_globals=True) for x in self.kernel_masks])
@@ -188,22 +191,6 @@ class Plan:
         heads, dim = self.sample[:2]
         return 4 * self.num_tiles * self.block_size**2 * heads * dim
 
-    @property
-    def backend(self) -> str:
-        """What ``backend="auto"`` takes for the q that was planned for."""
-        return choice.choose(self.case())[0]
-
-    def case(self, **known: object) -> choice.Case:
-        """The plan as backends' rules see it, with what the caller knows besides."""
-        if not known:
-            learned = functions.learned_tensors(self.score, torch.float32, self.place)
-            held = (*learned, *normalizers.tensors(self.normalizer))
-            trained = torch.is_grad_enabled() and any(x.requires_grad for x in held)
-            heads, dim, dtype, grad = self.sample or (*choice.ASSUMED_DIMS[1:3], None, False)
-            known = {"dtype": dtype, "grad": grad or trained, "dims": (heads, heads, dim, dim)}
-        known["block_size"] = self.block_size
-        return choice.Case(self.layout, self.mask, self.score, self.normalizer, **known)  # type: ignore[arg-type]
-
     def to_dense(self, heads: int | None = None) -> Tensor:
         """The mask as bool ``[T_q, T_kv]``, or ``[H, T_q, T_kv]`` if `heads` is given. For tests and pictures.
 
@@ -223,29 +210,9 @@ class Plan:
             dense = self.mask_mod(h.new_zeros(()), h, q[None], kv[None]).expand(shape)
         return dense if heads is not None else dense[0]
 
-    def explain(self) -> str:
-        """What was decided and why, for people: backend, tiles, FLOPs, bytes."""
-        return explain(self)
-
-    def show(self, head: int = 0) -> Figure:
-        """A picture of the tiles and segments, as a matplotlib Figure.
-
-        Its cost is bounded: a large plan is drawn down-sampled, and the title says so.
-
-        Args:
-            head: Which head to draw, if the mask depends on the head.
-
-        Raises:
-            PlanError: If the plan has no such head.
-        """
-        return viz.draw_plan(self, head)
-
-    def _repr_html_(self) -> str:
-        return viz.to_html(self)
-
     def __repr__(self) -> str:
         return (
-            f"Plan({self.mask!r}, score={self.score!r}, segments={self.layout.num_segments}, "
+            f"{type(self).__name__}({self.mask!r}, score={self.score!r}, segments={self.layout.num_segments}, "
             f"tokens={self.layout.num_q}x{self.layout.num_kv}, block_size={self.block_size})"
         )
 
@@ -309,7 +276,7 @@ def check_arguments(mask: object, score: object, normalizer: object, block_size:
         MaskError: If `mask` is no mask.
         ScoreError: If `score` is no score.
         PlanError: If the others are not what they must be.
-        ShapeError: If mask and score are made for different numbers of heads.
+        ShapeError: If mask, score and normalizer are made for different numbers of heads.
     """
     mask = check_node(MaskError, m.Mask, mask)
     score = None if score is None else check_node(ScoreError, s.Score, score)
@@ -319,7 +286,35 @@ def check_arguments(mask: object, score: object, normalizer: object, block_size:
         raise PlanError(explain_values("block_size", "must be a power of two of at least 16", block_size=block_size))
     if max_length is not None and (not isinstance(max_length, int) or max_length < 0):
         raise PlanError(explain_values("max_length", "must be an int of at least 0", max_length=max_length))
-    counts = m.num_mask_heads(mask), s.num_score_heads(score), num_bias_heads(normalizer)
-    heads = {h for h in counts if h is not None}
+    check_heads(mask, score, normalizer)
+
+
+def check_heads(mask: m.Mask, score: s.Score | None, normalizer: Normalizer) -> None:
+    """Check that mask, score and normalizer are made for one number of heads.
+
+    Raises:
+        ShapeError: If they are not.
+    """
+    heads = set(made_for_heads(mask, score, normalizer))
     if len(heads) > 1:
         raise ShapeError(explain_values("mask, score", "must agree on the number of heads", heads=sorted(heads)))
+
+
+def made_for_heads(mask: m.Mask, score: s.Score | None, normalizer: Normalizer) -> list[int]:
+    """The numbers of heads that mask, score and normalizer are made for, those of them that are."""
+    counts = m.num_mask_heads(mask), s.num_score_heads(score), num_bias_heads(normalizer)
+    return [h for h in counts if h is not None]
+
+
+def check_normalizer(layout: Layout, mask: m.Mask, normalizer: Normalizer) -> None:
+    """Check that a normalizer can take a mask and a layout; metadata only.
+
+    Raises:
+        MaskError: If the mask is not one for this normalizer.
+        PlanError: If it cannot add the remainder of these queries.
+    """
+    if isinstance(normalizer, StickBreaking):
+        diagonal_align(mask, layout.is_self)
+        if normalizer.remainder and not layout.is_self:
+            rule = "remainder=True adds each query's own value, so k and v need the very offsets of q: q.with_values"
+            raise PlanError(explain_values("normalizer", rule, normalizer=normalizer))

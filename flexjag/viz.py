@@ -16,13 +16,13 @@ from flexjag import functions, mods, scores
 from flexjag.errors import PlanError, explain_values
 from flexjag.explain import counted, explain, shortened
 from flexjag.layout import blocks
+from flexjag.recipe import Recipe
 
 if TYPE_CHECKING:
     import numpy as np
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from flexjag.plan import Plan
     from flexjag.tiles import TileTable
 
 EXACT_LIMIT = 1024  # tokens up to which every score is drawn, not only every tile
@@ -35,7 +35,7 @@ PARTIAL_COLOR, FULL_COLOR, SEGMENT_COLOR = "#f2b76b", "#5b93d6", "#c0392b"
 EMPTY, PARTIAL, FULL, ALLOWED = range(4)  # what a square is; ALLOWED is a score in a PARTIAL tile
 
 
-def draw_plan(plan: Plan, head: int = 0) -> Figure:
+def draw_plan(plan: Recipe, head: int = 0) -> Figure:
     """Tiles (and, for small batches, single scores) of the packed score matrix, segments outlined.
 
     A matrix of more than 256 tiles to a side is drawn in squares of several tiles, and the title says so: a square is
@@ -72,7 +72,7 @@ def _figure_type() -> type[Figure]:
     return PlanFigure
 
 
-def draw(axes: Axes, plan: Plan, head: int = 0) -> None:
+def draw(axes: Axes, plan: Recipe, head: int = 0) -> None:
     """Draw the plan into existing axes; keys go right, queries go down.
 
     Raises:
@@ -110,7 +110,7 @@ def draw(axes: Axes, plan: Plan, head: int = 0) -> None:
     axes.legend(handles=legend, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=4, fontsize=8, frameon=False)
 
 
-def _check_head(plan: Plan, head: object) -> None:
+def _check_head(plan: Recipe, head: object) -> None:
     known = scores.num_score_heads(plan.score)
     if plan.head_of is not None:
         known = plan.head_of.shape[0]
@@ -123,13 +123,13 @@ def _check_head(plan: Plan, head: object) -> None:
         raise PlanError(explain_values("head", rule, head=head))
 
 
-def _sees_head(plan: Plan) -> bool:
+def _sees_head(plan: Recipe) -> bool:
     place, rests = plan.place(), [x.rest for x in plan.sandwiches if x.rest is not None]
     by_function = place is not None and any(functions.depends_on_head(rest, place) for rest in rests)
     return plan.head_of is not None or by_function
 
 
-def _title(plan: Plan, head: int, squares: _Squares, least: tuple[float, float] | None) -> list[str]:
+def _title(plan: Recipe, head: int, squares: _Squares, least: tuple[float, float] | None) -> list[str]:
     rows, cols = plan.grid
     which = f", head {head}" if _sees_head(plan) else ""
     lines = [
@@ -167,7 +167,7 @@ class _Squares:
     num_full: int
 
 
-def _squares(plan: Plan, head: int) -> _Squares:
+def _squares(plan: Recipe, head: int) -> _Squares:
     rows, cols = plan.grid
     which = head if plan.head_of is not None else 0
     tables = [plan.tiles.kv_partial, plan.tiles.kv_full]
@@ -202,7 +202,7 @@ def _count(
     return found.view(shape)
 
 
-def _scores(plan: Plan, head: int, kinds: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+def _scores(plan: Recipe, head: int, kinds: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """The tiles' kinds, score by score ``[T_q, T_kv]``; allowed ones of PARTIAL tiles are told apart."""
     layout, block = plan.layout, plan.block_size
     which = 0 if plan.head_of is None else int(plan.head_of[head])
@@ -234,7 +234,7 @@ def _palette() -> np.ndarray[Any, Any]:
     return (255 * colors).round().astype(np.uint8)
 
 
-def _outline(axes: Axes, plan: Plan) -> tuple[float, float] | None:
+def _outline(axes: Axes, plan: Recipe) -> tuple[float, float] | None:
     """Outline the segments; if there are many, only those as large as a square, whose least sides are returned."""
     from matplotlib.collections import PolyCollection
 
@@ -254,7 +254,7 @@ def _outline(axes: Axes, plan: Plan) -> tuple[float, float] | None:
     return least if least is not None and chosen.shape[0] < layout.num_segments else None
 
 
-def to_html(plan: Plan) -> str:
+def to_html(plan: Recipe) -> str:
     """The explanation and the picture, for Jupyter."""
     figure: Any = draw_plan(plan)
     picture = base64.b64encode(figure._repr_png_()).decode()

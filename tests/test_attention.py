@@ -199,7 +199,7 @@ def test_block_size_changes_nothing(block: int) -> None:
 
 def test_many_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """The eager path of `tiled` goes in chunks of whole tile rows; make them as small as they get."""
-    from flexjag.backends import tiled
+    from flexjag.backends.tiled import run as tiled
 
     monkeypatch.setattr(tiled, "CHUNK_SCORES", 1)
     q, k, v = make_qkv(LENGTHS)

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import flexjag as fj
-from flexjag.backends import runs, whole_segments
-from flexjag.backends.batches import ADJACENT, GATHERED, LONGEST, SHORT, Batch, Cut, Packed, list_batches
+from flexjag.backends.segments import runs
+from flexjag.backends.segments import whole as whole_segments
+from flexjag.backends.segments.batches import ADJACENT, GATHERED, LONGEST, SHORT, Batch, Cut, Packed, list_batches
 
 WIDTH = 256
 FEW = SHORT // WIDTH  # tokens that share calls

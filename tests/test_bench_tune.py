@@ -14,7 +14,8 @@ import torch
 from cases import CUDA_ONLY, make_qkv
 
 import flexjag as fj
-from flexjag.backends import tiled, tuning
+from flexjag.backends.flex import tuning
+from flexjag.backends.tiled import run as tiled
 from flexjag.bench import tune, tune_candidates
 from flexjag.bench.cli import main
 from flexjag.bench.registry import ArmResult

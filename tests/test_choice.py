@@ -12,7 +12,9 @@ from cases import make_qkv
 
 import flexjag as fj
 from flexjag import Causal, Full, Prefix, SoftCap, Window
-from flexjag.choice import BACKENDS, Case, choose, pick, refusal, varlen_has_gqa
+from flexjag.backends.base import Case
+from flexjag.backends.choose import BACKENDS, choose, pick, refusal
+from flexjag.backends.varlen import has_gqa
 from flexjag.errors import BackendError
 from flexjag.nodes import node
 
@@ -96,7 +98,7 @@ def test_refusal(backend: str, what: Case, why: str | None) -> None:
 
 def test_varlen_gqa_depends_on_torch() -> None:
     got = refusal("varlen", case(**BF16, dims=(4, 2, 64, 64)))
-    assert (got is None) == varlen_has_gqa()
+    assert (got is None) == has_gqa()
 
 
 @node
@@ -183,7 +185,7 @@ def test_attention_raises_and_names_one_that_can() -> None:
         fj.attention(q, k, v, mask=Causal(), backend="varlen")
     with pytest.raises(BackendError, match=r"'segments' cannot run this plan: .*SoftCap.*; use backend='tiled'"):
         fj.attention(q, k, v, score=SoftCap(2.0), backend="segments")
-    with pytest.raises(BackendError, match=r"'flex' cannot run this plan: .*log-sum-exp; use backend="):
+    with pytest.raises(BackendError, match=r"'flex' cannot run this plan: .*log-sum-exp on CPU; use backend="):
         fj.attention(q, k, v, return_lse=True, backend="flex")
     grad = q.with_values(q.values.clone().requires_grad_())
     with pytest.raises(BackendError, match=r"'flex' cannot run this plan: .*no backward on CPU"):

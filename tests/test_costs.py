@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import flexjag as fj
-from flexjag import costs
 from flexjag.algebra.facts import attended, extent
+from flexjag.backends import costs
+from flexjag.backends.choose import expected_seconds
 from flexjag.bench import calibrate, main
-from flexjag.choice import expected_seconds
 
 MASKS = [
     fj.Full(),

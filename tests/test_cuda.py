@@ -31,7 +31,7 @@ from flexjag import (
     SoftCap,
     Window,
 )
-from flexjag.choice import varlen_has_gqa
+from flexjag.backends.varlen import has_gqa
 
 pytestmark = CUDA_ONLY
 
@@ -163,8 +163,8 @@ def test_flex_scores_and_their_gradients(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 @pytest.mark.parametrize("mask", [Full(), Causal(), Window(50, 0), Causal() & Window(50, None), Window(9, 9)], ids=repr)
 def test_varlen(mask: fj.Mask, dtype: torch.dtype, heads: tuple[int, int]) -> None:
-    if heads[0] != heads[1] and not varlen_has_gqa():
-        pytest.skip("this torch's varlen_attn has no grouped-query attention; choice.refusal says so")
+    if heads[0] != heads[1] and not has_gqa():
+        pytest.skip("this torch's varlen_attn has no grouped-query attention; its rule says so")
     check(qkv(dtype, heads=heads[0], groups=heads[1]), mask, backend="varlen", lse=False)
 
 

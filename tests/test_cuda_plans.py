@@ -187,7 +187,7 @@ def test_eager_calls_share_one_kernel_per_structure() -> None:
 
 def forget_kernels() -> None:
     """Forget the kernels that earlier tests compiled."""
-    from flexjag.backends import flex
+    from flexjag.backends.flex import run as flex
 
     flex._compiled.cache_clear()
 

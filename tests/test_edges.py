@@ -11,6 +11,7 @@ from cases import EDGE_LENGTHS, make_qkv, needing_gradients
 
 import flexjag as fj
 from flexjag import Causal, Full, MaskMod, Prefix, Window
+from flexjag.backends import Backend
 from flexjag.errors import LayoutError
 from flexjag.layout import build_layout
 
@@ -89,10 +90,10 @@ def test_segments_empty_on_one_side(lengths: list[int], kv_lengths: list[int], b
 def test_no_tokens_launches_nothing(lengths: list[int], backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module = importlib.import_module("flexjag.attention")
 
-    def fail(name: str) -> None:
-        raise AssertionError(f"{name} was asked to run nothing")
+    def fail(record: Backend, *_: object) -> None:
+        raise AssertionError(f"{record.name} was asked to run nothing")
 
-    monkeypatch.setattr(module, "_runner", fail)
+    monkeypatch.setattr(module, "_execute", fail)
     q, k, v = make_qkv(lengths, value_dim=8, dtype=torch.float32)
     if backend != "flex":
         q, k, v = needing_gradients(q, k, v)

@@ -11,7 +11,7 @@ from test_choice import case
 from torch import Tensor
 
 import flexjag as fj
-from flexjag.choice import choose, refusal
+from flexjag.backends.choose import choose, refusal
 from flexjag.errors import BackendError
 from flexjag.layout import Layout
 from flexjag.mods import RowTables, mask_case

@@ -26,7 +26,9 @@ from torch.autograd import forward_ad
 import flexjag as fj
 from flexjag import functions
 from flexjag.algebra.tree import replaced, walk
-from flexjag.backends import runs, segments
+from flexjag.backends import Backend
+from flexjag.backends.segments import run as segments
+from flexjag.backends.segments import runs
 from flexjag.layout import build_layout
 from flexjag.nodes import Axis, NodeKind
 from flexjag.testing import Bounds, rounding_bounds
@@ -223,8 +225,8 @@ def test_hard_cases_are_drawn(name: str) -> None:
     find(cases("tiled").map(lambda case: bool(HARD[name](case))), bool, settings=FIRST)
 
 
-def _without_care_for_spare_rows(name: str, q: Tensor, k: Tensor, v: Tensor, plan: fj.Plan, *rest: Any) -> Any:
-    return calls._runner(name, plan.normalizer)(q, k, v, plan, *rest)
+def _without_care_for_spare_rows(backend: Backend, *args: Any) -> Any:
+    return backend.run(*args)
 
 
 def _all_ruled_out(*args: Any) -> tuple[Tensor | None, Tensor | None]:

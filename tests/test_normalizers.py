@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import flexjag as fj
-from flexjag.backends.pointwise import Activation, activation
+from flexjag.backends.normalized.pointwise import Activation, activation
 from flexjag.backends.reference import weigh
 from flexjag.errors import PlanError, ShapeError
 from flexjag.nodes import node
@@ -119,7 +119,8 @@ def test_cross_attention(kv_lengths: list[int], backend: str) -> None:
 @pytest.mark.parametrize("kind", ["silu", "sigmoid, heads"])
 def test_many_pieces(kind: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pieces as small as they get: 16 rows, or one row of tiles."""
-    from flexjag.backends import pieces, tiled
+    from flexjag.backends.normalized import pieces
+    from flexjag.backends.tiled import run as tiled
 
     monkeypatch.setattr(tiled, "CHUNK_SCORES", 1)
     monkeypatch.setattr(pieces, "RUN_SCORES", 1)

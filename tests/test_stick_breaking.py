@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import flexjag as fj
-from flexjag.backends.stick_breaking import carry_over
+from flexjag.backends.normalized.stick_breaking import carry_over
 from flexjag.errors import MaskError, PlanError
 from flexjag.normalizers import StickBreaking
 from flexjag.testing import assert_compiles, assert_matches_reference, assert_no_leak, jagged_batches, masks, problems
@@ -104,7 +104,8 @@ def test_shapes(groups: int, dim: int, value_dim: int, backend: str) -> None:
 @FAST
 def test_many_pieces(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pieces as small as they get: 16 rows, or one row of tiles."""
-    from flexjag.backends import pieces, tiled
+    from flexjag.backends.normalized import pieces
+    from flexjag.backends.tiled import run as tiled
 
     monkeypatch.setattr(tiled, "CHUNK_SCORES", 1)
     monkeypatch.setattr(pieces, "RUN_SCORES", 1)

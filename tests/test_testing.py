@@ -12,7 +12,8 @@ from torch import Tensor
 
 import flexjag as fj
 from flexjag import spans, tiles
-from flexjag.backends import reference, tiled
+from flexjag.backends import reference
+from flexjag.backends.tiled import run as tiled
 from flexjag.testing import (
     assert_compiles,
     assert_matches_reference,

@@ -13,7 +13,7 @@ from torch import Tensor
 from triton_normalizers import LENGTHS, MASKS, NORMALIZERS, SCORES, TOTAL
 
 import flexjag as fj
-from flexjag.backends.triton import printed
+from flexjag.backends.triton.pointwise import printed
 from flexjag.backends.triton_kernels import list_kernels
 from flexjag.codegen.measure import Usage
 from flexjag.codegen.targets import TARGETS, get_target
@@ -202,7 +202,7 @@ def test_every_normalizer_has_its_kernels() -> None:
 
 
 def test_no_kernel_uses_atomics() -> None:
-    from flexjag.backends import triton_pointwise
+    from flexjag.backends.triton import pointwise_kernels as triton_pointwise
     from flexjag.kernels import math
 
     sources = [getattr(x, "src", "") for module in (math, triton_pointwise) for x in vars(module).values()]

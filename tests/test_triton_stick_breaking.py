@@ -14,7 +14,7 @@ from cases import CUDA_ONLY, EDGE_LENGTHS, make_qkv, needing_gradients, on_gpu
 from torch import Tensor
 
 import flexjag as fj
-from flexjag.backends.triton_stick_breaking_kernels import softplus
+from flexjag.backends.triton.stick_breaking_kernels import softplus
 from flexjag.codegen.worker import Worker
 from flexjag.kernels.math import jit
 from flexjag.normalizers import StickBreaking
@@ -240,7 +240,7 @@ def all_results(case: Case, batches: tuple[fj.Jagged, ...], plan: fj.Plan) -> li
 def run_in_turns() -> tuple[list[Tensor], list[Tensor]]:
     """The same twice: with notes of all heads at once, and of one group after the other."""
     prepare()
-    from flexjag.backends import triton_stick_breaking_launch as launch
+    from flexjag.backends.triton import stick_breaking_launch as launch
 
     case = Case(normalizer=BOTH, heads=4, groups=2, score=lambda: fj.Alibi(torch.ones(4) / 9) >> fj.SoftCap(2.0))
     batches = case.batches()
@@ -366,7 +366,7 @@ def test_one_graph_for_all_batches(interpreter: Worker) -> None:
 
 def check_operators() -> None:
     prepare()
-    from flexjag.backends import triton_stick_breaking as sticks
+    from flexjag.backends.triton import stick_breaking as sticks
 
     case = Case(heads=2, groups=1, lengths=(20, 3), score=slopes_and_cap)
     q, k, v = (x.values for x in needing_gradients(*case.batches()))

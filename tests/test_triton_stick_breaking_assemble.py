@@ -8,8 +8,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from flexjag.backends.triton.stick_breaking_kernels import find_spoiled
 from flexjag.backends.triton_kernels import list_kernels
-from flexjag.backends.triton_stick_breaking_kernels import find_spoiled
 from flexjag.codegen.measure import Usage
 from flexjag.codegen.targets import TARGETS, get_target
 from flexjag.codegen.worker import Worker

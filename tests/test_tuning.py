@@ -13,7 +13,9 @@ import torch
 from cases import make_qkv
 
 import flexjag as fj
-from flexjag.backends import flex, flex_options, tuning
+from flexjag.backends.flex import options as flex_options
+from flexjag.backends.flex import run as flex
+from flexjag.backends.flex import tuning
 from flexjag.codegen.capture import as_on_gpu
 
 HERE = tuning.Device("A GPU", "9.0", "2.13.0", "3.7.0")

@@ -13,7 +13,7 @@ from cases import make_qkv
 from torch import Tensor
 
 import flexjag as fj
-from flexjag import choice
+from flexjag.backends.choose import refusal
 from flexjag.errors import BackendError
 from flexjag.mods import mask_case
 from flexjag.nodes import node
@@ -117,7 +117,7 @@ def _(mask, tables, layout):  # type: ignore[no-untyped-def]
 def test_a_node_of_ones_own_is_refused_when_lowered() -> None:
     q, k, v = make_qkv(LENGTHS, dtype=torch.float32)
     plan = fj.plan(q, mask=Starts(torch.zeros(36, 2, dtype=torch.int32)))
-    assert choice.refusal("flex", plan.case()) is None
+    assert refusal("flex", plan.case()) is None
     with pytest.raises(BackendError, match=ROWS):
         fj.attention(q, k, v, plan=plan, backend="flex")
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import flexjag as fj
 from flexjag import mods
-from flexjag.backends import triton as triton_backend
+from flexjag.backends.triton import pointwise as triton_backend
 from flexjag.backends.triton_modules import emit, load
 from flexjag.codegen.interpreter import mend_interpreter
 from flexjag.normalizers import GELU, Identity, Pointwise, Sigmoid, SiLU

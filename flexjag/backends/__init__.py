@@ -1,1 +1,7 @@
-"""What executes a plan: one file per backend, all with the same ``run`` signature."""
+"""What executes a plan: a record per backend, all with the same ``run`` signature. `register` adds one of your own."""
+
+from flexjag.backends.base import Backend as Backend
+from flexjag.backends.base import Case as Case
+from flexjag.backends.base import Promises as Promises
+from flexjag.backends.choose import register as register
+from flexjag.backends.choose import unregister as unregister

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flexjag import functions
 from flexjag.errors import DifferentiationError
-from flexjag.plan import Plan
+from flexjag.recipe import Recipe
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,11 +32,11 @@ class Held:
     trials: list[functions.Trial]
 
     @staticmethod
-    def of(plan: Plan, compute: torch.dtype) -> Held:
+    def of(recipe: Recipe, compute: torch.dtype) -> Held:
         """That of a plan, whose names are frozen. Functions are called once."""
-        nodes = (*plan.kernel_masks, *(() if plan.score is None else (plan.score,)), plan.normalizer)
-        tried = [x for node in nodes for x in functions.trials(node, compute, plan.place)]
-        held = [x for node in nodes[len(plan.kernel_masks) :] for x in functions.held_tensors(node)]
+        nodes = (*recipe.kernel_masks, *(() if recipe.score is None else (recipe.score,)), recipe.normalizer)
+        tried = [x for node in nodes for x in functions.trials(node, compute, recipe.place)]
+        held = [x for node in nodes[len(recipe.kernel_masks) :] for x in functions.held_tensors(node)]
         found = {id(x): x for x in (*held, *(x for trial in tried for x in trial.given))}.values()
         learned = [x for x in found if x.requires_grad and torch.is_grad_enabled()]
         fixed = [x for x in found if not x.requires_grad and not x.is_inference()]  # those count no writes

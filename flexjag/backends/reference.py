@@ -11,13 +11,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flexjag import functions
 from flexjag import masks as m
 from flexjag import normalizers as nz
 from flexjag import scores as s
 from flexjag.algebra.facts import diagonal_align
+from flexjag.backends.base import ALL, Backend, Problem, Promises
 from flexjag.dispatch import Interpretation
 from flexjag.errors import MaskError, ScoreError
-from flexjag.layout import Layout
 from flexjag.nodes import is_integer, saturated
 from flexjag.scalars import blamed
 
@@ -275,22 +276,21 @@ def dense_allowed(mask: m.Mask, normalizer: nz.Normalizer, seg: Segment, is_self
     return dense(mask, seg).expand(seg.heads, seg.n, seg.m)
 
 
-def run(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    layout: Layout,
-    mask: m.Mask,
-    score: s.Score | None,
-    scale: float,
-    normalizer: nz.Normalizer,
-) -> tuple[Tensor, Tensor]:
+def run(q: Tensor, k: Tensor, v: Tensor, problem: Problem, scale: float, need_rest: bool) -> tuple[Tensor, Tensor]:
     """Dense attention of ``q [T_q, H, D]``, ``k [T_kv, G, D]``, ``v [T_kv, G, E]``, segment by segment.
 
     Returns:
         ``[T_q, H, E]`` in q's dtype, and in float32 or float64 ``[T_q, H]``: the log-sum-exp of a softmax, the
         remainder of stick-breaking, something of no meaning otherwise. Half precision is computed in float32.
     """
+    compute = torch.promote_types(q.dtype, torch.float32)
+    problem = problem.learning_in(compute)
+    with functions.learning_once(problem.score, compute, problem.place):
+        return _attend(q, k, v, problem, scale)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, problem: Problem, scale: float) -> tuple[Tensor, Tensor]:
+    layout, mask, score, normalizer = problem.layout, problem.mask, problem.score, problem.normalizer
     dtype, heads, repeats = q.dtype, q.shape[1], q.shape[1] // k.shape[1]
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     q, k, v = q.to(compute), k.to(compute), v.to(compute)
@@ -327,3 +327,18 @@ def run(
     lses.append(q.new_full((spare, heads), no_key))
     link = q[:0].sum() + k[:0].sum() + v[:0].sum()  # 0, and differentiable even if no query meets a key
     return (torch.cat(outs) + link).to(dtype), torch.cat(lses) + link
+
+
+REFERENCE = Backend(
+    name="reference",
+    title="dense, per segment: the oracle",
+    takes="all",
+    run=run,
+    promises=Promises(
+        second_order=True,
+        untraceable="it loops over segments on the host, which cannot be traced",
+        contains_nan=True,
+        unmixed=True,
+        wide=ALL,
+    ),
+)

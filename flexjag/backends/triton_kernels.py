@@ -13,7 +13,8 @@ from flexjag import normalizers as nz
 from flexjag import scores as s
 from flexjag.jagged import Jagged
 from flexjag.launching import KernelCase, note_launches
-from flexjag.plan import Plan, plan
+from flexjag.lowering.outline import outline, with_tiles
+from flexjag.recipe import Recipe
 
 TOKENS, HEADS, GROUPS = 4096, 8, 2
 """Sizes of the examples; only whether they are 1 or divisible by 16 shows in the code."""
@@ -37,47 +38,51 @@ def list_kernels(features: int = 64, dtype: torch.dtype = torch.bfloat16) -> lis
 
 
 def _examples(features: int, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
-    tokens = Jagged.from_lengths(torch.empty(TOKENS), [TOKENS])
     bias = s.RelativeBias(torch.empty(HEADS, 257))
     times = s.TimeBias(torch.empty(HEADS, 129), torch.zeros(TOKENS, dtype=torch.int64), torch.arange(128))
     plans = {
-        "silu": plan(tokens, mask=m.Causal(), normalizer=nz.SiLU()),
-        "silu, position and time bias": plan(tokens, mask=m.Causal(), score=bias >> times, normalizer=nz.SiLU()),
-        "silu, sinks, cap": plan(
-            tokens, mask=m.Causal() & (m.Window(64, 0) | m.Prefix(4)), score=s.SoftCap(30.0), normalizer=nz.SiLU()
+        "silu": _made(mask=m.Causal(), normalizer=nz.SiLU()),
+        "silu, position and time bias": _made(mask=m.Causal(), score=bias >> times, normalizer=nz.SiLU()),
+        "silu, sinks, cap": _made(
+            mask=m.Causal() & (m.Window(64, 0) | m.Prefix(4)), score=s.SoftCap(30.0), normalizer=nz.SiLU()
         ),
-        "gelu": plan(tokens, mask=m.Causal(), normalizer=nz.GELU()),
-        "gelu, tanh": plan(tokens, mask=m.Causal(), normalizer=nz.GELU(approximate="tanh")),
-        "identity": plan(tokens, mask=m.Causal(), normalizer=nz.Identity()),
-        "sigmoid": plan(tokens, mask=m.Causal(), normalizer=nz.Sigmoid()),
+        "gelu": _made(mask=m.Causal(), normalizer=nz.GELU()),
+        "gelu, tanh": _made(mask=m.Causal(), normalizer=nz.GELU(approximate="tanh")),
+        "identity": _made(mask=m.Causal(), normalizer=nz.Identity()),
+        "sigmoid": _made(mask=m.Causal(), normalizer=nz.Sigmoid()),
     }
     launches: dict[str, Callable[[], object]] = {
         name: partial(_launch_pointwise, p, features, dtype) for name, p in plans.items()
     }
     sticks = {
-        "stick_breaking": plan(tokens, mask=m.Causal(), normalizer=nz.StickBreaking()),
-        "stick_breaking, sinks, cap": plan(
-            tokens,
+        "stick_breaking": _made(mask=m.Causal(), normalizer=nz.StickBreaking()),
+        "stick_breaking, sinks, cap": _made(
             mask=m.Causal() & (m.Window(64, 0) | m.Prefix(4)),
             score=s.SoftCap(30.0),
             normalizer=nz.StickBreaking(),
         ),
-        "stick_breaking, own key, remainder, slopes": plan(
-            tokens, mask=m.Causal(), score=s.Alibi.from_heads(HEADS), normalizer=nz.StickBreaking(True, True)
+        "stick_breaking, own key, remainder, slopes": _made(
+            mask=m.Causal(), score=s.Alibi.from_heads(HEADS), normalizer=nz.StickBreaking(True, True)
         ),
-        "stick_breaking, position and time bias": plan(
-            tokens, mask=m.Causal(), score=bias >> times, normalizer=nz.StickBreaking()
+        "stick_breaking, position and time bias": _made(
+            mask=m.Causal(), score=bias >> times, normalizer=nz.StickBreaking()
         ),
     }
     return launches | {name: partial(_launch_stick_breaking, p, features, dtype) for name, p in sticks.items()}
+
+
+def _made(mask: m.Mask, normalizer: nz.Normalizer, score: s.Score | None = None) -> Recipe:
+    tokens = Jagged.from_lengths(torch.empty(TOKENS), [TOKENS])
+    return with_tiles(outline(tokens, None, mask, score, normalizer))
 
 
 def _meta(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def _launch_pointwise(p: Plan, features: int, dtype: torch.dtype) -> None:
-    from flexjag.backends import triton, triton_launch
+def _launch_pointwise(p: Recipe, features: int, dtype: torch.dtype) -> None:
+    from flexjag.backends.triton import pointwise as triton
+    from flexjag.backends.triton import pointwise_launch as triton_launch
 
     printed = triton.printed(p)
     captures = [x.to("meta") for x in printed.captures]
@@ -90,9 +95,9 @@ def _launch_pointwise(p: Plan, features: int, dtype: torch.dtype) -> None:
     triton_launch.pointwise_gradients(q, q, k, v, *given, tables, transposed, *rest)
 
 
-def _launch_stick_breaking(p: Plan, features: int, dtype: torch.dtype) -> None:
-    from flexjag.backends import triton_stick_breaking as sticks
-    from flexjag.backends.triton_stick_breaking_launch import Call, run_backward, run_forward
+def _launch_stick_breaking(p: Recipe, features: int, dtype: torch.dtype) -> None:
+    from flexjag.backends.triton import stick_breaking as sticks
+    from flexjag.backends.triton.stick_breaking_launch import Call, run_backward, run_forward
 
     printed = sticks.printed(p)
     captures, tiles = ([x.to("meta") for x in some] for some in (printed.captures, sticks.tiles_of(p)))

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from flexjag import normalizers as nz
 from flexjag import scores as s
-from flexjag.plan import Plan
 from flexjag.printing import (
     MaskFunction,
     ScoreFunction,
@@ -31,6 +30,7 @@ from flexjag.printing import (
     has_functions,
     trace,
 )
+from flexjag.recipe import Recipe
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,10 +74,10 @@ class Functions:
     is_heavy: bool
 
 
-_known: WeakKeyDictionary[Plan, dict[tuple[bool, ...], Printed]] = WeakKeyDictionary()
+_known: WeakKeyDictionary[Recipe, dict[tuple[bool, ...], Printed]] = WeakKeyDictionary()
 
 
-def once(plan: Plan, write: Callable[[bool], Printed]) -> Printed:
+def once(plan: Recipe, write: Callable[[bool], Printed]) -> Printed:
     """What `write` prints of a plan, printed once for all layers.
 
     But a user's function may close over what changes, and is printed anew each time.

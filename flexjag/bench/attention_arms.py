@@ -15,10 +15,11 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from flexjag.algebra.facts import as_window
 from flexjag.attention import attention
+from flexjag.backends.base import Case
+from flexjag.backends.choose import refusal
 from flexjag.bench.attention_kinds import KINDS, MAX_DISTANCE
 from flexjag.bench.padded import Expected, Padding, Tensors, with_gradients
 from flexjag.bench.registry import Arm
-from flexjag.choice import Case, refusal
 from flexjag.jagged import Jagged
 from flexjag.masks import Causal, Full
 from flexjag.normalizers import Softmax

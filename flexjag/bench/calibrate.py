@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 
-from flexjag import costs
 from flexjag.attention import attention
+from flexjag.backends import costs
+from flexjag.backends.costs import Line, Sizes, Work
+from flexjag.backends.segments import cost as segments_cost
+from flexjag.backends.tiled import cost as tiled_cost
 from flexjag.bench.environment import describe
 from flexjag.bench.measure import median, run_case
 from flexjag.bench.registry import Arm, Case, Options, Tell
-from flexjag.costs import Line, Work
 from flexjag.jagged import Jagged
 from flexjag.masks import Causal, Mask, Prefix, Window
 from flexjag.normalizers import Normalizer, SiLU, Softmax
@@ -72,8 +74,8 @@ def measure(tell: Tell, rounds: int = 5) -> list[Point]:
         for result in run_case("calibrate", case, options, tell):
             if result.seconds:
                 way = ways(kind)[result.name]
-                estimate = costs.work_of_tiles if result.name == "tiled" else costs.work_of_segments
-                work = estimate(way, mask, segments, tokens, tokens, HEADS * 2 * DIM / costs.DIMS)
+                estimate = tiled_cost.work if result.name == "tiled" else segments_cost.work
+                work = estimate(way, mask, Sizes(segments, tokens, tokens, HEADS * 2 * DIM / costs.DIMS))
                 points.append(Point(work, grad, f"{mask!r}, {kind}", length, median(result.seconds)))
     return points
 

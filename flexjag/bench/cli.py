@@ -73,7 +73,7 @@ def _run(argv: list[str]) -> int:
 
 
 def _calibrate(argv: list[str]) -> int:
-    from flexjag import costs
+    from flexjag.backends import costs
     from flexjag.bench import calibrate, run
 
     text = "Measure the CPU backends and fit the lines by which auto chooses between them. Takes about three minutes."

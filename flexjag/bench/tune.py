@@ -1,7 +1,7 @@
 """Which kernel options are fastest on this GPU: ``python -m flexjag.bench tune``. The winners go into a file.
 
-The file is the one that :mod:`flexjag.backends.tuning` reads. Every candidate is checked against float64 before it is
-timed.
+The file is the one that :mod:`flexjag.backends.flex.tuning` reads. Every candidate is checked against float64 before it
+is timed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from flexjag.backends import flex, tuning
+from flexjag.backends.flex import run as flex
+from flexjag.backends.flex import tuning
 from flexjag.bench.cli import Parser
 from flexjag.bench.measure import median, quartiles, run_case
 from flexjag.bench.registry import ArmResult, BenchError, Case, Options, Tell
@@ -87,7 +88,7 @@ def tune(
         shared: Bytes of shared memory that a block may have.
         seconds: For all of it. Candidates that have no time left are not tried.
         tell: Called with what is being measured now.
-        attend: From kernel options to a function like :func:`flexjag.backends.flex.run`.
+        attend: From kernel options to a function like :func:`flexjag.backends.flex.run.run`.
         measure: What checks and times the arms of a case.
         first: Of how many blocks; None for all.
         masks: On how many masks; None for all.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from flexjag.attention import attention
-from flexjag.backends import tuning
+from flexjag.backends.flex import tuning
 from flexjag.bench.lengths import document_lengths
 from flexjag.bench.measure import RESULTS
 from flexjag.bench.padded import Expected, Tensors

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from flexjag.backends import flex
+from flexjag.backends.flex import run as flex
 from flexjag.bench.attention_arms import SLOW
 from flexjag.bench.registry import Arm, Case, Options, find
 from flexjag.bench.tune_candidates import Sizes, backward_candidates, forward_candidates, subjects

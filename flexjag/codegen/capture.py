@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from flexjag.codegen.payload import Meta, pack, unpack
-from flexjag.layout import Layout
+from flexjag.layout import cpu_stands_in_for_gpu
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ def merged(own: dict[str, Any], callers: dict[str, Any]) -> dict[str, Any]:
 def as_on_gpu(kernel_options: dict[str, Any]) -> Iterator[None]:
     """FlexAttention and flexjag behave as they would for tensors on a GPU."""
     flex = importlib.import_module("torch.nn.attention.flex_attention")
-    backend = importlib.import_module("flexjag.backends.flex_options")
+    backend = importlib.import_module("flexjag.backends.flex.options")
     apply, options = flex._apply_kernel_options, backend.kernel_options
 
     def apply_kernel_options(q: Any, k: Any, v: Any, lse: bool, given: Any, aux: Any = None) -> dict[str, Any]:
@@ -181,7 +181,7 @@ def as_on_gpu(kernel_options: dict[str, Any]) -> Iterator[None]:
         return merged(options(*args), kernel_options)
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(Layout, "on_gpu", True))
+        stack.enter_context(cpu_stands_in_for_gpu())
         stack.enter_context(mock.patch.object(flex, "_validate_device", _accept))
         stack.enter_context(mock.patch.object(flex, "_apply_kernel_options", apply_kernel_options))
         stack.enter_context(mock.patch.object(backend, "kernel_options", with_callers))

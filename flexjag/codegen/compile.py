@@ -14,16 +14,17 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from flexjag import choice
 from flexjag.attention import attention, check_inputs
+from flexjag.backends.choose import refusal
 from flexjag.codegen import cache as store
-from flexjag.codegen.payload import Payload, for_gpu, pack, unpack
+from flexjag.codegen.payload import Payload, pack, unpack
 from flexjag.codegen.report import Listing
 from flexjag.codegen.targets import Target, get_target
 from flexjag.codegen.worker import TIMEOUT_S, Worker, call
 from flexjag.errors import BackendError, CodegenError, ShapeError, TargetError, explain_values
 from flexjag.jagged import Jagged, mark_varying
-from flexjag.plan import Plan, mark_plan
+from flexjag.lowering.outline import for_gpu, mark_sizes
+from flexjag.plan import Plan
 
 TESTED_TORCH = ("2.11", "2.12", "2.13", "2.14")
 """Versions of torch whose internals the worker is known to fit."""
@@ -210,7 +211,7 @@ def _job(
         if not q.values.shape[0] or not k.values.shape[0]:
             raise CodegenError("plan: has no tokens, so there is no kernel to run")
         _check_flex(plan, q, v, dtype, return_lse)
-        mark_plan(plan)
+        mark_sizes(plan)
         tokens = f"{plan.layout.num_q}x{plan.layout.num_kv}"
         about = {"mask": repr(plan.mask), "score": plan.score and repr(plan.score), "tokens": tokens} | about
         heads = f"{q.values.shape[1]}/{k.values.shape[1]}"
@@ -243,7 +244,7 @@ def _check_qkv(args: tuple[Any, ...]) -> tuple[Jagged, Jagged, Jagged]:
 def _check_flex(plan: Plan, q: Jagged, v: Jagged, dtype: torch.dtype, return_lse: bool) -> None:
     heads, dim = q.values.shape[1:]
     dims = (heads, v.values.shape[1], dim, v.values.shape[2])
-    why = choice.refusal("flex", for_gpu(plan).case(dtype=dtype, lse=return_lse, dims=dims))
+    why = refusal("flex", for_gpu(plan).case(dtype=dtype, lse=return_lse, dims=dims))
     if why is not None:
         raise BackendError(f"plan: its kernels are not FlexAttention's: {why}")
 

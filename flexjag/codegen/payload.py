@@ -11,17 +11,14 @@ import io
 import pickle
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flexjag import functions, mods
 from flexjag.errors import CodegenError, explain_values
-from flexjag.layout import Layout
-from flexjag.plan import Plan, mark_plan
 
 
 @dataclass(frozen=True)
@@ -88,27 +85,6 @@ def _at_home(set_state: Callable[..., None], function: Any, state: Any) -> None:
     set_state(function, state)
     if function.__module__ == "__main__":
         vars(sys.modules["__main__"]).update(function.__globals__)
-
-
-class GpuLayout(Layout):
-    """A layout that a GPU's kernels will read, wherever it lies."""
-
-    @property
-    def on_gpu(self) -> bool:
-        """Always."""
-        return True
-
-
-def for_gpu(plan: Plan) -> Plan:
-    """The plan as it would be if it had been made on a GPU."""
-    layout = GpuLayout(**vars(plan.layout))
-    tables = mods.row_tables(layout, plan.block_size)
-    masks = tuple(mods.kernel_mask(x, tables) for x in plan.sandwiches)
-    score = None if plan.score is None else mods.rounded(plan.score, tables)
-    nothing = functions.Reading([], [])  # what functions read is compared here, not in another process
-    made = replace(plan, layout=layout, tables=tables, kernel_masks=masks, kernel_score=score, reading=nothing)
-    mark_plan(made)
-    return made
 
 
 def pack(obj: Any) -> Payload:

@@ -8,8 +8,9 @@ from typing import Any
 import cloudpickle
 from torch import Tensor
 
-from flexjag.codegen.payload import for_gpu, same
-from flexjag.plan import Plan
+from flexjag.codegen.payload import same
+from flexjag.lowering.outline import for_gpu
+from flexjag.recipe import Recipe
 
 
 class Pickler(cloudpickle.Pickler):
@@ -19,7 +20,7 @@ class Pickler(cloudpickle.Pickler):
         super().__init__(file)
         self.index: dict[int, int] = {}
         self.tensors: list[Tensor] = []
-        self.rounded: dict[int, Plan] = {}  # also keeps the new tables alive while their ids are keys
+        self.rounded: dict[int, Recipe] = {}  # also keeps the new tables alive while their ids are keys
 
     def persistent_id(self, obj: Any) -> int | None:
         """The number of a tensor, which travels apart; None for anything else."""
@@ -32,6 +33,6 @@ class Pickler(cloudpickle.Pickler):
 
     def reducer_override(self, obj: Any) -> Any:
         """A plan is sent as it would be if it had been made on a GPU."""
-        if isinstance(obj, Plan) and not obj.tables.rounded:
+        if isinstance(obj, Recipe) and not obj.layout.on_gpu:
             return same, (self.rounded.setdefault(id(obj), for_gpu(obj)),)
         return super().reducer_override(obj)

@@ -212,7 +212,7 @@ bfloat16, {tokens} tokens in 3 segments, {heads} heads, sizes that vary from bat
 
 - **mask_mod and options**: `flexjag` is what `fj.attention` runs on such a GPU. `same, default options` is the same
   plan given to `flex_attention` by hand, with the options that PyTorch picks: the state before flexjag chose its own
-  (`flexjag/backends/flex_options.py`). `attention-gym` is the same tiles with attention-gym's document mask
+  (`flexjag/backends/flex/options.py`). `attention-gym` is the same tiles with attention-gym's document mask
   (`generate_doc_mask_mod`) in place of the interval form, default options.
 - **spilled**: bytes per thread that the code stores to local memory because registers ran out.
 - **shared**: KiB per block; *too much* is more than the GPU has, so that the kernel could not be launched.

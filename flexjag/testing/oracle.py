@@ -13,7 +13,8 @@ from flexjag import functions
 from flexjag import masks as m
 from flexjag import scores as s
 from flexjag.attention import attention
-from flexjag.choice import HALF
+from flexjag.backends.base import HALF
+from flexjag.backends.choose import BACKENDS, choose
 from flexjag.jagged import Jagged
 from flexjag.normalizers import Normalizer, Softmax, StickBreaking
 from flexjag.plan import Plan
@@ -153,7 +154,7 @@ def assert_matches_reference(
         trial,
         lambda _: _run(backend, dtype, trial),
         f"backend={backend!r}",
-        _compute(backend, dtype, plan.normalizer),
+        _compute(backend, trial),
         norms=norms,
     )
 
@@ -239,10 +240,16 @@ def _compare_norms(
     return ratio, f"{name} is off by {(got - exact).norm():.3g} in norm, allowed {allowed:.3g} of {exact.norm():.3g}"
 
 
-def _compute(backend: str, dtype: torch.dtype, normalizer: Normalizer) -> torch.dtype:
+def _compute(backend: str, trial: Trial) -> torch.dtype:
     """The dtype of a backend's intermediates."""
-    wide = backend == "tiled" or (backend != "triton" and not isinstance(normalizer, Softmax))
-    return torch.float32 if wide and dtype in HALF else dtype
+    q, k, v, plan = trial.q.values, trial.k.values, trial.v.values, trial.plan
+    if backend == "auto":
+        dims = q.shape[1], k.shape[1], q.shape[2], v.shape[2]
+        lse = trial.lse and isinstance(plan.normalizer, Softmax)
+        known = {"dtype": q.dtype, "grad": trial.backward, "lse": lse, "dims": dims, "scale": trial.scale}
+        backend = choose(plan.case(**known))[0]
+    wide = isinstance(plan.normalizer, BACKENDS[backend].promises.wide)
+    return torch.float32 if wide and q.dtype in HALF else q.dtype
 
 
 def _compare(name: str, exact: Tensor, same: Tensor, got: Tensor, rounding: Tensor | float) -> tuple[float, str | None]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -13,11 +12,9 @@ from torch.nn import functional
 from flexjag.attention import attention
 from flexjag.errors import LayoutError, PlanError, ScoreError, ShapeError, explain_values
 from flexjag.jagged import Jagged
-from flexjag.mods import rounded
 from flexjag.normalizers import Pointwise
 from flexjag.ops.select import jagged_concat
 from flexjag.plan import Plan
-from flexjag.scores import Score
 from flexjag.variants.hstu_bias import HSTUBias
 from flexjag.variants.hstu_norm import HeadNorm, LayerNorm
 
@@ -203,7 +200,7 @@ class HSTULayer(nn.Module):
             v = k.with_values(v.values)
         if self.bias is not None:
             own = self.bias(x, None if cache is None else k, times=times, kv_times=kv_times)
-            plan = _with_score(plan, own)
+            plan = plan.with_score(own if plan.score is None else plan.score >> own)
         elif times is not None or kv_times is not None:
             raise ScoreError(explain_values("times", "go with a bias by time, and the layer has none", bias=None))
         out = attention(q, k, v, plan=plan, scale=self.scale)
@@ -323,11 +320,3 @@ class HSTU(nn.Module):
             x, cache = layer.decode(x, cache, plan, times=times, kv_times=kv_times)
             made.append(cache)
         return x, made
-
-
-def _with_score(plan: Plan, score: Score) -> Plan:
-    """The plan with another score after its own; the mask and its tiles are shared."""
-    score = score if plan.score is None else plan.score >> score
-    kernel = rounded(score, plan.tables)
-    assert isinstance(kernel, Score)
-    return replace(plan, score=score, kernel_score=kernel)

@@ -110,7 +110,7 @@ STATE = """
 import hashlib, os, sys, torch, triton
 import torch._dynamo.device_interface, torch._higher_order_ops.flex_attention
 import torch.nn.attention.flex_attention, torch._inductor.runtime.triton_helpers, torch._dynamo
-import flexjag.codegen.compile, flexjag.codegen.payload, cloudpickle, flexjag.backends.flex
+import flexjag.codegen.compile, flexjag.codegen.payload, cloudpickle, flexjag.backends.flex.run
 import flexjag as fj
 def state():
     found = {}

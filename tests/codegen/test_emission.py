@@ -12,7 +12,7 @@ import torch
 from cases import make_qkv, mostly_slow
 
 import flexjag as fj
-from flexjag.backends.flex_options import _blocks, reads_by_key
+from flexjag.backends.flex.options import _blocks, reads_by_key
 from flexjag.codegen.compile import Report
 from flexjag.codegen.tables import GPUS, PlainFlex, _causal, _document, masks_and_scores, per_score
 from flexjag.codegen.worker import Worker

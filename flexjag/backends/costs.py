@@ -12,16 +12,9 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from flexjag import masks as m
-from flexjag.algebra.facts import as_window, attended, extent
+from flexjag.layout import Layout
 
 PATH = Path(__file__).with_name("costs.json")
-ROWS = {
-    "segments, runs": 256,
-    "segments, shared bias": 256,
-    "segments, pointwise": 128,
-}  # queries of a call, as the backends cut them
-TILE = 128
 DIMS = 128  # D + E of the measurements, to which a score's time is in proportion
 
 
@@ -50,40 +43,36 @@ class Line(NamedTuple):
         return self.per_call * work.calls + self.per_score * work.scores
 
 
-def lengths(segments: int, num_q: int, num_kv: int) -> tuple[int, float, float]:
-    """S, and the mean numbers n of queries and m of keys of a segment."""
-    segments = max(1, segments)
-    return segments, num_q / segments, num_kv / segments
+class Sizes(NamedTuple):
+    """What an estimate knows of a batch.
 
-
-def work_of_segments(way: str, mask: m.Mask, segments: int, num_q: int, num_kv: int, per_score: float) -> Work:
-    """Calls and scores of the backend ``segments``.
-
-    Args:
-        way: ``"segments, whole"``, ``"segments, runs"``, ``"segments, shared bias"`` or ``"segments, pointwise"``.
-        mask: The mask.
-        segments: S.
+    Attributes:
+        segments: S, at least 1.
         num_q: T_q.
         num_kv: T_kv.
         per_score: ``H · (D + E) / 128``.
     """
-    segments, n, keys = lengths(segments, num_q, num_kv)
-    if way == "segments, whole":
-        reach = keys if as_window(mask) == (None, None, "start") else keys / 2
-        return Work(way, segments, num_q * reach * per_score)
-    rows = min(n, ROWS[way])
-    calls = segments * max(1.0, -(-n // ROWS[way]))
-    return Work(way, calls, num_q * min(keys, extent(mask, keys) + rows) * per_score)
 
+    segments: int
+    num_q: int
+    num_kv: int
+    per_score: float
 
-def work_of_tiles(way: str, mask: m.Mask, segments: int, num_q: int, num_kv: int, per_score: float) -> Work:
-    """Rows of tiles and scores of the backend ``tiled``; arguments as :func:`work_of_segments`."""
-    segments, n, keys = lengths(segments, num_q, num_kv)
-    rows = max(1.0, num_q / TILE)
-    # A row of tiles meets the keys of its own tokens' segments, or of one segment what its tokens reach.
-    met = min(num_kv, max(1.0, TILE / max(n, 1.0)) * keys, attended(mask, keys) + TILE)
-    met = max(met, min(keys, attended(mask, keys)), 1.0)
-    return Work(way, rows, rows * met * TILE * per_score)
+    @staticmethod
+    def of(layout: Layout, dims: tuple[int, int, int, int]) -> Sizes:
+        """Those of a layout and of ``(H, G, D, E)``."""
+        heads, _, d, e = dims
+        return Sizes(max(1, layout.num_segments), layout.num_q, layout.num_kv, heads * (d + e) / DIMS)
+
+    @property
+    def queries(self) -> float:
+        """The mean number n of a segment's queries."""
+        return self.num_q / self.segments
+
+    @property
+    def keys(self) -> float:
+        """The mean number m of a segment's keys."""
+        return self.num_kv / self.segments
 
 
 @cache

@@ -14,48 +14,48 @@ from torch import Tensor
 
 from flexjag import mods
 from flexjag import normalizers as nz
-from flexjag.backends.normalized import own_values
-from flexjag.backends.pieces import own_key, tested
+from flexjag.backends.normalized.pieces import own_key, tested
+from flexjag.backends.normalized.run import own_values
 from flexjag.backends.triton_modules import Printed, emit, once
-from flexjag.plan import Plan
 from flexjag.printing import read
+from flexjag.recipe import Recipe
 
 
-def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, need_rest: bool) -> tuple[Tensor, Tensor]:
+def run(q: Tensor, k: Tensor, v: Tensor, recipe: Recipe, scale: float, need_rest: bool) -> tuple[Tensor, Tensor]:
     """Attention of packed ``q [T_q, H, D]``, ``k [T_kv, G, D]``, ``v [T_kv, G, E]``; T_q and T_kv not 0.
 
     Returns:
         ``[T_q, H, E]`` in q's dtype, and the remainder ``[T_q, H]`` in float32.
     """
-    normalizer = plan.normalizer
+    normalizer = recipe.normalizer
     assert isinstance(normalizer, nz.StickBreaking)
-    text = printed(plan)
+    text = printed(recipe)
     out, left = attend(
-        q, k, v, text.captures, text.learned, text.numbers, text.source, tiles_of(plan), scale, plan.block_size,
-        plan.layout.is_self, normalizer.remainder,
+        q, k, v, text.captures, text.learned, text.numbers, text.source, tiles_of(recipe), scale, recipe.block_size,
+        recipe.layout.is_self, normalizer.remainder,
     )  # fmt: skip
     left = torch.exp(left)
     if normalizer.remainder:
-        out = (out + left[..., None] * own_values(v.float(), q.shape[1], plan.layout)).to(q.dtype)
+        out = (out + left[..., None] * own_values(v.float(), q.shape[1], recipe.layout)).to(q.dtype)
     return out, left
 
 
-def printed(plan: Plan) -> Printed:
+def printed(recipe: Recipe) -> Printed:
     """The plan's mask, without the keys that queries line up with if the normalizer leaves them out, and its score."""
 
     def write(is_checked: bool) -> Printed:
-        score = mods.score_mod(plan.kernel_score, replace(plan.tables, look_up=read))
-        return emit(tested(plan, own_key(plan)), score, is_checked)
+        score = mods.score_mod(recipe.kernel_score, replace(recipe.tables, look_up=read))
+        return emit(tested(recipe, own_key(recipe)), score, is_checked)
 
-    return once(plan, write)
+    return once(recipe, write)
 
 
-def tiles_of(plan: Plan) -> list[Tensor]:
+def tiles_of(recipe: Recipe) -> list[Tensor]:
     """Row, column, whether full, and whether live, of every tile of any head's mask."""
-    tiles = plan.tiles.all_heads
+    tiles = recipe.tiles.all_heads
     # In self-attention a tile with a key that some query lines up with has later keys, so it is not FULL anyway.
-    assert isinstance(plan.normalizer, nz.StickBreaking)
-    is_masked = not plan.normalizer.attend_current and not plan.layout.is_self
+    assert isinstance(recipe.normalizer, nz.StickBreaking)
+    is_masked = not recipe.normalizer.attend_current and not recipe.layout.is_self
     return [tiles.row, tiles.col, torch.zeros_like(tiles.full) if is_masked else tiles.full, tiles.live]
 
 
@@ -93,7 +93,7 @@ def attend(
     Returns:
         ``[T_q, H, E]``, and the logarithm of what is left of each stick, ``[T_q, H]`` float32.
     """
-    from flexjag.backends.triton_stick_breaking_launch import Call, run_forward
+    from flexjag.backends.triton.stick_breaking_launch import Call, run_forward
 
     return run_forward(Call(q, k, v, captures, numbers, source, tiles, scale, block, is_self), *_empty(q, v, is_wide))
 
@@ -125,7 +125,7 @@ def differentiate(
     is_self: bool,
 ) -> list[Tensor]:
     """The gradients of q, k and v of :func:`attend`, and of the captures that need them."""
-    from flexjag.backends.triton_stick_breaking_launch import Call, run_backward
+    from flexjag.backends.triton.stick_breaking_launch import Call, run_backward
 
     call = Call(q, k, v, captures, numbers, source, tiles, scale, block, is_self)
     return run_backward(call, grad, grad_left, learned)

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
-from flexjag.backends import flex_options
+from flexjag.backends.flex import options as flex_options
 from flexjag.errors import BackendError
 from flexjag.jagged import mark_varying
-from flexjag.plan import Plan, mark_plan
+from flexjag.lowering.outline import mark_sizes
+from flexjag.recipe import Recipe
 from flexjag.upstream import (
     ROWS,
     fence,
@@ -35,7 +36,7 @@ mend_flex_negative_indices()
 mend_flex_short_queries()
 
 
-def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, need_lse: bool) -> Pair:
+def run(q: Tensor, k: Tensor, v: Tensor, recipe: Recipe, scale: float, need_lse: bool) -> Pair:
     """Attention of packed ``q [T_q, H, D]``, ``k [T_kv, G, D]``, ``v [T_kv, G, E]``.
 
     Inside a graph that is being traced the kernel becomes part of it; otherwise it is compiled once per structure.
@@ -47,11 +48,11 @@ def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, need_lse: boo
         BackendError: If the CPU's kernel would compute something else than the user's functions.
     """
     if torch.compiler.is_compiling():
-        return _attend(q, k, v, plan, scale, need_lse)
-    _mark(q, k, v, plan)
-    compiled = _compiled((_structure(plan, q, k, v), scale, need_lse))
+        return _attend(q, k, v, recipe, scale, need_lse)
+    _mark(q, k, v, recipe)
+    compiled = _compiled((_structure(recipe, q, k, v), scale, need_lse))
     try:
-        return compiled(q, k, v, plan, scale, need_lse)
+        return compiled(q, k, v, recipe, scale, need_lse)
     except RuntimeError as reason:
         if ROWS in str(reason):  # seen in the graph only
             raise BackendError(f"backend: 'flex' cannot run this plan: {ROWS}, as a function in it does") from reason
@@ -66,16 +67,16 @@ def with_options(options: Mapping[str, Any]) -> Callable[..., Pair]:
     """
     compiled = _compile(f"attend_with_options_{next(_numbers)}")
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, need_lse: bool) -> Pair:
-        _mark(q, k, v, plan)
-        return compiled(q, k, v, plan, scale, need_lse, options)
+    def attend(q: Tensor, k: Tensor, v: Tensor, recipe: Recipe, scale: float, need_lse: bool) -> Pair:
+        _mark(q, k, v, recipe)
+        return compiled(q, k, v, recipe, scale, need_lse, options)
 
     return attend
 
 
-def _mark(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> None:
+def _mark(q: Tensor, k: Tensor, v: Tensor, recipe: Recipe) -> None:
     """Let sizes vary from batch to batch."""
-    mark_plan(plan)
+    mark_sizes(recipe)
     for x in (q, k, v):
         mark_varying(x, 0)
 
@@ -84,21 +85,21 @@ def _attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    plan: Plan,
+    recipe: Recipe,
     scale: float,
     need_lse: bool,
     options: Mapping[str, Any] | None = None,
 ) -> Pair:
-    on_cpu = not plan.layout.on_gpu
+    on_cpu = not recipe.layout.on_gpu
     if on_cpu:
         chosen = None
     elif options is None:
-        chosen = flex_options.kernel_options(plan, q, v, need_lse)
+        chosen = flex_options.kernel_options(recipe, q, v, need_lse)
     else:
-        chosen = {**flex_options.built_in(plan, q, v), **options}
+        chosen = {**flex_options.built_in(recipe, q, v), **options}
     keywords: dict[str, Any] = {
-        "score_mod": plan.score_mod,
-        "block_mask": plan.block_mask,
+        "score_mod": recipe.score_mod,
+        "block_mask": recipe.block_mask,
         "scale": scale,
         "enable_gqa": q.shape[1] != k.shape[1],
         "kernel_options": chosen,
@@ -135,9 +136,9 @@ def _compile(name: str) -> Callable[..., Pair]:
     return torch.compile(own, fullgraph=True)
 
 
-def _structure(plan: Plan, *tensors: Tensor) -> Hashable:
+def _structure(recipe: Recipe, *tensors: Tensor) -> Hashable:
     """What decides the kernel: nodes, span counts, block size, and the tensors' heads, dims and dtypes."""
-    spans = tuple((x.outer.count, x.exact) for x in plan.sandwiches)
-    score = None if plan.score is None else plan.score.structure()
+    spans = tuple((x.outer.count, x.exact) for x in recipe.sandwiches)
+    score = None if recipe.score is None else recipe.score.structure()
     shapes = tuple((x.shape[1:], x.dtype, x.device.type, x.requires_grad) for x in tensors)
-    return plan.mask.structure(), score, spans, plan.block_size, plan.layout.is_self, shapes
+    return recipe.mask.structure(), score, spans, recipe.block_size, recipe.layout.is_self, shapes

@@ -3,7 +3,7 @@
 FlexAttention's defaults are tuned for plain kernels. With a mask of bounds, a score and totals that vary, they run out
 of registers (a forward of head dimension 64 on an H200 stores 1.7 to 10.4 kB per thread), and a relative bias asks for
 more shared memory than the GPU has. These were chosen from the compiled code (``docs/kernels.md``, before and after),
-not yet from time on a GPU. What was measured on the GPU at hand (:mod:`flexjag.backends.tuning`) goes over them.
+not yet from time on a GPU. What was measured on the GPU at hand (:mod:`flexjag.backends.flex.tuning`) goes over them.
 """
 
 from __future__ import annotations
@@ -14,26 +14,26 @@ import torch
 from torch import Tensor
 
 from flexjag.algebra import tree
-from flexjag.backends import tuning
-from flexjag.plan import Plan
+from flexjag.backends.flex import tuning
+from flexjag.recipe import Recipe
 
 HALF = (torch.float16, torch.bfloat16)
 
 
-def kernel_options(plan: Plan, q: Tensor, v: Tensor, need_lse: bool = False) -> dict[str, Any]:
+def kernel_options(recipe: Recipe, q: Tensor, v: Tensor, need_lse: bool = False) -> dict[str, Any]:
     """The options for a plan and q ``[T_q, H, D]``, v ``[T_kv, G, E]``; called while a graph is traced."""
-    return built_in(plan, q, v) | tuning.lookup(plan, q, v, need_lse)
+    return built_in(recipe, q, v) | tuning.lookup(recipe, q, v, need_lse)
 
 
-def built_in(plan: Plan, q: Tensor, v: Tensor) -> dict[str, Any]:
+def built_in(recipe: Recipe, q: Tensor, v: Tensor) -> dict[str, Any]:
     """The options as they are without measurements."""
     # Fewer than 128 queries would else go to another kernel, by a guard: a second graph (see mend_flex_short_queries).
     options: dict[str, Any] = {"BACKEND": "TRITON"}
-    if plan.layout.in_whole_tiles(plan.block_size):
+    if recipe.layout.in_whole_tiles(recipe.block_size):
         options["IS_DIVISIBLE"] = True  # no bounds checks and no remainders
     dim = max(q.shape[2], v.shape[2])
     if q.dtype in HALF and dim <= 128:
-        options |= _blocks(_capability(), dim, reads_by_key(plan))
+        options |= _blocks(_capability(), dim, reads_by_key(recipe))
     return options
 
 
@@ -56,9 +56,9 @@ def _blocks(capability: tuple[int, int], dim: int, by_key: bool) -> dict[str, An
     return options | blocks | {"bwd_num_warps": 8}
 
 
-def reads_by_key(plan: Plan) -> bool:
+def reads_by_key(recipe: Recipe) -> bool:
     """Whether the mask or the score looks something up for each query and key, which takes registers to do."""
-    return tuning.score_kind(plan.score) == "lookup" or any(map(tree.reads_pairs, plan.kernel_masks))
+    return tuning.score_kind(recipe.score) == "lookup" or any(map(tree.reads_pairs, recipe.kernel_masks))
 
 
 @torch.compiler.assume_constant_result

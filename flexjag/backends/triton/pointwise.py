@@ -1,4 +1,4 @@
-"""Attention by any normalizer but a softmax, with Triton kernels of our own.
+"""Attention by a pointwise normalizer, with Triton kernels of our own.
 
 The plan's mask and score are printed (:mod:`flexjag.backends.triton_modules`), and the printed text is an argument of
 the operators: so they need no Python functions, and a traced graph holds all that they do.
@@ -19,12 +19,13 @@ from torch import Tensor
 
 from flexjag import mods
 from flexjag import normalizers as nz
-from flexjag.backends import pointwise, tiled
 from flexjag.backends.gathers import add_at
-from flexjag.backends.normalized import scaled
+from flexjag.backends.normalized import pointwise
+from flexjag.backends.normalized.run import scaled
+from flexjag.backends.tiled import run as tiled
 from flexjag.backends.triton_modules import Printed, emit, load, once
-from flexjag.plan import Plan
 from flexjag.printing import read
+from flexjag.recipe import Recipe
 from flexjag.tiles import TileTable
 
 NORMALIZERS: dict[str, nz.Pointwise] = {
@@ -44,46 +45,41 @@ def name_of(normalizer: nz.Normalizer) -> str:
     return {nz.SiLU: "silu", nz.Identity: "identity", nz.Sigmoid: "sigmoid"}[type(normalizer)]
 
 
-def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, need_rest: bool) -> tuple[Tensor, Tensor]:
+def run(q: Tensor, k: Tensor, v: Tensor, recipe: Recipe, scale: float, need_rest: bool) -> tuple[Tensor, Tensor]:
     """Attention of packed ``q [T_q, H, D]``, ``k [T_kv, G, D]``, ``v [T_kv, G, E]``; T_q and T_kv not 0.
 
     Returns:
-        ``[T_q, H, E]`` in q's dtype, and for stick-breaking the remainder ``[T_q, H]`` in float32 (else something of no
-        meaning).
+        ``[T_q, H, E]`` in q's dtype, and something of no meaning.
     """
-    if isinstance(plan.normalizer, nz.StickBreaking):
-        from flexjag.backends import triton_stick_breaking
-
-        return triton_stick_breaking.run(q, k, v, plan, scale, need_rest)
-    text = printed(plan)
-    tables, transposed = tables_of(plan)
-    tiles = [plan.tiles.all_heads.row, plan.tiles.all_heads.col]
-    normalizer, name = plan.normalizer, name_of(plan.normalizer)
+    text = printed(recipe)
+    tables, transposed = tables_of(recipe)
+    tiles = [recipe.tiles.all_heads.row, recipe.tiles.all_heads.col]
+    normalizer, name = recipe.normalizer, name_of(recipe.normalizer)
     assert isinstance(normalizer, nz.Pointwise)
     is_wide = isinstance(normalizer.scale, Tensor)
     factor = 1.0 if isinstance(normalizer.scale, Tensor) else float(normalizer.scale)
     out = attend(
         q, k, v, text.captures, text.learned, text.numbers, text.source, tables, transposed, tiles, name,
-        scale, factor, plan.block_size, is_wide,
+        scale, factor, recipe.block_size, is_wide,
     )  # fmt: skip
     return (scaled(out, normalizer.scale, torch.float32).to(q.dtype) if is_wide else out), out
 
 
-def printed(plan: Plan) -> Printed:
+def printed(recipe: Recipe) -> Printed:
     """The plan's mask and score, and the bias of its normalizer, as source."""
 
     def write(is_checked: bool) -> Printed:
-        score = mods.score_mod(plan.kernel_score, replace(plan.tables, look_up=read))
-        if isinstance(plan.normalizer, nz.Pointwise):
-            score = pointwise.weighed(plan.normalizer, score, plan.layout, read)
-        return emit(plan.mask_mod, score, is_checked)
+        score = mods.score_mod(recipe.kernel_score, replace(recipe.tables, look_up=read))
+        if isinstance(recipe.normalizer, nz.Pointwise):
+            score = pointwise.weighed(recipe.normalizer, score, recipe.layout, read)
+        return emit(recipe.mask_mod, score, is_checked)
 
-    return once(plan, write)
+    return once(recipe, write)
 
 
-def tables_of(plan: Plan) -> tuple[list[Tensor], list[Tensor]]:
+def tables_of(recipe: Recipe) -> tuple[list[Tensor], list[Tensor]]:
     """Counts and indices of the PARTIAL tiles, then of the FULL ones: of each row, and of each column."""
-    of_rows, of_columns = (plan.tiles.kv_partial, plan.tiles.kv_full), (plan.tiles.q_partial, plan.tiles.q_full)
+    of_rows, of_columns = (recipe.tiles.kv_partial, recipe.tiles.kv_full), (recipe.tiles.q_partial, recipe.tiles.q_full)
     return [x for t in of_rows for x in _table(t)], [x for t in of_columns for x in _table(t)]
 
 
@@ -134,7 +130,7 @@ def attend(
     Returns:
         ``[T_q, H, E]``.
     """
-    from flexjag.backends.triton_launch import pointwise_out
+    from flexjag.backends.triton.pointwise_launch import pointwise_out
 
     out = _empty_out(q, v, is_wide)
     return pointwise_out(q, k, v, out, captures, numbers, source, tables, name, scale, factor, block)
@@ -166,7 +162,7 @@ def differentiate(
     block: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v of :func:`attend`."""
-    from flexjag.backends.triton_launch import pointwise_gradients
+    from flexjag.backends.triton.pointwise_launch import pointwise_gradients
 
     return pointwise_gradients(grad, q, k, v, captures, numbers, source, tables, transposed, name, scale, factor, block)
 

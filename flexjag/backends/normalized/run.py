@@ -17,16 +17,18 @@ from torch import Tensor
 
 from flexjag import mods
 from flexjag import normalizers as nz
-from flexjag.backends import pointwise, stick_breaking, tiled
 from flexjag.backends.gathers import add_tiles, look_up, take_tiles
 from flexjag.backends.held import Held
-from flexjag.backends.pieces import Piece, Walk, walk_runs, walk_tiles
-from flexjag.backends.whole_segments import FIRST_ORDER
+from flexjag.backends.normalized import pointwise, stick_breaking
+from flexjag.backends.normalized.pieces import Piece, Walk, walk_runs, walk_tiles
+from flexjag.backends.segments.whole import FIRST_ORDER
+from flexjag.backends.tiled import run as tiled
 from flexjag.differentiation import first_order_only, needs_plain_operations
 from flexjag.layout import Layout
-from flexjag.plan import Plan
+from flexjag.recipe import Recipe
 from flexjag.upstream import holds_no_numbers
 
+Pair = tuple[Tensor, Tensor]
 Attend = Callable[..., tuple[Tensor, Tensor | None]]
 Differentiate = Callable[..., tuple[Tensor, Tensor]]
 
@@ -62,7 +64,7 @@ class _Job:
         return self.attend(self.score_of(piece, s), piece.allowed, z, piece.local, rows)
 
 
-def run_tiled(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, need_rest: bool) -> tuple[Tensor, Tensor]:
+def run_tiled(q: Tensor, k: Tensor, v: Tensor, recipe: Recipe, scale: float, need_rest: bool) -> Pair:
     """The backend ``tiled`` for any normalizer but a softmax.
 
     Returns:
@@ -70,40 +72,46 @@ def run_tiled(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, need_re
         something of no meaning). Half precision is computed in float32.
     """
     plain = holds_no_numbers(q) or needs_plain_operations()
-    return _run(q, k, v, plan, scale, walk_tiles, partial(walk_tiles, whole=True), plain)
+    return _run(q, k, v, recipe, scale, walk_tiles, partial(walk_tiles, whole=True), plain)
 
 
-def run_segments(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, need_rest: bool) -> tuple[Tensor, Tensor]:
+def run_segments(
+    q: Tensor, k: Tensor, v: Tensor, recipe: Recipe, scale: float, need_rest: bool
+) -> tuple[Tensor, Tensor]:
     """The backend ``segments`` for any normalizer but a softmax; as :func:`run_tiled`."""
-    return _run(q, k, v, plan, scale, partial(walk_runs, heads=q.shape[1]), None, False)
+    return _run(q, k, v, recipe, scale, partial(walk_runs, heads=q.shape[1]), None, False)
 
 
 def _run(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    plan: Plan,
+    recipe: Recipe,
     scale: float,
-    walk: Callable[[Plan], Walk],
-    whole: Callable[[Plan], Walk] | None,
+    walk: Callable[[Recipe], Walk],
+    whole: Callable[[Recipe], Walk] | None,
     plain: bool,
 ) -> tuple[Tensor, Tensor]:
     dtype = q.dtype
     compute = torch.float64 if dtype == torch.float64 else torch.float32
-    plan = (plan if plain else plan.frozen()).learning_in(compute)
-    normalizer = plan.normalizer
+    recipe = (recipe if plain else recipe.frozen()).learning_in(compute)
+    normalizer = recipe.normalizer
     q, k, v = q.to(compute) * scale, k.to(compute), v.to(compute)
     if plain:
         assert whole is not None
-        out, left = _all_at_once(q, k, v, _Job(whole(plan), *_weigh(plan), _score(plan), Held([], [], [], []), None))
+        out, left = _all_at_once(
+            q, k, v, _Job(whole(recipe), *_weigh(recipe), _score(recipe), Held([], [], [], []), None)
+        )
     else:
-        held = Held.of(plan, compute)
-        job = _Job(walk(plan), *_weigh(plan), _score(plan), held, None if whole is None else partial(whole, plan))
+        held = Held.of(recipe, compute)
+        job = _Job(
+            walk(recipe), *_weigh(recipe), _score(recipe), held, None if whole is None else partial(whole, recipe)
+        )
         out, left = _Pieces.apply(job, *held.wide, q, k, v)  # type: ignore[misc]
     if isinstance(normalizer, nz.StickBreaking):
         left = torch.exp(left)
         if normalizer.remainder:
-            out = out + left * own_values(v, q.shape[1], plan.layout)
+            out = out + left * own_values(v, q.shape[1], recipe.layout)
     elif isinstance(normalizer, nz.Pointwise):
         out = scaled(out, normalizer.scale, compute)
     left = left if isinstance(normalizer, nz.Pointwise) else left[..., 0]
@@ -123,19 +131,19 @@ def own_values(v: Tensor, heads: int, layout: Layout) -> Tensor:
     return v.masked_fill((layout.q_segment >= layout.num_segments)[:, None, None], 0.0) if layout.has_spare else v
 
 
-def _weigh(plan: Plan) -> tuple[Attend, Differentiate | None]:
+def _weigh(recipe: Recipe) -> tuple[Attend, Differentiate | None]:
     """What the normalizer does with scores, and its gradient by hand, if there is one."""
-    if isinstance(plan.normalizer, nz.Pointwise):
-        act = pointwise.activation(plan.normalizer)
-        own = plan.score is None  # a user's function may return what it keeps
+    if isinstance(recipe.normalizer, nz.Pointwise):
+        act = pointwise.activation(recipe.normalizer)
+        own = recipe.score is None  # a user's function may return what it keeps
         return partial(pointwise.attend, act, own), partial(pointwise.differentiate, act, own)
     return stick_breaking.attend, None
 
 
-def _score(plan: Plan) -> Callable[..., Tensor] | None:
-    score = tiled.in_dtype(mods.score_mod(plan.score, replace(plan.tables, look_up=look_up)))
-    if isinstance(plan.normalizer, nz.Pointwise):
-        return pointwise.weighed(plan.normalizer, score, plan.layout)
+def _score(recipe: Recipe) -> Callable[..., Tensor] | None:
+    score = tiled.in_dtype(mods.score_mod(recipe.score, replace(recipe.tables, look_up=look_up)))
+    if isinstance(recipe.normalizer, nz.Pointwise):
+        return pointwise.weighed(recipe.normalizer, score, recipe.layout)
     return score
 
 

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from flexjag.algebra.tree import held_tensors, is_by_position
-from flexjag.backends.batches import Range
-from flexjag.choice import SHARED
+from flexjag.backends.segments.batches import Range
+from flexjag.backends.segments.cost import SHARED
 from flexjag.jagged import Jagged
 from flexjag.layout import INT32_MAX
-from flexjag.plan import Plan, outline
+from flexjag.lowering.outline import outline
+from flexjag.recipe import Recipe
 
 ROWS = 256  # queries per call where a mask tensor is needed: bounds the mask, and lets a window skip keys
 
@@ -56,7 +57,7 @@ class Pieces:
     """The calls of SDPA for a plan.
 
     Attributes:
-        plan: The plan.
+        recipe: The recipe.
         scale: Factor on ``q·k``.
         runs: What each call covers.
         causal: SDPA's own causal flag does the mask, a call is a whole segment, and all keys come in order;
@@ -64,7 +65,7 @@ class Pieces:
         shared: The bias of all calls; None if each has its own.
     """
 
-    plan: Plan
+    recipe: Recipe
     scale: float
     runs: Runs
     causal: bool | None
@@ -81,51 +82,51 @@ class Pieces:
         return self.runs.kv_ranges
 
 
-def whole_segments(plan: Plan, scale: float, causal: bool) -> Pieces:
+def whole_segments(recipe: Recipe, scale: float, causal: bool) -> Pieces:
     """A call per segment."""
-    layout = plan.layout
+    layout = recipe.layout
     q, kv = layout.q_offsets.tolist(), layout.kv_offsets.tolist()
     # The spare rows of either side are pieces of their own, which meet nothing.
     q_ranges = [*itertools.pairwise(q), (q[-1], layout.num_q), (layout.num_q, layout.num_q)]
     kv_ranges = [*itertools.pairwise(kv), (kv[-1], kv[-1]), (kv[-1], layout.num_kv)]
-    return Pieces(plan, scale, Runs(q_ranges, kv_ranges, [(0, 0)] * len(q_ranges)), causal)
+    return Pieces(recipe, scale, Runs(q_ranges, kv_ranges, [(0, 0)] * len(q_ranges)), causal)
 
 
-def runs_of_queries(plan: Plan, scale: float, heads: int, acc: torch.dtype, may_share: bool) -> Pieces:
+def runs_of_queries(recipe: Recipe, scale: float, heads: int, acc: torch.dtype, may_share: bool) -> Pieces:
     """Calls of at most ROWS queries of one segment, each with the keys between its first and its last allowed one.
 
     Args:
-        plan: The plan.
+        recipe: The recipe.
         scale: Factor on ``q·k``.
         heads: H.
         acc: Of the bias.
         may_share: Whether one bias may serve all calls; gradients flow into it.
     """
-    if "runs" not in plan.notes:
-        plan.notes["runs"] = _list_runs(plan)
-    runs: Runs = plan.notes["runs"]
-    if not may_share or not is_by_position(plan.mask, plan.score, plan.layout.is_self):
-        return Pieces(plan, scale, runs, None)
-    held = [] if plan.score is None else held_tensors(plan.score)
+    if "runs" not in recipe.notes:
+        recipe.notes["runs"] = _list_runs(recipe)
+    runs: Runs = recipe.notes["runs"]
+    if not may_share or not is_by_position(recipe.mask, recipe.score, recipe.layout.is_self):
+        return Pieces(recipe, scale, runs, None)
+    held = [] if recipe.score is None else held_tensors(recipe.score)
     if torch.is_grad_enabled() and any(t.requires_grad for t in held):
-        return Pieces(plan, scale, runs, None, _share(plan, runs, heads, acc))
+        return Pieces(recipe, scale, runs, None, _share(recipe, runs, heads, acc))
     key = "bias", heads, acc
-    copies, shared = plan.own_notes.get(key, (None, None))
+    copies, shared = recipe.own_notes.get(key, (None, None))
     # The values decide: tensors are written to in ways that their version does not tell.
     if copies is None or not all(torch.equal(x, y) for x, y in zip(copies, held, strict=True)):
-        shared = _share(plan, runs, heads, acc)
-        plan.own_notes[key] = [t.detach().clone() for t in held], shared
-    return Pieces(plan, scale, runs, None, shared)
+        shared = _share(recipe, runs, heads, acc)
+        recipe.own_notes[key] = [t.detach().clone() for t in held], shared
+    return Pieces(recipe, scale, runs, None, shared)
 
 
-def _list_runs(plan: Plan) -> Runs:
-    layout = plan.layout
+def _list_runs(recipe: Recipe) -> Runs:
+    layout = recipe.layout
     ends, kv_ends = layout.q_offsets.tolist(), layout.kv_offsets.tolist()
     q_ranges = [(at, min(at + ROWS, end)) for start, end in itertools.pairwise(ends) for at in range(start, end, ROWS)]
     owner = [bisect_right(ends, a) - 1 for a, _ in q_ranges]
     q_ranges.append((ends[-1], layout.num_q))
-    lo = torch.cat([torch.where(x.outer.hi > x.outer.lo, x.outer.lo, INT32_MAX) for x in plan.sandwiches]).amin(0)
-    hi = torch.cat([torch.where(x.outer.hi > x.outer.lo, x.outer.hi, 0) for x in plan.sandwiches]).amax(0)
+    lo = torch.cat([torch.where(x.outer.hi > x.outer.lo, x.outer.lo, INT32_MAX) for x in recipe.sandwiches]).amin(0)
+    hi = torch.cat([torch.where(x.outer.hi > x.outer.lo, x.outer.hi, 0) for x in recipe.sandwiches]).amax(0)
     run = torch.repeat_interleave(torch.tensor([b - a for a, b in q_ranges], device=lo.device))
     first = lo.new_full((len(q_ranges),), INT32_MAX).scatter_reduce(0, run, lo, "amin").tolist()
     last = hi.new_zeros(len(q_ranges)).scatter_reduce(0, run, hi, "amax").tolist()
@@ -134,12 +135,12 @@ def _list_runs(plan: Plan) -> Runs:
     return Runs(q_ranges, kv_ranges, [*places, (0, 0)])
 
 
-def _share(plan: Plan, runs: Runs, heads: int, acc: torch.dtype) -> Shared | None:
+def _share(recipe: Recipe, runs: Runs, heads: int, acc: torch.dtype) -> Shared | None:
     """The bias of the longest segment; None if that is large, or more to compute than the runs' own biases are.
 
     Those are computed twice, as the backward needs them again.
     """
-    layout = plan.layout
+    layout = recipe.layout
     if layout.num_segments == 0:
         return None
     n, m = int(layout.q_offsets.diff().max()), int(layout.kv_offsets.diff().max())
@@ -147,7 +148,7 @@ def _share(plan: Plan, runs: Runs, heads: int, acc: torch.dtype) -> Shared | Non
     if n * m > 2 * needed or n * m * heads > SHARED:
         return None
     one_q, one_kv = (_one_segment(tokens, layout.device) for tokens in (n, m))
-    one = outline(one_q, None if layout.is_self else one_kv, plan.mask, plan.score, plan.normalizer)
+    one = outline(one_q, None if layout.is_self else one_kv, recipe.mask, recipe.score, recipe.normalizer)
     bias, allowed = _evaluate(one, (0, n), (0, m), heads, acc)
     keyless: list[Tensor | None] = []
     for (a, b), (c, d), (i, j) in zip(runs.q_ranges, runs.kv_ranges, runs.places, strict=True):
@@ -160,18 +161,18 @@ def _one_segment(tokens: int, device: torch.device) -> Jagged:
     return Jagged(torch.empty(tokens, 0, device=device), torch.tensor([0, tokens], device=device))
 
 
-def _evaluate(plan: Plan, rows: Range, keys: Range, heads: int, acc: torch.dtype) -> tuple[Tensor, Tensor]:
+def _evaluate(recipe: Recipe, rows: Range, keys: Range, heads: int, acc: torch.dtype) -> tuple[Tensor, Tensor]:
     """Score and mask of a range of packed queries and one of keys, ``[H or 1, n, m]``.
 
     The score is not in half precision: a bias may be hundreds.
     """
-    device = plan.layout.device
+    device = recipe.layout.device
     h = torch.arange(heads, device=device)[:, None, None]
     q, kv = torch.arange(*rows, device=device)[None, :, None], torch.arange(*keys, device=device)[None, None]
-    allowed = plan.mask_mod(h.new_zeros(()), h, q, kv).expand(-1, q.shape[1], kv.shape[2])
+    allowed = recipe.mask_mod(h.new_zeros(()), h, q, kv).expand(-1, q.shape[1], kv.shape[2])
     bias = torch.zeros((), dtype=acc, device=device)
-    if plan.score_mod is not None:
-        bias = plan.score_mod(bias.expand(1, *allowed.shape[1:]), h.new_zeros(()), h, q, kv).to(acc)
+    if recipe.score_mod is not None:
+        bias = recipe.score_mod(bias.expand(1, *allowed.shape[1:]), h.new_zeros(()), h, q, kv).to(acc)
         allowed = allowed & (bias != -torch.inf)  # a row may be left without a key by that
     return bias, allowed
 
@@ -189,7 +190,7 @@ def bias_of(pieces: Pieces, index: int, heads: int, acc: torch.dtype) -> tuple[T
         i, j = pieces.runs.places[index]
         bias, no_key = pieces.shared.bias[..., i : i + b - a, j : j + d - c], pieces.shared.keyless[index]
         return (bias, None) if no_key is None else (bias.masked_fill(no_key[..., None], 0.0), no_key)
-    bias, allowed = _evaluate(pieces.plan, (a, b), (c, d), heads, acc)
+    bias, allowed = _evaluate(pieces.recipe, (a, b), (c, d), heads, acc)
     none = ~allowed.any(2)
     some = bool(none.any())
     bias = torch.where(allowed, bias, -torch.inf)

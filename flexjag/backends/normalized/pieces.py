@@ -15,10 +15,10 @@ from torch import Tensor
 
 from flexjag import normalizers as nz
 from flexjag.algebra.facts import diagonal_align
-from flexjag.backends import tiled
 from flexjag.backends.gathers import add_at
+from flexjag.backends.tiled import run as tiled
 from flexjag.layout import INT32_MAX
-from flexjag.plan import Plan
+from flexjag.recipe import Recipe
 
 ROWS = 128  # queries of a run: enough for a product, few enough that a causal mask skips keys
 RUN_SCORES = 2**22  # scores of a run at most, unless 16 queries have more
@@ -82,28 +82,28 @@ class Walk:
             self.keys(total, piece).add_(part)
 
 
-def own_key(plan: Plan) -> Tensor | None:
+def own_key(recipe: Recipe) -> Tensor | None:
     """``[T_q]``, the packed key that each row lines up with, if the normalizer leaves it out."""
-    normalizer, layout = plan.normalizer, plan.layout
+    normalizer, layout = recipe.normalizer, recipe.layout
     if not isinstance(normalizer, nz.StickBreaking) or normalizer.attend_current:
         return None
     at = layout.kv_start + layout.q_pos
-    if layout.is_self or diagonal_align(plan.mask, layout.is_self) == "start":
+    if layout.is_self or diagonal_align(recipe.mask, layout.is_self) == "start":
         return at
     return at + layout.kv_length() - layout.q_length()
 
 
-def tested(plan: Plan, own: Tensor | None) -> Callable[..., Tensor]:
+def tested(recipe: Recipe, own: Tensor | None) -> Callable[..., Tensor]:
     """The plan's mask on packed indices, without each row's `own` key if there is one to leave out."""
-    mask = plan.mask_mod
+    mask = recipe.mask_mod
     return mask if own is None else lambda b, h, q, kv: mask(b, h, q, kv) & (kv != own[q])
 
 
-def walk_tiles(plan: Plan, whole: bool = False) -> Walk:
+def walk_tiles(recipe: Recipe, whole: bool = False) -> Walk:
     """Batches of tiles, or all of them at once."""
-    tiles, block = plan.tiles.all_heads, plan.block_size
-    num_q, num_kv = plan.layout.num_q, plan.layout.num_kv
-    test = tested(plan, own_key(plan))
+    tiles, block = recipe.tiles.all_heads, recipe.block_size
+    num_q, num_kv = recipe.layout.num_q, recipe.layout.num_kv
+    test = tested(recipe, own_key(recipe))
     p = tiled.Problem(tiles.row, tiles.col, block, num_q, num_kv, 1.0, test, None)
     # A spare one, so that no size of a graph can be 1: Dynamo would compile that case anew.
     rows = p.rows + 1 if whole else p.rows
@@ -124,12 +124,12 @@ def walk_tiles(plan: Plan, whole: bool = False) -> Walk:
     return Walk(pieces, opened, tiled.from_blocks, 0)
 
 
-def walk_runs(plan: Plan, heads: int) -> Walk:
+def walk_runs(recipe: Recipe, heads: int) -> Walk:
     """Runs of one segment's queries. Reads the offsets and spans on the host."""
-    own = own_key(plan)
-    test = tested(plan, own)
-    q_ranges, kv_ranges, full = _runs(plan, heads, own)
-    device = plan.layout.device
+    own = own_key(recipe)
+    test = tested(recipe, own)
+    q_ranges, kv_ranges, full = _runs(recipe, heads, own)
+    device = recipe.layout.device
 
     def pieces(heads: int) -> Iterator[Piece]:
         h = torch.arange(heads, device=device)[None, :, None, None]
@@ -146,10 +146,10 @@ def walk_runs(plan: Plan, heads: int) -> Walk:
 
 
 def _runs(
-    plan: Plan, heads: int, own: Tensor | None
+    recipe: Recipe, heads: int, own: Tensor | None
 ) -> tuple[list[tuple[int, int]], list[tuple[int, int]], list[bool]]:
     """Runs of queries of one segment, the keys between their first and last allowed one, and whether all are."""
-    layout = plan.layout
+    layout = recipe.layout
     q_ranges: list[tuple[int, int]] = []
     ends = zip(itertools.pairwise(layout.q_offsets.tolist()), layout.kv_offsets.diff().tolist(), strict=True)
     for (start, end), keys in ends:
@@ -157,7 +157,7 @@ def _runs(
         q_ranges += [(at, min(at + step, end)) for at in range(start, end, step)]
     used = layout.q_offsets[-1]
     run = torch.repeat_interleave(torch.tensor([b - a for a, b in q_ranges], device=used.device, dtype=torch.int64))
-    lo, hi = (torch.cat([getattr(x.outer, end)[:, : run.shape[0]] for x in plan.sandwiches]) for end in ("lo", "hi"))
+    lo, hi = (torch.cat([getattr(x.outer, end)[:, : run.shape[0]] for x in recipe.sandwiches]) for end in ("lo", "hi"))
     some = hi > lo
     first = lo.new_full((len(q_ranges),), INT32_MAX)
     first = first.scatter_reduce(0, run, torch.where(some, lo, INT32_MAX).amin(0), "amin")
@@ -165,7 +165,7 @@ def _runs(
     last = torch.maximum(first, last).where(first < INT32_MAX, first)
     low, high = first[run], last[run]
     whole = torch.ones_like(run, dtype=torch.bool)
-    for x in plan.sandwiches:
+    for x in recipe.sandwiches:
         inner = (x.inner.lo[:, : run.shape[0]] <= low) & (x.inner.hi[:, : run.shape[0]] >= high)
         whole &= inner.any(0)
     if own is not None:

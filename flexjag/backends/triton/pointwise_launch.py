@@ -8,8 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flexjag.backends.triton.pointwise_kernels import (
+    ACTIVATIONS,
+    pointwise_forward,
+    pointwise_of_keys,
+    pointwise_of_queries,
+)
 from flexjag.backends.triton_modules import load
-from flexjag.backends.triton_pointwise import ACTIVATIONS, pointwise_forward, pointwise_of_keys, pointwise_of_queries
 from flexjag.launching import ALL_REGISTERS, ceil_div, launch, power_of_2, precision
 
 CAREFUL = 16
@@ -132,7 +137,7 @@ def pointwise_out(
     factor: float,
     tile: int,
 ) -> Tensor:
-    """Fill in `out`; see :func:`flexjag.backends.triton.attend`."""
+    """Fill in `out`; see :func:`flexjag.backends.triton.pointwise.attend`."""
     q, k, v = packed(q), packed(k), packed(v)
     mods = load(source)
     functions = {"F": ACTIVATIONS[name][0], "MASK": mods.mask, "SCORE": mods.score}
@@ -157,7 +162,7 @@ def pointwise_gradients(
     factor: float,
     tile: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See :func:`flexjag.backends.triton.differentiate`."""
+    """See :func:`flexjag.backends.triton.pointwise.differentiate`."""
     grad, q, k, v = packed(grad), packed(q), packed(k), packed(v)
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     mods, (f, df) = load(source), ACTIVATIONS[name]

@@ -20,7 +20,7 @@ from torch import Tensor
 from flexjag.backends.held import Held
 from flexjag.differentiation import needs_plain_operations
 from flexjag.layout import blocks
-from flexjag.plan import Plan
+from flexjag.recipe import Recipe
 from flexjag.upstream import holds_no_numbers, is_watched
 
 CHUNK_SCORES = 2**20  # scores held at once on a CPU: about what a core's L2 cache holds
@@ -64,7 +64,7 @@ class Problem:
         return blocks(self.num_kv, self.block)
 
 
-def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, need_lse: bool) -> Pair:
+def run(q: Tensor, k: Tensor, v: Tensor, recipe: Recipe, scale: float, need_lse: bool) -> Pair:
     """Attention of packed ``q [T_q, H, D]``, ``k [T_kv, G, D]``, ``v [T_kv, G, E]``.
 
     Returns:
@@ -73,24 +73,24 @@ def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, need_lse: boo
     """
     dtype = q.dtype
     compute = torch.float64 if dtype == torch.float64 else torch.float32
-    tiles = plan.tiles.all_heads
+    tiles = recipe.tiles.all_heads
     plain = holds_no_numbers(q) or needs_plain_operations()
-    plan = (plan if plain else plan.frozen()).learning_in(compute)
+    recipe = (recipe if plain else recipe.frozen()).learning_in(compute)
     p = Problem(
         tiles.row,
         tiles.col,
-        plan.block_size,
-        plan.layout.num_q,
-        plan.layout.num_kv,
+        recipe.block_size,
+        recipe.layout.num_q,
+        recipe.layout.num_kv,
         scale,
-        plan.mask_mod,
-        in_dtype(plan.score_mod),
+        recipe.mask_mod,
+        in_dtype(recipe.score_mod),
     )
     q, k, v = q.to(compute), k.to(compute), v.to(compute)
     if plain:
         out, lse = all_at_once(q, k, v, p)
     else:
-        held = Held.of(plan, compute)
+        held = Held.of(recipe, compute)
         out, lse = _Chunked.apply(p, held, *held.wide, q, k, v)  # type: ignore[misc]
     return out.to(dtype), lse
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from flexjag import scores as s
 from flexjag.algebra.tree import reads_pairs
-from flexjag.plan import Plan
+from flexjag.recipe import Recipe
 
 SCHEMA = 1
 DIMS = (16, 32, 64, 128, 256)
@@ -93,11 +93,11 @@ class Entry:
     measured: Mapping[str, Any]
 
 
-def lookup(plan: Plan, q: Tensor, v: Tensor, need_lse: bool = False) -> Options:
+def lookup(recipe: Recipe, q: Tensor, v: Tensor, need_lse: bool = False) -> Options:
     """The options in the file for a plan and q ``[T_q, H, D]``, v ``[T_kv, G, E]``; called while a graph is traced.
 
     Args:
-        plan: The plan.
+        recipe: The recipe.
         q: Its dtype, device and D count.
         v: Its E counts.
         need_lse: Whether the log-sum-exp is wanted, which was not measured with FLASH.
@@ -109,8 +109,8 @@ def lookup(plan: Plan, q: Tensor, v: Tensor, need_lse: bool = False) -> Options:
     dim, value_dim = rounded(q.shape[2]), rounded(v.shape[2])
     if dim is None or value_dim is None:
         return {}
-    kind, grad, flash = score_kind(plan.score), torch.is_grad_enabled(), plan.head_of is None and not need_lse
-    return dict(_constants(q.device, q.dtype, dim, value_dim, kind, plan.exact, grad, flash))
+    kind, grad, flash = score_kind(recipe.score), torch.is_grad_enabled(), recipe.head_of is None and not need_lse
+    return dict(_constants(q.device, q.dtype, dim, value_dim, kind, recipe.exact, grad, flash))
 
 
 def rounded(dim: int) -> int | None:

@@ -16,44 +16,45 @@ from torch import Tensor
 
 from flexjag.algebra.facts import as_window
 from flexjag.algebra.tree import held_tensors
-from flexjag.backends import runs, whole_segments
-from flexjag.backends.batches import Range
 from flexjag.backends.held import Held
-from flexjag.backends.runs import Pieces, Shared, bias_of, runs_of_queries
-from flexjag.backends.whole_segments import FIRST_ORDER, FLASH, list_calls, with_lse_gradient
-from flexjag.choice import SDPA_WINDOWS
+from flexjag.backends.segments import runs
+from flexjag.backends.segments import whole as whole_segments
+from flexjag.backends.segments.batches import Range
+from flexjag.backends.segments.cost import SDPA_WINDOWS
+from flexjag.backends.segments.runs import Pieces, Shared, bias_of, runs_of_queries
+from flexjag.backends.segments.whole import FIRST_ORDER, FLASH, list_calls, with_lse_gradient
 from flexjag.differentiation import first_order_only
-from flexjag.plan import Plan
+from flexjag.recipe import Recipe
 
 Pair = tuple[Tensor, Tensor]
 LOG2_E = math.log2(math.e)
 
 
-def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, need_lse: bool) -> tuple[Tensor, Tensor | None]:
+def run(q: Tensor, k: Tensor, v: Tensor, recipe: Recipe, scale: float, need_lse: bool) -> tuple[Tensor, Tensor | None]:
     """Attention of packed ``q [T_q, H, D]``, ``k [T_kv, G, D]``, ``v [T_kv, G, E]``.
 
     Returns:
         ``[T_q, H, E]`` and the log-sum-exp ``[T_q, H]``, the latter in at least float32; maybe None if not needed.
     """
-    window = as_window(plan.mask)
+    window = as_window(recipe.mask)
     # The kernel masks before it scales: with a scale of 0 or less, -inf turns into NaN or +inf.
-    own = plan.score is None and window in SDPA_WINDOWS and scale > 0
+    own = recipe.score is None and window in SDPA_WINDOWS and scale > 0
     causal = window == (None, 0, "start") if own else None
     e = v.shape[2]
     wide = max(q.shape[2], e, 1)  # the kernels want D == E > 0; zeros change nothing
     q, k, v = (torch.nn.functional.pad(x, (0, wide - x.shape[2])) if x.shape[2] < wide else x for x in (q, k, v))
     q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))  # the kernel reads no other stride
     on_cpu, acc = q.device.type == "cpu", torch.float64 if q.dtype == torch.float64 else torch.float32
-    plan = plan.learning_in(acc)
+    recipe = recipe.learning_in(acc)
     if causal is not None and on_cpu:
-        out, lse = whole_segments.attend(_calls(plan, q.shape[1] * wide, causal, scale), q, k, v, need_lse)
+        out, lse = whole_segments.attend(_calls(recipe, q.shape[1] * wide, causal, scale), q, k, v, need_lse)
         return out if e == wide else out[..., :e], lse
     if causal is not None:
-        pieces = runs.whole_segments(plan, scale, causal)
+        pieces = runs.whole_segments(recipe, scale, causal)
     else:
-        plan = plan.frozen()
-        pieces = runs_of_queries(plan, scale, q.shape[1], acc, may_share=on_cpu)
-    held = [] if plan.score is None else held_tensors(plan.score)
+        recipe = recipe.frozen()
+        pieces = runs_of_queries(recipe, scale, q.shape[1], acc, may_share=on_cpu)
+    held = [] if recipe.score is None else held_tensors(recipe.score)
     learned = torch.is_grad_enabled() and any(x.requires_grad for x in held)
     if on_cpu and (pieces.shared is not None or not learned):
         bias = pieces.shared.bias if pieces.shared is not None and learned else None
@@ -63,12 +64,12 @@ def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, need_lse: boo
     return out[..., :e], lse
 
 
-def _calls(plan: Plan, width: int, causal: bool, scale: float) -> whole_segments.Calls:
+def _calls(recipe: Recipe, width: int, causal: bool, scale: float) -> whole_segments.Calls:
     """The calls of a plan, listed once for all layers that share it."""
     key = "calls", width, causal, scale
-    if key not in plan.notes:
-        plan.notes[key] = list_calls(plan.layout, width, causal, scale)
-    return plan.notes[key]
+    if key not in recipe.notes:
+        recipe.notes[key] = list_calls(recipe.layout, width, causal, scale)
+    return recipe.notes[key]
 
 
 def _cut(x: Tensor, ranges: list[Range], shape: tuple[int, int], in_order: bool) -> tuple[Tensor, ...]:
@@ -118,7 +119,7 @@ class _Flash(torch.autograd.Function):
         lse = lse.t()
         # What the backward evaluates again.
         again = pieces.shared is None and any(ctx.needs_input_grad)
-        ctx.held = Held.of(pieces.plan, acc) if again else Held([], [], [], [])
+        ctx.held = Held.of(pieces.recipe, acc) if again else Held([], [], [], [])
         ctx.save_for_backward(q, k, v, out, lse, bias, *ctx.held.fixed)
         return out, lse
 

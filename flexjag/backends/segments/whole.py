@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexjag.backends.batches import Batch, Cut, Packed, Range, list_batches
+from flexjag.backends.segments.batches import Batch, Cut, Packed, Range, list_batches
 from flexjag.differentiation import first_order_only
 from flexjag.layout import Layout
 

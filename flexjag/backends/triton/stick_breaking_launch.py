@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from flexjag.backends import tiled
-from flexjag.backends.stick_breaking import EXACT
-from flexjag.backends.triton import add_up
+from flexjag.backends.normalized.stick_breaking import EXACT
+from flexjag.backends.tiled import run as tiled
+from flexjag.backends.triton.pointwise import add_up
+from flexjag.backends.triton.stick_breaking_kernels import find_spoiled, of_keys, of_queries, stick_breaking, sum_right
 from flexjag.backends.triton_modules import Functions, load
-from flexjag.backends.triton_stick_breaking_kernels import find_spoiled, of_keys, of_queries, stick_breaking, sum_right
 from flexjag.launching import ALL_REGISTERS, launch, power_of_2, precision
 from flexjag.layout import blocks
 

@@ -1,0 +1,132 @@
+"""Which backend runs what: the list of backends, the order in which ``auto`` asks them, and what is said of it.
+
+What a backend can do is in its record (:mod:`flexjag.backends.base`). The rules read structure and metadata only, so
+the same ones explain a plan, choose a backend and reject an impossible request.
+"""
+
+from __future__ import annotations
+
+from flexjag.backends.base import Backend, Case
+from flexjag.backends.costs import seconds
+from flexjag.backends.flex.rule import FLEX
+from flexjag.backends.reference import REFERENCE
+from flexjag.backends.segments.rule import SEGMENTS
+from flexjag.backends.tiled.rule import TILED
+from flexjag.backends.triton.rule import TRITON
+from flexjag.backends.varlen import VARLEN
+from flexjag.errors import BackendError, explain_values
+
+BACKENDS = {x.name: x for x in (REFERENCE, TILED, SEGMENTS, FLEX, VARLEN, TRITON)}
+"""All backends by name."""
+
+ON_CUDA, ELSEWHERE = ["triton", "varlen", "flex", "tiled"], ["segments", "tiled"]
+"""Whom ``auto`` asks, in order. On CUDA by what the kernels are built for, not yet by a measurement of ours; elsewhere
+no compiler is started unasked. The last one runs everything."""
+
+WHY = {
+    "triton": "fused Triton kernels for normalizers that are not a softmax",
+    "varlen": "the mask is exactly one that the flash-attention kernel of varlen_attn implements",
+    "flex": "one fused FlexAttention kernel runs any mask and score",
+    "tiled": "plain torch over the tiles",
+    "segments": "a run of one segment's queries at a time with the keys that they may attend",
+}
+
+
+def register(backend: Backend) -> None:
+    """Add a backend of your own, for ``attention(backend=...)`` and, if it says before whom, for ``auto``.
+
+    Raises:
+        BackendError: If its name is taken, or it is to be asked before one that ``auto`` does not ask.
+    """
+    if backend.name in BACKENDS or backend.name == "auto":
+        raise BackendError(explain_values("name", "is taken", name=backend.name))
+    orders = [order for order in (ON_CUDA, ELSEWHERE) if backend.before in order]
+    if backend.before is not None and not orders:
+        raise BackendError(explain_values("before", "must be a backend that auto asks", before=backend.before))
+    BACKENDS[backend.name] = backend
+    for order in orders:
+        order.insert(order.index(backend.before), backend.name)  # type: ignore[arg-type]
+
+
+def unregister(name: str) -> None:
+    """Take a backend out again that :func:`register` added."""
+    del BACKENDS[name]
+    for order in (ON_CUDA, ELSEWHERE):
+        order[:] = [x for x in order if x != name]
+
+
+def refusal(backend: str, case: Case) -> str | None:
+    """Why `backend` cannot run the case, or None if it can.
+
+    Raises:
+        BackendError: If there is no such backend.
+    """
+    if backend not in BACKENDS:
+        raise BackendError(f"backend: must be 'auto' or one of {', '.join(BACKENDS)}; got backend={backend!r}")
+    record = BACKENDS[backend]
+    return record.promises.refuse(case) or record.refuse(case)
+
+
+def choose(case: Case) -> tuple[str, str]:
+    """The backend ``auto`` takes, and why: the first that can run the case.
+
+    Where the next one can as well and both have been measured, the faster one.
+    """
+    able: list[str] = []
+    passed = ""
+    for name in ON_CUDA if case.on_cuda else ELSEWHERE:
+        record = BACKENDS[name]
+        if not isinstance(case.normalizer, record.promises.normalizers):
+            continue
+        why_not = refusal(name, case) or record.wasteful(case)
+        if why_not is not None:
+            passed = f", because of {name}: {why_not}"
+            continue
+        if record.cost is None and able:
+            break
+        able.append(name)
+        if record.cost is None or case.on_cuda:
+            break
+    if len(able) > 1:
+        return _fastest(able, case)
+    name = able[0] if able else "tiled"
+    return name, WHY.get(name, BACKENDS[name].title) + (passed if name == "tiled" else "")
+
+
+def _fastest(able: list[str], case: Case) -> tuple[str, str]:
+    expected = {name: t for name, t in expected_seconds(case).items() if name in able}
+    name, *others = sorted(expected, key=lambda backend: expected[backend])
+    times = ", ".join(f"{other} {_about(expected[other])} ms" for other in others)
+    what = WHY.get(name, BACKENDS[name].title)
+    return name, f"{what}: about {_about(expected[name])} ms expected, {times}, by the lines of costs.json"
+
+
+def _about(seconds: float) -> str:
+    """Milliseconds to one digit, which is what the estimate is worth.
+
+    >>> _about(0.0432), _about(0.00016)
+    ('40', '0.2')
+    """
+    return f"{float(f'{seconds * 1e3:.1g}'):g}"
+
+
+def expected_seconds(case: Case) -> dict[str, float]:
+    """What the measured backends are expected to take on a CPU, where ``costs.json`` was recorded."""
+    costs = {name: x.cost for name, x in BACKENDS.items() if x.cost is not None}
+    return {name: seconds(cost(case), bool(case.grad)) for name, cost in costs.items()}
+
+
+def pick(backend: str, case: Case) -> str:
+    """Resolve a requested backend: ``"auto"`` by rule, a name only if it can run the case.
+
+    Raises:
+        BackendError: If the named backend cannot run it; the message names one that can.
+    """
+    if backend == "auto":
+        return choose(case)[0]
+    why_not = refusal(backend, case)
+    if why_not is None:
+        return backend
+    able = next((b for b in (choose(case)[0], *BACKENDS) if refusal(b, case) is None), None)
+    hint = f"use backend={able!r} or backend='auto'" if able else "no backend here can"
+    raise BackendError(f"backend: {backend!r} cannot run this plan: {why_not}; {hint}")

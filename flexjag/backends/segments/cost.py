@@ -1,0 +1,69 @@
+"""How much there is to do for the backend ``segments``, and when it is not worth it."""
+
+from __future__ import annotations
+
+import torch
+
+from flexjag import masks as m
+from flexjag import scores as s
+from flexjag.algebra.facts import as_window, extent
+from flexjag.algebra.tree import is_by_position
+from flexjag.backends.base import ASSUMED_DIMS, Case
+from flexjag.backends.costs import Sizes, Work
+from flexjag.normalizers import Softmax
+
+LONG_LEARNED = 16384  # keys over which a learned bias, a gradient of all keys per call, wastes too much
+SHARED = 2**22  # numbers in a bias for all segments, if it depends on the head: 16 MB in float32
+SDPA_WINDOWS = ((None, None, "start"), (None, None, "end"), (None, 0, "start"))
+"""What ``scaled_dot_product_attention`` does without a mask tensor: all keys, or ``is_causal`` (top-left)."""
+ROWS = {
+    "segments, runs": 256,
+    "segments, shared bias": 256,
+    "segments, pointwise": 128,
+}  # queries of a call, as the backends cut them
+
+
+def cost(case: Case) -> Work:
+    """What a case takes."""
+    if not isinstance(case.normalizer, Softmax):
+        way = "segments, pointwise"
+    elif case.score is None and as_window(case.mask) in SDPA_WINDOWS and case.scale > 0:
+        way = "segments, whole"
+    elif _shares_bias(case):
+        way = "segments, shared bias"
+    else:
+        way = "segments, runs"
+    return work(way, case.mask, Sizes.of(case.layout, case.dims or ASSUMED_DIMS))
+
+
+def wasteful(case: Case) -> str | None:
+    """Why `auto` passes it over for a case."""
+    learned = torch.is_grad_enabled() and any(t.requires_grad for t in s.tensors(case.score))
+    if learned and case.layout.num_kv > LONG_LEARNED and not _shares_bias(case):
+        return "each of its calls would make a gradient of all keys, for the learned bias"
+    return None
+
+
+def work(way: str, mask: m.Mask, sizes: Sizes) -> Work:
+    """Calls, and scores.
+
+    Args:
+        way: ``"segments, whole"``, ``"segments, runs"``, ``"segments, shared bias"`` or ``"segments, pointwise"``.
+        mask: The mask.
+        sizes: Of the batch.
+    """
+    n, keys = sizes.queries, sizes.keys
+    if way == "segments, whole":
+        reach = keys if as_window(mask) == (None, None, "start") else keys / 2
+        return Work(way, sizes.segments, sizes.num_q * reach * sizes.per_score)
+    rows = min(n, ROWS[way])
+    calls = sizes.segments * max(1.0, -(-n // ROWS[way]))
+    return Work(way, calls, sizes.num_q * min(keys, extent(mask, keys) + rows) * sizes.per_score)
+
+
+def _shares_bias(case: Case) -> bool:
+    """Whether one bias is evaluated for all segments; as far as their mean length tells."""
+    sizes = Sizes.of(case.layout, case.dims or ASSUMED_DIMS)._replace(per_score=1.0)
+    runs = work("segments, runs", case.mask, sizes)
+    small = sizes.queries * sizes.keys <= min(2 * runs.scores, SHARED / (case.dims or (1,))[0])
+    return small and is_by_position(case.mask, case.score, case.layout.is_self)

@@ -1,0 +1,1 @@
+"""Plain torch over the plan's tiles."""

@@ -1,0 +1,27 @@
+"""How much there is to do for the backend ``tiled``."""
+
+from __future__ import annotations
+
+from flexjag import masks as m
+from flexjag.algebra.facts import attended
+from flexjag.backends.base import ASSUMED_DIMS, Case
+from flexjag.backends.costs import Sizes, Work
+from flexjag.normalizers import Softmax
+
+TILE = 128
+
+
+def cost(case: Case) -> Work:
+    """What a case takes."""
+    way = "tiled" if isinstance(case.normalizer, Softmax) else "tiled, pointwise"
+    return work(way, case.mask, Sizes.of(case.layout, case.dims or ASSUMED_DIMS))
+
+
+def work(way: str, mask: m.Mask, sizes: Sizes) -> Work:
+    """Rows of tiles, and scores."""
+    n, keys = sizes.queries, sizes.keys
+    rows = max(1.0, sizes.num_q / TILE)
+    # A row of tiles meets the keys of its own tokens' segments, or of one segment what its tokens reach.
+    met = min(sizes.num_kv, max(1.0, TILE / max(n, 1.0)) * keys, attended(mask, keys) + TILE)
+    met = max(met, min(keys, attended(mask, keys)), 1.0)
+    return Work(way, rows, rows * met * TILE * sizes.per_score)

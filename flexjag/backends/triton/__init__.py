@@ -1,0 +1,1 @@
+"""Triton kernels of our own for normalizers that are no softmax."""

@@ -1,0 +1,75 @@
+"""What our own Triton kernels can run, by rule."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor
+
+from flexjag import masks as m
+from flexjag import mods, printing
+from flexjag import scores as s
+from flexjag.algebra.tree import walk
+from flexjag.backends.base import Backend, Case, Pair, Promises
+from flexjag.launching import DTYPES, HAS_TRITON
+from flexjag.nodes import Node
+from flexjag.normalizers import GELU, Identity, Pointwise, Sigmoid, SiLU, StickBreaking
+
+KERNELS = (SiLU, GELU, Identity, Sigmoid, StickBreaking)
+"""The normalizers that there are kernels for."""
+
+WIDEST = 256  # features that a program keeps of a token
+
+
+def refuse(case: Case) -> str | None:
+    """Why the kernels cannot run a case."""
+    if type(case.normalizer) not in KERNELS:
+        return f"it has no kernels for the normalizer {case.normalizer!r}"
+    if not HAS_TRITON:
+        return "Triton is not installed"
+    if case.layout.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "its kernels run on CUDA only"
+    if case.dtype is not None and case.dtype not in DTYPES:
+        return f"its kernels compute with float32, float16 and bfloat16, not {case.dtype}"
+    if case.dims is not None and max(case.dims[2:]) > WIDEST:
+        return f"its kernels need D and E of at most {WIDEST}; got D={case.dims[2]}, E={case.dims[3]}"
+    asked = [*printing.functions(case.mask, case.score), *_cases_to_try(case)]
+    return printing.objection(asked, case.layout.device, case.tracing, (printing.Triton(), printing.Torch()))
+
+
+def _cases_to_try(case: Case) -> Iterator[tuple[Callable[..., Tensor], bool]]:
+    """Mods of the nodes that are not known to be printable, and True for those of scores."""
+    tables = mods.one_row()
+    for one in (*walk(case.mask), *walk(case.score)):
+        if one.printable or isinstance(one, m.MaskMod | s.ScoreMod):
+            continue
+        if isinstance(one, s.Score):
+            yield _named(mods.score_case(one, tables), one), True
+        elif mods.mask_case.knows(one):  # else its spans are exact, or leave masks that are in the tree, too
+            yield _named(mods.mask_case(one, tables, case.layout), one), False
+
+
+def _named(fn: Callable[..., Tensor], node: Node) -> Callable[..., Tensor]:
+    named = functools.partial(fn)
+    named.__name__ = type(node).__name__  # pyright: ignore[reportAttributeAccessIssue]
+    return named
+
+
+def _run(*args: Any) -> Pair:
+    from flexjag.backends.triton.run import run
+
+    return run(*args)
+
+
+TRITON = Backend(
+    name="triton",
+    title="own kernels for normalizers that are no softmax, CUDA",
+    takes="any mask and score it can print (users' functions: not while tracing)",
+    run=_run,
+    refuse=refuse,
+    promises=Promises(normalizers=(Pointwise, StickBreaking), lse="nowhere", contains_nan=True),
+    needs_tiles=True,
+)

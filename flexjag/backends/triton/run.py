@@ -1,0 +1,20 @@
+"""Attention by any normalizer but a softmax, with Triton kernels of our own."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from flexjag.backends.triton import pointwise, stick_breaking
+from flexjag.normalizers import StickBreaking
+from flexjag.recipe import Recipe
+
+
+def run(q: Tensor, k: Tensor, v: Tensor, recipe: Recipe, scale: float, need_rest: bool) -> tuple[Tensor, Tensor]:
+    """Attention of packed ``q [T_q, H, D]``, ``k [T_kv, G, D]``, ``v [T_kv, G, E]``; T_q and T_kv not 0.
+
+    Returns:
+        ``[T_q, H, E]`` in q's dtype, and for stick-breaking the remainder ``[T_q, H]`` in float32 (else something of no
+        meaning).
+    """
+    kind = stick_breaking if isinstance(recipe.normalizer, StickBreaking) else pointwise
+    return kind.run(q, k, v, recipe, scale, need_rest)

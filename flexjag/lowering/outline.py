@@ -1,0 +1,204 @@
+"""From nodes to a recipe: layout, spans, tables and kernel masks, and then the tiles."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from flexjag import functions, mods
+from flexjag import masks as m
+from flexjag import scores as s
+from flexjag.algebra import tree
+from flexjag.errors import MaskError, PlanError, assert_on_device
+from flexjag.jagged import Jagged, mark_varying
+from flexjag.layout import Layout, blocks, build_layout
+from flexjag.normalizers import Normalizer, Softmax
+from flexjag.recipe import (
+    Notes,
+    Recipe,
+    check_arguments,
+    check_fit,
+    check_normalizer,
+    check_score,
+    of_this_batch,
+    place_in,
+)
+from flexjag.spans import Sandwich, Spans, sandwich
+from flexjag.tiles import TileList, Tiles, build_tables, list_tiles, refine
+from flexjag.upstream import holds_no_numbers
+
+R = TypeVar("R", bound=Recipe)
+REFINE_LIMIT = 2**26  # predicate evaluations that refining may cost when nobody asked for it
+
+
+def _head_masks(mask: m.Mask) -> tuple[list[m.Mask], list[int] | None]:
+    """The distinct masks of the heads, and which one each head uses."""
+    heads = m.num_mask_heads(mask)
+    if heads is None:
+        return [mask], None
+    distinct: list[m.Mask] = []
+    head_of: list[int] = []
+    for h in range(heads):
+        one = m.at_head(mask, h)
+        known = [i for i, seen in enumerate(distinct) if seen == one]  # Dynamo cannot trace distinct.index(one)
+        head_of.append(known[0] if known else len(distinct))
+        if not known:
+            distinct.append(one)
+    return distinct, head_of
+
+
+def _capacity(layout: Layout, block: int, max_length: int | None) -> tuple[int, int] | None:
+    """Most tiles in a row or column, and most in all, for segments of at most `max_length`; None without a bound.
+
+    In self-attention a tile row meets one stretch of keys: its own tokens and at most a segment to either side.
+    In cross-attention it may meet many segments, each in a stretch of its own, so only the grid bounds it.
+    """
+    if max_length is None:
+        return None
+    rows, cols = blocks(layout.num_q, block), blocks(layout.num_kv, block)
+    width = (2 * max_length + block - 1) // block + 2 if layout.is_self else max(rows, cols)
+    return width, max(2, rows * min(width, cols))
+
+
+class Sizes(NamedTuple):
+    """Tile size and bounds, and whether to check the offsets' contents; as :func:`flexjag.plan` takes them."""
+
+    block_size: int = 128
+    max_tokens: int | None = None
+    max_length: int | None = None
+    validate: bool = False
+
+
+def outline(
+    q: Jagged,
+    k: Jagged | None,
+    mask: m.Mask | None,
+    score: s.Score | None,
+    normalizer: Normalizer | None,
+    sizes: Sizes = Sizes(),  # noqa: B008, immutable
+) -> Recipe:
+    """The part of lowering that is linear in the tokens: everything but the tiles."""
+    block_size, max_tokens, max_length, validate = sizes
+    mask = m.Full() if mask is None else mask
+    normalizer = Softmax() if normalizer is None else normalizer
+    check_arguments(mask, score, normalizer, block_size, max_length)
+    layout = build_layout(q, q if k is None else k, max_tokens=max_tokens, max_length=max_length, validate=validate)
+    check_normalizer(layout, mask, normalizer)
+    check_fit(MaskError, mask, layout)
+    check_fit(PlanError, normalizer, layout)
+    tables = mods.row_tables(layout, block_size)
+    check_score(score, layout, tables)
+    score = of_this_batch(score)
+    reading = functions.Reading([], [])
+    if not torch.compiler.is_compiling():
+        mask = functions.frozen(mask, torch.clone)
+        if any(isinstance(x, m.MaskMod) for x in tree.walk(mask)):
+            place = place_in(layout, tables)
+            functions.check_functions(mask, place)
+            reading = functions.Reading.of(mask, lambda: place)
+    head_masks, head_of = _head_masks(mask)
+    heads = None
+    if head_of is not None:  # filled on the device: uploading a list would wait for it
+        heads = torch.stack([torch.full((), i, dtype=torch.int32, device=layout.device) for i in head_of])
+    sample = None
+    if q.values.ndim == 3 and q.values.dtype.is_floating_point:
+        grad = q.values.requires_grad and torch.is_grad_enabled()
+        sample = (q.values.shape[1], q.values.shape[2], q.values.dtype, grad)
+    sandwiches = tuple(sandwich(one, layout) for one in head_masks)
+    return Recipe(
+        layout=layout,
+        mask=mask,
+        score=score,
+        normalizer=normalizer,
+        block_size=block_size,
+        sandwiches=sandwiches,
+        head_of=heads,
+        tables=tables,
+        kernel_masks=tuple(mods.kernel_mask(x, tables) for x in sandwiches),
+        kernel_score=None if score is None else mods.rounded(score, tables),
+        made_tiles=None,
+        max_length=max_length,
+        reading=reading,
+        notes=Notes(),
+        own_notes=Notes(),
+        sample=sample,
+    )
+
+
+def with_tiles(recipe: R, refine_tiles: bool | None = None) -> R:
+    """An outlined recipe with its tiles; `refine_tiles` as in :func:`flexjag.plan`."""
+    layout, block, sandwiches, max_length = recipe.layout, recipe.block_size, recipe.sandwiches, recipe.max_length
+    if max_length is not None:
+        for offsets in (layout.q_offsets, layout.kv_offsets):
+            assert_on_device((offsets.diff() <= max_length).all(), "max_length: must bound every segment's length")
+    capacity = _capacity(layout, block, max_length)
+    width, size = (None, None) if capacity is None else capacity
+    lists = [list_tiles(x.outer, x.inner, layout.num_kv, block, size) for x in sandwiches]
+    if capacity is None and not holds_no_numbers(layout.q_offsets):
+        tables = recipe.tables
+        lists = [_refined(t, x, tables, layout, block, refine_tiles) for t, x in zip(lists, sandwiches, strict=True)]
+    union, by_head = lists[0], lists
+    if recipe.head_of is not None:
+        by_head = [lists[i] for i in _head_masks(recipe.mask)[1] or ()]
+    if len(lists) > 1:
+        lo, hi = (torch.cat([getattr(x.outer, end) for x in sandwiches]) for end in ("lo", "hi"))
+        nothing = Spans(layout.kv_start[None], layout.kv_start[None])
+        union = list_tiles(Spans(lo, hi), nothing, layout.num_kv, block, size)
+    tables = build_tables(by_head, layout.num_q, layout.num_kv, block, width)
+    made = replace(recipe, made_tiles=Tiles(union, *tables))
+    mark_sizes(made)
+    return made
+
+
+def for_gpu(recipe: R) -> R:
+    """The recipe as it would be if it had been made on a GPU, to be sent to a process that makes a GPU's kernels."""
+    layout = replace(recipe.layout, on_gpu=True)
+    tables = mods.row_tables(layout, recipe.block_size)
+    masks = tuple(mods.kernel_mask(x, tables) for x in recipe.sandwiches)
+    score = None if recipe.score is None else mods.rounded(recipe.score, tables)
+    nothing = functions.Reading([], [])  # what functions read is compared here, not in another process
+    made = replace(recipe, layout=layout, tables=tables, kernel_masks=masks, kernel_score=score, reading=nothing)
+    mark_sizes(made)
+    return made
+
+
+def mark_sizes(recipe: Recipe) -> None:
+    """Tell TorchDynamo, if it is in use, which sizes of the recipe's tensors change from batch to batch."""
+    if torch.compiler.is_compiling() or "torch._dynamo" not in sys.modules:
+        return
+    _mark(recipe.layout, 0)
+    _mark(recipe.tables, 0)
+    _mark(recipe.tiles.all_heads, 0)
+    for table in (recipe.tiles.kv_partial, recipe.tiles.kv_full, recipe.tiles.q_partial, recipe.tiles.q_full):
+        mark_varying(table.count, 2)
+        mark_varying(table.index, 2, 3)
+    for x in recipe.sandwiches:
+        _mark(x.outer, 1)
+        _mark(x.inner, 1)
+    for x in (recipe.mask, *recipe.kernel_masks, recipe.score, recipe.kernel_score):
+        tree.mark(x)
+
+
+def _mark(holder: object, dim: int) -> None:
+    for value in vars(holder).values():
+        if isinstance(value, Tensor):
+            mark_varying(value, dim)
+
+
+def _refined(
+    tiles: TileList, x: Sandwich, tables: mods.RowTables, layout: Layout, block: int, wanted: bool | None
+) -> TileList:
+    if x.exact or wanted is False or not layout.num_q or not layout.num_kv:
+        return tiles
+    if wanted is None and tiles.row.shape[0] * block**2 > REFINE_LIMIT:
+        return tiles
+    place = place_in(layout, tables)
+    if x.rest is None or place is None or functions.depends_on_head(x.rest, place):
+        return tiles  # one list of tiles has to do for all heads
+    test = mods.mask_mod((mods.kernel_mask(x, tables),), None, tables, layout)
+    zero = torch.zeros((), dtype=torch.int32, device=layout.device)
+    return refine(tiles, lambda q, kv: test(zero, zero, q, kv), layout.num_q, layout.num_kv, block)
