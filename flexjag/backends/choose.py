@@ -68,9 +68,9 @@ def refusal(backend: str, case: Case) -> str | None:
 
 
 def choose(case: Case) -> tuple[str, str]:
-    """The backend ``auto`` takes, and why: the first that can run the case.
+    """The backend ``auto`` takes, and why: the first that can run the case, or on a CPU the fastest, if it is measured.
 
-    Where the next one can as well and both have been measured, the faster one.
+    Measured are those with a cost.
     """
     able: list[str] = []
     passed = ""
@@ -83,7 +83,7 @@ def choose(case: Case) -> tuple[str, str]:
             passed = f", because of {name}: {why_not}"
             continue
         if record.cost is None and able:
-            break
+            continue
         able.append(name)
         if record.cost is None or case.on_cuda:
             break
