@@ -199,9 +199,9 @@ def test_block_size_changes_nothing(block: int) -> None:
 
 def test_many_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """The eager path of `tiled` goes in chunks of whole tile rows; make them as small as they get."""
-    from flexjag.backends.tiled import run as tiled
+    from flexjag.backends import blocks
 
-    monkeypatch.setattr(tiled, "CHUNK_SCORES", 1)
+    monkeypatch.setattr(blocks, "CHUNK_SCORES", 1)
     q, k, v = make_qkv(LENGTHS)
     plan = fj.plan(q, mask=MASKS["sinks"], score=SCORES["chain"], block_size=16)
     check_backend("tiled", q, k, v, plan=plan)

@@ -119,10 +119,10 @@ def test_cross_attention(kv_lengths: list[int], backend: str) -> None:
 @pytest.mark.parametrize("kind", ["silu", "sigmoid, heads"])
 def test_many_pieces(kind: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pieces as small as they get: 16 rows, or one row of tiles."""
+    from flexjag.backends import blocks
     from flexjag.backends.normalized import pieces
-    from flexjag.backends.tiled import run as tiled
 
-    monkeypatch.setattr(tiled, "CHUNK_SCORES", 1)
+    monkeypatch.setattr(blocks, "CHUNK_SCORES", 1)
     monkeypatch.setattr(pieces, "RUN_SCORES", 1)
     for mask in MASKS:
         check(*KINDS[kind], mask, make_qkv(LENGTHS), backend)

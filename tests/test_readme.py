@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import flexjag as fj
+from flexjag.backends.choose import BACKENDS
 from flexjag.bench.attention_arms import AUTO, DENSE, LOOP, PADDED, SHARED, SLICED
 
 ROOT = Path(__file__).parent.parent
@@ -42,6 +43,20 @@ def test_relative_links_exist(page: str) -> None:
     assert links
     for link in links:
         assert (path.parent / link).exists(), link
+
+
+def test_the_table_of_backends_is_that_of_their_records() -> None:
+    said = {"everywhere": "yes", "on CUDA": "on CUDA", "nowhere": "no", True: "yes", False: "no"}
+    lines = []
+    for name, backend in BACKENDS.items():
+        p = backend.promises
+        lse = said[p.lse] if p.lse_gradient else "without gradient"
+        can = (p.untraceable is None, p.second_order, p.contains_nan, p.unmixed)
+        cells = [f"`{name}`", backend.title, backend.takes, said[p.gradients], lse, *(said[x] for x in can)]
+        lines.append(f"| {' | '.join(cells)} |")
+    table = re.search(r"^\| backend \|.*?\n\n", TEXT, re.MULTILINE | re.DOTALL)
+    assert table is not None
+    assert table[0].rstrip().split("\n")[2:] == lines
 
 
 def newest_result(suite: str) -> dict[str, dict[str, dict[str, Any]]]:

@@ -104,10 +104,10 @@ def test_shapes(groups: int, dim: int, value_dim: int, backend: str) -> None:
 @FAST
 def test_many_pieces(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pieces as small as they get: 16 rows, or one row of tiles."""
+    from flexjag.backends import blocks
     from flexjag.backends.normalized import pieces
-    from flexjag.backends.tiled import run as tiled
 
-    monkeypatch.setattr(tiled, "CHUNK_SCORES", 1)
+    monkeypatch.setattr(blocks, "CHUNK_SCORES", 1)
     monkeypatch.setattr(pieces, "RUN_SCORES", 1)
     for name in ALLOWED:
         check(StickBreaking(), name, make_qkv([40, 0, 17]), backend)

@@ -22,11 +22,12 @@ Pair = tuple[Tensor, Tensor | None]
 Where = Literal["everywhere", "on CUDA", "nowhere"]
 
 ALL: tuple[type[Normalizer], ...] = (Softmax, Pointwise, StickBreaking)
+FIRST_ORDER = "backend 'segments' has no second-order gradients; use backend='tiled' or 'reference'"
 HALF = (torch.float16, torch.bfloat16)
 ASSUMED_DIMS = (1, 1, 64, 64)  # H, G, D and E where nothing says them
 
 
-class Problem(Protocol):
+class Asked(Protocol):
     """What rules and the reference see of a recipe: what was asked for, and nothing that lowering made of it."""
 
     @property
@@ -101,22 +102,20 @@ class Case:
     plain: bool = False
 
     @classmethod
-    def of(cls, problem: Problem, **known: Any) -> Self:
+    def of(cls, asked: Asked, **known: Any) -> Self:
         """A recipe's case.
 
         Args:
-            problem: The recipe.
+            asked: The recipe.
             known: What the caller knows besides. Nothing: as for the q that was planned for.
         """
         if not known:
-            learned = functions.learned_tensors(problem.score, torch.float32, problem.place)
-            held = (*learned, *normalizers.tensors(problem.normalizer))
+            learned = functions.learned_tensors(asked.score, torch.float32, asked.place)
+            held = (*learned, *normalizers.tensors(asked.normalizer))
             trained = torch.is_grad_enabled() and any(x.requires_grad for x in held)
-            heads, dim, dtype, grad = problem.sample or (*ASSUMED_DIMS[1:3], None, False)
+            heads, dim, dtype, grad = asked.sample or (*ASSUMED_DIMS[1:3], None, False)
             known = {"dtype": dtype, "grad": grad or trained, "dims": (heads, heads, dim, dim)}
-        return cls(
-            problem.layout, problem.mask, problem.score, problem.normalizer, block_size=problem.block_size, **known
-        )
+        return cls(asked.layout, asked.mask, asked.score, asked.normalizer, block_size=asked.block_size, **known)
 
     @property
     def on_cuda(self) -> bool:

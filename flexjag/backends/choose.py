@@ -68,9 +68,9 @@ def refusal(backend: str, case: Case) -> str | None:
 
 
 def choose(case: Case) -> tuple[str, str]:
-    """The backend ``auto`` takes, and why: the first that can run the case.
+    """The backend ``auto`` takes, and why: the first that can run the case, or on a CPU the fastest, if it is measured.
 
-    Where the next one can as well and both have been measured, the faster one.
+    Measured are those with a cost.
     """
     able: list[str] = []
     passed = ""
@@ -83,22 +83,17 @@ def choose(case: Case) -> tuple[str, str]:
             passed = f", because of {name}: {why_not}"
             continue
         if record.cost is None and able:
-            break
+            continue
         able.append(name)
         if record.cost is None or case.on_cuda:
             break
     if len(able) > 1:
-        return _fastest(able, case)
+        expected = expected_seconds(case, able)
+        name, *others = sorted(able, key=lambda x: expected[x])
+        times = ", ".join(f"{other} {_about(expected[other])} ms" for other in others)
+        return name, f"{WHY[name]}: about {_about(expected[name])} ms expected, {times}, by the lines of costs.json"
     name = able[0] if able else "tiled"
     return name, WHY.get(name, BACKENDS[name].title) + (passed if name == "tiled" else "")
-
-
-def _fastest(able: list[str], case: Case) -> tuple[str, str]:
-    expected = {name: t for name, t in expected_seconds(case).items() if name in able}
-    name, *others = sorted(expected, key=lambda backend: expected[backend])
-    times = ", ".join(f"{other} {_about(expected[other])} ms" for other in others)
-    what = WHY.get(name, BACKENDS[name].title)
-    return name, f"{what}: about {_about(expected[name])} ms expected, {times}, by the lines of costs.json"
 
 
 def _about(seconds: float) -> str:
@@ -110,10 +105,10 @@ def _about(seconds: float) -> str:
     return f"{float(f'{seconds * 1e3:.1g}'):g}"
 
 
-def expected_seconds(case: Case) -> dict[str, float]:
-    """What the measured backends are expected to take on a CPU, where ``costs.json`` was recorded."""
-    costs = {name: x.cost for name, x in BACKENDS.items() if x.cost is not None}
-    return {name: seconds(cost(case), bool(case.grad)) for name, cost in costs.items()}
+def expected_seconds(case: Case, names: list[str]) -> dict[str, float]:
+    """What measured backends are expected to take on a CPU, on the machine where ``costs.json`` was recorded."""
+    costs = [(name, BACKENDS[name].cost) for name in names]
+    return {name: seconds(cost(case), bool(case.grad)) for name, cost in costs if cost is not None}
 
 
 def pick(backend: str, case: Case) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -57,3 +57,32 @@ class Held:
     def read_as(self, others: Sequence[Tensor]) -> AbstractContextManager[Any]:
         """Let the score read `others` instead of what is learned."""
         return functions.Substitute(self.learned, others) if self.learned else nullcontext()
+
+
+def differentiable_gradients(
+    attend: Callable[..., Sequence[Tensor | None]],
+    held: Held,
+    tensors: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """Gradients that can be differentiated again, for ``create_graph=True``.
+
+    Args:
+        attend: Of q, k and v in plain operations.
+        held: What the score reads.
+        tensors: What it learns, then q, k and v.
+        grads: Of what `attend` returns.
+
+    Returns:
+        The gradients of `tensors`.
+    """
+    tensors = [x.view_as(x) for x in tensors]  # nodes of their own: one may have been computed from another
+    with held.read_as(tensors[:-3]):
+        outs = attend(*tensors[-3:])
+    pairs = [(o, g) for o, g in zip(outs, grads, strict=True) if o is not None and g is not None and o.requires_grad]
+    wanted = [x for x in tensors if x.requires_grad]
+    if not pairs or not wanted:
+        return [None] * len(tensors)
+    outs, grads = [o for o, _ in pairs], [g for _, g in pairs]
+    found = iter(torch.autograd.grad(outs, wanted, grads, create_graph=True, allow_unused=True))
+    return [next(found) if x.requires_grad else None for x in tensors]

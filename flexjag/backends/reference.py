@@ -16,7 +16,7 @@ from flexjag import masks as m
 from flexjag import normalizers as nz
 from flexjag import scores as s
 from flexjag.algebra.facts import diagonal_align
-from flexjag.backends.base import ALL, Backend, Problem, Promises
+from flexjag.backends.base import ALL, Asked, Backend, Promises
 from flexjag.dispatch import Interpretation
 from flexjag.errors import MaskError, ScoreError
 from flexjag.nodes import is_integer, saturated
@@ -276,7 +276,7 @@ def dense_allowed(mask: m.Mask, normalizer: nz.Normalizer, seg: Segment, is_self
     return dense(mask, seg).expand(seg.heads, seg.n, seg.m)
 
 
-def run(q: Tensor, k: Tensor, v: Tensor, problem: Problem, scale: float, need_rest: bool) -> tuple[Tensor, Tensor]:
+def run(q: Tensor, k: Tensor, v: Tensor, asked: Asked, scale: float, need_rest: bool) -> tuple[Tensor, Tensor]:
     """Dense attention of ``q [T_q, H, D]``, ``k [T_kv, G, D]``, ``v [T_kv, G, E]``, segment by segment.
 
     Returns:
@@ -284,13 +284,13 @@ def run(q: Tensor, k: Tensor, v: Tensor, problem: Problem, scale: float, need_re
         remainder of stick-breaking, something of no meaning otherwise. Half precision is computed in float32.
     """
     compute = torch.promote_types(q.dtype, torch.float32)
-    problem = problem.learning_in(compute)
-    with functions.learning_once(problem.score, compute, problem.place):
-        return _attend(q, k, v, problem, scale)
+    asked = asked.learning_in(compute)
+    with functions.learning_once(asked.score, compute, asked.place):
+        return _attend(q, k, v, asked, scale)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, problem: Problem, scale: float) -> tuple[Tensor, Tensor]:
-    layout, mask, score, normalizer = problem.layout, problem.mask, problem.score, problem.normalizer
+def _attend(q: Tensor, k: Tensor, v: Tensor, asked: Asked, scale: float) -> tuple[Tensor, Tensor]:
+    layout, mask, score, normalizer = asked.layout, asked.mask, asked.score, asked.normalizer
     dtype, heads, repeats = q.dtype, q.shape[1], q.shape[1] // k.shape[1]
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     q, k, v = q.to(compute), k.to(compute), v.to(compute)

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from flexjag import normalizers as nz
 from flexjag.algebra.facts import diagonal_align
+from flexjag.backends import blocks
 from flexjag.backends.gathers import add_at
-from flexjag.backends.tiled import run as tiled
 from flexjag.layout import INT32_MAX
 from flexjag.recipe import Recipe
 
@@ -104,24 +104,24 @@ def walk_tiles(recipe: Recipe, whole: bool = False) -> Walk:
     tiles, block = recipe.tiles.all_heads, recipe.block_size
     num_q, num_kv = recipe.layout.num_q, recipe.layout.num_kv
     test = tested(recipe, own_key(recipe))
-    p = tiled.Problem(tiles.row, tiles.col, block, num_q, num_kv, 1.0, test, None)
+    p = blocks.Problem(tiles.row, tiles.col, block, num_q, num_kv, 1.0, test, None)
     # A spare one, so that no size of a graph can be 1: Dynamo would compile that case anew.
     rows = p.rows + 1 if whole else p.rows
 
     def pieces(heads: int) -> Iterator[Piece]:
-        for start, end in [(0, p.row.shape[0])] if whole else tiled.chunks(p, heads):
+        for start, end in [(0, p.row.shape[0])] if whole else blocks.chunks(p, heads):
             row, col = p.row[start:end], p.col[start:end]
             first, last = (0, rows) if whole else (int(row[0]), int(row[-1]) + 1)
-            b, h, q, kv = tiled.indices(p, row, col, heads)
+            b, h, q, kv = blocks.indices(p, row, col, heads)
             # Expanded, a lookup by head alone is undone by its own backward, not by a sum over all tiles, which
             # Inductor would compile anew when there are many.
             at = (b, h.expand(row.shape[0], -1, -1, -1), q, kv) if whole else (b, h, q, kv)
-            yield Piece(first, last, col, row - first, at, tiled.allowed_in(p, row, col, at))
+            yield Piece(first, last, col, row - first, at, blocks.allowed_in(p, row, col, at))
 
     def opened(x: Tensor, is_query: bool) -> Tensor:
-        return tiled.to_blocks(x, rows if is_query else p.cols + 1, block)
+        return blocks.to_blocks(x, rows if is_query else p.cols + 1, block)
 
-    return Walk(pieces, opened, tiled.from_blocks, 0)
+    return Walk(pieces, opened, blocks.from_blocks, 0)
 
 
 def walk_runs(recipe: Recipe, heads: int) -> Walk:

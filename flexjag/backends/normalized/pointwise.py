@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from flexjag import normalizers as nz
+from flexjag.backends.blocks import matmul, matmul_heads, sum_groups
 from flexjag.backends.gathers import add_tiles, look_up
-from flexjag.backends.tiled.run import matmul, matmul_heads, sum_groups
 from flexjag.dispatch import Interpretation
 from flexjag.layout import Layout
 

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from flexjag import mods
 from flexjag import normalizers as nz
+from flexjag.backends import blocks
+from flexjag.backends.base import FIRST_ORDER
 from flexjag.backends.gathers import add_tiles, look_up, take_tiles
-from flexjag.backends.held import Held
+from flexjag.backends.held import Held, differentiable_gradients
 from flexjag.backends.normalized import pointwise, stick_breaking
 from flexjag.backends.normalized.pieces import Piece, Walk, walk_runs, walk_tiles
-from flexjag.backends.segments.whole import FIRST_ORDER
-from flexjag.backends.tiled import run as tiled
 from flexjag.differentiation import first_order_only, needs_plain_operations
 from flexjag.layout import Layout
 from flexjag.recipe import Recipe
@@ -60,7 +60,7 @@ class _Job:
     def run(self, piece: Piece, x: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor | None]:
         """Attention of one piece, differentiable."""
         rows = x.shape[0]
-        s = tiled.matmul(x if piece.local is None else take_tiles(x, piece.local), y.transpose(2, 3))
+        s = blocks.matmul(x if piece.local is None else take_tiles(x, piece.local), y.transpose(2, 3))
         return self.attend(self.score_of(piece, s), piece.allowed, z, piece.local, rows)
 
 
@@ -141,7 +141,7 @@ def _weigh(recipe: Recipe) -> tuple[Attend, Differentiate | None]:
 
 
 def _score(recipe: Recipe) -> Callable[..., Tensor] | None:
-    score = tiled.in_dtype(mods.score_mod(recipe.score, replace(recipe.tables, look_up=look_up)))
+    score = blocks.in_dtype(mods.score_mod(recipe.score, replace(recipe.tables, look_up=look_up)))
     if isinstance(recipe.normalizer, nz.Pointwise):
         return pointwise.weighed(recipe.normalizer, score, recipe.layout)
     return score
@@ -187,7 +187,7 @@ class _Pieces(torch.autograd.Function):
         tensors = ctx.saved_tensors[: len(job.held.wide) + 3]
         with torch.autocast(tensors[-1].device.type, enabled=False):
             attend = partial(_all_at_once, job=replace(job, walk=job.whole()))
-            return None, *tiled.differentiable_gradients(attend, job.held, tensors, grads)
+            return None, *differentiable_gradients(attend, job.held, tensors, grads)
 
 
 @first_order_only(FIRST_ORDER)
@@ -258,7 +258,7 @@ def _by_hand(
         return ()
     if piece.local is not None:
         x, grad = x.index_select(0, piece.local), grad.index_select(0, piece.local)
-    raw = s = tiled.matmul(x, y.transpose(2, 3))
+    raw = s = blocks.matmul(x, y.transpose(2, 3))
     if job.score is not None:
         with torch.enable_grad(), job.held.read_as(learned):
             s = job.score_of(piece, raw.requires_grad_())
@@ -270,6 +270,6 @@ def _by_hand(
         ds = None
     if ds is None:
         return None, None, dz, *more  # a score that ignores q·k
-    dx = tiled.matmul(ds, y)
+    dx = blocks.matmul(ds, y)
     dx = dx if piece.local is None else add_tiles(dx, piece.local, rows)
-    return dx, tiled.sum_groups(tiled.matmul_heads(ds, x), y.shape[1]), dz, *more
+    return dx, blocks.sum_groups(blocks.matmul_heads(ds, x), y.shape[1]), dz, *more

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from flexjag.backends.blocks import matmul
 from flexjag.backends.gathers import add_tiles
-from flexjag.backends.tiled.run import matmul
 from flexjag.differentiation import needs_plain_operations
 
 EXACT = 40.0  # softplus(s) is s from here on, to float64's precision

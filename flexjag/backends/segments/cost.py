@@ -25,21 +25,24 @@ ROWS = {
 
 def cost(case: Case) -> Work:
     """What a case takes."""
+    sizes = Sizes.of(case.layout, case.dims or ASSUMED_DIMS)
     if not isinstance(case.normalizer, Softmax):
         way = "segments, pointwise"
     elif case.score is None and as_window(case.mask) in SDPA_WINDOWS and case.scale > 0:
         way = "segments, whole"
-    elif _shares_bias(case):
+    elif _shares_bias(case, sizes):
         way = "segments, shared bias"
     else:
         way = "segments, runs"
-    return work(way, case.mask, Sizes.of(case.layout, case.dims or ASSUMED_DIMS))
+    return work(way, case.mask, sizes)
 
 
 def wasteful(case: Case) -> str | None:
     """Why `auto` passes it over for a case."""
-    learned = torch.is_grad_enabled() and any(t.requires_grad for t in s.tensors(case.score))
-    if learned and case.layout.num_kv > LONG_LEARNED and not _shares_bias(case):
+    if case.layout.num_kv <= LONG_LEARNED or case.score is None or not torch.is_grad_enabled():
+        return None
+    learned = any(t.requires_grad for t in s.tensors(case.score))
+    if learned and not _shares_bias(case, Sizes.of(case.layout, case.dims or ASSUMED_DIMS)):
         return "each of its calls would make a gradient of all keys, for the learned bias"
     return None
 
@@ -61,9 +64,8 @@ def work(way: str, mask: m.Mask, sizes: Sizes) -> Work:
     return Work(way, calls, sizes.num_q * min(keys, extent(mask, keys) + rows) * sizes.per_score)
 
 
-def _shares_bias(case: Case) -> bool:
+def _shares_bias(case: Case, sizes: Sizes) -> bool:
     """Whether one bias is evaluated for all segments; as far as their mean length tells."""
-    sizes = Sizes.of(case.layout, case.dims or ASSUMED_DIMS)._replace(per_score=1.0)
-    runs = work("segments, runs", case.mask, sizes)
+    runs = work("segments, runs", case.mask, Sizes(sizes.segments, sizes.num_q, sizes.num_kv, 1.0))
     small = sizes.queries * sizes.keys <= min(2 * runs.scores, SHARED / (case.dims or (1,))[0])
     return small and is_by_position(case.mask, case.score, case.layout.is_self)

@@ -34,7 +34,6 @@ SEGMENTS = Backend(
     promises=Promises(
         untraceable="it loops over segments on the host, which cannot be traced",
         contains_nan=True,
-        unmixed=True,
         wide=(Pointwise, StickBreaking),
     ),
     cost=cost,

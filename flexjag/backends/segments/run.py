@@ -16,13 +16,14 @@ from torch import Tensor
 
 from flexjag.algebra.facts import as_window
 from flexjag.algebra.tree import held_tensors
+from flexjag.backends.base import FIRST_ORDER
 from flexjag.backends.held import Held
 from flexjag.backends.segments import runs
 from flexjag.backends.segments import whole as whole_segments
 from flexjag.backends.segments.batches import Range
 from flexjag.backends.segments.cost import SDPA_WINDOWS
 from flexjag.backends.segments.runs import Pieces, Shared, bias_of, runs_of_queries
-from flexjag.backends.segments.whole import FIRST_ORDER, FLASH, list_calls, with_lse_gradient
+from flexjag.backends.segments.whole import FLASH, list_calls, with_lse_gradient
 from flexjag.differentiation import first_order_only
 from flexjag.recipe import Recipe
 

@@ -9,14 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flexjag.backends.base import FIRST_ORDER
 from flexjag.backends.segments.batches import Batch, Cut, Packed, Range, list_batches
 from flexjag.differentiation import first_order_only
 from flexjag.layout import Layout
 
 FLASH = torch._scaled_dot_product_flash_attention_for_cpu  # pyright: ignore[reportPrivateImportUsage]
 """The same as ``torch.ops.aten._scaled_dot_product_flash_attention_for_cpu``, 2.5 µs sooner."""
-
-FIRST_ORDER = "backend 'segments' has no second-order gradients; use backend='tiled' or 'reference'"
 
 
 @dataclass(frozen=True, eq=False)

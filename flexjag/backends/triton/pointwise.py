@@ -19,10 +19,10 @@ from torch import Tensor
 
 from flexjag import mods
 from flexjag import normalizers as nz
+from flexjag.backends import blocks
 from flexjag.backends.gathers import add_at
 from flexjag.backends.normalized import pointwise
 from flexjag.backends.normalized.run import scaled
-from flexjag.backends.tiled import run as tiled
 from flexjag.backends.triton_modules import Printed, emit, load, once
 from flexjag.printing import read
 from flexjag.recipe import Recipe
@@ -195,21 +195,21 @@ def differentiate_learned(
     def allowed(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return functions.plain_mask(h, i, j, captures, numbers)
 
-    p = tiled.Problem(tiles[0], tiles[1], block, q.shape[0], k.shape[0], scale, allowed, None)
+    p = blocks.Problem(tiles[0], tiles[1], block, q.shape[0], k.shape[0], scale, allowed, None)
     heads = q.shape[1]
     totals = [torch.zeros(captures[i].numel(), dtype=torch.float32, device=q.device) for i in learned]
     with torch.autocast(q.device.type, enabled=False):
         x, g, y, z = (
-            tiled.to_blocks(t.float(), n, block)
+            blocks.to_blocks(t.float(), n, block)
             for t, n in ((q, p.rows), (grad, p.rows), (k, p.cols + 1), (v, p.cols + 1))
         )
-        step = tiled.tiles_at_once(q.device, heads, block)
+        step = blocks.tiles_at_once(q.device, heads, block)
         for row, col in zip(tiles[0].split(step), tiles[1].split(step), strict=True):
-            at = tiled.indices(p, row, col, heads)
-            raw = tiled.matmul(x[row] * scale, y[col].transpose(2, 3))
+            at = blocks.indices(p, row, col, heads)
+            raw = blocks.matmul(x[row] * scale, y[col].transpose(2, 3))
             s = functions.plain_score(raw, *at[1:], captures, numbers)
-            banned = ~tiled.allowed_in(p, row, col, at)
-            dw = tiled.matmul(g[row], z[col].transpose(2, 3))
+            banned = ~blocks.allowed_in(p, row, col, at)
+            dw = blocks.matmul(g[row], z[col].transpose(2, 3))
             ds = act.backward(dw, s, act.fn(s)).masked_fill_(banned, 0.0)
             for i, index, slope in functions.plain_slopes(raw, *at[1:], captures, numbers):
                 add_up(totals[learned.index(i)], index, (ds * slope).masked_fill_(banned, 0.0))

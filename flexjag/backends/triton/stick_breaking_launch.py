@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from flexjag.backends.blocks import Problem, allowed_in, indices, matmul, tiles_at_once, to_blocks
 from flexjag.backends.normalized.stick_breaking import EXACT
-from flexjag.backends.tiled import run as tiled
 from flexjag.backends.triton.pointwise import add_up
 from flexjag.backends.triton.stick_breaking_kernels import find_spoiled, of_keys, of_queries, stick_breaking, sum_right
 from flexjag.backends.triton_modules import Functions, load
@@ -222,9 +222,9 @@ def _add_learned(
     def allowed(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return functions.plain_mask(h + head, i, j, *given)
 
-    p = tiled.Problem(row, col, block, call.q.shape[0], call.k.shape[0], call.scale, allowed, None)
+    p = Problem(row, col, block, call.q.shape[0], call.k.shape[0], call.scale, allowed, None)
     x, g, y, z = (
-        tiled.to_blocks(t.float(), n, block)
+        to_blocks(t.float(), n, block)
         for t, n in (
             (call.q[:, head : head + heads], p.rows),
             (grad[:, head : head + heads], p.rows),
@@ -232,17 +232,17 @@ def _add_learned(
             (call.v[:, groups], p.cols + 1),
         )
     )
-    step = tiled.tiles_at_once(row.device, heads, block)
+    step = tiles_at_once(row.device, heads, block)
     for start in range(0, row.shape[0], step):
         some = slice(start, start + step)
-        at = tiled.indices(p, row[some], col[some], heads)
+        at = indices(p, row[some], col[some], heads)
         place = at[1] + head, *at[2:]
-        banned = ~tiled.allowed_in(p, row[some], col[some], at)
-        raw = tiled.matmul(x[row[some]] * call.scale, y[col[some]].transpose(2, 3))
+        banned = ~allowed_in(p, row[some], col[some], at)
+        raw = matmul(x[row[some]] * call.scale, y[col[some]].transpose(2, 3))
         s = functions.plain_score(raw, *place, *given)
         taken = functional.softplus(s, threshold=EXACT).masked_fill_(banned, 0.0)
         since = taken.flip(3).cumsum(3).flip(3) + right[:, some].transpose(0, 1)[..., None]
-        flow = torch.exp(s - since) * tiled.matmul(g[row[some]], z[col[some]].transpose(2, 3))
+        flow = torch.exp(s - since) * matmul(g[row[some]], z[col[some]].transpose(2, 3))
         flow = flow.masked_fill_(banned, 0.0)
         ds = flow - torch.sigmoid(s) * (flow.cumsum(3) + left[:, some].transpose(0, 1)[..., None])
         for i, index, slope in functions.plain_slopes(raw, *place, *given):
