@@ -99,6 +99,7 @@ def test_shapes(shape: str, worker: Worker) -> None:
     assert call(worker, "match", [SHAPES[shape]], ["causal, end"], normalizers) == 2
 
 
+@pytest.mark.slow
 def test_large_tiles(worker: Worker) -> None:
     """Those of a GPU, in which a program has a part of a tile, and some are FULL."""
     assert call(worker, "match", [{"lengths": [260, 0, 30, 1]}], ["causal"], ["silu"], ["alibi"], 128) == 1
@@ -159,10 +160,12 @@ def test_fixed_capacity_zeroes_the_spare_rows(normalizer: str, worker: Worker) -
         assert not x[48:].any()
 
 
+@pytest.mark.slow
 def test_operators_are_what_they_claim(worker: Worker) -> None:
     call(worker, "check_operators")
 
 
+@pytest.mark.slow
 def test_one_graph_for_all_batches(worker: Worker) -> None:
     assert call(worker, "trace", [[20, 7, 0, 13], [20, 30], [60, 2, 5]]) == ([0], [0])
 
@@ -180,6 +183,7 @@ POINTWISE = ["pointwise_forward", "pointwise_of_queries", "pointwise_of_keys"]
 TENSOR_CORES = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_assembles_without_spills(target: str) -> None:
     """The lightest kernels and the heaviest; at night of all features and dtypes."""

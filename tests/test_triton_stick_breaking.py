@@ -360,6 +360,7 @@ def run_compiled() -> tuple[list[int], list[int]]:
     return graphs.forward, graphs.backward
 
 
+@pytest.mark.slow
 def test_one_graph_for_all_batches(interpreter: Worker) -> None:
     assert interpreter.call("call_function", HERE, "run_compiled") == ([0], [0])
 
@@ -379,5 +380,6 @@ def check_operators() -> None:
     torch.library.opcheck(sticks.differentiate, (*given, *rest), test_utils=("test_schema", "test_faketensor"))
 
 
+@pytest.mark.slow
 def test_operators_are_what_they_claim(interpreter: Worker) -> None:
     interpreter.call("call_function", HERE, "check_operators")
