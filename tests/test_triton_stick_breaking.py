@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import triton.language as tl
-from cases import CUDA_ONLY, EDGE_LENGTHS, make_qkv, needing_gradients, on_gpu
+from cases import CUDA_ONLY, EDGE_LENGTHS, make_qkv, mostly_slow, needing_gradients, on_gpu
 from torch import Tensor
 
 import flexjag as fj
@@ -95,6 +95,15 @@ CASES: dict[str, Case] = {
     "bfloat16, both": Case(dtype=torch.bfloat16, normalizer=BOTH),
     "float16": Case(dtype=torch.float16, normalizer=OWN),
 }
+QUICK = (
+    "causal, both",
+    "groups",
+    "no key",
+    "longer keys, own key",
+    "shorter keys, end",
+    "slopes, cap",
+    "bfloat16, both",
+)
 
 
 @cache
@@ -142,7 +151,7 @@ def interpreter() -> Iterator[Worker]:
         yield running
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", mostly_slow(CASES, *QUICK))
 def test_equals_the_reference(name: str, interpreter: Worker) -> None:
     ratios = interpreter.call("call_function", HERE, "compare_named", name)
     assert {"out", "remainder", "grad_q", "grad_k", "grad_v"} <= ratios.keys()
@@ -254,6 +263,7 @@ def run_in_turns() -> tuple[list[Tensor], list[Tensor]]:
         launch.NOTES = 2**28
 
 
+@pytest.mark.slow
 def test_heads_in_turns_and_again_are_bitwise_the_same(interpreter: Worker) -> None:
     at_once, in_turns = interpreter.call("call_function", HERE, "run_in_turns")
     assert len(at_once) == len(in_turns) == 6
