@@ -274,6 +274,7 @@ def test_no_segment_leaks_through_a_traced_graph() -> None:
     assert_no_leak(attend, q, k, v)
 
 
+@pytest.mark.slow
 def test_tilde_is_traced() -> None:
     def attend(x: fj.Jagged, data: Tensor) -> Tensor:
         return fj.attention(x, x, x, mask=~fj.Causal()).values

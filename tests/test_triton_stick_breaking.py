@@ -95,15 +95,7 @@ CASES: dict[str, Case] = {
     "bfloat16, both": Case(dtype=torch.bfloat16, normalizer=BOTH),
     "float16": Case(dtype=torch.float16, normalizer=OWN),
 }
-QUICK = (
-    "causal, both",
-    "groups",
-    "no key",
-    "longer keys, own key",
-    "shorter keys, end",
-    "slopes, cap",
-    "bfloat16, both",
-)
+QUICK = ("causal, both", "groups", "no key", "longer keys, own key", "shorter keys", "slopes, cap", "float16")
 
 
 @cache
@@ -304,7 +296,7 @@ def run_poisoned(which: str, value: float) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=["nan", "inf"])
-@pytest.mark.parametrize("which", ["q", "k", "v", "g", "qkvg"])
+@pytest.mark.parametrize("which", mostly_slow(["q", "k", "v", "g", "qkvg"], "qkvg"))
 def test_poison_stays_in_its_segment(which: str, value: float, interpreter: Worker) -> None:
     clean = interpreter.call("call_function", HERE, "run_poisoned", "", value)
     got = interpreter.call("call_function", HERE, "run_poisoned", which, value)
