@@ -264,6 +264,7 @@ def test_no_segment_leaks_through_flex() -> None:
         assert_no_leak("flex", q, k, v, plan=plan, return_lse=False)
 
 
+@pytest.mark.slow
 def test_no_segment_leaks_through_a_traced_graph() -> None:
     q, k, v = (fj.Jagged.from_lengths(torch.randn(61, HEADS, DIM), [9, 0, 31, 1, 20]) for _ in range(3))
 
@@ -300,6 +301,7 @@ def test_offsets_are_looked_at_inside_a_graph_if_asked() -> None:
             compiled(fj.Jagged(torch.randn(12, 2, 16), torch.tensor(wrong)))
 
 
+@pytest.mark.slow
 def test_nodes_first_met_in_a_graph() -> None:
     """In a process of its own: here other tests have met them before."""
     script = """

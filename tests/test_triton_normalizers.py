@@ -148,6 +148,7 @@ def test_poison_stays_in_its_segment(which: str, value: float, worker: Worker) -
         assert not dirty[3][own].isfinite().any()
 
 
+@pytest.mark.slow
 def test_results_are_the_same_every_time(worker: Worker) -> None:
     first, *others = call(worker, "attend", [70, 0, 21], "heads", "sigmoid", {}, 1, 3)
     assert all(torch.equal(x, y) for other in others for x, y in zip(first, other, strict=True))
