@@ -207,6 +207,7 @@ def test_many_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     check_backend("tiled", q, k, v, plan=plan)
 
 
+@pytest.mark.slow
 def test_tiled_traced_equals_eager() -> None:
     q, k, v = make_qkv(LENGTHS, heads=4, groups=2, value_dim=8)
 

@@ -39,7 +39,8 @@ def test_suites_register_themselves():
         find("nothing")
 
 
-@pytest.mark.parametrize("name", [pytest.param(x, marks=pytest.mark.slow) for x in ("mask-build", "attention")])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mask-build", "attention"])
 def test_every_arm_is_right_or_says_why_it_is_absent(name):
     results = run_suite(find(name), QUICK, quietly)
     names = [case.name for case in results]

@@ -34,6 +34,7 @@ def quietly(_text):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["train", "paper"])
 def test_every_arm_is_right(name):
     results = run_suite(find(name), QUICK, quietly)
@@ -57,6 +58,7 @@ def test_full_figures_carry_their_limits():
     ]
 
 
+@pytest.mark.slow
 def test_train_arms_count_one_step_and_its_tokens():
     training = Training(DECODER, SIZES[DECODER]["quick"], QUICK)
     for arm in training.arms():

@@ -255,6 +255,7 @@ def test_arguments(arguments: list[str], told: str, capsys: pytest.CaptureFixtur
     assert told in line
 
 
+@pytest.mark.slow
 def test_tma_kernels_are_right() -> None:
     pytest.importorskip("triton")
     q, k, v = make_qkv([100, 0, 37], dim=32, dtype=torch.float16)

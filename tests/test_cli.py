@@ -312,11 +312,13 @@ def test_demo_for_people(capsys, folder, tmp_path, monkeypatch):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_a_failed_measurement_of_flexjag_itself_is_an_error(tmp_path):
     with pytest.raises(CommandError, match=r"measuring flexjag failed with exit code 2: .*nowhere"):
         cli_arms.measure_memory("flexjag", [str(tmp_path / "nowhere")])
 
 
+@pytest.mark.slow
 def test_demo_for_machines_in_a_process_of_its_own(folder, tmp_path):
     picture = tmp_path / "mask.svg"
     process = command("demo", folder, "--tokens", "2048", "--json", "--picture", picture, cwd=tmp_path)

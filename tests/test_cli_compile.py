@@ -235,6 +235,7 @@ def kept(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
 
 
+@pytest.mark.slow
 def test_a_real_compilation_is_saved_and_kept(capsys, monkeypatch, tmp_path, kept):
     pytest.importorskip("triton")
     monkeypatch.setenv("FLEXJAG_CACHE_DIR", str(kept))
@@ -266,6 +267,7 @@ def test_a_real_compilation_is_saved_and_kept(capsys, monkeypatch, tmp_path, kep
     assert capsys.readouterr().out == saved["report.txt"].read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_a_real_simulation_agrees_with_the_reference(capsys, monkeypatch, kept):
     pytest.importorskip("triton")
     monkeypatch.setenv("FLEXJAG_CACHE_DIR", str(kept))

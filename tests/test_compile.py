@@ -213,7 +213,7 @@ def three_batches(make: Callable[[list[int]], Tensor]) -> list[tuple[fj.Jagged, 
     return found
 
 
-@pytest.mark.parametrize("family", mostly_slow(MASKS, "prefix per segment", "nested"))
+@pytest.mark.parametrize("family", mostly_slow(MASKS, "prefix per segment"))
 def test_every_mask_is_planned_and_attended_in_one_graph(family: str) -> None:
     make, mask = MASKS[family]
 
@@ -256,6 +256,7 @@ def test_every_score_is_traced_with_its_gradients(name: str) -> None:
     assert_compiles(attend, given, backend="aot_eager", after_each=check)
 
 
+@pytest.mark.slow
 def test_no_segment_leaks_through_flex() -> None:
     q, k, v = (fj.Jagged.from_lengths(torch.randn(61, HEADS, DIM), [9, 0, 31, 1, 20]) for _ in range(3))
     plan = fj.plan(q, mask=MASK, score=fj.Alibi(torch.rand(HEADS)), block_size=32)
@@ -263,6 +264,7 @@ def test_no_segment_leaks_through_flex() -> None:
         assert_no_leak("flex", q, k, v, plan=plan, return_lse=False)
 
 
+@pytest.mark.slow
 def test_no_segment_leaks_through_a_traced_graph() -> None:
     q, k, v = (fj.Jagged.from_lengths(torch.randn(61, HEADS, DIM), [9, 0, 31, 1, 20]) for _ in range(3))
 
@@ -273,6 +275,7 @@ def test_no_segment_leaks_through_a_traced_graph() -> None:
     assert_no_leak(attend, q, k, v)
 
 
+@pytest.mark.slow
 def test_tilde_is_traced() -> None:
     def attend(x: fj.Jagged, data: Tensor) -> Tensor:
         return fj.attention(x, x, x, mask=~fj.Causal()).values
@@ -298,6 +301,7 @@ def test_offsets_are_looked_at_inside_a_graph_if_asked() -> None:
             compiled(fj.Jagged(torch.randn(12, 2, 16), torch.tensor(wrong)))
 
 
+@pytest.mark.slow
 def test_nodes_first_met_in_a_graph() -> None:
     """In a process of its own: here other tests have met them before."""
     script = """

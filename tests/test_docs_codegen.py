@@ -26,6 +26,7 @@ def names() -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_the_example_is_right(names: dict[str, Any]) -> None:
     q, k, v, slopes, plan = (names[n] for n in ("q", "k", "v", "slopes", "plan"))
     trial = Trial.make(q, k, v, plan, scale=None, learned=[slopes], lse=False, backward=True, seed=0)
@@ -36,6 +37,7 @@ def test_the_example_is_right(names: dict[str, Any]) -> None:
     assert set(ratios) == {"out", "grad_q", "grad_k", "grad_v", "grad_learned[0]"}
 
 
+@pytest.mark.slow
 def test_the_report_has_what_the_page_names(names: dict[str, Any]) -> None:
     printed = str(names["report"])
     columns = [c for c in printed.split("\n")[1].split("  ") if c.strip() and c.strip() != "kernel"]
@@ -49,6 +51,7 @@ def test_the_report_has_what_the_page_names(names: dict[str, Any]) -> None:
     assert set(names["forward"].code) == {"triton", "ttgir", "ptx", "sass"}
 
 
+@pytest.mark.slow
 def test_the_test_on_the_page_passes(names: dict[str, Any]) -> None:
     exec(compile(TEST, PAGE.name, "exec"), names)
     names["test_every_third_key"]()

@@ -22,7 +22,9 @@ ALL_BACKENDS = pytest.mark.parametrize(
         "reference",
         "tiled",
         "segments",
-        pytest.param("flex", marks=pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")),
+        pytest.param(
+            "flex", marks=[pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")]
+        ),
     ],
 )
 CLOSE = {"rtol": 1e-11, "atol": 1e-12}  # float64: a few hundred roundings of numbers of about 1

@@ -220,6 +220,7 @@ def _bounds(mask: fj.Mask) -> list[int | Tensor]:
     return [node.n for node in walk(mask) if isinstance(node, fj.Prefix)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HARD)
 def test_hard_cases_are_drawn(name: str) -> None:
     find(cases("tiled").map(lambda case: bool(HARD[name](case))), bool, settings=FIRST)
@@ -250,6 +251,7 @@ FAULTS: dict[str, tuple[str, Any, str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAULTS)
 def test_faults_are_noticed(name: str) -> None:
     backend, module, function, fault = FAULTS[name]

@@ -104,7 +104,7 @@ def test_names_bound_anew_before_the_backward(
 
 # A plan holds what its mask was made from.
 
-BACKENDS = ["auto", "reference", "tiled", "segments", "flex"]
+BACKENDS = ["auto", "reference", "tiled", "segments", pytest.param("flex", marks=pytest.mark.slow)]
 IDS = torch.tensor([0, 1, 0, 1])
 OTHER = torch.tensor([0, 0, 0, 1])
 

@@ -146,6 +146,7 @@ def test_gradients_of_biases_are_the_same_every_time(backend: str) -> None:
         torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 def test_one_graph_for_all_batches() -> None:
     """Plan, mask, biases and backward, with other lengths, times and targets each time."""
     learned = [t.clone().requires_grad_() for t in (table(7), table(9))]
@@ -179,6 +180,7 @@ def test_one_graph_for_all_batches() -> None:
     assert graphs.forward == graphs.backward == [0]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_flex_takes_the_biases() -> None:
     """FlexAttention's own kernel, in a graph, on the same score functions."""

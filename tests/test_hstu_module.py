@@ -60,6 +60,7 @@ def batches(count: int = 8) -> list[tuple[fj.Jagged, fj.Jagged, fj.Jagged]]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan_outside", [True, False], ids=["plan outside", "plan inside"])
 def test_one_graph_for_all_batches(plan_outside: bool) -> None:
     """Two layers and their backward, with other lengths, times and targets each time; S = 1 at batch 4."""
@@ -115,6 +116,7 @@ def test_one_graph_with_every_option() -> None:
     assert graphs.forward == graphs.backward == [0]
 
 
+@pytest.mark.slow
 def test_one_graph_for_all_decode_steps() -> None:
     stack = make_stack()
 

@@ -72,6 +72,7 @@ def test_a_table_is_rounded_once_not_once_per_segment(backend: str) -> None:
     assert float(got[0]) == float(torch.tensor(600 / 512).to(torch.bfloat16))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("normalizer", ["softmax", "sigmoid"])
 def test_half_precision_tables_in_a_graph(normalizer: str) -> None:
     """Built-in scores and users' functions, in one graph for several batches."""
@@ -123,6 +124,7 @@ def test_autocast_changes_nothing(backend: str, normalizer: str) -> None:
         assert torch.equal(got, wanted)
 
 
+@pytest.mark.slow
 def test_autocast_changes_nothing_in_a_graph() -> None:
     x = fj.Jagged.from_lengths(torch.randn(50, 2, 16), [20, 30])
     attend = torch.compile(

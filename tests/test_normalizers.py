@@ -261,6 +261,7 @@ def test_gradients_are_the_same_every_time(backend: str) -> None:
         torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 def test_one_graph_for_all_batches() -> None:
     """Forward and backward, with a scale per token and a learned table; values as in eager mode."""
     table = torch.randn(2, 9, dtype=torch.float64, requires_grad=True)

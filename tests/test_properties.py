@@ -162,6 +162,7 @@ HARD = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", HARD)
 def test_hard_cases_are_drawn(case: str) -> None:
     find(problems(), lambda p: bool(HARD[case](p)), settings=settings.get_profile("find"))

@@ -233,6 +233,7 @@ def test_any_mask_is_taken_behind_a_causal_one(data: st.DataObject) -> None:
     torch.testing.assert_close(got, wanted, **CLOSE)
 
 
+@pytest.mark.slow
 def test_one_graph_for_all_batches() -> None:
     slopes = torch.full((2,), 0.1, dtype=torch.float64, requires_grad=True)
     g = torch.Generator().manual_seed(1)

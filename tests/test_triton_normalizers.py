@@ -99,6 +99,7 @@ def test_shapes(shape: str, worker: Worker) -> None:
     assert call(worker, "match", [SHAPES[shape]], ["causal, end"], normalizers) == 2
 
 
+@pytest.mark.slow
 def test_large_tiles(worker: Worker) -> None:
     """Those of a GPU, in which a program has a part of a tile, and some are FULL."""
     assert call(worker, "match", [{"lengths": [260, 0, 30, 1]}], ["causal"], ["silu"], ["alibi"], 128) == 1
@@ -147,6 +148,7 @@ def test_poison_stays_in_its_segment(which: str, value: float, worker: Worker) -
         assert not dirty[3][own].isfinite().any()
 
 
+@pytest.mark.slow
 def test_results_are_the_same_every_time(worker: Worker) -> None:
     first, *others = call(worker, "attend", [70, 0, 21], "heads", "sigmoid", {}, 1, 3)
     assert all(torch.equal(x, y) for other in others for x, y in zip(first, other, strict=True))
@@ -159,10 +161,12 @@ def test_fixed_capacity_zeroes_the_spare_rows(normalizer: str, worker: Worker) -
         assert not x[48:].any()
 
 
+@pytest.mark.slow
 def test_operators_are_what_they_claim(worker: Worker) -> None:
     call(worker, "check_operators")
 
 
+@pytest.mark.slow
 def test_one_graph_for_all_batches(worker: Worker) -> None:
     assert call(worker, "trace", [[20, 7, 0, 13], [20, 30], [60, 2, 5]]) == ([0], [0])
 
@@ -180,6 +184,7 @@ POINTWISE = ["pointwise_forward", "pointwise_of_queries", "pointwise_of_keys"]
 TENSOR_CORES = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_assembles_without_spills(target: str) -> None:
     """The lightest kernels and the heaviest; at night of all features and dtypes."""

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import triton.language as tl
-from cases import CUDA_ONLY, EDGE_LENGTHS, make_qkv, needing_gradients, on_gpu
+from cases import CUDA_ONLY, EDGE_LENGTHS, make_qkv, mostly_slow, needing_gradients, on_gpu
 from torch import Tensor
 
 import flexjag as fj
@@ -95,6 +95,7 @@ CASES: dict[str, Case] = {
     "bfloat16, both": Case(dtype=torch.bfloat16, normalizer=BOTH),
     "float16": Case(dtype=torch.float16, normalizer=OWN),
 }
+QUICK = ("causal, both", "groups", "no key", "longer keys, own key", "shorter keys", "slopes, cap", "float16")
 
 
 @cache
@@ -142,7 +143,7 @@ def interpreter() -> Iterator[Worker]:
         yield running
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", mostly_slow(CASES, *QUICK))
 def test_equals_the_reference(name: str, interpreter: Worker) -> None:
     ratios = interpreter.call("call_function", HERE, "compare_named", name)
     assert {"out", "remainder", "grad_q", "grad_k", "grad_v"} <= ratios.keys()
@@ -254,6 +255,7 @@ def run_in_turns() -> tuple[list[Tensor], list[Tensor]]:
         launch.NOTES = 2**28
 
 
+@pytest.mark.slow
 def test_heads_in_turns_and_again_are_bitwise_the_same(interpreter: Worker) -> None:
     at_once, in_turns = interpreter.call("call_function", HERE, "run_in_turns")
     assert len(at_once) == len(in_turns) == 6
@@ -294,7 +296,7 @@ def run_poisoned(which: str, value: float) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=["nan", "inf"])
-@pytest.mark.parametrize("which", ["q", "k", "v", "g", "qkvg"])
+@pytest.mark.parametrize("which", mostly_slow(["q", "k", "v", "g", "qkvg"], "qkvg"))
 def test_poison_stays_in_its_segment(which: str, value: float, interpreter: Worker) -> None:
     clean = interpreter.call("call_function", HERE, "run_poisoned", "", value)
     got = interpreter.call("call_function", HERE, "run_poisoned", which, value)
@@ -360,6 +362,7 @@ def run_compiled() -> tuple[list[int], list[int]]:
     return graphs.forward, graphs.backward
 
 
+@pytest.mark.slow
 def test_one_graph_for_all_batches(interpreter: Worker) -> None:
     assert interpreter.call("call_function", HERE, "run_compiled") == ([0], [0])
 
@@ -379,5 +382,6 @@ def check_operators() -> None:
     torch.library.opcheck(sticks.differentiate, (*given, *rest), test_utils=("test_schema", "test_faketensor"))
 
 
+@pytest.mark.slow
 def test_operators_are_what_they_claim(interpreter: Worker) -> None:
     interpreter.call("call_function", HERE, "check_operators")

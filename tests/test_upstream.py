@@ -75,6 +75,7 @@ def test_rows_in_scores_are_refused() -> None:
     assert not cpu_flex_misplaces(weighted, True)
 
 
+@pytest.mark.slow
 def test_lookups_of_numbers_run_and_are_right() -> None:
     q, k, v = make_qkv(LENGTHS, dtype=torch.float32)
     plan = fj.plan(q, mask=fj.MaskMod(looked_up), score=fj.ScoreMod(weighted))
@@ -122,6 +123,7 @@ def test_a_node_of_ones_own_is_refused_when_lowered() -> None:
         fj.attention(q, k, v, plan=plan, backend="flex")
 
 
+@pytest.mark.slow
 def test_tilde_is_traced_where_dynamo_was_imported_first() -> None:
     code = """
         import torch._dynamo

@@ -63,5 +63,6 @@ def test_every_operator_has_its_kernels() -> None:
     assert all(op.launcher is not None for op in own.values())
 
 
+@pytest.mark.slow
 def test_no_kernel_uses_atomics() -> None:
     assert not [case.name for case in list_kernels() if "atomic" in case.fn.src]
