@@ -32,6 +32,7 @@ TOTAL = sum(LENGTHS)
 LIMITS = torch.tensor([5, 0, 20, 11])
 LEFT = torch.tensor([3.0, -1.0])
 CAP = torch.tensor(1.5)
+PAIRS = torch.tensor([[0.5, -1.0], [2.0, 0.25]])
 
 
 def ids(tokens: int, size: int = 7) -> Tensor:
@@ -68,6 +69,12 @@ def _whole(x: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
     return x * torch.where((step > 0) ^ (h == 1), 1.0, 0.5) + step / 7 + torch.maximum(x, -x) * 0.25
 
 
+def _more(x: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+    size = torch.abs(x) + 1
+    grown = torch.exp2(-size) + torch.log(size) * torch.log2(size) + torch.rsqrt(size) + torch.relu(x)
+    return grown + torch.sin(x) * torch.cos(x) + torch.erf(x) + torch.floor(x) * 0.1 - torch.ceil(x) * 0.2
+
+
 SCORES: dict[str, Callable[[int], fj.Score | None]] = {
     "none": lambda tokens: None,
     "alibi": lambda tokens: fj.Alibi(torch.tensor([0.3, -0.2])),
@@ -83,6 +90,8 @@ SCORES: dict[str, Callable[[int], fj.Score | None]] = {
     ),
     "chain": lambda tokens: fj.Alibi(rand(HEADS)) >> fj.SoftCap(2.0) >> fj.RelativeBias(rand(HEADS, 9)),
     "function": lambda tokens: fj.ScoreMod(_bend),
+    "function of more functions": lambda tokens: fj.ScoreMod(_more),
+    "function of a table's row": lambda tokens: fj.ScoreMod(lambda x, b, h, q, kv: x + PAIRS[1, q % 2]),
     "function of whole numbers": lambda tokens: fj.ScoreMod(_whole),
     "function without the product": lambda tokens: fj.ScoreMod(lambda x, b, h, q, kv: (q - kv).to(x.dtype)),
     "function of the head": lambda tokens: fj.ScoreMod(lambda x, b, h, q, kv: LEFT[h].to(x.dtype)),

@@ -20,9 +20,9 @@ from flexjag.printing.program import (
     Symbol,
     Value,
     convert,
-    depends,
     looks_up_pairs,
     needed,
+    reads,
     refuse,
 )
 from flexjag.printing.tracer import as_symbol, new_program
@@ -114,10 +114,10 @@ def emit_gradient(traced: Traced, language: Language, name: str) -> str:
 
 def _emit_tile(traced: Traced, language: Language, name: str, parameters: tuple[Symbol, ...], result: Symbol) -> str:
     """The source of a function whose result has the shape of its first parameter."""
-    returned = language.value(result)
-    if not depends(traced.program, result, parameters[0]):  # it may be the same for a whole row
+    lines, returned = needed(traced.program, [result]), language.value(result)
+    if result.name != parameters[0].name and not reads(lines, parameters[0]):  # it may be the same for a whole row
         returned = language.spread(returned, traced.s.name)
-    return language.function(name, parameters, language.lines(needed(traced.program, [result])), returned)
+    return language.function(name, parameters, language.lines(lines), returned)
 
 
 def emit_slopes(traced: Traced, language: Language, name: str) -> str:

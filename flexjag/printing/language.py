@@ -128,6 +128,8 @@ def with_bounds(words: Mapping[str, str]) -> dict[str, str]:
 
 
 def _dtype_of_arguments(line: Instruction) -> torch.dtype:
-    """The dtype that the constants among an instruction's arguments are of."""
-    dtypes = [x.dtype for x in line.args if isinstance(x, Symbol)]
-    return dtypes[0] if dtypes and line.result.dtype == torch.bool else line.result.dtype
+    """The dtype that the constants among an instruction's arguments are of: of a comparison, that of its symbols."""
+    dtype = line.result.dtype
+    if dtype == torch.bool:
+        return next((x.dtype for x in line.args if isinstance(x, Symbol)), dtype)
+    return dtype

@@ -153,9 +153,12 @@ def refuse(why: str) -> NoReturn:
 def program_of(args: Sequence[Any]) -> Program:
     """The program that the symbols among some arguments belong to."""
     for x in args:
-        for y in x if isinstance(x, (tuple, list)) else (x,):
-            if isinstance(y, Symbol):
-                return y.program
+        if isinstance(x, Symbol):
+            return x.program
+        if isinstance(x, (tuple, list)):
+            for y in x:
+                if isinstance(y, Symbol):
+                    return y.program
     refuse("it calls a function of something else than numbers")
 
 
@@ -181,12 +184,9 @@ def needed(program: Program, results: Sequence[Value]) -> list[Instruction]:
     return lines[::-1]
 
 
-def depends(program: Program, result: Value, on: Symbol) -> bool:
-    """Whether a result is a symbol or depends on it."""
-    if isinstance(result, Symbol) and result.name == on.name:
-        return True
-    lines = needed(program, [result])
-    return any(isinstance(x, Symbol) and x.name == on.name for line in lines for x in line.args)
+def reads(lines: Sequence[Instruction], symbol: Symbol) -> bool:
+    """Whether some line reads a symbol."""
+    return any(isinstance(x, Symbol) and x.name == symbol.name for line in lines for x in line.args)
 
 
 def looks_up_pairs(lines: Sequence[Instruction], first: str, second: str) -> bool:
