@@ -35,7 +35,7 @@ class AmbiguousMaskError(FlexjagError, TypeError):
 
 
 class PlanError(FlexjagError, ValueError):
-    """Raised for a plan used with another layout, or made with bounds that the batch exceeds."""
+    """Raised for invalid arguments of a plan, bounds that its batch exceeds, or a plan used with another layout."""
 
 
 class BackendError(FlexjagError, RuntimeError):

@@ -128,7 +128,7 @@ def get_source_mask(num_sources: Tensor, num_targets: Tensor, output_size: int) 
     """Boolean mask ``[Σ (n_s + m_s)]``: in each segment n_s times True, then m_s times False.
 
     If `output_size` is smaller, FBGEMM writes out of bounds; if it is larger, it returns uninitialized memory. Here
-    both are errors on a CPU; on a GPU the result is truncated, or followed by False.
+    both are errors on a CPU; on a GPU and in a compiled graph the result is truncated, or followed by False.
 
     Args:
         num_sources: The n_s, ``[S]`` int32 or int64.

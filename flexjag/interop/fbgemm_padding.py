@@ -176,7 +176,7 @@ def dense_to_jagged(
         x_offsets: One tensor per jagged dimension, as for :func:`jagged_to_padded_dense`.
         total_L: Number of rows of the result. Default: the last of the innermost offsets, a device sync on a GPU.
             If it is larger, rows of zeros follow, as in FBGEMM. If it is smaller, FBGEMM writes out of bounds; here
-            that is an error on a CPU, and the rows are truncated on a GPU.
+            that is an error on a CPU, and on a GPU and in a compiled graph the rows are truncated.
 
     Returns:
         The values ``[T, D]`` and `x_offsets`. The gradient is padded with zeros.
