@@ -1,4 +1,4 @@
-"""The operators of a class that says how two of its objects combine."""
+"""Arithmetic operators for classes that define an elementwise combination."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any, Self
 
 
 class Arithmetic:
-    """``+ - * /`` between objects of a subclass, and with numbers on either side."""
+    """Mixin with ``+ - * /`` and negation, between objects of a subclass and with numbers on either side."""
 
-    __array_ufunc__ = None  # NumPy's numbers leave it to us, too
+    __array_ufunc__ = None  # NumPy scalars on the left defer to these operators
 
     @abstractmethod
     def _combine(self, other: Any, fn: Callable[[Any, Any], Any]) -> Self:
-        """Apply `fn` elementwise to what this object and the other one hold."""
+        """Apply `fn` elementwise to the values of both operands; `other` may be a number."""
 
     def __add__(self, other: Self | float) -> Self:
         return self._combine(other, operator.add)

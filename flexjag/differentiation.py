@@ -1,4 +1,4 @@
-"""How far derivatives go: backwards that are differentiable once, and transforms that need plain torch operations."""
+"""Limits of differentiation: first-order backwards, and detection of ``torch.func`` transforms and forward mode."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ Gradients = Sequence[Tensor | None]
 
 
 def first_order_only(what: str) -> Callable[[Callable[..., Gradients]], Callable[..., Gradients]]:
-    """Make ``backward(ctx, saved, *grad_outputs)`` the backward of an autograd.Function that ends differentiation.
+    """Decorate the backward of an ``autograd.Function`` so that differentiating its gradients raises an error.
 
-    ``torch.autograd.function.once_differentiable`` hangs its error on a leaf of its own, which nothing reaches when
-    another path keeps the graph alive: the second order is then dropped without a word. Here the gradients hang on
-    all that they were made from, so whoever differentiates them meets the error.
+    ``torch.autograd.function.once_differentiable`` attaches its error to a leaf of its own, which is not reached if
+    another path keeps the graph alive: second-order terms are then dropped silently. Here the gradients depend on all
+    tensors they were computed from, so that differentiating them for any of these raises.
 
     Args:
-        what: What cannot be differentiated twice, and what can instead, for the error.
+        what: The error message: the operation that is not twice differentiable, and an alternative.
 
     Returns:
-        A decorator. The function it takes gets ``ctx.saved_tensors`` as its second argument: reading them makes
-        checkpointing compute the forward again, so they are read once.
+        A decorator of ``backward(ctx, saved, *grad_outputs)``. `saved` is ``ctx.saved_tensors``, read only once because
+        reading them makes checkpointing recompute the forward.
     """
 
     def decorate(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:
@@ -46,7 +46,7 @@ def first_order_only(what: str) -> Callable[[Callable[..., Gradients]], Callable
 
 
 class _Last(torch.autograd.Function):
-    """Gradients whose own gradients are an error."""
+    """Identity on gradients whose backward raises :class:`DifferentiationError`."""
 
     @staticmethod
     def forward(ctx: Any, what: str, count: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -59,7 +59,7 @@ class _Last(torch.autograd.Function):
 
 
 def needs_plain_operations() -> bool:
-    """Whether a ``torch.func`` transform or forward-mode AD is at work, which know plain torch operations only."""
+    """Whether a ``torch.func`` transform or forward-mode AD is active, which support plain torch operations only."""
     if torch.compiler.is_compiling():
         return False
     level: int = torch.autograd.forward_ad._current_level  # pyright: ignore[reportPrivateUsage]
@@ -67,7 +67,7 @@ def needs_plain_operations() -> bool:
 
 
 def is_mapped(x: Tensor) -> bool:
-    """Whether ``torch.vmap`` maps over a tensor, so that it stands for several."""
+    """Whether a tensor is batched by ``torch.vmap``."""
     if torch.compiler.is_compiling():
         return False
     functorch: Any = torch._C._functorch  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]

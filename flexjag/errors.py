@@ -1,4 +1,4 @@
-"""Every exception flexjag raises, and the one way it words them."""
+"""All exceptions of flexjag, and the functions that format their messages."""
 
 from __future__ import annotations
 
@@ -7,60 +7,60 @@ from torch import Tensor
 
 
 class FlexjagError(Exception):
-    """Base class of every error raised on purpose by flexjag."""
+    """Base class of all errors that flexjag raises deliberately."""
 
 
 class LayoutError(FlexjagError, ValueError):
-    """Offsets or lengths that do not describe a jagged batch, or two layouts that do not fit."""
+    """Raised for offsets or lengths that do not describe a jagged batch, or two layouts that do not match."""
 
 
 class ShapeError(FlexjagError, ValueError):
-    """Tensors whose shapes, dtypes or devices do not fit together."""
+    """Raised for tensors whose shapes, dtypes or devices do not match."""
 
 
 class SegmentError(FlexjagError, IndexError):
-    """An index that names no segment of a batch."""
+    """Raised for a segment index that is out of range or not an integer."""
 
 
 class MaskError(FlexjagError, ValueError):
-    """A mask that is malformed, or that does not fit the layout it is compiled for."""
+    """Raised for a mask that is malformed or does not match the layout it is compiled for."""
 
 
 class ScoreError(FlexjagError, ValueError):
-    """A score function that is malformed, or that does not fit the heads it is applied to."""
+    """Raised for a score function that is malformed or does not match the number of heads."""
 
 
 class AmbiguousMaskError(FlexjagError, TypeError):
-    """A mask used as a Python truth value, almost always a mistaken ``and``, ``or`` or ``not``."""
+    """Raised for a mask used as a truth value, mostly by a mistaken ``and``, ``or`` or ``not``."""
 
 
 class PlanError(FlexjagError, ValueError):
-    """A plan used with a layout it was not made for, or bounds that cannot hold."""
+    """Raised for invalid arguments of a plan, bounds that its batch exceeds, or a plan used with another layout."""
 
 
 class BackendError(FlexjagError, RuntimeError):
-    """A backend asked to run what it cannot run. The message names one that can."""
+    """Raised if the chosen backend cannot run a plan. The message names one that can."""
 
 
 class DifferentiationError(FlexjagError, RuntimeError):
-    """A derivative that is not offered. The message names what offers it."""
+    """Raised for an unsupported derivative. The message names a backend or function that supports it."""
 
 
 class TargetError(FlexjagError, ValueError):
-    """A GPU architecture that kernels cannot be made for."""
+    """Raised for a GPU architecture that kernels cannot be compiled for."""
 
 
 class CodegenError(FlexjagError, RuntimeError):
-    """Kernels that could not be made or run without a GPU. The worker's traceback, if there is one, is the cause."""
+    """Raised if kernels cannot be compiled or run without a GPU. The cause is the worker's traceback, if any."""
 
 
 class LanguageError(FlexjagError, ValueError):
-    """Command-line text for a mask or score that does not parse.
+    """Raised for command-line text of a mask or score that does not parse.
 
     Args:
-        text: The whole text.
-        column: Where it goes wrong, 0 for the first character.
-        problem: What was expected there.
+        text: The complete text.
+        column: Column of the error, counted from 0.
+        problem: Description of the error.
 
     >>> print(LanguageError("causal &", 8, "expected a mask, got the end"))
     expected a mask, got the end
@@ -78,20 +78,20 @@ class LanguageError(FlexjagError, ValueError):
 
     @property
     def line(self) -> str:
-        """The same in one line, the column counted from 1."""
+        """The message in one line, with the column counted from 1."""
         return f"{self.problem}, at column {self.column + 1} of {self.text!r}"
 
 
 class CommandError(FlexjagError, ValueError):
-    """A command line that asks for what cannot be done. Told in one line, with exit code 2."""
+    """Raised for invalid command-line arguments; printed in one line, with exit code 2."""
 
 
 class UnknownNodeError(FlexjagError, NotImplementedError):
-    """A mask or score node without a case for some interpretation. The message says what to register."""
+    """Raised for a mask or score node that an interpretation has no case for. The message says how to register one."""
 
 
 def explain_values(argument: str, rule: str, **seen: object) -> str:
-    """Word an error as every flexjag error is worded: the argument, the rule, the values.
+    """Format an error message: the argument, the rule it violates, and the values received.
 
     >>> explain_values("offsets", "must start at 0", offsets=[1, 3])
     'offsets: must start at 0; got offsets=[1, 3]'
@@ -101,7 +101,7 @@ def explain_values(argument: str, rule: str, **seen: object) -> str:
 
 
 def shown(value: object) -> str:
-    """The value's repr, also inside a graph, where Dynamo has none of a size that varies but can format it.
+    """Repr of a value, also in a traced graph: Dynamo can format a symbolic size but has no ``repr`` of it.
 
     >>> shown([1, (2,), "x"])
     "[1, (2,), 'x']"
@@ -120,5 +120,5 @@ def shown(value: object) -> str:
 
 
 def assert_on_device(holds: Tensor, message: str) -> None:
-    """Fail if a boolean scalar is False, without waiting for the device: a later call reports it there."""
+    """Assert that a boolean scalar is True, without a device sync; on a GPU a later call reports the failure."""
     torch._assert_async(holds, message)  # pyright: ignore[reportPrivateImportUsage, reportPrivateUsage]

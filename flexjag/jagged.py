@@ -1,4 +1,4 @@
-"""The jagged batch: packed values and the offsets that cut them into segments."""
+"""The jagged batch: packed values, and offsets that delimit its segments."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ from flexjag.padding import pad, unpad
 
 @dataclass(frozen=True, eq=False)
 class Jagged(Arithmetic):
-    """A batch of S segments of different lengths, packed back to back with no padding.
+    """A batch of S segments of different lengths, concatenated without padding.
 
-    Segment s is ``values[offsets[s]:offsets[s+1]]``. A frozen pytree of two tensors: it passes through
-    ``torch.compile``, autograd and ``tree_map`` like any tensor.
+    Segment s is ``values[offsets[s]:offsets[s+1]]``. An immutable pytree of two tensors, supported by
+    ``torch.compile``, autograd and ``tree_map``.
 
-    The constructor checks shapes, dtypes and devices only. The contents of `offsets` are checked by the
-    ``from_*`` constructors and by :meth:`validate`, because looking at them would stall a GPU.
+    The constructor checks shapes, dtypes and devices only. The contents of `offsets`, which cost a device
+    sync on a GPU, are checked by the ``from_*`` constructors and by :meth:`validate`.
 
     Args:
-        values: ``[T, ...]``, all tokens of all segments.
+        values: ``[T, ...]``, the tokens of all segments.
         offsets: ``[S+1]`` int32 or int64 on the same device, 0 first, non-decreasing, T last.
 
     Raises:
@@ -82,11 +82,11 @@ class Jagged(Arithmetic):
 
     @staticmethod
     def from_lengths(values: Tensor, lengths: Tensor | Sequence[int]) -> Jagged:
-        """Cut packed `values` ``[T, ...]`` into segments of the given `lengths` ``[S]``.
+        """Build a batch from packed `values` ``[T, ...]`` and segment `lengths` ``[S]``.
 
         Raises:
             LayoutError: If the lengths are not integers, are negative, or do not sum to T.
-                (A tensor that lives on a GPU is not looked at; see :meth:`validate`.)
+                (A tensor on a GPU is not checked; see :meth:`validate`.)
 
         >>> Jagged.from_lengths(torch.arange(5), [2, 0, 3]).offsets.tolist()
         [0, 2, 2, 5]
@@ -101,7 +101,7 @@ class Jagged(Arithmetic):
 
     @staticmethod
     def from_list(tensors: Sequence[Tensor]) -> Jagged:
-        """Pack a list of ``[n_s, ...]`` tensors. An empty list gives a batch of no segments.
+        """Pack a list of ``[n_s, ...]`` tensors. An empty list gives a batch without segments.
 
         Raises:
             ShapeError: If the tensors differ in anything but their first dimension.
@@ -120,16 +120,16 @@ class Jagged(Arithmetic):
 
     @staticmethod
     def concat(batches: Sequence[Jagged]) -> Jagged:
-        """The segments of all batches, one batch after the other; ``default_collate`` of a DataLoader does this, too.
+        """Concatenate the segments of all batches; also used by ``default_collate`` of a DataLoader.
 
-        :func:`flexjag.ops.jagged_concat` joins each segment with that of the same number instead.
+        :func:`flexjag.ops.jagged_concat` concatenates the tokens of segments with equal index instead.
 
         Args:
-            batches: At least one, alike in dtype, device and all dimensions but the first.
+            batches: At least one batch, equal in dtype, device and all dimensions but the first.
 
         Raises:
-            LayoutError: If there is none, or one has rows behind its last offset.
-            ShapeError: If they are not alike.
+            LayoutError: If `batches` is empty, or one has rows behind its last offset.
+            ShapeError: If dtypes, devices or other dimensions differ.
 
         >>> a, b = Jagged.from_lengths(torch.arange(3), [1, 2]), Jagged.from_lengths(torch.arange(4), [4])
         >>> Jagged.concat([a, b]).lengths.tolist()
@@ -150,31 +150,31 @@ class Jagged(Arithmetic):
 
     @staticmethod
     def from_padded(dense: Tensor, lengths: Tensor | Sequence[int], total: int | None = None) -> Jagged:
-        """Drop the padding of `dense` ``[S, N, ...]``: row s keeps its first ``lengths[s]`` entries.
+        """Remove the padding of `dense` ``[S, N, ...]``: segment s is ``dense[s, :lengths[s]]``.
 
         Args:
             dense: ``[S, N, ...]``.
             lengths: ``[S]``, each at most N.
-            total: The sum of the lengths, if known: saves a device sync and makes the call traceable.
+            total: Sum of the lengths, if known: saves a device sync and makes the call traceable.
 
         Raises:
-            LayoutError: If there are not S lengths, or one is over N.
+            LayoutError: If there are not S lengths, or one exceeds N (checked on a CPU).
         """
         return Jagged(*unpad(dense, lengths, total))
 
     @property
     def lengths(self) -> Tensor:
-        """``[S]``: the number of tokens of each segment."""
+        """Number of tokens of each segment, ``[S]`` in the dtype of `offsets`."""
         return self.offsets[1:] - self.offsets[:-1]
 
     @property
     def num_segments(self) -> int:
-        """S, known on the host without a sync."""
+        """Number of segments S, without a device sync."""
         return self.offsets.shape[0] - 1
 
     @property
     def segment_ids(self) -> Tensor:
-        """``[T]`` int64: the segment of each token.
+        """Segment index of each token, ``[T]`` int64.
 
         >>> Jagged.from_lengths(torch.zeros(5), [2, 0, 3]).segment_ids.tolist()
         [0, 0, 2, 2, 2]
@@ -184,7 +184,7 @@ class Jagged(Arithmetic):
 
     @property
     def positions(self) -> Tensor:
-        """``[T]`` int64: the position of each token in its segment, as positional embeddings want it.
+        """Position of each token in its segment, ``[T]`` int64, for instance for positional embeddings.
 
         >>> Jagged.from_lengths(torch.zeros(5), [2, 0, 3]).positions.tolist()
         [0, 1, 0, 1, 2]
@@ -194,47 +194,47 @@ class Jagged(Arithmetic):
 
     @property
     def device(self) -> torch.device:
-        """Where values and offsets live."""
+        """Device of values and offsets."""
         return self.values.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the values."""
+        """Dtype of the values."""
         return self.values.dtype
 
     def to(self, *args: Any, **kwargs: Any) -> Jagged:
-        """The batch on another device or with values of another dtype; arguments as for ``Tensor.to``."""
+        """Move the batch to another device, or convert its values to another dtype; arguments as for ``Tensor.to``."""
         values = self.values.to(*args, **kwargs)
         flags = dict(zip(("non_blocking", "copy"), (flag for flag in args if isinstance(flag, bool)), strict=False))
         flags |= {name: kwargs[name] for name in ("non_blocking", "copy") if name in kwargs}
         return Jagged(values, self.offsets.to(values.device, **flags))
 
     def cpu(self) -> Jagged:
-        """The batch on the CPU."""
+        """Move the batch to the CPU."""
         return self.to("cpu")
 
     def cuda(self, device: torch.device | int | str | None = None, non_blocking: bool = False) -> Jagged:
-        """The batch on a GPU; arguments as for ``Tensor.cuda``."""
+        """Move the batch to a GPU; arguments as for ``Tensor.cuda``."""
         return self.to("cuda" if device is None else device, non_blocking=non_blocking)
 
     def pin_memory(self) -> Jagged:
-        """The batch in page-locked memory; a DataLoader with ``pin_memory=True`` calls it."""
+        """Copy the batch to page-locked memory; called by a DataLoader with ``pin_memory=True``."""
         return Jagged(self.values.pin_memory(), self.offsets.pin_memory())
 
     def clone(self) -> Jagged:
-        """A copy of values and offsets. Gradients flow through it, as through ``Tensor.clone``."""
+        """Copy values and offsets; differentiable, as ``Tensor.clone``."""
         return Jagged(self.values.clone(), self.offsets.clone())
 
     def contiguous(self) -> Jagged:
-        """The batch with values and offsets that are contiguous, copied where they are not."""
+        """Return the batch with contiguous values and offsets, copied if necessary."""
         return Jagged(self.values.contiguous(), self.offsets.contiguous())
 
     def detach(self) -> Jagged:
-        """The same values without their gradient history, on the same offsets."""
+        """Detach the values from the autograd graph; the offsets are shared."""
         return Jagged(self.values.detach(), self.offsets)
 
     def requires_grad_(self, requires_grad: bool = True) -> Jagged:
-        """Let autograd record what happens to the values, and return the batch itself."""
+        """Set ``requires_grad`` of the values, and return the batch itself."""
         self.values.requires_grad_(requires_grad)
         return self
 
@@ -248,13 +248,13 @@ class Jagged(Arithmetic):
         return iter(self.to_list())
 
     def __getitem__(self, index: int | slice) -> Any:
-        """Segment number `index` as a view ``[n, ...]``; or a batch of the segments in a slice.
+        """Segment `index` as a view ``[n, ...]``, or for a slice the batch of its segments.
 
-        The values of a slice without a step are a view. Reads the offsets, so it waits for a GPU; in a compiled graph
+        The values of a slice without a step are a view. Reading the offsets is a sync on a GPU; in a compiled graph
         use :func:`flexjag.ops.jagged_index_select`, which also takes a tensor of indices.
 
         Raises:
-            SegmentError: If there is no such segment, or the index is neither an integer nor a slice.
+            SegmentError: If the index is out of range, or neither an integer nor a slice.
 
         >>> x = Jagged.from_list([torch.tensor([1, 2]), torch.tensor([3]), torch.tensor([4, 5])])
         >>> x[-1], x[:2], x[::-2].to_list()
@@ -280,9 +280,9 @@ class Jagged(Arithmetic):
         return self.values[low:high]
 
     def unbind(self) -> tuple[Tensor, ...]:
-        """The S segments, each ``[n_s, ...]``, as views that share one step of autograd.
+        """Split the values into the S segments, views ``[n_s, ...]`` made by one autograd operation.
 
-        Faster than :meth:`to_list` in a backward pass. As after ``Tensor.split``, autograd refuses changes in place.
+        Faster than :meth:`to_list` in the backward. As with ``Tensor.split``, the views cannot be modified in place.
         """
         check_ends(self.offsets, self.values.shape[0], spare=True)
         sizes = self.lengths.tolist()
@@ -297,7 +297,7 @@ class Jagged(Arithmetic):
         return self.with_values(fn(self.values))
 
     def with_values(self, values: Tensor) -> Jagged:
-        """The same layout around other `values` ``[T, ...]``.
+        """Replace the values by others ``[T, ...]`` on the same offsets.
 
         Raises:
             ShapeError: If the number of tokens differs.
@@ -317,23 +317,23 @@ class Jagged(Arithmetic):
         """Check the contents of `offsets` (one device sync) and return the batch itself.
 
         Raises:
-            LayoutError: If they do not start at 0, decrease, or do not end at T.
+            LayoutError: If the offsets do not start at 0, decrease, or do not end at T.
         """
         check_offsets(self.offsets, self.values.shape[0])
         return self
 
     def to_list(self) -> list[Tensor]:
-        """The S segments as views of `values`, each ``[n_s, ...]``."""
+        """List the S segments as views of `values`, each ``[n_s, ...]``."""
         check_ends(self.offsets, self.values.shape[0], spare=True)
         return [self.values[lo:hi] for lo, hi in itertools.pairwise(self.offsets.tolist())]
 
     def to_padded(self, fill: float = 0.0, max_length: int | None = None) -> Tensor:
-        """A dense ``[S, N, ...]`` tensor with `fill` behind each segment's end.
+        """Pad every segment to the same length: a dense ``[S, N, ...]`` tensor.
 
         Args:
             fill: The padding value.
             max_length: N. Default: the longest segment, which costs a device sync. Longer segments
-                are cut to N, as FBGEMM's ``jagged_to_padded_dense`` does.
+                are truncated to N, as in FBGEMM's ``jagged_to_padded_dense``.
         """
         check_ends(self.offsets, self.values.shape[0], spare=True)
         if max_length is None:
@@ -352,7 +352,7 @@ class Jagged(Arithmetic):
         if isinstance(other, Jagged):
             check_same_layout(self, other)
             other = other.values
-        elif isinstance(other, Tensor):  # Dynamo cannot trace it, so eager mode does not offer it either
+        elif isinstance(other, Tensor):  # not traceable by Dynamo, so not supported in eager mode either
             rule = "must be a Jagged or a number; use x.map(lambda v: ...) for tensors"
             raise ShapeError(explain_values("other", rule, shape=tuple(other.shape)))
         return self.with_values(fn(self.values, other))
@@ -361,10 +361,10 @@ class Jagged(Arithmetic):
 def check_same_layout(
     a: Jagged, b: Jagged, name: str = "other", rule: str = "must have the same offsets for elementwise arithmetic"
 ) -> None:
-    """Check that two batches are cut alike: by identity, by shape, and on CPU by content.
+    """Check that two batches have equal offsets: by identity, by shape, and on a CPU by content.
 
     Raises:
-        LayoutError: Naming `name`, `rule` and what differs.
+        LayoutError: If they differ. The message has `name`, `rule` and the first difference.
     """
     if a.offsets is b.offsets:
         return
@@ -383,7 +383,7 @@ def _unflatten(children: Iterable[Any], _: Any) -> Jagged:
     values, offsets = children
     if isinstance(values, Tensor) and isinstance(offsets, Tensor):
         return Jagged(values, offsets)
-    tree = object.__new__(Jagged)  # of what pytree functions put in place of tensors
+    tree = object.__new__(Jagged)  # pytree functions also unflatten placeholders
     tree.__dict__.update(values=values, offsets=offsets)
     return tree
 

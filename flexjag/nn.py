@@ -1,10 +1,10 @@
-"""Scores as modules: their tables are registered, so that optimizers, state dicts and sharding find them.
+"""Scores as modules, with their tables registered for optimizers, state dicts and sharding.
 
-A score node holds the tensor it was given. What replaces a module's parameters later, such as FSDP2's ``fully_shard``,
-``Module.to_empty`` or ``torch.func.functional_call``, does not reach a node that was made before, and the table it
-holds is trained by nobody. These modules make the node when they are called, around the parameter of that moment.
+A score node keeps the tensor it is given. If a module's parameters are replaced later, as by FSDP2's ``fully_shard``,
+``Module.to_empty`` or ``torch.func.functional_call``, an existing node still holds the old table, which is no longer
+trained. The forward of these modules returns a new node with the current parameter.
 
-Shard the layer that calls attention, not one of these by itself: its table would be freed before it is read.
+Shard the layer that calls attention, not one of these modules alone: its table would be freed before it is read.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from flexjag import scores as s
 
 
 class _Score(nn.Module):
-    """What the modules share: `boundaries`, if any, come back after ``to_empty``."""
+    """Base class: tables of zeros, and optional `boundaries`, which ``reset_parameters`` restores."""
 
     boundaries: Tensor
 
@@ -27,7 +27,7 @@ class _Score(nn.Module):
             self.register_buffer("boundaries", boundaries.detach().to(device, copy=True))
 
     def reset_parameters(self) -> None:
-        """Set the table to zeros, so that the score starts out as no score, and the boundaries to those given."""
+        """Set the table to zeros, a score without effect, and the boundaries to those given."""
         for table in self.parameters():
             nn.init.zeros_(table)
         if self._ends is not None:
@@ -40,8 +40,8 @@ class Alibi(_Score):
 
     Args:
         num_heads: H.
-        learned: Whether the slopes are a parameter; else they are a buffer.
-        device: Where the slopes are made.
+        learned: Whether the slopes are a parameter instead of a buffer.
+        device: Device of the slopes.
 
     >>> Alibi(4)()
     Alibi(<float32[4]>)
@@ -58,23 +58,23 @@ class Alibi(_Score):
             self.register_buffer("slopes", slopes)
 
     def reset_parameters(self) -> None:
-        """Set the slopes to the paper's."""
+        """Set the slopes to those of the paper."""
         with torch.no_grad():
             self.slopes.copy_(s.Alibi.from_heads(self.slopes.shape[0], self.slopes.device).slopes)
 
     def forward(self) -> s.Alibi:
-        """The score node."""
+        """Return the score node."""
         return s.Alibi(self.slopes)
 
 
 class RelativeBias(_Score):
-    """:class:`flexjag.RelativeBias` with a table that is learned from zeros.
+    """:class:`flexjag.RelativeBias` with a learned table, initialized with zeros.
 
     Args:
         num_heads: H.
-        max_distance: R, the distance from which on the bias is constant.
-        device: Where the table is made.
-        dtype: Of the table. Default: torch's.
+        max_distance: R, the distance beyond which the bias is constant.
+        device: Device of the table.
+        dtype: Dtype of the table. Default: torch's.
 
     >>> RelativeBias(2, 8)()
     RelativeBias(<float32[2, 17]>)
@@ -92,18 +92,18 @@ class RelativeBias(_Score):
         self.table = nn.Parameter(torch.zeros(num_heads, 2 * max_distance + 1, device=device, dtype=dtype))
 
     def forward(self) -> s.RelativeBias:
-        """The score node."""
+        """Return the score node."""
         return s.RelativeBias(self.table)
 
 
 class BucketedBias(_Score):
-    """:class:`flexjag.BucketedBias` with a table that is learned from zeros.
+    """:class:`flexjag.BucketedBias` with a learned table, initialized with zeros.
 
     Args:
         num_heads: H.
         boundaries: ``[K]``, ascending.
-        device: Where the table is made.
-        dtype: Of the table. Default: torch's.
+        device: Device of the table.
+        dtype: Dtype of the table. Default: torch's.
 
     >>> BucketedBias(2, torch.tensor([-8, 0, 8]))()
     BucketedBias(<float32[2, 4]>, <int64[3]>)
@@ -121,18 +121,18 @@ class BucketedBias(_Score):
         self.table = nn.Parameter(torch.zeros(num_heads, boundaries.shape[0] + 1, device=device, dtype=dtype))
 
     def forward(self) -> s.BucketedBias:
-        """The score node."""
+        """Return the score node."""
         return s.BucketedBias(self.table, self.boundaries)
 
 
 class TimeBias(_Score):
-    """:class:`flexjag.TimeBias` with a table that is learned from zeros.
+    """:class:`flexjag.TimeBias` with a learned table, initialized with zeros.
 
     Args:
         num_heads: H.
         boundaries: ``[K]``, ascending, for instance ``flexjag.TimeBias.log_boundaries(64)``.
-        device: Where the table is made.
-        dtype: Of the table. Default: torch's.
+        device: Device of the table.
+        dtype: Dtype of the table. Default: torch's.
 
     >>> TimeBias(2, s.TimeBias.log_boundaries(8))(torch.arange(6))
     TimeBias(<float32[2, 9]>, <int64[6]>, <int64[8]>, None)
@@ -150,10 +150,10 @@ class TimeBias(_Score):
         self.table = nn.Parameter(torch.zeros(num_heads, boundaries.shape[0] + 1, device=device, dtype=dtype))
 
     def forward(self, times: Tensor, kv_times: Tensor | None = None) -> s.TimeBias:
-        """The score node of one batch.
+        """Return the score node for one batch.
 
         Args:
-            times: ``[T_q]``, the time of every packed query token.
-            kv_times: ``[T_kv]``, of every packed key token. Default: `times`.
+            times: Time of each packed query token, ``[T_q]``.
+            kv_times: Time of each packed key token, ``[T_kv]``. Default: `times`.
         """
         return s.TimeBias(self.table, times, self.boundaries, kv_times)

@@ -1,4 +1,4 @@
-"""Offsets and lengths: what they must be, what is made of them, and what may be looked at."""
+"""Validation and conversion of offsets and lengths, and predicates on sizes in traced graphs."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ from flexjag.errors import LayoutError, ShapeError, assert_on_device, explain_va
 from flexjag.upstream import holds_no_numbers
 
 CUT = "take segments a to b of a batch by Jagged(values, offsets)[a:b], in a graph by flexjag.ops.jagged_index_select"
-"""What to do instead of passing some of the offsets."""
+"""Advice in errors about offsets that are a slice of a larger batch's."""
 
 
 def mark_varying(tensor: Tensor, *dims: int) -> None:
-    """Tell TorchDynamo, if it is in use, that these dims change from batch to batch.
+    """Mark dimensions as dynamic for TorchDynamo, if it has been imported.
 
-    Without this the first batch compiles a graph of its own. The mark is weak: a size of 0 or 1 is
-    still specialised instead of rejected. Dynamo is never imported for it (that takes a second).
+    Without the mark the first batch compiles a static graph. The mark is weak: sizes 0 and 1 are specialized
+    instead of rejected. Dynamo is not imported for this, as that takes a second.
     """
     if torch.compiler.is_compiling():
         return
     dynamo = sys.modules.get("torch._dynamo")
     if dynamo is not None and hasattr(dynamo, "maybe_mark_dynamic"):
-        marked = getattr(tensor, "_dynamo_weak_dynamic_indices", ())  # asking is faster than marking again
+        marked = getattr(tensor, "_dynamo_weak_dynamic_indices", ())  # a lookup is faster than marking again
         for dim in dims:
             if dim not in marked:
                 dynamo.maybe_mark_dynamic(tensor, dim)
 
 
 def can_look(*tensors: Tensor) -> bool:
-    """Whether the contents can be read without a device sync, and outside of any trace."""
+    """Whether all tensors are on the CPU and readable: values cost no device sync, and no graph is traced."""
     return all(t.device.type == "cpu" and not holds_no_numbers(t) for t in tensors)
 
 
 def surely(condition: bool) -> bool:
-    """A condition on sizes; False where a graph cannot tell, as they were read from data."""
+    """Evaluate a condition on sizes; False if it depends on unbacked sizes in a traced graph."""
     if not torch.compiler.is_compiling():
         return condition
     from torch.fx.experimental.symbolic_shapes import guard_or_false
@@ -49,7 +49,7 @@ def surely(condition: bool) -> bool:
 
 
 def same_size(a: int, b: int) -> bool:
-    """Whether two sizes are equal. A graph that cannot tell, as they were read from data, asserts that they are."""
+    """Whether two sizes are equal. In a traced graph, equality of unbacked sizes is asserted."""
     if not torch.compiler.is_compiling():
         return a == b
     if surely(a != b):
@@ -59,7 +59,7 @@ def same_size(a: int, b: int) -> bool:
 
 
 def is_empty(rows: int) -> bool:
-    """Whether a size is 0. A graph that cannot tell, as it was read from data, asserts that it is not."""
+    """Whether a size is 0. In a traced graph, an unbacked size is asserted to be positive."""
     if surely(rows == 0):
         return True
     if torch.compiler.is_compiling():
@@ -68,11 +68,11 @@ def is_empty(rows: int) -> bool:
 
 
 def check_offsets(offsets: Tensor, total: int, name: str = "offsets") -> None:
-    """Check the *contents* of offsets. Costs a device sync, so hot paths never call it.
+    """Check the *contents* of offsets. Costs a device sync: not for hot paths.
 
     Args:
         offsets: ``[S+1]`` integers.
-        total: The number of packed tokens they must end at.
+        total: The number of packed tokens, the required last offset.
         name: The argument's name, for the message.
 
     Raises:
@@ -91,16 +91,16 @@ def check_offsets(offsets: Tensor, total: int, name: str = "offsets") -> None:
 
 
 def check_ends(offsets: Tensor, rows: int, name: str = "offsets", *, spare: bool = False) -> None:
-    """Check the first and the last of the offsets, which some of a larger batch's get wrong.
+    """Check the first and last offset, which are wrong in a slice of a larger batch's offsets.
 
-    Where they cannot be looked at, in a graph and on a GPU, this is an assertion: it waits for nothing, and a later
-    call reports it.
+    In a traced graph and on a GPU this is an asynchronous assertion: no sync, and a later call reports the
+    failure.
 
     Args:
         offsets: ``[S+1]`` integers.
         rows: The number of packed rows.
         name: The argument's name, for the message.
-        spare: Whether rows may lie behind the last offset.
+        spare: Whether rows behind the last offset are allowed.
 
     Raises:
         LayoutError: If the offsets do not start at 0, or do not end at `rows` (with `spare`: end behind them).
@@ -115,28 +115,28 @@ def check_ends(offsets: Tensor, rows: int, name: str = "offsets", *, spare: bool
 
 
 def assert_ends(offsets: Tensor, rows: int, name: str = "offsets", *, spare: bool = False) -> None:
-    """:func:`check_ends` where nothing may be looked at."""
+    """:func:`check_ends` as an asynchronous assertion, for a GPU or a traced graph."""
     if offsets.device.type != "meta":
         holds = (offsets[0] == 0) & (offsets[-1] <= rows if spare else offsets[-1] == rows)
         assert_on_device(holds, f"{name}: must start at 0 and end at the number of rows; {CUT}")
 
 
 def segment_ids(offsets: Tensor, total: int) -> Tensor:
-    """``[total]`` int64: the segment of each packed token; S for tokens behind the last offset.
+    """Segment index of each packed token, ``[total]`` int64; S for tokens behind the last offset.
 
-    Searches all S+1 offsets rather than the S ends: a slice of S would make S = 1 a graph of its own.
+    Searches all S+1 offsets rather than the S ends: a slice of size S would specialize the graph on S = 1.
     """
     token = torch.arange(total, device=offsets.device, dtype=offsets.dtype)
     return torch.searchsorted(offsets.contiguous(), token, right=True) - 1
 
 
 def offsets_of(lengths: Tensor) -> Tensor:
-    """``[S+1]`` offsets of ``[S]`` lengths, in their dtype."""
+    """Offsets ``[S+1]`` of lengths ``[S]``, in their dtype."""
     return torch.cat([lengths.new_zeros(1), lengths.cumsum(0, dtype=lengths.dtype)])
 
 
 def offsets_from(lengths: Tensor | Sequence[int], device: torch.device) -> tuple[Tensor, int | None]:
-    """``[S+1]`` offsets on `device`, and the last of them if it can be known without waiting.
+    """Offsets ``[S+1]`` on `device`, and the last of them, or None if reading it needs a sync.
 
     Raises:
         LayoutError: As :func:`lengths_tensor`.
@@ -149,10 +149,10 @@ def offsets_from(lengths: Tensor | Sequence[int], device: torch.device) -> tuple
 
 
 def lengths_tensor(lengths: Tensor | Sequence[int], device: torch.device) -> Tensor:
-    """Lengths ``[S]``, int32 or int64, on `device`: those of a sequence are int64.
+    """Convert lengths to a tensor ``[S]`` on `device`, int32 or int64; a sequence becomes int64.
 
     Raises:
-        LayoutError: If they are no integers, or found to be negative.
+        LayoutError: If they are not 1-D integers, or negative (tensors are checked on a CPU only).
     """
     if not isinstance(lengths, Tensor):
         return torch.tensor(_integers(lengths), dtype=torch.int64, device=device)
@@ -171,10 +171,10 @@ def _index(given: Any) -> Any:
 
 
 def _integers(lengths: object) -> list[int]:
-    """Those of a sequence: Python's, NumPy's, or tensors of one element."""
+    """Convert a sequence of Python or NumPy integers, or tensors of one element, to non-negative ints."""
     try:
         entries = list(lengths)  # pyright: ignore[reportArgumentType, reportUnknownVariableType]
-    except (TypeError, ValueError):  # the latter of a tracer's stand-in
+    except (TypeError, ValueError):  # ValueError: a tracer's proxy
         rule = "must be a 1-D tensor or a sequence of integers, one per segment"
         seen = {"lengths": lengths if isinstance(lengths, int | float) else type(lengths).__name__}
         raise LayoutError(explain_values("lengths", rule, **seen)) from None
@@ -188,12 +188,12 @@ def _integers(lengths: object) -> list[int]:
 
 
 def check_tensor(error: type[ValueError], name: str, given: object) -> None:
-    """Check that what should be a tensor is one, and say what to do with what is often taken for one.
+    """Check that an argument is a tensor; the error suggests a conversion of common other types.
 
     Args:
-        error: What to raise.
-        name: The argument.
-        given: Its value.
+        error: Class of the error to raise.
+        name: Name of the argument.
+        given: Value of the argument.
     """
     if isinstance(given, Tensor):
         return
@@ -208,10 +208,10 @@ def check_tensor(error: type[ValueError], name: str, given: object) -> None:
 
 
 def check_computable(name: str, values: Tensor) -> None:
-    """Check that values are of a type that is computed with, not only stored and moved as float8 is.
+    """Check that the dtype of values supports arithmetic, which float8 does not.
 
     Raises:
-        ShapeError: If they are not.
+        ShapeError: If it is float8.
     """
     if values.dtype.itemsize == 1 and values.dtype.is_floating_point:
         rule = "float8 values are stored and moved, not computed with; convert them, as by x.to(torch.bfloat16)"
@@ -219,10 +219,10 @@ def check_computable(name: str, values: Tensor) -> None:
 
 
 def listed(name: str, given: Any) -> list[Any]:
-    """What an argument holds that can be iterated over.
+    """Convert an iterable argument to a list.
 
     Raises:
-        ShapeError: If it cannot.
+        ShapeError: If it is not iterable.
     """
     try:
         return list(given)

@@ -1,4 +1,4 @@
-"""Rows between packed ``[T, ...]`` and padded ``[S, N, ...]``."""
+"""Differentiable conversion between packed ``[T, ...]`` and padded ``[S, N, ...]``, in plain torch operations."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ BITS = {
     torch.uint32: torch.int32,
     torch.uint64: torch.int64,
 }
-"""Types whose rows PyTorch cannot copy by index, and one of the same size that it can."""
+"""Dtypes that ``index_copy`` does not support, mapped to an integer dtype of the same size."""
 
 
 def pad(values: Tensor, offsets: Tensor, size: int, fill: float) -> Tensor:
-    """``[T, ...]`` to ``[S, size, ...]``, with `fill` behind each segment's end; longer segments are cut."""
+    """Pad ``[T, ...]`` with `fill` to ``[S, size, ...]``; longer segments are truncated."""
     segments, total = offsets.shape[0] - 1, values.shape[0]
     segment = segment_ids(offsets, total)
     pos = torch.arange(total, device=values.device) - offsets[segment]
-    spare = segments * size  # one row past the end takes what is cut off
+    spare = segments * size  # one extra row past the end receives the truncated rows
     index = torch.where((pos < size) & (segment < segments), segment * size + pos, spare)
     flat = values.new_full((spare + 1, *values.shape[1:]), fill)
     bits = BITS.get(values.dtype)
@@ -37,11 +37,11 @@ def pad(values: Tensor, offsets: Tensor, size: int, fill: float) -> Tensor:
 
 
 def unpad(dense: Tensor, lengths: Tensor | Sequence[int], total: int | None) -> tuple[Tensor, Tensor]:
-    """``[S, N, ...]`` to ``[T, ...]`` and its offsets: as many rows of each as its segment is long.
+    """Unpad ``[S, N, ...]`` to ``[T, ...]``, the first ``lengths[s]`` rows of each; also return the offsets ``[S+1]``.
 
     Raises:
-        LayoutError: If there are not S lengths, or one is over N.
-        ShapeError: If `dense` is no tensor.
+        LayoutError: If there are not S lengths, or one exceeds N (checked on a CPU).
+        ShapeError: If `dense` is not a tensor.
     """
     check_tensor(ShapeError, "dense", dense)
     n = lengths_tensor(lengths, dense.device)

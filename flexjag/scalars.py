@@ -1,4 +1,4 @@
-"""Users' functions of scalars, applied to tensors: one vmap per dimension, and errors that name the function."""
+"""Vectorization of users' scalar functions by nested vmap, with errors that name the function."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ _MENDED = {
     *(f"__{kind}{name}__" for kind in ("", "r", "i") for name in _ARITHMETIC),
     *(*_ARITHMETIC, "subtract", "multiply", "divide", "true_divide"),
 }
-"""The names of what fails in vmap with a size that varies (seen in torch 2.11 to 2.13)."""
+"""Functions that fail in vmap with a symbolic size as operand (seen in torch 2.11 to 2.13)."""
 
 
 def apply(fn: Callable[..., Tensor], error: type[FlexjagError], *args: Tensor) -> Tensor:
-    """Apply a function of scalars to tensors that broadcast together.
+    """Apply a function of scalars elementwise to tensors that broadcast together.
 
-    What the function closes over may be anything that FlexAttention's may: in a graph also tensors of one number that
-    it takes as an index, and sizes that vary.
+    The function may close over whatever FlexAttention allows: in a traced graph also scalar tensors used as an index,
+    and symbolic sizes.
 
     Args:
         fn: The user's function.
-        error: What to raise if it fails, as it does if it looks up a table out of range.
-        *args: The score if it takes one, then b, h, and the positions of query and key.
+        error: Class of the error to raise if it fails, for instance by an index out of range.
+        *args: The score, if the function takes it, then b, h, and the positions of query and key.
 
     Raises:
-        error: Naming the function and the positions. Only where there are numbers: neither in a graph nor on a GPU.
+        error: If the function fails, naming it and the positions; neither in a traced graph nor on a GPU.
     """
     if max(a.ndim for a in args) == 0:  # FlexAttention's scalars
         return fn(*args)
     if holds_no_numbers(args[-1]):
         in_graph = _as_in_a_graph(fn)
-        if torch.compiler.is_exporting():  # strict export cannot meet a parameter under vmap for the first time
+        if torch.compiler.is_exporting():  # strict export fails if a parameter first occurs under vmap
             in_graph(*(x.new_zeros(()) for x in args))
         return _elementwise(in_graph, *args)
     with blamed(fn, error, *args[-4:]):
@@ -48,7 +48,7 @@ def apply(fn: Callable[..., Tensor], error: type[FlexjagError], *args: Tensor) -
 
 @contextmanager
 def blamed(fn: Callable[..., Tensor], error: type[FlexjagError], *at: Tensor) -> Iterator[None]:
-    """Raise `error` for what goes wrong inside, naming the user's function and its arguments b, h, q_pos and kv_pos."""
+    """Re-raise exceptions as `error`, naming the user's function and the ranges of b, h, q_pos and kv_pos."""
     try:
         yield
     except (RuntimeError, ValueError, TypeError, IndexError) as reason:
@@ -58,20 +58,20 @@ def blamed(fn: Callable[..., Tensor], error: type[FlexjagError], *at: Tensor) ->
 
 
 def name_of(fn: Callable[..., Tensor]) -> str:
-    """What to call a user's function."""
+    """Name of a user's function for messages."""
     return getattr(fn, "__name__", type(fn).__name__)
 
 
 def _range(x: Tensor) -> str:
-    """The first and the last of some numbers."""
+    """Smallest and largest value, as text."""
     return f"{int(x.min())}..{int(x.max())}" if x.numel() else "none"
 
 
 def _elementwise(fn: Callable[..., Tensor], *args: Tensor) -> Tensor:
-    """One vmap per dimension of the result."""
+    """Apply `fn` by one vmap per dimension of the result."""
     ndim = max(a.ndim for a in args)
     aligned = [a.reshape((1,) * (ndim - a.ndim) + tuple(a.shape)) for a in args]
-    # A dimension of size 1 is mapped by nobody unless it is 1 everywhere.
+    # A dimension of size 1 broadcasts: it is not mapped, and if it is 1 in all arguments there is no vmap for it.
     varies = [[a.shape[d] != 1 for a in aligned] for d in range(ndim)]
     for d in reversed(range(ndim)):
         if any(varies[d]):
@@ -90,16 +90,16 @@ def _as_in_a_graph(fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 class _Traceable(TorchFunctionMode):
-    """Puts what a function of scalars does in words that can be traced under vmap.
+    """Rewrites operations of a scalar function that cannot be traced under vmap.
 
-    Indexing by a tensor without dimensions reads its number, unless vmap happens to map it; by one with a dimension of
-    1 it does not. And sums, products and quotients with a size that varies fail in vmap, but not with a tensor of it.
+    Indexing by a 0-D tensor reads its value, unless vmap maps it; indexing by a tensor ``[1]`` does not. Arithmetic
+    with a symbolic size fails in vmap; with a tensor holding the size it does not.
     """
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        name = getattr(func, "__name__", "")  # Dynamo has other functions of these names for parameters
+        name = getattr(func, "__name__", "")  # by name, as Dynamo substitutes other functions for parameters
         if name in ("__getitem__", "getitem"):
             return _index(args[0], args[1] if isinstance(args[1], tuple) else (args[1],))
         if name in _MENDED:
@@ -109,7 +109,7 @@ class _Traceable(TorchFunctionMode):
 
 
 def _is_size(x: Any) -> bool:
-    """Whether a number is a size that varies."""
+    """Whether a number is a symbolic size."""
     if isinstance(x, bool) or not isinstance(x, (int, torch.SymInt)):
         return False
     from torch.fx.experimental.symbolic_shapes import has_static_value
@@ -118,7 +118,7 @@ def _is_size(x: Any) -> bool:
 
 
 def _index(x: Tensor, index: tuple[Any, ...]) -> Tensor:
-    """``x[index]``, by tensors of one dimension instead of none."""
+    """``x[index]`` with 0-D index tensors replaced by 1-D ones."""
     is_number = [isinstance(i, Tensor) and i.ndim == 0 and i.dtype != torch.bool for i in index]
     is_advanced = [isinstance(i, (int, Tensor)) for i in index]
     if not any(is_number) or sum(is_number) < sum([isinstance(i, Tensor) for i in index]):
@@ -126,6 +126,6 @@ def _index(x: Tensor, index: tuple[Any, ...]) -> Tensor:
     found = x[tuple([i[None] if n else i for i, n in zip(index, is_number, strict=True)])]
     first, last = is_advanced.index(True), len(is_advanced) - is_advanced[::-1].index(True)
     if not all(is_advanced[first:last]):
-        return found[0]  # the indexed dimensions come first if something lies between them
+        return found[0]  # advanced indices that are not adjacent put the indexed dimension first
     named = sum([i is not None and i is not ... for i in index])
     return found.squeeze(sum([x.ndim - named if i is ... else 1 for i in index[:first]]))

@@ -1,4 +1,4 @@
-"""Mends for bugs of the PyTorch releases we support: one function per bug, deleted with the fix."""
+"""Workarounds for bugs of the supported PyTorch releases: one function per bug, deleted with the fix."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from torch.utils._pytree import tree_leaves
 
 @cache
 def mend_cpu_flex_size_names() -> None:
-    """Inductor's CPU FlexAttention kernels do not compile for some sizes (seen in torch 2.11 to 2.14).
+    """Fix name clashes of sizes that keep Inductor's CPU FlexAttention kernels from compiling (torch 2.11 to 2.14).
 
-    The template stands for its split sizes by two unbacked symbols, ``ks1`` say, and textually replaces that name in
-    the generated C++, also inside ``ks18``, the size of a captured tensor. Named ``ku1_size``, they are part of no
-    other name. Nothing but the names of size arguments changes, for any kernel.
+    The template represents its split sizes by two unbacked symbols, for instance ``ks1``, and replaces that name
+    textually in the generated C++, also inside ``ks18``, the size of a captured tensor. With the name ``ku1_size`` they
+    are a substring of no other name. Only names of size arguments change, in all kernels.
     """
     from torch._inductor.codegen.common import KernelArgs
 
@@ -40,22 +40,22 @@ def mend_cpu_flex_size_names() -> None:
 
 
 def running_max(x: Tensor) -> Tensor:
-    """``x.cummax(0).values``, whose shape function guards on a size that was read from data (seen in torch 2.13)."""
+    """Cumulative maximum along dimension 0. The shape function of ``cummax`` guards on unbacked sizes (torch 2.13)."""
     if torch.compiler.is_compiling():
         return torch.stack(list(accumulate(x.unbind(0), torch.maximum)))
     return x.cummax(dim=0).values
 
 
 ROWS = "FlexAttention's CPU kernel mixes up the dimensions of rows that are looked up by position"
-"""Why :func:`cpu_flex_misplaces` and :func:`mend_cpu_flex_rows` refuse a function."""
+"""Error message for functions that :func:`cpu_flex_misplaces` or :func:`mend_cpu_flex_rows` reject."""
 
 
 class _Shapes(TorchFunctionMode):
-    """Notes whether the tensors that are watched become part of anything with dimensions, other than as an index."""
+    """Records whether watched tensors, or results of them, meet tensors with dimensions, other than as an index."""
 
     def __init__(self, watched: list[Tensor]) -> None:
         super().__init__()
-        self.watched = {id(x): x for x in watched}  # the values keep the ids from being reused
+        self.watched = {id(x): x for x in watched}  # holding the tensors keeps their ids unique
         self.has_rows = False
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
@@ -70,30 +70,30 @@ class _Shapes(TorchFunctionMode):
 
 
 def cpu_flex_misplaces(fn: Callable[..., Tensor], is_score: bool) -> bool:
-    """Whether compiled FlexAttention computes something else than a user's function on a CPU (torch 2.11 to 2.14).
+    """Whether compiled FlexAttention miscomputes a user's function on a CPU (torch 2.11 to 2.14).
 
-    The function is written for scalars and traced with them, but Inductor's CPU template puts queries ``[Q, 1]`` and
-    keys ``[1, K]`` in their place, and the segment, which is looked up by the query, is ``[Q, 1]`` then. A row
-    ``s = span[j]`` of 2 is ``[1, K, 2]`` there, and ``s[0]`` the row of the first key: any operation that counts
-    dimensions from the left is wrong, silently or by reading outside a table. Heads stay scalars, so rows by head are
-    right. Found by calling the function once, on zeros, and looking at the shapes of what it makes of positions.
+    The function is traced with scalars, but Inductor's CPU template substitutes queries ``[Q, 1]`` and keys
+    ``[1, K]``, and the segment, looked up by query, becomes ``[Q, 1]``. A row ``s = span[j]`` of 2 entries is
+    ``[1, K, 2]`` there, and ``s[0]`` the row of the first key: any operation that counts dimensions from the left is
+    wrong, silently or by reading outside a table. Heads stay scalars, so rows by head are right. Detected by calling
+    the function once, on zeros, and inspecting the shapes of tensors derived from positions.
 
     Args:
         fn: ``fn(b, h, i, j)``, or ``fn(score, b, h, i, j)``.
-        is_score: Which of them.
+        is_score: Whether `fn` takes the score.
     """
     b, h, i, j = (torch.zeros((), dtype=torch.int32) for _ in range(4))
     score = [torch.zeros(())] if is_score else []
     with _Shapes([*score, b, i, j]) as shapes:
         try:
             fn(*score, b, h, i, j)
-        except Exception:  # a table without entries, perhaps; who runs it will be told
+        except Exception:  # an empty table, perhaps; running it raises
             return False
     return shapes.has_rows
 
 
 def _misplaced(module: torch.fx.GraphModule, num_scores: int) -> bool:
-    """The same of a function that was traced, by the shapes in its graph."""
+    """:func:`cpu_flex_misplaces` of a traced function, by the shapes in its graph."""
     inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
     b, _, i, j = inputs[num_scores : num_scores + 4]
     derived = {*inputs[:num_scores], b, i, j}
@@ -108,10 +108,10 @@ def _misplaced(module: torch.fx.GraphModule, num_scores: int) -> bool:
 
 @cache
 def mend_cpu_flex_rows() -> None:
-    """What :func:`cpu_flex_misplaces` says of a function is an error when it is lowered, in graphs that call it, too.
+    """Make lowering a function that :func:`cpu_flex_misplaces` detects an error, also in compiled graphs.
 
-    It sees users' own nodes, too, and holds for whoever calls FlexAttention in this process. A few rows that happen to
-    come out right are refused with the others: those only summed over their last dimension, or given a dimension of 1.
+    Covers users' own nodes, and every caller of FlexAttention in this process. A few functions with correct results
+    are rejected as well: those that only sum a row over its last dimension, or add a dimension of 1 to it.
     """
     lowering: Any = import_module("torch._inductor.kernel.flex.flex_attention")
     plain = lowering.lower_cpu
@@ -125,16 +125,16 @@ def mend_cpu_flex_rows() -> None:
 
 
 RANGED = ("constant", "index_expr", "add", "sub", "maximum", "minimum", "where", "to_dtype")
-"""Operations of Inductor that clamped indices are made of."""
+"""Inductor operations whose value ranges are tracked: those of clamped indices."""
 
 
 @cache
 def mend_flex_negative_indices() -> None:
-    """FlexAttention's Triton kernels do not count negative indices from the end (torch 2.11 to 2.14).
+    """Make negative indices count from the end in FlexAttention's Triton kernels (torch 2.11 to 2.14 do not).
 
-    Inductor has ``t[i, -1]`` read, and in the backward add to, what lies before the table: wrong numbers or a spoiled
-    heap. Elsewhere it writes ``tl.where(index < 0, index + size, index)``; here, too, unless the index cannot be
-    negative, which costs nothing in a loop. Its templates do not follow the ranges of indices, so this does.
+    Without this, ``t[i, -1]`` reads, and in the backward adds to, memory before the table: wrong numbers or a corrupted
+    heap. Other Inductor kernels use ``tl.where(index < 0, index + size, index)``; this emits the same, except for
+    indices that cannot be negative, so that loops cost nothing. Templates do not track value ranges, so this does.
     """
     from torch._inductor.bounds import ValueRangeAnalysis
     from torch._inductor.codegen.common import CSEVariable
@@ -174,10 +174,10 @@ def mend_flex_negative_indices() -> None:
 
 @cache
 def mend_flex_short_queries() -> None:
-    """FlexAttention asks whether there are fewer than 128 queries where nothing depends on it (torch 2.11 to 2.14).
+    """Remove FlexAttention's guard on fewer than 128 queries where no choice depends on it (torch 2.11 to 2.14).
 
-    The answer may choose its decoding kernel, but not if ``BACKEND="TRITON"`` has chosen already. It is asked all the
-    same, and becomes a guard: batches of fewer tokens compile once more (seen on an H100).
+    The comparison selects the decoding kernel, unless ``BACKEND="TRITON"`` excludes it. It is evaluated nevertheless
+    and becomes a guard: batches of fewer tokens recompile once (seen on an H100).
     """
     lowering: Any = import_module("torch._inductor.kernel.flex.flex_attention")
     settle, decide = lowering._sanitize_kernel_options_for_triton, lowering._use_flex_decoding
@@ -195,10 +195,10 @@ def mend_flex_short_queries() -> None:
 
 @cache
 def mend_dynamo_invert() -> None:
-    """Dynamo cannot trace ``~`` of an object with an ``__invert__`` of its own (torch 2.11 to 2.13; 2.14 can).
+    """Let Dynamo trace ``~`` of objects that define ``__invert__`` (needed in torch 2.11 to 2.13, not in 2.14).
 
-    It looks for a method ``call_invert`` beside those that it has for ``-`` and ``&``. Dynamo is not imported for this:
-    where it is not yet, it is mended when it will be.
+    Dynamo looks up a method ``call_invert``, which it lacks. Dynamo is not imported for this: if it is not loaded yet,
+    it is patched on import.
     """
     builtin = "torch._dynamo.variables.builtin"
 
@@ -219,12 +219,12 @@ def mend_dynamo_invert() -> None:
 
 
 def dynamo_traces_invert() -> bool:
-    """Whether this torch's Dynamo traces ``~`` of any object by itself."""
+    """Whether this release's Dynamo traces ``~`` of user-defined objects."""
     return _release() >= (2, 14)
 
 
 def opcheck_reads_grads() -> bool:
-    """Whether ``torch.library.opcheck`` asks tensors that are no leaves for their ``grad``: a warning (torch 2.14)."""
+    """Whether ``torch.library.opcheck`` reads ``grad`` of non-leaf tensors, which warns (torch 2.14)."""
     return _release() >= (2, 14)
 
 
@@ -234,13 +234,13 @@ def _release() -> tuple[int, int]:
 
 
 class _After(MetaPathFinder):
-    """Calls a function on a module as soon as that has been imported, once."""
+    """Import hook that calls a function on a module once, directly after its import."""
 
     def __init__(self, name: str, then: Callable[[Any], None]) -> None:
         self.name, self.then = name, then
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        """The module's own specification, with the call added to its execution; None for any other module."""
+        """Return the module's spec with the call appended to its execution; None for other modules."""
         if fullname != self.name:
             return None
         sys.meta_path.remove(self)
@@ -268,26 +268,26 @@ def _(x: Tensor) -> Tensor:
 
 
 def holds_no_numbers(x: Tensor) -> bool:
-    """Whether only shapes are known of a tensor: a graph is being traced, or it is a meta or a fake tensor."""
+    """Whether a tensor has a shape but no readable values: in a traced graph, or a meta or fake tensor."""
     return torch.compiler.is_compiling() or x.device.type == "meta" or isinstance(x, FakeTensor) or _is_proxied()
 
 
 def _is_proxied() -> bool:
-    """Whether ``make_fx`` is tracing, which gives real tensors real values but cannot read them."""
+    """Whether ``make_fx`` is tracing: its tensors have values, but reading them cannot be traced."""
     mode = torch._C._TorchDispatchModeKey.PROXY  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
     return torch._C._get_dispatch_mode(mode) is not None  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
 
 
 def is_watched() -> bool:
-    """Whether a dispatch mode sees every operation, and may keep what it returns."""
+    """Whether a dispatch mode is active, which sees every operation and may keep its results."""
     return torch._C._len_torch_dispatch_stack() > 0  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
 
 
 def fence(x: Tensor) -> Tensor:
-    """In a traced graph a contiguous copy that Inductor cannot see through; else `x` itself. Without gradients.
+    """Contiguous copy by an opaque operator in a traced graph, otherwise `x` itself. Has no gradients.
 
-    Inductor's CPU FlexAttention takes no view of a tensor of another rank, and no operation fused behind it. Its Triton
-    one inlines a tensor that a mod reads and that the graph has not yet written, and fails if that one is padded
-    (seen in torch 2.11 to 2.14).
+    Inductor's CPU FlexAttention accepts no view of a tensor of another rank, and no operation fused behind it. Its
+    Triton FlexAttention inlines an unrealized tensor that a mod reads, and fails if that tensor is padded (seen in
+    torch 2.11 to 2.14).
     """
     return _fence(x) if torch.compiler.is_compiling() else x

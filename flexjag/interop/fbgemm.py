@@ -1,18 +1,18 @@
-"""FBGEMM's jagged-tensor functions without FBGEMM: its names, signatures and results, made of :mod:`flexjag.ops`.
+"""FBGEMM's jagged-tensor functions without FBGEMM: same names, signatures and results, built on :mod:`flexjag.ops`.
 
 ``from flexjag.interop import fbgemm`` replaces ``torch.ops.fbgemm``, on every device and in every dtype that PyTorch
 has, float64 included. Nothing is registered or patched, and FBGEMM may be installed beside it. Where FBGEMM reads
-outside a tensor or returns memory that it never wrote, there is an error or a zero here; each function says so, and
-``docs/interop-fbgemm.md`` lists it all. Unless a function says more, these hold for all of them:
+out of bounds or returns uninitialized memory, these functions raise or return zeros; each docstring states it, and
+``docs/interop-fbgemm.md`` lists all differences. Unless a docstring says otherwise:
 
-- `offsets` are int32 or int64. FBGEMM lets them start above 0 and end before the last row; functions that read rows
-  then ignore the others, which get no gradient. Functions with a packed result need all rows covered.
-- Where offsets decrease or leave the values, FBGEMM reads other memory: a ``LayoutError`` here. On a CPU all contents
-  are checked; on a GPU and in a compiled graph only what the op itself must look at.
-- Where FBGEMM takes an ``int``, so do these: Python's, NumPy's, or an integer tensor of one entry; and for an ``int[]``
-  a sequence of them, a NumPy array or a 1-D tensor, in a compiled graph too.
-- `max_length` and its other names cut every segment to its first tokens, as in FBGEMM.
-- Wrong shapes are a ``ShapeError``.
+- `offsets` are int32 or int64. As in FBGEMM they may start above 0 and end before the last row; functions that read
+  rows then ignore the rows outside, which get no gradient. Functions with a packed result need all rows covered.
+- Offsets that decrease or exceed the number of rows, for which FBGEMM reads out of bounds, are a ``LayoutError``. On
+  a CPU all contents are checked; on a GPU and in a compiled graph only those that the op itself must read.
+- An ``int`` argument is a Python or NumPy integer or an integer tensor of one entry; an ``int[]`` is a sequence of
+  these, a NumPy array or a 1-D tensor, also in a compiled graph.
+- `max_length` and its other names truncate every segment to its first tokens, as in FBGEMM.
+- Shapes that do not match are a ``ShapeError``.
 
 >>> import torch
 >>> from flexjag.interop import fbgemm

@@ -1,4 +1,4 @@
-"""How FBGEMM's functions read packed rows: what they ignore, and what they are not given."""
+"""Argument conversion and checks shared by the FBGEMM functions, and their handling of rows outside the offsets."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from flexjag.ops import checks
 from flexjag.ops.checks import can_look
 
 Integer: TypeAlias = int | numpy.integer[Any] | Tensor
-"""What FBGEMM takes for an ``int``: one of Python or NumPy, or an integer tensor of one entry."""
+"""An ``int`` argument of FBGEMM: a Python or NumPy integer, or an integer tensor of one entry."""
 
 Integers: TypeAlias = Sequence[Integer] | numpy.ndarray[Any, Any] | Tensor
-"""What FBGEMM takes for an ``int[]``: a sequence of them, or a NumPy array or tensor of one dimension."""
+"""An ``int[]`` argument of FBGEMM: a sequence of integers, or a 1-D NumPy array or tensor."""
 
 
 def integer(given: Integer, name: str) -> int:
-    """A number as FBGEMM takes it. One that varies in a graph stays what it is; a tensor on a GPU costs a sync.
+    """Convert an ``int`` argument. A symbolic size is returned unchanged; a GPU tensor costs a sync.
 
     Raises:
-        ShapeError: If it is no integer.
+        ShapeError: If it is not an integer.
 
     >>> [integer(n, "n") for n in (3, numpy.int64(4), torch.tensor(5))]
     [3, 4, 5]
@@ -46,17 +46,17 @@ def integer(given: Integer, name: str) -> int:
 
 
 def _traced(size: int) -> int:
-    """A size that only the data tells: a graph must know that it is one."""
+    """Mark an unbacked symbol as a size in a traced graph."""
     if torch.compiler.is_compiling():
         torch._check(size >= 0)
     return size
 
 
 def size_of(given: Integer, name: str) -> int:
-    """A number of rows.
+    """Convert a number of rows.
 
     Raises:
-        ShapeError: If it is no integer, or negative.
+        ShapeError: If it is not a non-negative integer.
     """
     size = integer(given, name)
     if size < 0:
@@ -65,11 +65,11 @@ def size_of(given: Integer, name: str) -> int:
 
 
 def integers(given: Integers, name: str, size: int) -> list[int]:
-    """`size` numbers as FBGEMM takes them.
+    """Convert an ``int[]`` argument of `size` numbers.
 
     Raises:
-        LayoutError: If there are not so many, or it is no list.
-        ShapeError: If one is no integer.
+        LayoutError: If it is not a sequence, or its length is not `size`.
+        ShapeError: If one is not an integer.
 
     >>> integers(numpy.array([1, 2]), "max_lengths", 2), integers(torch.tensor([3]), "max_lengths", 1)
     ([1, 2], [3])
@@ -83,7 +83,7 @@ def integers(given: Integers, name: str, size: int) -> list[int]:
 
 
 def check_tensor(tensor: object, name: str, *ndims: int) -> None:
-    """Check that an argument is a tensor, with one of the numbers of dimensions if some are given.
+    """Check that an argument is a tensor, of one of the ranks `ndims` if any are given.
 
     Raises:
         ShapeError: If it is not.
@@ -96,7 +96,7 @@ def check_tensor(tensor: object, name: str, *ndims: int) -> None:
 
 
 def check_index(tensor: object, name: str, like: object = None) -> None:
-    """Check that offsets, lengths or indices are a 1-D integer tensor, on the device of another tensor if it is given.
+    """Check that offsets, lengths or indices are a 1-D integer tensor, on the device of `like` if given.
 
     Raises:
         LayoutError: If they are not.
@@ -106,7 +106,7 @@ def check_index(tensor: object, name: str, like: object = None) -> None:
 
 
 def check_lengths(lengths: Tensor, name: str, like: Tensor | None = None) -> None:
-    """Check that lengths are a 1-D integer tensor and, where they can be looked at (on a CPU), not negative.
+    """Check that lengths are a 1-D integer tensor and, on a CPU, not negative.
 
     Raises:
         LayoutError: If they are not.
@@ -120,7 +120,7 @@ def check_lengths(lengths: Tensor, name: str, like: Tensor | None = None) -> Non
 
 
 def check_range(indices: Tensor, name: str, size: int, letter: str = "S") -> None:
-    """Check where they can be looked at (on a CPU) that indices are from 0 to `size` - 1, a size of this letter.
+    """Check on a CPU that indices are from 0 to `size` - 1; the message names the size by `letter`.
 
     Raises:
         LayoutError: If they are not.
@@ -133,7 +133,7 @@ def check_range(indices: Tensor, name: str, size: int, letter: str = "S") -> Non
 
 
 def check_list(given: object, name: str, of: str, size: int | None = None) -> None:
-    """Check that an argument is a list with an entry, or `size` entries.
+    """Check that an argument is a non-empty sequence, or one of `size` entries.
 
     Raises:
         LayoutError: If it is not.
@@ -147,7 +147,7 @@ def check_list(given: object, name: str, of: str, size: int | None = None) -> No
 
 
 def check_equal(given: Tensor, name: str, wanted: Tensor, rule: str) -> None:
-    """Check the contents of offsets or lengths that follow from others, where they can be looked at (on a CPU).
+    """Check the shape and, on a CPU, the contents of offsets or lengths against the expected ones.
 
     Raises:
         LayoutError: If they differ.
@@ -164,7 +164,7 @@ def check_equal(given: Tensor, name: str, wanted: Tensor, rule: str) -> None:
 
 
 def kept(offsets: Tensor, total: int, max_length: int | None) -> Tensor:
-    """``[total]`` bool: the rows that stand in a segment, among its first `max_length`.
+    """Boolean mask ``[total]`` of the rows among the first `max_length` of a segment.
 
     >>> kept(torch.tensor([1, 4, 4]), 6, 2).tolist()
     [False, True, True, False, False, False]
@@ -178,21 +178,21 @@ def kept(offsets: Tensor, total: int, max_length: int | None) -> Tensor:
 
 
 def only(keep: Tensor, values: Tensor, fill: float = 0.0) -> Tensor:
-    """The rows to keep, `fill` in the others; no gradient flows to those, whatever they hold."""
+    """Replace the rows not in `keep` by `fill`; they get no gradient, whatever they hold."""
     return torch.where(keep.view(-1, *[1] * (values.ndim - 1)), values, fill)
 
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Packed rows of which some may be ignored.
+    """Packed rows, some of which may be ignored.
 
-    Ops want every row in a segment. So rows before the first offset and behind the last one, if there may be any, are
-    segments of their own at both ends: `enclosed`.
+    The ops need every row in a segment, so rows before the first offset and behind the last one, if there may be any,
+    become two extra segments at the ends: `enclosed`.
 
     Attributes:
-        x: The rows, each in a segment.
-        keep: ``[T]`` bool, the rows that count. None for all.
-        enclosed: Whether `x` has two segments more than the offsets that were given.
+        x: All rows, each in a segment.
+        keep: Boolean mask ``[T]`` of the rows not ignored. None for all.
+        enclosed: Whether `x` has the two extra segments.
     """
 
     x: Jagged
@@ -200,31 +200,31 @@ class Rows:
     enclosed: bool
 
     def only(self, values: Tensor, fill: float = 0.0) -> Tensor:
-        """`fill` in place of the rows that do not count."""
+        """Replace the ignored rows by `fill`."""
         return values if self.keep is None else only(self.keep, values, fill)
 
     def widen(self, dense: Tensor) -> Tensor:
-        """Zeros for the segments at both ends."""
+        """Append zeros ``[S, ...]`` to ``[S + 2, ...]`` for the two extra segments, if any."""
         return torch.nn.functional.pad(dense, [0, 0] * (dense.ndim - 1) + [1, 1]) if self.enclosed else dense
 
     def narrow(self, dense: Tensor) -> Tensor:
-        """Without the segments at both ends."""
+        """Drop the entries of the two extra segments, if any."""
         return dense[1:-1] if self.enclosed else dense
 
 
 def read(values: Tensor, offsets: Tensor, max_length: Integer | None = None, *, mask: bool = True) -> Rows:
-    """Values as FBGEMM reads them: from the first offset to the last, at most `max_length` rows per segment.
+    """Select rows as FBGEMM does: from the first offset to the last, at most `max_length` rows per segment.
 
     Args:
         values: ``[T, ...]``.
         offsets: ``[S+1]``.
-        max_length: Of the segments; None for no limit.
-        mask: Whether `keep` is needed.
+        max_length: Maximal number of rows per segment; None for no limit.
+        mask: Whether to compute `keep`.
 
     Raises:
-        LayoutError: If the offsets are no offsets, decrease or leave the values. Contents are checked where they can
-            be looked at (on a CPU), and elsewhere by the op.
-        ShapeError: If `max_length` is no integer.
+        LayoutError: If the offsets are not 1-D integers, decrease or exceed the number of rows. Contents are checked
+            here on a CPU, and elsewhere by the op.
+        ShapeError: If `max_length` is not an integer.
     """
     total = values.shape[0]
     x = Jagged(values, offsets)
@@ -244,7 +244,7 @@ def read(values: Tensor, offsets: Tensor, max_length: Integer | None = None, *, 
 
 
 def check_ends(ends: list[int], lengths: list[int], total: int) -> None:
-    """Check that segments lie inside the values, in order.
+    """Check that offsets do not decrease and lie from 0 to the number of rows.
 
     Raises:
         LayoutError: If they do not.

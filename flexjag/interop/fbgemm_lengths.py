@@ -1,4 +1,4 @@
-"""FBGEMM's functions of lengths and offsets alone: sums, ranges, masks and permutations."""
+"""FBGEMM's functions of lengths and offsets: cumulative sums, ranges, masks and permutations."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from flexjag.ops.register import define
 
 
 def asynchronous_complete_cumsum(t_in: Tensor) -> Tensor:
-    """Offsets of lengths: ``[S]`` to ``[S+1]``, or ``[K, S]`` to ``[K, S+1]``, in their dtype.
+    """Cumulative sum with a leading 0, dtype kept: lengths ``[S]`` or ``[K, S]`` to offsets ``[S+1]`` or ``[K, S+1]``.
 
     Raises:
-        ShapeError: If `t_in` is no tensor of one or two dimensions.
+        ShapeError: If `t_in` is not a tensor of one or two dimensions.
 
     >>> asynchronous_complete_cumsum(torch.tensor([1, 0, 2])).tolist()
     [0, 1, 1, 3]
@@ -30,7 +30,7 @@ def asynchronous_batched_complete_cumsum(values: Tensor) -> Tensor:
     """:func:`asynchronous_complete_cumsum` of ``[K, S]``.
 
     Raises:
-        ShapeError: If `values` is no tensor of two dimensions.
+        ShapeError: If `values` is not a tensor of two dimensions.
 
     >>> asynchronous_batched_complete_cumsum(torch.tensor([[1, 2], [3, 0]])).tolist()
     [[0, 1, 3], [0, 3, 3]]
@@ -40,10 +40,10 @@ def asynchronous_batched_complete_cumsum(values: Tensor) -> Tensor:
 
 
 def asynchronous_inclusive_cumsum(t_in: Tensor) -> Tensor:
-    """Sums up to each entry, that one included, in its dtype; several dimensions count as one.
+    """Inclusive cumulative sum of the flattened tensor, in its dtype and shape.
 
     Raises:
-        ShapeError: If `t_in` is no tensor.
+        ShapeError: If `t_in` is not a tensor.
 
     >>> asynchronous_inclusive_cumsum(torch.tensor([1, 0, 2])).tolist()
     [1, 1, 3]
@@ -53,10 +53,10 @@ def asynchronous_inclusive_cumsum(t_in: Tensor) -> Tensor:
 
 
 def asynchronous_exclusive_cumsum(t_in: Tensor) -> Tensor:
-    """Sums of the entries before each one, in their dtype; several dimensions count as one.
+    """Exclusive cumulative sum of the flattened tensor, in its dtype and shape.
 
     Raises:
-        ShapeError: If `t_in` is no tensor.
+        ShapeError: If `t_in` is not a tensor.
 
     >>> asynchronous_exclusive_cumsum(torch.tensor([1, 0, 2])).tolist()
     [0, 1, 1]
@@ -67,18 +67,18 @@ def asynchronous_exclusive_cumsum(t_in: Tensor) -> Tensor:
 
 
 def offsets_range(offsets: Tensor, range_size: int) -> Tensor:
-    """``[range_size]``: the position of each token in its segment, in the dtype of `offsets`.
+    """Position of each token in its segment ``[range_size]``, in the dtype of `offsets`.
 
-    FBGEMM writes outside its result where offsets decrease or are larger than `range_size`, and leaves out tokens in
-    front of the first offset; all of these are errors where the contents can be looked at (on a CPU).
+    FBGEMM writes out of bounds if offsets decrease or exceed `range_size`, and skips tokens in front of the first
+    offset; all of these are errors here (checked on a CPU).
 
     Args:
-        offsets: ``[S]`` or ``[S+1]``, int32 or int64: where segments begin; the last one ends at `range_size`.
+        offsets: Starts of the segments ``[S]`` or ``[S+1]``, int32 or int64; the last segment ends at `range_size`.
         range_size: The number of tokens.
 
     Raises:
-        LayoutError: If the offsets are none, or do not fit `range_size`.
-        ShapeError: If `range_size` is no integer or negative.
+        LayoutError: If the offsets are invalid, or exceed `range_size`.
+        ShapeError: If `range_size` is not a non-negative integer.
 
     >>> offsets_range(torch.tensor([0, 2, 2]), 5).tolist()
     [0, 1, 0, 1, 2]
@@ -94,13 +94,13 @@ def offsets_range(offsets: Tensor, range_size: int) -> Tensor:
 
 
 def repeat_arange(lengths: Tensor) -> Tensor:
-    """``[Σ n_s]``: 0 to n_s - 1 for each segment, in the dtype of `lengths`.
+    """Concatenated ranges 0 to n_s - 1 of all segments ``[Σ n_s]``, in the dtype of `lengths`.
 
     Args:
         lengths: ``[S]``, int32 or int64.
 
     Raises:
-        LayoutError: If lengths are none or negative.
+        LayoutError: If lengths are not 1-D integers or are negative.
 
     >>> repeat_arange(torch.tensor([2, 0, 3])).tolist()
     [0, 1, 0, 1, 2]
@@ -111,7 +111,7 @@ def repeat_arange(lengths: Tensor) -> Tensor:
 
 @define("repeat_arange")
 def positions(lengths: Tensor) -> Tensor:
-    """The positions of all tokens in their segments."""
+    """Position of each token in its segment ``[Σ n_s]``."""
     total = int(lengths.sum())
     starts = offsets_of(lengths)[:-1]
     return torch.arange(total, device=lengths.device, dtype=lengths.dtype) - torch.repeat_interleave(
@@ -125,20 +125,19 @@ def _(lengths: Tensor) -> Tensor:
 
 
 def get_source_mask(num_sources: Tensor, num_targets: Tensor, output_size: int) -> Tensor:
-    """``[Σ (n_s + m_s)]`` bool: in each segment n_s times True, then m_s times False.
+    """Boolean mask ``[Σ (n_s + m_s)]``: in each segment n_s times True, then m_s times False.
 
-    FBGEMM writes outside its result where `output_size` is smaller than that, and returns memory that it never wrote
-    where it is larger. Here that is an error where lengths can be looked at (on a CPU); elsewhere the result is cut, or
-    followed by False.
+    If `output_size` is smaller, FBGEMM writes out of bounds; if it is larger, it returns uninitialized memory. Here
+    both are errors on a CPU; on a GPU and in a compiled graph the result is truncated, or followed by False.
 
     Args:
-        num_sources: ``[S]``, n_s, int32 or int64.
-        num_targets: ``[S]``, m_s.
-        output_size: The sum of both.
+        num_sources: The n_s, ``[S]`` int32 or int64.
+        num_targets: The m_s, ``[S]`` int32 or int64.
+        output_size: The sum of all n_s and m_s.
 
     Raises:
-        LayoutError: If lengths are none, negative, of two sizes, or do not sum to `output_size`.
-        ShapeError: If `output_size` is no integer or negative.
+        LayoutError: If lengths are not 1-D integers, are negative, differ in size, or do not sum to `output_size`.
+        ShapeError: If `output_size` is not a non-negative integer.
 
     >>> get_source_mask(torch.tensor([1, 2]), torch.tensor([2, 0]), 5).tolist()
     [True, False, False, True, True]
@@ -161,22 +160,22 @@ def get_source_mask(num_sources: Tensor, num_targets: Tensor, output_size: int) 
 def expand_into_jagged_permute(
     permute: Tensor, input_offset: Tensor, output_offset: Tensor, output_size: int
 ) -> Tensor:
-    """A permutation of segments as one of their tokens: token i of segment s of the result is i of ``permute[s]``.
+    """Expand a permutation of segments to token indices: segment s of the result is segment ``permute[s]``.
 
     Args:
         permute: ``[S]``, int32 or int64, from 0 to S - 1. FBGEMM refuses S = 0; here the result is empty.
-        input_offset: ``[S+1]``, where segments begin before.
-        output_offset: ``[S+1]``, and after. Where a length is not that of the segment it comes from, the numbers just
-            go on, as in FBGEMM.
+        input_offset: Offsets ``[S+1]`` before the permutation.
+        output_offset: Offsets ``[S+1]`` after it. If a length differs from that of its source segment, indices
+            continue past or stop before the source's end, as in FBGEMM.
         output_size: The last of `output_offset`.
 
     Returns:
-        ``[output_size]``: the old index of each token, in the dtype of `input_offset`.
+        Index of each token before the permutation ``[output_size]``, in the dtype of `input_offset`.
 
     Raises:
-        LayoutError: If offsets or indices are none, of two sizes, or do not end at `output_size`. FBGEMM reads or
-            writes other memory.
-        ShapeError: If `output_size` is no integer or negative.
+        LayoutError: If offsets or indices are invalid, differ in size, or do not end at `output_size`. FBGEMM reads or
+            writes out of bounds.
+        ShapeError: If `output_size` is not a non-negative integer.
 
     >>> offsets, permuted = torch.tensor([0, 2, 2, 5]), torch.tensor([0, 3, 5, 5])
     >>> expand_into_jagged_permute(torch.tensor([2, 0, 1]), offsets, permuted, 5).tolist()

@@ -1,4 +1,4 @@
-"""FBGEMM's functions between packed and padded."""
+"""FBGEMM's conversions between packed and padded tensors."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ def jagged_to_padded_dense(
 
     Args:
         values: ``[T, D]`` or ``[T]``, any dtype.
-        offsets: One tensor per jagged dimension, outermost first. ``offsets[0]`` is ``[S+1]``, and each of the others
-            has one entry more than the last one of its predecessor says.
-        max_lengths: N_1, N_2, …: longer segments are cut, and whole inner segments where an outer one is cut.
-        padding_value: Stands everywhere else; cut to a whole number for integers, as in FBGEMM.
+        offsets: One tensor per jagged dimension, outermost first: ``offsets[0]`` is ``[S+1]``, and ``offsets[i + 1]``
+            is ``[offsets[i][-1] + 1]``.
+        max_lengths: N_1, N_2, …. Longer segments are truncated; an outer one loses whole inner segments.
+        padding_value: Value of padded entries; truncated to an integer for integer dtypes, as in FBGEMM.
 
     Returns:
-        ``[S, N_1, N_2, …, D]``. Gradients flow to the rows that were kept, the others get 0.
+        ``[S, N_1, N_2, …, D]``. Gradients flow to the rows kept; truncated rows get 0.
 
     Raises:
-        LayoutError: If offsets are none, or do not fit each other.
-        ShapeError: If shapes do not fit, or a maximum is negative.
+        LayoutError: If offsets are invalid, or do not nest.
+        ShapeError: If shapes do not match, or an entry of `max_lengths` is negative.
 
     >>> rows, offsets = torch.arange(1, 6)[:, None], [torch.tensor([0, 2, 3]), torch.tensor([0, 1, 3, 5])]
     >>> jagged_to_padded_dense(rows, offsets, [2, 2]).squeeze(-1).tolist()
@@ -66,8 +66,8 @@ def jagged_2d_to_dense(values: Tensor, offsets: Tensor, max_sequence_length: Int
     As in FBGEMM, values ``[T]`` give ``[S, N]``.
 
     Raises:
-        LayoutError: If the offsets are none.
-        ShapeError: If shapes do not fit.
+        LayoutError: If the offsets are invalid.
+        ShapeError: If shapes do not match.
 
     >>> jagged_2d_to_dense(torch.ones(3, 1), torch.tensor([0, 1, 3]), 2).squeeze(-1).tolist()
     [[1.0, 0.0], [1.0, 1.0]]
@@ -78,11 +78,11 @@ def jagged_2d_to_dense(values: Tensor, offsets: Tensor, max_sequence_length: Int
 def jagged_1d_to_dense(values: Tensor, offsets: Tensor, max_sequence_length: Integer, padding_value: int) -> Tensor:
     """:func:`jagged_to_padded_dense` of values ``[T]``: ``[S, N]``.
 
-    FBGEMM refuses N = 0; here the result has no columns, as of :func:`jagged_2d_to_dense`.
+    FBGEMM refuses N = 0; here the result has no columns, as in :func:`jagged_2d_to_dense`.
 
     Raises:
-        LayoutError: If the offsets are none.
-        ShapeError: If shapes do not fit.
+        LayoutError: If the offsets are invalid.
+        ShapeError: If shapes do not match.
 
     >>> jagged_1d_to_dense(torch.tensor([5, 6, 7]), torch.tensor([0, 1, 3]), 2, -1).tolist()
     [[5, -1], [6, 7]]
@@ -98,25 +98,25 @@ def stacked_jagged_1d_to_dense(
     max_lengths_per_key: Integers,
     padding_value: int,
 ) -> list[Tensor]:
-    """Pad every feature of a stack of jagged features for itself.
+    """Pad each of K stacked jagged features separately.
 
-    Differentiable. FBGEMM's backward writes outside its tensors on CPU, which gives wrong numbers or a crash. FBGEMM
-    also never compares `lengths` with `offset_per_key`, nor the sizes of its lists: where they disagree it reads the
-    next key's rows or other memory.
+    Differentiable. FBGEMM's CPU backward writes out of bounds, which gives wrong numbers or a crash. FBGEMM also does
+    not compare `lengths` with `offset_per_key`, nor the sizes of the lists: if they disagree, it reads the next key's
+    rows or out of bounds.
 
     Args:
-        values: ``[T]``, those of all keys one after the other.
+        values: ``[T]``, the values of all keys concatenated.
         lengths: ``[K, S]``.
-        offset_per_key: Where each key's values begin, and where the last one's end: K + 1 numbers.
-        max_lengths_per_key: K numbers N_k.
-        padding_value: What stands behind a segment's end.
+        offset_per_key: K + 1 offsets of the keys in `values`.
+        max_lengths_per_key: The K padded lengths N_k.
+        padding_value: Value of padded entries.
 
     Returns:
         K tensors ``[S, N_k]``.
 
     Raises:
         LayoutError: If a key's lengths sum to more than it has values, or the lists have other sizes.
-        ShapeError: If shapes do not fit.
+        ShapeError: If shapes do not match.
 
     >>> lengths = torch.tensor([[1, 0], [1, 2]])
     >>> [x.tolist() for x in stacked_jagged_1d_to_dense(torch.arange(4), lengths, [0, 1, 4], [1, 2], 9)]
@@ -137,7 +137,7 @@ def stacked_jagged_2d_to_dense(
 
     Raises:
         LayoutError: If a key's lengths sum to more than it has values, or the lists have other sizes.
-        ShapeError: If shapes do not fit.
+        ShapeError: If shapes do not match.
 
     >>> values, lengths = torch.arange(4.0)[:, None], torch.tensor([[1, 0], [1, 2]])
     >>> [x.shape for x in stacked_jagged_2d_to_dense(values, lengths, [0, 1, 4], [1, 2])]
@@ -166,24 +166,24 @@ def _stacked(
 def dense_to_jagged(
     dense: Tensor, x_offsets: Sequence[Tensor], total_L: Integer | None = None
 ) -> tuple[Tensor, list[Tensor]]:
-    """Drop the padding of every jagged dimension.
+    """Remove the padding of every jagged dimension.
 
-    Positions that `dense` does not have give zeros. The first offset must be 0: FBGEMM gives rows of 0 in front of a
-    larger one.
+    Positions beyond the sizes of `dense` give zeros. The first offset must be 0; for a larger one FBGEMM returns rows
+    of 0 in front.
 
     Args:
         dense: ``[S, N_1, …, D]``, any dtype.
         x_offsets: One tensor per jagged dimension, as for :func:`jagged_to_padded_dense`.
-        total_L: The number of rows of the result. Default: what the innermost offsets say, a device sync on a GPU.
-            Zeros follow if it is larger, as in FBGEMM. If it is smaller, FBGEMM writes behind the result; here that is
-            an error where the offsets can be looked at (on a CPU), and elsewhere the rows are cut.
+        total_L: Number of rows of the result. Default: the last of the innermost offsets, a device sync on a GPU.
+            If it is larger, rows of zeros follow, as in FBGEMM. If it is smaller, FBGEMM writes out of bounds; here
+            that is an error on a CPU, and on a GPU and in a compiled graph the rows are truncated.
 
     Returns:
         The values ``[T, D]`` and `x_offsets`. The gradient is padded with zeros.
 
     Raises:
-        LayoutError: If offsets are none, do not fit each other, or say more rows than `total_L`.
-        ShapeError: If `dense` has not two more dimensions than there are offsets, or not S rows.
+        LayoutError: If offsets are invalid, do not nest, or end after `total_L`.
+        ShapeError: If the rank of `dense` is not ``len(x_offsets) + 2``, or its first size is not S.
 
     >>> dense_to_jagged(torch.arange(6).view(2, 3, 1), [torch.tensor([0, 1, 3])])
     (tensor([[0], [3], [4]]), [tensor([0, 1, 3])])
@@ -203,7 +203,7 @@ def dense_to_jagged(
             seen = {"total_L": total_L, "last": values.shape[0]}
             raise LayoutError(explain_values("total_L", "must not be smaller than the last offset", **seen))
         return torch.nn.functional.pad(values, (0, 0, 0, total_L - values.shape[0])), levels
-    # The last segment takes the rows that are missing: so the size of the result is known, without a sync.
+    # Extend the last segment to `total_L` rows, so that the size of the result is known without a sync.
     last = torch.arange(offsets.shape[0], device=offsets.device) == offsets.shape[0] - 1
     ends = torch.where(last, total_L, offsets.clamp(max=total_L))
     values = ops.dense_to_jagged(dense, ends, total=total_L, allow_longer=True).values
@@ -211,11 +211,11 @@ def dense_to_jagged(
 
 
 def pack_segments(t_in: Tensor, lengths: Tensor, max_length: Integer) -> Tensor:
-    """The first result of :func:`pack_segments_v2`, padded with 0.
+    """Pad segments with 0; the first result of :func:`pack_segments_v2`.
 
     Raises:
-        LayoutError: If lengths are none, negative, or say more rows than there are.
-        ShapeError: If shapes do not fit, or `max_length` is no integer or negative.
+        LayoutError: If lengths are not 1-D integers, are negative, or sum to more than T.
+        ShapeError: If shapes do not match, or `max_length` is not a non-negative integer.
 
     >>> pack_segments(torch.arange(1, 4), torch.tensor([1, 2]), 2).tolist()
     [[1, 0], [2, 3]]
@@ -226,23 +226,24 @@ def pack_segments(t_in: Tensor, lengths: Tensor, max_length: Integer) -> Tensor:
 def pack_segments_v2(
     t_in: Tensor, lengths: Tensor, max_length: Integer, pad_minf: bool = False, return_presence_mask: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """Pad rows of any shape, and say where they are.
+    """Pad segments of rows of any shape, optionally with a mask of the valid rows.
 
-    Where a segment is cut, FBGEMM's CPU gives gradients to other rows than those that were kept.
+    For truncated segments, FBGEMM's CPU gradients go to the wrong rows.
 
     Args:
-        t_in: ``[T, ...]``, any dtype. Rows behind the last segment do not count.
+        t_in: ``[T, ...]``, any dtype. Rows behind the last segment are ignored.
         lengths: ``[S]``, int32 or int64.
-        max_length: N: longer segments are cut. FBGEMM refuses N = 0; here the result has no columns.
-        pad_minf: Whether to pad with minus infinity, floating point only, instead of 0.
-        return_presence_mask: Whether the second result is wanted.
+        max_length: N; longer segments are truncated. FBGEMM refuses N = 0; here the result has no columns.
+        pad_minf: Whether to pad with -inf instead of 0; floating point only.
+        return_presence_mask: Whether to return the mask.
 
     Returns:
-        ``[S, N, ...]``; and ``[S, N]`` bool, true where a row stands, or None.
+        ``[S, N, ...]``, and the boolean mask ``[S, N]`` of valid rows or None.
 
     Raises:
-        LayoutError: If lengths are none, negative, or say more rows than there are, which FBGEMM reads.
-        ShapeError: If shapes or dtypes do not fit, or `max_length` is no integer or negative.
+        LayoutError: If lengths are not 1-D integers, are negative, or sum to more than T, for which FBGEMM
+            reads out of bounds.
+        ShapeError: If shapes or dtypes do not match, or `max_length` is not a non-negative integer.
 
     >>> pack_segments_v2(torch.arange(1, 4), torch.tensor([1, 2]), 2, return_presence_mask=True)
     (tensor([[1, 0], [2, 3]]), tensor([[ True, False], [ True,  True]]))
@@ -261,11 +262,11 @@ def pack_segments_v2(
 
 
 def check_dense(dense: Tensor, name: str, offsets: Sequence[Tensor]) -> list[Tensor]:
-    """Check a padded argument against its list of offsets, which is returned.
+    """Check a padded argument against its list of offsets, and return the list.
 
     Raises:
-        LayoutError: If the offsets are no list.
-        ShapeError: If the numbers of dimensions do not fit.
+        LayoutError: If the offsets are not a non-empty sequence.
+        ShapeError: If the rank of `dense` does not match the number of offsets.
     """
     check_list(offsets, "x_offsets", "tensors, one per jagged dimension")
     check_tensor(dense, name, len(offsets) + 2)
@@ -273,7 +274,7 @@ def check_dense(dense: Tensor, name: str, offsets: Sequence[Tensor]) -> list[Ten
 
 
 def to_innermost(dense: Tensor, levels: Sequence[Tensor]) -> Tensor:
-    """Without the padding of all jagged dimensions but the last: one row per segment of that."""
+    """Remove the padding of all jagged dimensions but the innermost: one row per innermost segment."""
     for level, inner in itertools.pairwise(levels):
         dense = ops.dense_to_jagged(dense, level, total=inner.shape[0] - 1, allow_longer=True).values
     return dense

@@ -19,19 +19,19 @@ from flexjag.jagged import Jagged
 
 
 def jagged_dense_elementwise_add(x_values: Tensor, x_offsets: Sequence[Tensor], y: Tensor) -> Tensor:
-    """Packed plus padded, as padded: `x_values` stand among zeros, and are cut where `y` ends.
+    """Sum of a packed and a padded tensor, padded: `x_values` are zero-padded or truncated to the shape of `y`.
 
     Args:
         x_values: ``[T, D]``.
         x_offsets: One tensor per jagged dimension.
-        y: ``[S, N_1, …, D]``; another dtype is promoted, and D may be 1, as in FBGEMM.
+        y: ``[S, N_1, …, D]``; other dtypes are promoted, and D may be 1, as in FBGEMM.
 
     Returns:
         ``[S, N_1, …, D]``. Differentiable in both, without the warning that FBGEMM's gives.
 
     Raises:
-        LayoutError: If offsets are none.
-        ShapeError: If shapes do not fit.
+        LayoutError: If offsets are invalid.
+        ShapeError: If shapes do not match.
 
     >>> x, y = torch.tensor([[1.0], [2.0], [3.0]]), torch.full((2, 2, 1), 10.0)
     >>> jagged_dense_elementwise_add(x, [torch.tensor([0, 1, 3])], y).squeeze(-1).tolist()
@@ -48,19 +48,19 @@ def jagged_dense_elementwise_add(x_values: Tensor, x_offsets: Sequence[Tensor], 
 def jagged_dense_elementwise_add_jagged_output(
     x_values: Tensor, x_offsets: Sequence[Tensor], y: Tensor
 ) -> tuple[Tensor, list[Tensor]]:
-    """Packed plus padded, as packed: where `y` has no such position, `x_values` stay as they are.
+    """Sum of a packed and a padded tensor, packed: at positions beyond the sizes of `y`, `x_values` are unchanged.
 
     Args:
         x_values: ``[T, D]``.
         x_offsets: One tensor per jagged dimension; they must cover all rows.
-        y: ``[S, N_1, …, D]``; another dtype is promoted, and D may be 1, as in FBGEMM.
+        y: ``[S, N_1, …, D]``; other dtypes are promoted, and D may be 1, as in FBGEMM.
 
     Returns:
         ``[T, D]`` and `x_offsets`. Gradients: g, and g padded with zeros.
 
     Raises:
-        LayoutError: If offsets are none, or do not cover all rows.
-        ShapeError: If shapes do not fit.
+        LayoutError: If the offsets are invalid or do not cover all rows.
+        ShapeError: If shapes do not match.
 
     >>> x, y = torch.tensor([[1.0], [2.0], [3.0]]), torch.full((2, 1, 1), 10.0)
     >>> jagged_dense_elementwise_add_jagged_output(x, [torch.tensor([0, 1, 3])], y)[0].squeeze(-1).tolist()
@@ -73,22 +73,22 @@ def jagged_dense_elementwise_add_jagged_output(
 def jagged_dense_dense_elementwise_add_jagged_output(
     x_values: Tensor, x_offsets: Sequence[Tensor], y_0: Tensor, y_1: Tensor
 ) -> tuple[Tensor, list[Tensor]]:
-    """Packed plus two padded, as packed.
+    """Sum of a packed and two padded tensors, packed.
 
-    The two may differ in their sizes N; FBGEMM's backward then raises.
+    The padded tensors may differ in their sizes N, for which FBGEMM's backward raises.
 
     Args:
         x_values: ``[T, D]``.
         x_offsets: One tensor per jagged dimension; they must cover all rows.
         y_0: ``[S, N_1, …, D]``.
-        y_1: Like `y_0`; a position that only one of them has counts with that one.
+        y_1: Like `y_0`. Positions beyond the sizes of either count as 0 in it.
 
     Returns:
         ``[T, D]`` and `x_offsets`. Gradients: g, and g padded with zeros for both.
 
     Raises:
-        LayoutError: If offsets are none, or do not cover all rows.
-        ShapeError: If shapes do not fit.
+        LayoutError: If the offsets are invalid or do not cover all rows.
+        ShapeError: If shapes do not match.
 
     >>> x, y = torch.tensor([[1.0], [2.0], [3.0]]), torch.full((2, 1, 1), 10.0)
     >>> jagged_dense_dense_elementwise_add_jagged_output(x, [torch.tensor([0, 1, 3])], y, y)[0].squeeze(-1).tolist()
@@ -102,21 +102,21 @@ def jagged_dense_dense_elementwise_add_jagged_output(
 def jagged_dense_elementwise_mul(
     x_values: Tensor, x_offsets: Sequence[Tensor], y: Tensor
 ) -> tuple[Tensor, list[Tensor]]:
-    """Packed times padded, as packed: 0 where `y` has no such position.
+    """Product of a packed and a padded tensor, packed: 0 at positions beyond the sizes of `y`.
 
-    Those products are 0 even of NaN and infinity, of which FBGEMM makes NaN.
+    There even NaN and infinity give 0, where FBGEMM returns NaN.
 
     Args:
         x_values: ``[T, D]``.
         x_offsets: One tensor per jagged dimension; they must cover all rows.
-        y: ``[S, N_1, …, D]``; another dtype is promoted, and D may be 1, as in FBGEMM.
+        y: ``[S, N_1, …, D]``; other dtypes are promoted, and D may be 1, as in FBGEMM.
 
     Returns:
         ``[T, D]`` and `x_offsets`.
 
     Raises:
-        LayoutError: If offsets are none, or do not cover all rows.
-        ShapeError: If shapes do not fit.
+        LayoutError: If the offsets are invalid or do not cover all rows.
+        ShapeError: If shapes do not match.
 
     >>> x, y = torch.tensor([[1.0], [2.0], [3.0]]), torch.full((2, 1, 1), 10.0)
     >>> jagged_dense_elementwise_mul(x, [torch.tensor([0, 1, 3])], y)[0].squeeze(-1).tolist()
@@ -143,12 +143,12 @@ def _rows(x_values: Tensor, x_offsets: Sequence[Tensor], y: Tensor, name: str) -
 
 
 def batched_dense_vec_jagged_2d_mul(v: Tensor, a_values: Tensor, a_offsets: Tensor) -> Tensor:
-    """``out[s·H + h, d] = Σ_i v[s·H + h, i] · a[s, i, h·D + d]``: a vector per head times the tokens of a segment.
+    """Weighted sum of a segment's tokens per head: ``out[s·H + h, d] = Σ_i v[s·H + h, i] · a[s, i, h·D + d]``.
 
-    FBGEMM rounds the features down to a multiple of H and ignores the rest; that is an error here.
+    If H does not divide the number of features, FBGEMM ignores the last ones; here that is an error.
 
     Args:
-        v: ``[S·H, N]`` floating point; tokens from N on do not count.
+        v: ``[S·H, N]`` floating point weights; tokens from N on are ignored.
         a_values: ``[T, H·D]`` of the same dtype.
         a_offsets: ``[S+1]``.
 
@@ -156,8 +156,8 @@ def batched_dense_vec_jagged_2d_mul(v: Tensor, a_values: Tensor, a_offsets: Tens
         ``[S·H, D]``. For S = 0, H is 1.
 
     Raises:
-        LayoutError: If the offsets are none, or do not start at 0.
-        ShapeError: If shapes or dtypes do not fit.
+        LayoutError: If the offsets are invalid or do not start at 0.
+        ShapeError: If shapes or dtypes do not match.
 
     >>> v, a = torch.tensor([[1.0, 2.0], [1.0, 3.0]]), torch.tensor([[1.0, 10.0], [1.0, 10.0]])
     >>> batched_dense_vec_jagged_2d_mul(v, a, torch.tensor([0, 2])).tolist()
@@ -182,22 +182,21 @@ def batched_dense_vec_jagged_2d_mul(v: Tensor, a_values: Tensor, a_offsets: Tens
 
 
 def jagged_softmax(values: Tensor, x_offsets: Tensor, max_L: Integer) -> tuple[Tensor, Tensor]:
-    """Softmax over the first `max_L` tokens of each segment, every feature for itself.
+    """Softmax over the first `max_L` tokens of each segment, per feature.
 
-    The other rows are 0 and get no gradient. FBGEMM never writes those: they hold whatever was in memory, and so does
-    their gradient.
+    The other rows are 0 and get no gradient. FBGEMM leaves these rows and their gradients uninitialized.
 
     Args:
         values: ``[T, D]`` floating point.
         x_offsets: ``[S+1]``.
-        max_L: See above.
+        max_L: Maximal length.
 
     Returns:
         ``[T, D]`` and `x_offsets`.
 
     Raises:
-        LayoutError: If the offsets are none.
-        ShapeError: If shapes do not fit.
+        LayoutError: If the offsets are invalid.
+        ShapeError: If shapes do not match.
 
     >>> jagged_softmax(torch.ones(3, 1), torch.tensor([0, 3]), 2)[0].squeeze(-1).tolist()
     [0.5, 0.5, 0.0]
@@ -209,20 +208,20 @@ def jagged_softmax(values: Tensor, x_offsets: Tensor, max_L: Integer) -> tuple[T
 
 
 def jagged_jagged_bmm(x_values: Tensor, y_values: Tensor, x_offsets: Tensor, max_L: Integer) -> Tensor:
-    """``out_s = x_sᵀ y_s`` over the first `max_L` tokens of each segment.
+    """Sum of outer products over the first `max_L` tokens of each segment: ``out_s = x_sᵀ y_s``.
 
     Args:
         x_values: ``[T, D]`` floating point.
-        y_values: ``[T, E]`` of the same dtype; with fewer rows FBGEMM reads other memory.
+        y_values: ``[T, E]`` of the same dtype; with fewer rows FBGEMM reads out of bounds.
         x_offsets: ``[S+1]``.
-        max_L: See above; tokens behind it get no gradient.
+        max_L: Maximal length; later tokens are ignored and get no gradient.
 
     Returns:
         ``[S, D, E]``, 0 for an empty segment.
 
     Raises:
-        LayoutError: If the offsets are none.
-        ShapeError: If shapes do not fit.
+        LayoutError: If the offsets are invalid.
+        ShapeError: If shapes do not match.
 
     >>> x = torch.tensor([[1.0], [2.0], [3.0]])
     >>> jagged_jagged_bmm(x, x, torch.tensor([0, 1, 3]), 5).flatten().tolist()
@@ -239,21 +238,21 @@ def jagged_jagged_bmm(x_values: Tensor, y_values: Tensor, x_offsets: Tensor, max
 
 
 def jagged_dense_bmm(x_values: Tensor, x_offsets: Tensor, y: Tensor, max_L: Integer) -> tuple[Tensor, Tensor]:
-    """``out_s = x_s y_s`` for the first `max_L` tokens of each segment; the other rows are 0.
+    """Product of each segment's first `max_L` rows with its own dense matrix: ``out_s = x_s y_s``; other rows are 0.
 
     Args:
         x_values: ``[T, D]`` floating point.
         x_offsets: ``[S+1]``.
-        y: ``[S, D, E]`` of the same dtype; with fewer rows FBGEMM reads other memory, and with more features it
-            ignores the last ones.
-        max_L: See above; tokens behind it get no gradient.
+        y: ``[S, D, E]`` of the same dtype; with fewer matrices FBGEMM reads out of bounds, and with more features
+            it ignores the last ones.
+        max_L: Maximal length; later tokens are ignored and get no gradient.
 
     Returns:
         ``[T, E]`` and `x_offsets`.
 
     Raises:
-        LayoutError: If the offsets are none.
-        ShapeError: If shapes do not fit.
+        LayoutError: If the offsets are invalid.
+        ShapeError: If shapes do not match.
 
     >>> x, y = torch.ones(3, 1), torch.tensor([[[2.0]], [[5.0]]])
     >>> jagged_dense_bmm(x, torch.tensor([0, 1, 3]), y, 1)[0].squeeze(-1).tolist()

@@ -1,4 +1,4 @@
-"""FBGEMM's functions that choose tokens or segments, and the one that adds them back."""
+"""FBGEMM's selections of tokens and segments, and the transpose of one of them."""
 
 from __future__ import annotations
 
@@ -30,25 +30,25 @@ from flexjag.ops.select import put, take
 def jagged_index_select(
     values: Tensor, lengths: Tensor, indices: Tensor, num_dense_output_rows: Integer | None = None
 ) -> list[Tensor]:
-    """The segments with the given indices, in that order; an index may repeat.
+    """Select segments by index, in the given order; an index may repeat.
 
     FBGEMM refuses empty `indices`; here the result is empty.
 
     Args:
-        values: ``[T, D]``, any dtype. Rows behind the last segment do not count.
+        values: ``[T, D]``, any dtype. Rows behind the last segment are ignored.
         lengths: ``[S]``, int32 or int64.
         indices: ``[K]``, int32 or int64, 0 to S - 1.
-        num_dense_output_rows: The number of rows of the result, which saves a device sync. If it is smaller than
-            that, the rows are cut as in FBGEMM; if it is larger, FBGEMM crashes the process. In a compiled graph and
-            on a GPU it must be right.
+        num_dense_output_rows: Number of rows of the result, which saves a device sync. If it is too small, the
+            result is truncated, as in FBGEMM; if too large, it is an error, where FBGEMM crashes the process. In a
+            compiled graph and on a GPU it must be right.
 
     Returns:
         The selected rows and their lengths, in the dtype of `lengths`, in a list.
 
     Raises:
-        LayoutError: If lengths are negative, say more rows than there are, an index is out of range, or
+        LayoutError: If lengths are negative, sum to more than T, an index is out of range, or
             `num_dense_output_rows` is wrong.
-        ShapeError: If shapes do not fit.
+        ShapeError: If shapes do not match.
 
     >>> jagged_index_select(torch.tensor([[1], [2], [3]]), torch.tensor([1, 2]), torch.tensor([1, 0, 1]))
     [tensor([[2], [3], [1], [2], [3]]), tensor([2, 1, 2])]
@@ -69,25 +69,25 @@ def keyed_jagged_index_select_dim1(
     weights: Tensor | None = None,
     selected_lengths_sum: Integer | None = None,
 ) -> list[Tensor]:
-    """The same segments of every key of a stack of jagged features.
+    """Select the same segments of each of K stacked jagged features.
 
-    FBGEMM has it on CUDA only, and refuses empty `indices`; here the result is empty.
+    FBGEMM implements it for CUDA only, and refuses empty `indices`; here the result is empty.
 
     Args:
-        values: ``[T]``, those of all keys one after the other, any dtype.
+        values: ``[T]``, the values of all keys concatenated, any dtype.
         lengths: ``[K·S]``, int32 or int64.
-        offsets: ``[K·S+1]`` of `lengths`.
+        offsets: Offsets ``[K·S+1]`` of `lengths`.
         indices: ``[M]``, int32 or int64, 0 to S - 1.
         batch_size: S.
-        weights: ``[T]``, selected as the values are. FBGEMM gives them no gradient.
+        weights: ``[T]``, selected like the values. In FBGEMM they get no gradient.
         selected_lengths_sum: The number of values of the result, as for :func:`jagged_index_select`.
 
     Returns:
-        The values, their lengths ``[K·M]`` in the dtype of `lengths`, and the weights if there are some, in a list.
+        The values, their lengths ``[K·M]`` in the dtype of `lengths`, and the weights if given, in a list.
 
     Raises:
-        LayoutError: If offsets or indices are none, or do not fit the lengths or the values.
-        ShapeError: If shapes do not fit.
+        LayoutError: If offsets or indices are invalid, or do not match the lengths or the values.
+        ShapeError: If shapes do not match.
 
     >>> lengths, offsets = torch.tensor([1, 2, 0, 1]), torch.tensor([0, 1, 3, 3, 4])
     >>> keyed_jagged_index_select_dim1(torch.arange(4), lengths, offsets, torch.tensor([1]), 2)
@@ -115,7 +115,7 @@ def keyed_jagged_index_select_dim1(
 
 
 def _select(values: Tensor, lengths: Tensor, indices: Tensor, total: int | None) -> Tensor:
-    """The rows of the segments with the given indices, cut to `total`."""
+    """Rows of the segments with the given indices, truncated to `total`."""
     offsets = asynchronous_complete_cumsum(lengths)
     known = total
     if can_look(lengths, indices):
@@ -135,15 +135,15 @@ def jagged_index_add_2d_forward(
     num_dense_input_rows: Integer,
     num_output_rows: Integer,
 ) -> Tensor:
-    """The transpose of :func:`jagged_index_select`: segments added up where they were taken from, in the order given.
+    """Transpose of :func:`jagged_index_select`: add segments to those of a zero result by index, in the given order.
 
-    Differentiable. FBGEMM's gradient of :func:`jagged_index_select`, which has none of its own.
+    FBGEMM's gradient of :func:`jagged_index_select`. Differentiable, which FBGEMM's is not.
 
     Args:
         values: ``[U, D]``, the rows of K segments.
-        indices: ``[K]``, int32 or int64: the segment of the result that each one is added to.
-        input_offsets: ``[K]``, int64, where the segments of `values` *end*: ``lengths.cumsum(0)``.
-        output_offsets: ``[S]``, int64, where those of the result end.
+        indices: ``[K]``, int32 or int64: the segment of the result that each segment is added to.
+        input_offsets: *Ends* of the segments of `values`, ``lengths.cumsum(0)``: ``[K]`` int64.
+        output_offsets: *Ends* of the segments of the result, ``[S]`` int64.
         num_dense_input_rows: U.
         num_output_rows: The number of rows of the result.
 
@@ -151,9 +151,9 @@ def jagged_index_add_2d_forward(
         ``[num_output_rows, D]``.
 
     Raises:
-        LayoutError: If offsets or indices are none or do not fit the numbers of rows, or a segment is longer than that
-            of the result: FBGEMM then adds to the next one, or writes outside.
-        ShapeError: If shapes do not fit, or a number of rows is none.
+        LayoutError: If offsets or indices are invalid or do not match the numbers of rows, or a segment is longer than
+            that of the result: FBGEMM then adds to the next one, or writes out of bounds.
+        ShapeError: If shapes do not match, or a number of rows is not a non-negative integer.
 
     >>> values, ends = torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([1, 2, 3])
     >>> jagged_index_add_2d_forward(values, torch.tensor([1, 0, 1]), ends, torch.tensor([1, 2]), 3, 2).tolist()
@@ -187,22 +187,22 @@ def jagged_index_add_2d_forward(
 
 
 def jagged_slice(x_values: Tensor, x_lengths: Tensor, start: Tensor, slice_length: Integer) -> tuple[Tensor, Tensor]:
-    """At most `slice_length` tokens of every segment, from its own start on.
+    """Slice every segment from its own start, to at most `slice_length` tokens.
 
-    With a negative `slice_length` FBGEMM returns memory that it never wrote; that is an error here.
+    For a negative `slice_length`, an error here, FBGEMM returns uninitialized memory.
 
     Args:
-        x_values: ``[T]``, any dtype. Values behind the last segment do not count.
+        x_values: ``[T]``, any dtype. Values behind the last segment are ignored.
         x_lengths: ``[S]``, int64, and int32 here.
-        start: ``[S]``, from 0 to a segment's length.
-        slice_length: The number of tokens at most.
+        start: First position to keep ``[S]``, from 0 to the segment's length.
+        slice_length: Maximal number of tokens per segment.
 
     Returns:
-        The values, to which gradients flow, and their lengths.
+        The values, differentiable, and their lengths.
 
     Raises:
-        LayoutError: If lengths or starts are none, or do not fit each other or the values.
-        ShapeError: If `slice_length` is no integer or negative, or `x_values` have other dimensions.
+        LayoutError: If lengths or starts are invalid, or do not match each other or the values.
+        ShapeError: If `slice_length` is not a non-negative integer, or `x_values` is not 1-D.
 
     >>> jagged_slice(torch.arange(5), torch.tensor([2, 3]), torch.tensor([1, 0]), 2)
     (tensor([1, 2, 3]), tensor([1, 2]))
@@ -225,21 +225,21 @@ def jagged_slice(x_values: Tensor, x_lengths: Tensor, start: Tensor, slice_lengt
 
 
 def jagged_1d_to_truncated_values(values: Tensor, lengths: Tensor, max_truncated_length: Integer) -> Tensor:
-    """The first `max_truncated_length` tokens of every segment.
+    """Truncate every segment to its first `max_truncated_length` tokens.
 
-    Differentiable; FBGEMM's has no gradient.
+    Differentiable, which FBGEMM's is not.
 
     Args:
-        values: ``[T]``, any dtype. Values behind the last segment do not count.
+        values: ``[T]``, any dtype. Values behind the last segment are ignored.
         lengths: ``[S]``, int32 or int64.
-        max_truncated_length: The number of tokens at most.
+        max_truncated_length: Maximal number of tokens per segment.
 
     Returns:
         ``[Σ min(n_s, max_truncated_length)]``.
 
     Raises:
-        LayoutError: If lengths are none, negative, or say more values than there are.
-        ShapeError: If `max_truncated_length` is no integer or negative, or `values` have other dimensions.
+        LayoutError: If lengths are not 1-D integers, are negative, or sum to more than T.
+        ShapeError: If `max_truncated_length` is not a non-negative integer, or `values` is not 1-D.
 
     >>> jagged_1d_to_truncated_values(torch.arange(5), torch.tensor([2, 3]), 1).tolist()
     [0, 2]
@@ -251,7 +251,7 @@ def jagged_1d_to_truncated_values(values: Tensor, lengths: Tensor, max_truncated
 
 
 def _slice(values: Tensor, lengths: Tensor, start: Tensor, sizes: Tensor) -> Tensor:
-    """`sizes` tokens of each segment from its `start` on."""
+    """Slice `sizes` tokens of each segment from `start` on."""
     offsets = asynchronous_complete_cumsum(lengths)
     if can_look(offsets):
         read(values, offsets, mask=False)
@@ -261,22 +261,22 @@ def _slice(values: Tensor, lengths: Tensor, start: Tensor, sizes: Tensor) -> Ten
 def masked_select_jagged_1d(
     values: Tensor, lengths: Tensor, mask: Tensor, check_length: bool | None = False
 ) -> tuple[Tensor, Tensor]:
-    """The tokens where `mask` is true.
+    """Select the tokens where `mask` is True.
 
-    Differentiable; FBGEMM's has no gradient.
+    Differentiable, which FBGEMM's is not.
 
     Args:
-        values: ``[T]``, any dtype. Values behind the last segment do not count.
+        values: ``[T]``, any dtype. Values behind the last segment are ignored.
         lengths: ``[S]``, int32 or int64.
         mask: ``[T]`` bool.
-        check_length: Changes nothing: a mask of another size, with which FBGEMM reads other memory or returns some that
-            it never wrote unless this is set, is always an error.
+        check_length: Ignored: a mask of another size is always an error. FBGEMM checks it only if this is set, and
+            otherwise reads out of bounds or returns uninitialized memory.
 
     Returns:
         The values, and their lengths in the dtype of `lengths`.
 
     Raises:
-        LayoutError: If lengths are none, negative, or say more values than there are.
+        LayoutError: If lengths are not 1-D integers, are negative, or sum to more than T.
         ShapeError: If `mask` is not boolean or has another size.
 
     >>> masked_select_jagged_1d(torch.arange(3), torch.tensor([1, 2]), torch.tensor([True, False, True]))
@@ -298,7 +298,7 @@ def masked_select_jagged_1d(
 
 @define("true_at")
 def true_at(mask: Tensor) -> Tensor:
-    """Where a 1-D mask is true."""
+    """Indices of the True entries of a 1-D mask, int64."""
     return mask.nonzero().flatten()
 
 

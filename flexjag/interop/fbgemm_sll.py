@@ -25,23 +25,23 @@ def sll_jagged_dense_bmm(
 ) -> Tensor:
     """The values of :func:`jagged_dense_bmm`.
 
-    In all ``sll_*`` functions `allow_tf32` and `use_fbgemm_kernel` change nothing, as on FBGEMM's CPU;
-    ``torch.backends.cuda.matmul`` decides about TF32.
+    In all ``sll_*`` functions `allow_tf32` and `use_fbgemm_kernel` are ignored, as on FBGEMM's CPU;
+    ``torch.backends.cuda.matmul`` sets TF32.
 
     Args:
         x: ``[T, D]`` floating point.
         y: ``[S, D, E]``.
         x_offsets: ``[S+1]``.
-        N: Longer segments are cut; the other rows are 0.
-        allow_tf32: See above.
-        use_fbgemm_kernel: See above.
+        N: Maximal length; later rows of the result are 0.
+        allow_tf32: Ignored.
+        use_fbgemm_kernel: Ignored.
 
     Returns:
         ``[T, E]``.
 
     Raises:
-        LayoutError: If the offsets are none.
-        ShapeError: If shapes do not fit.
+        LayoutError: If the offsets are invalid.
+        ShapeError: If shapes do not match.
 
     >>> sll_jagged_dense_bmm(torch.ones(2, 1), torch.full((1, 1, 1), 3.0), torch.tensor([0, 2]), 1).tolist()
     [[3.0], [0.0]]
@@ -55,8 +55,8 @@ def sll_jagged_jagged_bmm(
     """The same as :func:`jagged_jagged_bmm`: ``[T, D]`` and ``[T, E]`` to ``[S, D, E]``.
 
     Raises:
-        LayoutError: If the offsets are none.
-        ShapeError: If shapes do not fit.
+        LayoutError: If the offsets are invalid.
+        ShapeError: If shapes do not match.
 
     >>> sll_jagged_jagged_bmm(torch.ones(2, 1), torch.ones(2, 1), torch.tensor([0, 2]), 5).tolist()
     [[[2.0]]]
@@ -68,8 +68,8 @@ def sll_jagged_softmax(x: Tensor, x_offsets: Tensor, max_seq_len: Integer, use_f
     """The values of :func:`jagged_softmax`: ``[T, D]`` to ``[T, D]``.
 
     Raises:
-        LayoutError: If the offsets are none.
-        ShapeError: If shapes do not fit.
+        LayoutError: If the offsets are invalid.
+        ShapeError: If shapes do not match.
 
     >>> sll_jagged_softmax(torch.ones(2, 1), torch.tensor([0, 2]), 2).tolist()
     [[0.5], [0.5]]
@@ -82,11 +82,11 @@ def sll_jagged_dense_elementwise_add(
 ) -> Tensor:
     """The values of :func:`jagged_dense_elementwise_add_jagged_output`: ``[T, D]`` and ``[S, N, D]`` to ``[T, D]``.
 
-    `max_seq_len` changes nothing: the size of `y` decides, as in FBGEMM.
+    `max_seq_len` is ignored: segments are bounded by the size of `y`, as in FBGEMM.
 
     Raises:
-        LayoutError: If the offsets are none, or do not cover all rows.
-        ShapeError: If shapes do not fit.
+        LayoutError: If the offsets are invalid or do not cover all rows.
+        ShapeError: If shapes do not match.
 
     >>> sll_jagged_dense_elementwise_add(torch.ones(2, 1), torch.tensor([0, 2]), torch.ones(1, 1, 1), 5).tolist()
     [[2.0], [1.0]]
@@ -97,23 +97,23 @@ def sll_jagged_dense_elementwise_add(
 def sll_dense_jagged_cat_jagged_out(
     a: Tensor, b: Tensor, a_offsets: Tensor, max_seq_len: Integer
 ) -> tuple[Tensor, Tensor]:
-    """One value in front of every segment.
+    """Prepend one value to every segment.
 
-    Differentiable, without the warning that FBGEMM's gives. `max_seq_len` changes nothing, as on FBGEMM's CPU; its CUDA
-    kernel puts zeros behind it.
+    Differentiable without the warning that FBGEMM gives. `max_seq_len` is ignored, as on FBGEMM's CPU; its CUDA
+    kernel writes zeros beyond it.
 
     Args:
-        a: ``[S]``, the values in front; another dtype is promoted.
+        a: Values to prepend ``[S]``; other dtypes are promoted.
         b: ``[T]``.
         a_offsets: ``[S+1]`` of `b`, in spite of the name; they must cover all rows.
-        max_seq_len: See above.
+        max_seq_len: Ignored.
 
     Returns:
         ``[T + S]``, and its offsets in int64.
 
     Raises:
-        LayoutError: If the offsets are none, or do not cover all rows.
-        ShapeError: If shapes do not fit.
+        LayoutError: If the offsets are invalid or do not cover all rows.
+        ShapeError: If shapes do not match.
 
     >>> sll_dense_jagged_cat_jagged_out(torch.tensor([8, 9]), torch.tensor([1, 2]), torch.tensor([0, 0, 2]), 2)
     (tensor([8, 9, 1, 2]), tensor([0, 1, 4]))
@@ -137,24 +137,24 @@ def sll_jagged_dense_flash_attention(
 ) -> Tensor:
     """Target attention: ``out[s, m] = Σ_i softmax_i(q[s, i] · k[s, :, m] + bias[s, i, m]) v[s, i]``.
 
-    The names are inverted: the dense k holds the queries, and the jagged q the keys. There is no scale.
+    The names are swapped: the dense k holds the queries, and the jagged q the keys. Scores are not scaled.
 
     Args:
         q_weights: ``[T, D]`` floating point.
-        k_weights: ``[S, D, M]``, turned into the dtype of `q_weights`.
-        v_weights: ``[T, E]``, turned into the dtype of the scores.
-        attn_bias: ``[S, N, M]``, trainable; 0 at positions from N on. FBGEMM fills its gradient at positions from
-            `max_seq_len` on from memory that it never wrote; here it is 0.
+        k_weights: ``[S, D, M]``, converted to the dtype of `q_weights`.
+        v_weights: ``[T, E]``, converted to the dtype of the scores.
+        attn_bias: ``[S, N, M]``, trainable; 0 at positions from N on. Its gradient at positions from
+            `max_seq_len` on is 0; in FBGEMM it is uninitialized memory.
         offsets: ``[S+1]``; they must cover all rows.
-        max_seq_len: Keys behind it do not count.
-        allow_tf32: Changes nothing; see :func:`sll_jagged_dense_bmm`.
+        max_seq_len: Maximal length; later keys are ignored.
+        allow_tf32: Ignored; see :func:`sll_jagged_dense_bmm`.
 
     Returns:
         ``[S, M, E]``, 0 for an empty segment.
 
     Raises:
-        LayoutError: If the offsets are none, or do not cover all rows.
-        ShapeError: If shapes do not fit.
+        LayoutError: If the offsets are invalid or do not cover all rows.
+        ShapeError: If shapes do not match.
 
     >>> q, v, k = torch.zeros(3, 1), torch.tensor([[1.0], [2.0], [4.0]]), torch.ones(2, 1, 1)
     >>> sll_jagged_dense_flash_attention(q, k, v, torch.zeros(2, 2, 1), torch.tensor([0, 1, 3]), 2).tolist()
@@ -171,7 +171,7 @@ def sll_jagged_dense_flash_attention(
     size = integer(max_seq_len, "max_seq_len")
     if can_look(offsets) and attn_bias.dtype == q_weights.dtype:
         rows = read(q_weights, offsets, min(size, attn_bias.shape[1]))
-        if rows.keep is None:  # nothing is cut: one pass, and no weights are stored
+        if rows.keep is None:  # no segment is truncated: one pass, and no weights are stored
             value = rows.x.with_values(v_weights.to(q_weights.dtype))
             return ops.jagged_dense_attention(k_weights.transpose(1, 2), rows.x, value, attn_bias)
     scores, _ = jagged_dense_bmm(q_weights, offsets, k_weights, size)
@@ -191,10 +191,11 @@ def sll_jagged_flash_attention_basic(
 ) -> Tensor:
     """Self-attention with weights divided by `max_seq_len`: ``out_i = Σ_j softmax_j(q_i · k_j) v_j / max_seq_len``.
 
-    There is no scale. `use_mask` leaves out the keys before the query, j < i, but only *after* the softmax, so that the
-    weights of a row do not sum to one. Rows from `max_seq_len` on are 0, and values from there on do not count, though
-    their keys do in the softmax, as on FBGEMM's CPU: its CUDA kernel cuts the keys as well. FBGEMM's CPU refuses such
-    segments with `use_mask`. The gradients are those of this result; FBGEMM's CPU differs where it cuts segments.
+    Scores are not scaled. `use_mask` zeroes the weights of keys before the query, j < i, *after* the softmax, so that
+    the weights of a row do not sum to one. Rows of the result from position `max_seq_len` on are 0. Values from there
+    on are ignored, but their keys still enter the softmax, as on FBGEMM's CPU; its CUDA kernel ignores the keys, too.
+    FBGEMM's CPU refuses such segments with `use_mask`. The gradients are those of this result; FBGEMM's CPU gradients
+    differ for truncated segments.
 
     The score matrices are not stored.
 
@@ -203,16 +204,16 @@ def sll_jagged_flash_attention_basic(
         k_weights: ``[T, D]`` of the same dtype.
         v_weights: ``[T, E]`` of the same dtype.
         offsets: ``[S+1]``; they must cover all rows.
-        max_seq_len: See above.
-        use_mask: See above.
-        allow_tf32: Changes nothing; see :func:`sll_jagged_dense_bmm`.
+        max_seq_len: Maximal length, also the divisor.
+        use_mask: Whether to zero the weights of keys before the query.
+        allow_tf32: Ignored; see :func:`sll_jagged_dense_bmm`.
 
     Returns:
         ``[T, E]``.
 
     Raises:
-        LayoutError: If the offsets are none, or do not cover all rows.
-        ShapeError: If shapes do not fit, or `max_seq_len` is not positive.
+        LayoutError: If the offsets are invalid or do not cover all rows.
+        ShapeError: If shapes do not match, or `max_seq_len` is not positive.
 
     >>> q, v = torch.zeros(2, 1), torch.tensor([[1.0], [3.0]])
     >>> sll_jagged_flash_attention_basic(q, q, v, torch.tensor([0, 2]), 2).tolist()
@@ -228,7 +229,7 @@ def sll_jagged_flash_attention_basic(
     keep = _check_attention(q, k, v, offsets, size)
     v = v if keep is None else only(keep, v)
     if use_mask:
-        # What is left of a softmax: its weights, taken among the keys that are left, times the share of those.
+        # Masking after a softmax equals the softmax over the remaining keys times their share of the total weight.
         out, left = _attend(q, k, v, offsets, Window(0, None))
         _, total = _attend(q, k, v[..., :1], offsets)
         values = out * (left - total).exp().unsqueeze(-1).to(out.dtype)
@@ -246,25 +247,25 @@ def sll_multi_head_jagged_flash_attention(
     max_seq_len: Integer,
     allow_tf32: bool = True,
 ) -> Tensor:
-    """Self-attention of H heads whose weights are divided by `max_seq_len`, without a scale.
+    """Multi-head self-attention with weights divided by `max_seq_len` and unscaled scores.
 
-    As :func:`sll_jagged_flash_attention_basic` without a mask, but segments are cut to `max_seq_len` tokens before the
-    softmax; later rows are 0. FBGEMM has it on CUDA only.
+    As :func:`sll_jagged_flash_attention_basic` without a mask, but segments are truncated to `max_seq_len` tokens
+    before the softmax; later rows are 0. FBGEMM implements it for CUDA only.
 
     Args:
         q_weights: ``[H, T, D]`` floating point.
         k_weights: ``[H, T, D]`` of the same dtype.
         v_weights: ``[H, T, D]`` of the same dtype.
         offsets: ``[S+1]``; they must cover all rows.
-        max_seq_len: See above.
-        allow_tf32: Changes nothing; see :func:`sll_jagged_dense_bmm`.
+        max_seq_len: Maximal length, also the divisor.
+        allow_tf32: Ignored; see :func:`sll_jagged_dense_bmm`.
 
     Returns:
         ``[H, T, D]``.
 
     Raises:
-        LayoutError: If the offsets are none, or do not cover all rows.
-        ShapeError: If shapes do not fit, or `max_seq_len` is not positive.
+        LayoutError: If the offsets are invalid or do not cover all rows.
+        ShapeError: If shapes do not match, or `max_seq_len` is not positive.
 
     >>> q, v = torch.zeros(1, 3, 1), torch.tensor([[[2.0], [6.0], [9.0]]])
     >>> sll_multi_head_jagged_flash_attention(q, q, v, torch.tensor([0, 3]), 2).tolist()
@@ -284,7 +285,7 @@ def sll_multi_head_jagged_flash_attention(
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, mask: Mask | None = None, *, lse: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp of unscaled attention; without `lse` the second is the output again."""
+    """Output and log-sum-exp of attention with scale 1; if not `lse`, the output twice."""
     batches = (Jagged(t, offsets) for t in (q, k, v))
     found = attention(*batches, mask=mask, scale=1.0, return_lse=lse)
     out, sums = (found, found) if isinstance(found, Jagged) else found
@@ -292,7 +293,7 @@ def _attend(
 
 
 def _check_attention(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, max_seq_len: int) -> Tensor | None:
-    """Check what ``attention`` does not; returns which tokens to keep, None for all."""
+    """Check sizes and offsets, and return the boolean mask of tokens to keep, None for all."""
     if max_seq_len < 1:
         raise ShapeError(explain_values("max_seq_len", "must be positive", max_seq_len=max_seq_len))
     if not q.shape[0] == k.shape[0] == v.shape[0]:

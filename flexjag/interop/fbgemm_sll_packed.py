@@ -25,29 +25,29 @@ def sll_jagged_jagged_bmm_jagged_out(
     max_seq_len: Integer,
     allow_tf32: bool = True,
 ) -> Tensor:
-    """``P_s = x_s y_sᵀ``: every token of x times every token of y in the same segment.
+    """Dot products of all pairs of tokens of x and y in the same segment: ``P_s = x_s y_sᵀ``.
 
-    `max_seq_len` does not cut the result, as on FBGEMM's CPU; its CUDA kernel leaves zeros behind it. The gradients are
-    those of this result. FBGEMM's CPU cuts them, and has them for equal lengths only.
+    `max_seq_len` is ignored, as on FBGEMM's CPU; its CUDA kernel leaves zeros beyond it. The gradients are those of
+    this result; FBGEMM's CPU truncates them, and has them for equal lengths only.
 
     Args:
         x: ``[T_x, D]`` floating point.
         y: ``[T_y, D]`` of the same dtype.
-        x_lengths: ``[S]``, those of `x_offsets`.
+        x_lengths: Lengths ``[S]`` of `x_offsets`.
         x_offsets: ``[S+1]``; they must cover all rows.
-        y_lengths: ``[S]``, those of `y_offsets`.
+        y_lengths: Lengths ``[S]`` of `y_offsets`.
         y_offsets: ``[S+1]``; they must cover all rows.
-        z_lengths: ``[S]``, the products of the two.
-        z_offsets: ``[S+1]`` of `z_lengths`.
-        max_seq_len: See above.
-        allow_tf32: Changes nothing; ``torch.backends.cuda.matmul`` decides.
+        z_lengths: Products of `x_lengths` and `y_lengths` ``[S]``.
+        z_offsets: Offsets ``[S+1]`` of `z_lengths`.
+        max_seq_len: Ignored.
+        allow_tf32: Ignored; ``torch.backends.cuda.matmul`` decides.
 
     Returns:
         ``[Σ n_s m_s]``.
 
     Raises:
-        LayoutError: If offsets are none, or lengths and offsets do not fit each other.
-        ShapeError: If shapes do not fit.
+        LayoutError: If offsets are invalid, or lengths and offsets do not match.
+        ShapeError: If shapes do not match.
 
     >>> x, n, offsets = torch.tensor([[2.0], [3.0]]), torch.tensor([2]), torch.tensor([0, 2])
     >>> square = (n * n, torch.tensor([0, 4]))
@@ -76,9 +76,9 @@ def sll_array_jagged_bmm_jagged_out(
     max_seq_len: Integer,
     allow_tf32: bool = True,
 ) -> Tensor:
-    """``out_s = P_s y_s`` of packed square matrices, over the first `max_seq_len` rows and columns of each.
+    """Product of each packed square matrix, truncated to `max_seq_len` rows and columns, and its segment: ``P_s y_s``.
 
-    The other rows are 0. The gradients are those of this result; FBGEMM's CPU gives matrix entries that do not count a
+    The other rows are 0. The gradients are those of this result; FBGEMM's CPU gives truncated matrix entries a
     gradient.
 
     Args:
@@ -90,15 +90,15 @@ def sll_array_jagged_bmm_jagged_out(
         y_offsets: ``[S+1]`` of `y_lengths`; they must cover all rows.
         z_lengths: As `y_lengths`.
         z_offsets: As `y_offsets`.
-        max_seq_len: See above.
-        allow_tf32: Changes nothing; ``torch.backends.cuda.matmul`` decides.
+        max_seq_len: Maximal number of rows and columns.
+        allow_tf32: Ignored; ``torch.backends.cuda.matmul`` decides.
 
     Returns:
         ``[T, D]``.
 
     Raises:
-        LayoutError: If offsets are none, or lengths and offsets do not fit each other.
-        ShapeError: If shapes do not fit.
+        LayoutError: If offsets are invalid, or lengths and offsets do not match.
+        ShapeError: If shapes do not match.
 
     >>> p, y, n, offsets = torch.ones(4), torch.tensor([[2.0], [3.0]]), torch.tensor([2]), torch.tensor([0, 2])
     >>> square = (n * n, torch.tensor([0, 4]))
@@ -120,23 +120,23 @@ def sll_array_jagged_bmm_jagged_out(
 def sll_jagged2_softmax(
     x: Tensor, offsets: Tensor, offsets_total: Tensor, max_seq_len: Integer, transpose: bool
 ) -> Tensor:
-    """Softmax of packed square matrices: every row sums to 1, or with `transpose` every column.
+    """Softmax over each row, or with `transpose` over each column, of packed square matrices.
 
-    `max_seq_len` changes nothing, as on FBGEMM's CPU; its CUDA kernel leaves zeros behind it.
+    `max_seq_len` is ignored, as on FBGEMM's CPU; its CUDA kernel leaves zeros beyond it.
 
     Args:
         x: ``[Σ n_s²]`` floating point.
         offsets: ``[S+1]`` of the n_s.
         offsets_total: ``[S+1]`` of the n_s².
-        max_seq_len: See above.
-        transpose: See above.
+        max_seq_len: Ignored.
+        transpose: Whether to normalize columns instead of rows.
 
     Returns:
         ``[Σ n_s²]``.
 
     Raises:
-        LayoutError: If offsets are none, or do not fit each other.
-        ShapeError: If shapes do not fit.
+        LayoutError: If offsets are invalid, or do not match.
+        ShapeError: If shapes do not match.
 
     >>> sll_jagged2_softmax(torch.zeros(5), torch.tensor([0, 1, 3]), torch.tensor([0, 1, 5]), 2, False).tolist()
     [1.0, 0.5, 0.5, 0.5, 0.5]
@@ -148,22 +148,22 @@ def sll_jagged2_softmax(
 def sll_jagged2_to_padded_dense(
     values: Tensor, offsets: Tensor, max_length: Integer, padding_value: float = 0.0
 ) -> Tensor:
-    """Pad packed square matrices to the same size.
+    """Pad or truncate packed square matrices to the same size.
 
-    Larger ones are cut to their first rows and columns, as by FBGEMM's CUDA kernel; its CPU refuses them.
+    Larger matrices keep their first rows and columns, as in FBGEMM's CUDA kernel; its CPU refuses them.
 
     Args:
         values: ``[Σ n_s²]``, any dtype.
         offsets: ``[S+1]`` of the n_s²; they must cover all entries.
         max_length: N.
-        padding_value: What stands behind a matrix's rows and columns.
+        padding_value: Value of padded entries.
 
     Returns:
         ``[S, N, N]``.
 
     Raises:
-        LayoutError: If the offsets are none, do not cover all entries, or a length is no square.
-        ShapeError: If shapes do not fit, or N is negative.
+        LayoutError: If the offsets are invalid, do not cover all entries, or a length is not a square number.
+        ShapeError: If shapes do not match, or N is negative.
 
     >>> sll_jagged2_to_padded_dense(torch.arange(5), torch.tensor([0, 1, 5]), 2, -1).tolist()
     [[[0, -1], [-1, -1]], [[1, 2], [3, 4]]]
@@ -175,7 +175,7 @@ def sll_jagged2_to_padded_dense(
     _check_exact(values, offsets, "offsets")
     check_equal(squares, "lengths of offsets", lengths * lengths, "must be squares")
     segment, row, column = _entries(values, offsets, lengths)
-    spare = lengths.shape[0] * size * size  # one entry past the end takes what is cut off
+    spare = lengths.shape[0] * size * size  # one extra entry past the end receives the truncated ones
     inside = (row < size) & (column < size) & (segment < lengths.shape[0])
     index = torch.where(inside, (segment * size + row) * size + column, spare)
     out = values.new_full((spare + 1,), padding_value).index_copy(0, index, values)
@@ -185,24 +185,24 @@ def sll_jagged2_to_padded_dense(
 def sll_jagged_dense_elementwise_mul_jagged_out(
     x: Tensor, y: Tensor, x_seq_lengths: Tensor, x_offsets: Tensor, max_seq_len: Integer
 ) -> Tensor:
-    """Every packed square matrix times the first rows and columns of one dense matrix, entry by entry.
+    """Elementwise product of each packed square matrix and the leading rows and columns of one dense matrix.
 
-    `y` gets no gradient, as in FBGEMM. `max_seq_len` changes nothing, as on FBGEMM's CPU; entries that `y` does not
-    have give 0, as in its CUDA kernel with a `y` of that size, where its CPU raises.
+    `y` gets no gradient, as in FBGEMM. `max_seq_len` is ignored, as on FBGEMM's CPU; entries beyond
+    `y` give 0, as in its CUDA kernel with `max_seq_len` equal to the size of `y`; its CPU raises.
 
     Args:
         x: ``[Σ n_s²]``.
-        y: ``[N, M]``; another dtype, such as the boolean one of a mask, is promoted.
+        y: ``[N, M]``; other dtypes, such as bool of a mask, are promoted.
         x_seq_lengths: ``[S]``, n_s.
         x_offsets: ``[S+1]`` of the n_s²; they must cover all entries.
-        max_seq_len: See above.
+        max_seq_len: Ignored.
 
     Returns:
         ``[Σ n_s²]``.
 
     Raises:
-        LayoutError: If the offsets are none, do not cover all entries, or do not fit the lengths.
-        ShapeError: If shapes do not fit.
+        LayoutError: If the offsets are invalid, do not cover all entries, or do not match the lengths.
+        ShapeError: If shapes do not match.
 
     >>> mask, n, offsets = torch.ones(2, 2).triu(), torch.tensor([1, 2]), torch.tensor([0, 1, 5])
     >>> sll_jagged_dense_elementwise_mul_jagged_out(torch.arange(5.0), mask, n, offsets, 2).tolist()
@@ -213,7 +213,7 @@ def sll_jagged_dense_elementwise_mul_jagged_out(
     _check_lengths(x_seq_lengths * x_seq_lengths, x_offsets, "squares of x_seq_lengths", "x_offsets")
     _check_exact(x, x_offsets, "x_offsets")
     _, row, column = _entries(x, x_offsets, x_seq_lengths)
-    factors = torch.nn.functional.pad(y.detach(), (0, 1, 0, 1))  # a row and a column of zeros for what it does not have
+    factors = torch.nn.functional.pad(y.detach(), (0, 1, 0, 1))  # a row and a column of zeros for entries beyond `y`
     row, column = row.clamp(max=y.shape[0]), column.clamp(max=y.shape[1])
     return x * factors.flatten().index_select(0, row * (y.shape[1] + 1) + column)
 
@@ -221,23 +221,23 @@ def sll_jagged_dense_elementwise_mul_jagged_out(
 def sll_jagged_self_substraction_jagged_out(
     a: Tensor, offsets_a: Tensor, offsets_b: Tensor, max_seq_len: Integer
 ) -> Tensor:
-    """The differences of each segment's tokens: ``out[s, i, j] = a[s, i] − a[s, j + 1]``, i and j from 0 to n_s − 2.
+    """Differences of each segment's tokens: ``out[s, i, j] = a[s, i] − a[s, j + 1]``, i and j from 0 to n_s − 2.
 
-    Differentiable, without the warning that FBGEMM's gives. `max_seq_len` changes nothing, as on FBGEMM's CPU; its CUDA
-    kernel leaves memory behind it that it never wrote.
+    Differentiable without the warning that FBGEMM gives. `max_seq_len` is ignored, as on FBGEMM's CPU; its CUDA
+    kernel leaves entries beyond it uninitialized.
 
     Args:
         a: ``[T]``.
         offsets_a: ``[S+1]``; they must cover all rows.
         offsets_b: ``[S+1]`` of the result: ``(n_s − 1)²`` entries for n_s ≥ 1, none for an empty segment.
-        max_seq_len: See above.
+        max_seq_len: Ignored.
 
     Returns:
         ``[Σ (n_s − 1)²]``.
 
     Raises:
-        LayoutError: If offsets are none, or do not fit each other. FBGEMM leaves gaps between segments unwritten.
-        ShapeError: If shapes do not fit.
+        LayoutError: If offsets are invalid, or do not match. FBGEMM leaves gaps between segments unwritten.
+        ShapeError: If shapes do not match.
 
     >>> offsets_a, offsets_b = torch.tensor([0, 1, 4]), torch.tensor([0, 0, 4])
     >>> sll_jagged_self_substraction_jagged_out(torch.tensor([9, 1, 2, 4]), offsets_a, offsets_b, 3).tolist()
@@ -251,12 +251,12 @@ def sll_jagged_self_substraction_jagged_out(
     check_equal(offsets_b, "offsets_b", wanted, "must be the offsets of (n - 1)²")
     left, _ = ops.jagged_split(x, [fewer])
     _, right = ops.jagged_split(x, [1])
-    times = ops.jagged_index_select(right, left.segment_ids)  # all of a segment's right sides, once per left side
+    times = ops.jagged_index_select(right, left.segment_ids)  # repeats a segment's right operands once per left operand
     return spread(left.values, times.offsets, times.values.shape[0]) - times.values
 
 
 def _entries(values: Tensor, offsets: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The matrix, row and column of each entry of ``[Σ n_s²]``."""
+    """Indices of matrix, row and column of each entry of ``[Σ n_s²]``."""
     segment = segment_ids(offsets, values.shape[0])
     known = segment.clamp(0, lengths.shape[0])
     place = torch.arange(values.shape[0], device=values.device) - offsets[known]
@@ -271,6 +271,6 @@ def _check_lengths(lengths: Tensor, offsets: Tensor, name: str, offsets_name: st
 
 
 def _check_exact(values: Tensor, offsets: Tensor, name: str) -> None:
-    """Check the contents of offsets where they can be looked at (on a CPU)."""
+    """Check the contents of offsets, on a CPU."""
     if can_look(offsets):
         check_offsets(offsets, values.shape[0], name)

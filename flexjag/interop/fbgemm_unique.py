@@ -1,4 +1,4 @@
-"""FBGEMM's functions that give each index of a batch once, feature by feature."""
+"""FBGEMM's deduplication of the indices of a batch, per feature."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ from flexjag.ops.register import define
 
 
 def jagged_hash_size_cumsum(offsets: Tensor, indices: Tensor, batch_size: Integer) -> tuple[Tensor, Tensor]:
-    """The hash sizes that the indices of F features need, as :func:`jagged_unique_indices` takes them.
+    """Offsets of the hash spaces that the indices of F features need, for :func:`jagged_unique_indices`.
 
-    FBGEMM has it on CUDA only.
+    FBGEMM implements it for CUDA only.
 
     Args:
-        offsets: ``[F·B+1]``, int32 or int64, those of the B segments of each feature.
+        offsets: Offsets ``[F·B+1]`` of the B segments of each feature, int32 or int64.
         indices: ``[T]``, not negative.
         batch_size: B.
 
     Returns:
-        ``[F+1]``: the sums of one more than the largest index of the features before, 0 for one without indices; and 0
-        to F. Both in the dtype of `offsets`.
+        `hash_size_cumsum` ``[F+1]``, the exclusive cumulative sum of the largest index plus one of each feature (0 for
+        a feature without indices), and `hash_size_offsets`, 0 to F. Both in the dtype of `offsets`.
 
     Raises:
-        LayoutError: If offsets are none, indices are negative, or B does not divide the number of segments.
-        ShapeError: If `batch_size` is no integer or not positive.
+        LayoutError: If offsets are invalid, indices are negative, or B does not divide the number of segments.
+        ShapeError: If `batch_size` is not a positive integer.
 
     >>> jagged_hash_size_cumsum(torch.tensor([0, 1, 3, 3, 4]), torch.tensor([5, 2, 0, 7]), 2)
     (tensor([ 0,  6, 14]), tensor([0, 1, 2]))
@@ -62,26 +62,26 @@ def jagged_hash_size_cumsum(offsets: Tensor, indices: Tensor, batch_size: Intege
 def jagged_unique_indices(
     hash_size_cumsum: Tensor, hash_size_offsets: Tensor, offsets: Tensor, indices: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Every index of a feature once, or of several features that share a hash space.
+    """Deduplicate the indices of each feature, or of several features that share a hash space.
 
-    FBGEMM has it on CUDA only.
+    FBGEMM implements it for CUDA only.
 
     Args:
-        hash_size_cumsum: ``[F+1]``, where the hash space of each feature begins. Where two are equal, the first feature
-            shares that of the next.
+        hash_size_cumsum: Offsets ``[F+1]`` of the features' hash spaces. A feature with an empty hash space shares that
+            of the next feature.
         hash_size_offsets: ``[F+1]`` from 0 to F: features ``hash_size_offsets[f]`` to ``hash_size_offsets[f + 1]`` - 1
             are deduplicated together.
-        offsets: ``[F·B+1]``, int32 or int64, those of the B segments of each feature.
-        indices: ``[T]``, not negative, and smaller than the hash size of the feature but for the last one and those
-            that share. FBGEMM asserts it in the kernel.
+        offsets: Offsets ``[F·B+1]`` of the B segments of each feature, int32 or int64.
+        indices: ``[T]``, not negative, and smaller than the hash size of the feature, except for the last feature and
+            those that share a hash space. FBGEMM asserts it in the kernel.
 
     Returns:
-        The lengths and offsets of the result, ``[F·B]`` and ``[F·B+1]``, in the dtype of `offsets`: the unique indices
-        of a group are divided among its segments as evenly as can be, the first ones take the rest. The unique indices
-        ``[U]``, sorted in each hash space. And ``[T]`` int64: which of them each index is.
+        The lengths ``[F·B]`` and offsets ``[F·B+1]`` of the result, in the dtype of `offsets`: the unique indices of
+        a group of features are divided evenly among its segments, the first segments taking the remainder. The unique
+        indices ``[U]``, sorted in each hash space. The inverse ``[T]`` int64: the position of each index in them.
 
     Raises:
-        LayoutError: If offsets are none or do not fit, or indices are out of range.
+        LayoutError: If offsets are invalid or do not match, or indices are out of range.
 
     >>> offsets = torch.tensor([0, 2, 3, 3, 5])
     >>> jagged_unique_indices(torch.tensor([0, 9, 18]), torch.arange(3), offsets, torch.tensor([4, 4, 1, 4, 0]))
@@ -93,9 +93,9 @@ def jagged_unique_indices(
     keys, inverse = sorted_unique(hash_size_cumsum.index_select(0, feature) + indices)
     unique = torch.zeros_like(keys).index_copy(0, inverse, indices)  # equal keys are equal indices
 
-    # How many keys each group of features has, and how many segments share them.
+    # Number of keys of each group of features, and number of segments that share them.
     begins = torch.searchsorted(keys, hash_size_cumsum.index_select(0, hash_size_offsets))
-    ends = torch.where(hash_size_offsets == features, keys.shape[0], begins)  # the last feature's may be any
+    ends = torch.where(hash_size_offsets == features, keys.shape[0], begins)  # the last feature's indices are unbounded
     group = segment_ids(hash_size_offsets, features).repeat_interleave(batch)
     count = (ends[1:] - begins[:-1]).index_select(0, group)
     first = (hash_size_offsets * batch).index_select(0, group)
@@ -106,7 +106,7 @@ def jagged_unique_indices(
 
 
 def _check_unique(hash_size_cumsum: Tensor, hash_size_offsets: Tensor, offsets: Tensor, indices: Tensor) -> int:
-    """Check the arguments of :func:`jagged_unique_indices`; returns B."""
+    """Check the arguments of :func:`jagged_unique_indices`, and return B."""
     check_index(indices, "indices")
     for tensor, name in (
         (hash_size_cumsum, "hash_size_cumsum"),
@@ -129,7 +129,7 @@ def _check_unique(hash_size_cumsum: Tensor, hash_size_offsets: Tensor, offsets: 
         check_lengths(indices, "indices")
         check_lengths(hash_size_cumsum.diff(), "lengths of hash_size_cumsum")
         sizes = hash_size_cumsum.diff()
-        sizes[-1] = 0  # of the last one any index will do
+        sizes[-1] = 0  # 0 skips the check: the last feature's indices are unbounded
         size = sizes.index_select(0, segment_ids(offsets, indices.shape[0]) // max(batch, 1))
         wrong = ((indices >= size) & (size > 0)).nonzero()
         if wrong.numel():
@@ -141,7 +141,7 @@ def _check_unique(hash_size_cumsum: Tensor, hash_size_offsets: Tensor, offsets: 
 
 @define("sorted_unique")
 def sorted_unique(keys: Tensor) -> tuple[Tensor, Tensor]:
-    """All keys once, sorted, and ``[T]``: where each one is."""
+    """Sorted unique keys ``[U]``, and the inverse ``[T]``: the position of each key in them."""
     found, inverse = torch.unique(keys, sorted=True, return_inverse=True)
     return found, inverse
 
@@ -152,21 +152,21 @@ def _(keys: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def jagged_acc_weights_and_counts(weights: Tensor, reverse_indices: Tensor, num_unique_indices: Integer) -> Tensor:
-    """The sum of the weights of each unique index, and how often it occurs.
+    """Sum of weights and count of occurrences of each unique index.
 
-    Differentiable; FBGEMM's has no gradient.
+    Differentiable, which FBGEMM's is not.
 
     Args:
-        weights: ``[T]`` floating point; added up in float32.
-        reverse_indices: ``[T]``, int32 or int64: which unique index each weight belongs to.
+        weights: ``[T]`` floating point; summed in float32.
+        reverse_indices: Unique index of each weight, ``[T]`` int32 or int64.
         num_unique_indices: U.
 
     Returns:
-        ``[U, 2]`` float32: sums, and counts.
+        ``[U, 2]`` float32: sums and counts.
 
     Raises:
-        LayoutError: If indices are none, or out of range.
-        ShapeError: If `weights` are no floating point numbers, of another size, or U is no integer or negative.
+        LayoutError: If indices are not 1-D integers, or out of range.
+        ShapeError: If `weights` is not floating point or of another size, or U is not a non-negative integer.
 
     >>> jagged_acc_weights_and_counts(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([0, 1, 0]), 2).tolist()
     [[5.0, 2.0], [2.0, 1.0]]

@@ -1,10 +1,10 @@
 """Ragged operations on jagged batches: products, reductions, normalization, selection, padding.
 
-Each is a plain-torch kernel that loops over segments (any device, any dtype, the meaning), registered with
-``torch.library`` where a graph could not be traced through it. On CUDA tensors in float32, bfloat16 and float16, Triton
-kernels take its place, which look at offsets only where nobody says how large the result is. Gradients are
+Each op is defined by a plain-torch kernel that loops over segments (any device, any dtype), registered with
+``torch.library`` where the loop cannot be traced. On CUDA tensors in float32, bfloat16 and float16 a Triton kernel
+replaces it, which reads the offsets on the host only if the size of the result is not given. Gradients are
 deterministic. Under ``torch.compile(fullgraph=True)`` new offsets, totals and numbers of segments use the same graph.
-In eager mode there are derivatives of any order, in reverse and forward mode, and ``torch.func`` (``vmap`` by a loop).
+Eager mode supports derivatives of any order, reverse and forward mode, and ``torch.func`` (``vmap`` runs a loop).
 """
 
 from flexjag.ops.bmm import jagged_dense_bmm, jagged_jagged_bmm

@@ -1,6 +1,6 @@
-"""Products of jagged and dense matrices, one BLAS call per segment.
+"""Segment-wise products of jagged and dense matrices, one BLAS call per segment.
 
-D and E are feature sizes. The two products are each other's gradients, so they differentiate any number of times.
+D and E are feature sizes. Each product is the gradient of the other, so both are differentiable to any order.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from flexjag.ops.register import define
 
 
 def jagged_dense_bmm(x: Jagged, y: Tensor) -> Jagged:
-    """``out_s = x_s y_s``: every segment times its own matrix.
+    """Product of each segment's rows with its own dense matrix: ``out_s = x_s y_s``.
 
     Args:
         x: ``[T, D]`` floating point.
@@ -28,8 +28,8 @@ def jagged_dense_bmm(x: Jagged, y: Tensor) -> Jagged:
         ``[T, E]`` with the offsets of `x`. Gradients: dx = dout yᵀ, dy = xᵀ dout per segment.
 
     Raises:
-        LayoutError: If `x` is no Jagged, or its offsets are found to be none.
-        ShapeError: If the operands do not fit.
+        LayoutError: If `x` is not a Jagged, or its offsets are invalid (checked on a CPU).
+        ShapeError: If ranks, sizes, dtypes or devices of the operands do not match.
 
     >>> x = Jagged.from_lengths(torch.ones(3, 2), [1, 2])
     >>> jagged_dense_bmm(x, torch.arange(4.0).view(2, 2, 1)).values.tolist()
@@ -44,7 +44,7 @@ def jagged_dense_bmm(x: Jagged, y: Tensor) -> Jagged:
 
 
 def jagged_jagged_bmm(x: Jagged, y: Jagged) -> Tensor:
-    """``out_s = x_sᵀ y_s``: the tokens of every segment summed up as outer products.
+    """Sum over each segment's tokens of the outer products of x and y: ``out_s = x_sᵀ y_s``.
 
     Args:
         x: ``[T, D]`` floating point.
@@ -54,8 +54,8 @@ def jagged_jagged_bmm(x: Jagged, y: Jagged) -> Tensor:
         ``[S, D, E]``, 0 for an empty segment. Gradients: dx = y doutᵀ, dy = x dout per segment.
 
     Raises:
-        LayoutError: If an operand is no Jagged, or the two are cut differently.
-        ShapeError: If the operands do not fit.
+        LayoutError: If an operand is not a Jagged, or their offsets differ.
+        ShapeError: If ranks, sizes, dtypes or devices of the operands do not match.
 
     >>> x = Jagged.from_lengths(torch.tensor([[1.0], [2.0], [3.0]]), [1, 2])
     >>> jagged_jagged_bmm(x, x).tolist()
@@ -70,7 +70,7 @@ def jagged_jagged_bmm(x: Jagged, y: Jagged) -> Tensor:
 
 @define("times_dense")
 def times_dense(values: Tensor, dense: Tensor, offsets: Tensor) -> Tensor:
-    """``[T, D]`` times ``[S, D, E]``, per segment: ``[T, E]``."""
+    """Product per segment of ``[T, D]`` and ``[S, D, E]``: ``[T, E]``."""
     lengths = lengths_of(offsets, values.shape[0], "x.offsets")
     segments = zip(cut(values, lengths), dense.unbind(0), strict=True)
     return each(torch.mm, segments, values, (values.shape[0], dense.shape[2]), lambda out: cut(out, lengths))
@@ -83,7 +83,7 @@ def _(values: Tensor, dense: Tensor, offsets: Tensor) -> Tensor:
 
 @define("gram")
 def gram(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
-    """Transposed ``[T, D]`` times ``[T, E]``, per segment: ``[S, D, E]``."""
+    """Product per segment of transposed ``[T, D]`` and ``[T, E]``: ``[S, D, E]``."""
     lengths = lengths_of(offsets, left.shape[0], "x.offsets")
     out = left.new_empty((len(lengths), left.shape[1], right.shape[1]))
     for x, y, z in zip(cut(left.t(), lengths, 1), cut(right, lengths), out.unbind(0), strict=True):

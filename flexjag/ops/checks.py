@@ -1,4 +1,4 @@
-"""What every ragged op asks of its arguments."""
+"""Argument checks shared by the ragged ops."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from flexjag.offsets import check_computable
 
 
 def check_jagged(x: object, name: str, ndim: int | None = None, floating: bool = False) -> None:
-    """Check the type of a jagged argument, and if asked its number of dimensions and that it can be differentiated.
+    """Check that an argument is a Jagged, optionally of rank `ndim` and of floating point values.
 
     Raises:
-        LayoutError: If it is no Jagged.
-        ShapeError: If its values have another number of dimensions, or integers where reals are needed.
+        LayoutError: If it is not a Jagged.
+        ShapeError: If its values have another rank, or are not floating point although `floating` is set.
     """
     if not isinstance(x, Jagged):
         raise LayoutError(explain_values(name, "must be a flexjag.Jagged", type=type(x).__name__))
@@ -29,9 +29,9 @@ def check_jagged(x: object, name: str, ndim: int | None = None, floating: bool =
 
 
 def check_like(tensor: object, name: str, x: Jagged, x_name: str = "x", or_float32: bool = False) -> None:
-    """Check that a dense argument is a tensor of the dtype and on the device of a jagged one.
+    """Check that a dense argument is a tensor with the dtype and device of a jagged one.
 
-    With `or_float32`, for parameters, it may be float32 beside half precision.
+    With `or_float32`, meant for parameters, float32 is accepted beside half precision values.
 
     Raises:
         ShapeError: If it is not.
@@ -52,7 +52,7 @@ def check_rows(dense: Tensor, name: str, x: Jagged, ndim: int, x_name: str = "x"
     """Check that a dense argument has `ndim` dimensions (at least) and one row per segment of `x`.
 
     Raises:
-        ShapeError: If it has not.
+        ShapeError: If its rank is lower or its first size is not S.
     """
     check_like(dense, name, x, x_name)
     if dense.ndim != ndim or dense.shape[0] != x.num_segments:
@@ -77,7 +77,7 @@ def check_index(tensor: object, name: str, device: torch.device) -> None:
 
 
 def check_total(total: int | None, name: str = "total") -> None:
-    """Check a number of packed tokens that the caller claims to know.
+    """Check a number of packed tokens given by the caller.
 
     Raises:
         LayoutError: If it is negative.

@@ -1,4 +1,4 @@
-"""Jagged and padded operands combined token by token, without padding the jagged one."""
+"""Elementwise sums and products of a jagged and a padded operand, without padding the jagged one."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from flexjag.ops.register import define
 
 
 def jagged_dense_elementwise_add(x: Jagged, dense: Tensor, *, allow_longer: bool = False) -> Jagged:
-    """``out[s, i] = x[s, i] + dense[s, i]`` for every token i of every segment s.
+    """Sum of a jagged and a padded batch at each token: ``out[s, i] = x[s, i] + dense[s, i]``.
 
     Args:
         x: ``[T, ...]`` floating point.
         dense: ``[S, N, ...]`` of the same dtype, with the trailing dimensions of `x`.
-        allow_longer: Treat `dense` as 0 at positions from N on. Otherwise a segment longer than N is an error where
-            the offsets can be looked at (on a CPU), and treated so elsewhere.
+        allow_longer: Treat `dense` as 0 at positions from N on. If False, a segment longer than N is an error on a CPU;
+            on a GPU, where offsets are not read, it is treated as with True.
 
     Returns:
-        ``[T, ...]`` with the offsets of `x`. Gradients: g for `x`, g padded with zeros for `dense`.
+        ``[T, ...]`` with the offsets of `x`. Gradients: g for `x`, and g padded with zeros for `dense`.
 
     Raises:
-        LayoutError: If `x` is no Jagged, or a segment is longer than N.
-        ShapeError: If the operands do not fit.
+        LayoutError: If `x` is not a Jagged, or a segment is longer than N.
+        ShapeError: If shapes, dtypes or devices of the operands do not match.
 
     >>> x = Jagged.from_lengths(torch.tensor([1.0, 2.0, 3.0]), [1, 2])
     >>> jagged_dense_elementwise_add(x, torch.tensor([[10.0, 20.0], [30.0, 40.0]])).values.tolist()
@@ -41,7 +41,7 @@ def jagged_dense_elementwise_add(x: Jagged, dense: Tensor, *, allow_longer: bool
 
 
 def jagged_dense_elementwise_mul(x: Jagged, dense: Tensor, *, allow_longer: bool = False) -> Jagged:
-    """``out[s, i] = x[s, i] · dense[s, i]`` for every token i of every segment s.
+    """Product of a jagged and a padded batch at each token: ``out[s, i] = x[s, i] · dense[s, i]``.
 
     Args:
         x: ``[T, ...]`` floating point.
@@ -52,8 +52,8 @@ def jagged_dense_elementwise_mul(x: Jagged, dense: Tensor, *, allow_longer: bool
         ``[T, ...]`` with the offsets of `x`.
 
     Raises:
-        LayoutError: If `x` is no Jagged, or a segment is longer than N.
-        ShapeError: If the operands do not fit.
+        LayoutError: If `x` is not a Jagged, or a segment is longer than N.
+        ShapeError: If shapes, dtypes or devices of the operands do not match.
 
     >>> x = Jagged.from_lengths(torch.tensor([1.0, 2.0, 3.0]), [1, 2])
     >>> jagged_dense_elementwise_mul(x, torch.tensor([[10.0, 20.0], [30.0, 40.0]])).values.tolist()
@@ -73,7 +73,7 @@ def _check(x: Jagged, dense: Tensor) -> None:
 
 @define("multiply")
 def multiply(values: Tensor, dense: Tensor, offsets: Tensor, allow_longer: bool) -> Tensor:
-    """``[T, ...]`` times the rows of ``[S, N, ...]``, in one pass: the rows are never packed."""
+    """Elementwise product of packed ``[T, ...]`` and padded ``[S, N, ...]``: ``[T, ...]``, in one pass."""
     lengths, size = lengths_of(offsets, values.shape[0], "x.offsets"), dense.shape[1]
     longest = max(lengths, default=0)
     if longest > size and not allow_longer:
@@ -100,7 +100,7 @@ def _(values: Tensor, dense: Tensor, offsets: Tensor, allow_longer: bool) -> Ten
 
 @define("padded_product")
 def padded_product(left: Tensor, right: Tensor, offsets: Tensor, size: int) -> Tensor:
-    """``[T, ...]`` times ``[T, ...]``, cut and padded with zeros to ``[S, N, ...]`` in the same pass."""
+    """Elementwise product of two packed ``[T, ...]``, zero-padded or truncated to ``[S, N, ...]`` in the same pass."""
     lengths = lengths_of(offsets, left.shape[0])
     if is_few(lengths, left.numel()) or is_short(lengths, left.device):
         return pad(left * right, offsets, size, 0.0)

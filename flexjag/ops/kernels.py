@@ -1,4 +1,4 @@
-"""All Triton kernels of the ragged ops as they are launched, for compilers that run without a GPU."""
+"""Launch examples of all Triton kernels of the ragged ops, for compilation without a GPU."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from flexjag.launching import KernelCase, note_launches
 from flexjag.ops.register import OPERATORS
 
 SEGMENTS, TOKENS, QUERIES, LONG = 256, 65_536, 32, 512
-"""Sizes of the examples; only whether they are 1 or divisible by 16 shows in the code."""
+"""Sizes of the examples. Triton specializes only on a size being 1 or divisible by 16."""
 
 Make = Callable[..., Tensor]
 
 
 def list_kernels(features: int = 64, dtype: torch.dtype = torch.bfloat16) -> list[KernelCase]:
-    """Every kernel, for values of so many features: those of one operator after the other.
+    """Return a launch example of every distinct kernel, ordered by operator.
 
     Args:
-        features: D, and E for values that have another.
-        dtype: Of the values: float32, bfloat16 or float16.
+        features: D, also used for E.
+        dtype: Dtype of the values: float32, bfloat16 or float16.
 
     >>> [case.name for case in list_kernels() if "target" in case.op]
     ['target_forward', 'target_of_queries', 'target_of_keys']
@@ -40,7 +40,7 @@ def list_kernels(features: int = 64, dtype: torch.dtype = torch.bfloat16) -> lis
 
 
 def _examples(d: int, dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
-    """Arguments of every operator that has kernels, by its name and, after a comma, what is special about them."""
+    """Meta arguments of every operator with kernels, keyed by operator name and, after a comma, the variant."""
     s, t, m = SEGMENTS, TOKENS, QUERIES
     offsets = torch.empty(s + 1, dtype=torch.int64, device="meta")
     packed, padded = _empty(t, d, dtype=dtype), _empty(s, LONG, d, dtype=dtype)

@@ -1,8 +1,7 @@
 """Packed matrices: one ``n_s × m_s`` matrix per segment, flattened row by row and packed to ``[Σ n_s m_s]``.
 
-n_s is the number of rows, given by the offsets of a batch `rows`, and m_s the number of columns, given by `columns`.
-Scores of tokens against tokens have this form. The products are each other's gradients, so they differentiate any
-number of times.
+The offsets `rows` have the lengths n_s (numbers of rows), the offsets `columns` the lengths m_s (numbers of columns).
+Attention scores have this form. Each product is a gradient of the others, so all are differentiable to any order.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from flexjag.ops.softmax import curve_of_softmax, softmax_gradient
 
 
 def jagged_jagged_bmm_jagged_out(x: Jagged, y: Jagged, *, total: int | None = None) -> Jagged:
-    """``P_s = x_s y_sᵀ``: every token of x times every token of y in the same segment.
+    """Dot products of all pairs of tokens of x and y in the same segment: ``P_s = x_s y_sᵀ``.
 
     Args:
         x: ``[T_x, D]`` floating point.
@@ -34,8 +33,8 @@ def jagged_jagged_bmm_jagged_out(x: Jagged, y: Jagged, *, total: int | None = No
         ``[Σ n_s m_s]``, matrices of n_s rows (tokens of x) and m_s columns (tokens of y).
 
     Raises:
-        LayoutError: If an operand is no Jagged, or the numbers of segments differ.
-        ShapeError: If the operands do not fit.
+        LayoutError: If an operand is not a Jagged, or the numbers of segments differ.
+        ShapeError: If ranks, sizes, dtypes or devices of the operands do not match.
 
     >>> x = Jagged.from_lengths(torch.tensor([[1.0], [2.0], [3.0]]), [1, 2])
     >>> jagged_jagged_bmm_jagged_out(x, x).to_list()
@@ -54,19 +53,19 @@ def jagged_jagged_bmm_jagged_out(x: Jagged, y: Jagged, *, total: int | None = No
 
 
 def array_jagged_bmm(matrices: Jagged, y: Jagged, rows: Tensor | None = None) -> Jagged:
-    """``out_s = P_s y_s``: packed matrices times the tokens of their columns.
+    """Product of each packed matrix with its segment's tokens: ``out_s = P_s y_s``.
 
     Args:
         matrices: ``[Σ n_s m_s]`` floating point, as of :func:`jagged_jagged_bmm_jagged_out`.
-        y: ``[T_y, D]`` of the same dtype, its m_s tokens the columns.
+        y: ``[T_y, D]`` of the same dtype, m_s tokens per segment.
         rows: ``[S+1]``, the offsets of the rows and of the result. Default: those of `y`, for square matrices.
 
     Returns:
         ``[T_rows, D]`` with the offsets `rows`.
 
     Raises:
-        LayoutError: If an operand is no Jagged, or the matrices have not n_s m_s entries.
-        ShapeError: If the operands do not fit.
+        LayoutError: If an operand is not a Jagged, or a matrix does not have n_s m_s entries.
+        ShapeError: If ranks, sizes, dtypes or devices of the operands do not match.
 
     >>> y = Jagged.from_lengths(torch.tensor([[1.0], [2.0], [3.0]]), [1, 2])
     >>> array_jagged_bmm(jagged_jagged_bmm_jagged_out(y, y), y).values.tolist()
@@ -87,14 +86,14 @@ def jagged2_softmax(matrices: Jagged, rows: Tensor, columns: Tensor | None = Non
         matrices: ``[Σ n_s m_s]`` floating point.
         rows: ``[S+1]``, the offsets whose lengths are n_s.
         columns: ``[S+1]``, the offsets whose lengths are m_s. Default: `rows`, for square matrices.
-        dim: 1 to let every row sum to 1, 0 to let every column.
+        dim: 1 to normalize each row, 0 to normalize each column.
 
     Returns:
         ``[Σ n_s m_s]`` with the offsets of `matrices`.
 
     Raises:
-        LayoutError: If `matrices` is no Jagged, or its matrices have not n_s m_s entries.
-        ShapeError: If its values are not floating point, or `dim` is something else.
+        LayoutError: If `matrices` is not a Jagged, or one of its matrices does not have n_s m_s entries.
+        ShapeError: If its values are not floating point, or `dim` is neither 0 nor 1.
 
     >>> p = Jagged.from_lengths(torch.zeros(5), [1, 4])
     >>> jagged2_softmax(p, torch.tensor([0, 1, 3])).values.tolist()
@@ -108,7 +107,7 @@ def jagged2_softmax(matrices: Jagged, rows: Tensor, columns: Tensor | None = Non
 
 
 def matrix_offsets(rows: Tensor, columns: Tensor) -> Tensor:
-    """Of the packed matrices; int64, as squares of int32 lengths may not fit in int32."""
+    """Offsets ``[S+1]`` of the packed matrices, int64: products of int32 lengths may overflow int32."""
     return offsets_of((rows[1:] - rows[:-1]).long() * (columns[1:] - columns[:-1]).long())
 
 
@@ -119,7 +118,7 @@ def _check_segments(offsets: Tensor, name: str, other: Jagged, other_name: str) 
 
 
 def _check_matrices(matrices: Jagged, given: Tensor | None, name: str, default: Tensor, default_name: str) -> Tensor:
-    """Check both sides of the matrices against their sizes; returns the side that has a default."""
+    """Check the sizes of the matrices against both offsets, and return `given` or its default."""
     given = default if given is None else given
     for side, side_name in ((default, default_name), (given, name)):
         check_index(side, side_name, matrices.device)
@@ -136,14 +135,14 @@ def _check_matrices(matrices: Jagged, given: Tensor | None, name: str, default: 
 
 
 def _cut(values: Tensor, rows: list[int], columns: list[int]) -> Iterator[Tensor]:
-    """The matrices, one ``[n_s, m_s]`` view each."""
+    """Views ``[n_s, m_s]`` of the packed matrices."""
     sizes = [n * m for n, m in zip(rows, columns, strict=True)]
     return (p.view(n, m) for p, n, m in zip(cut(values, sizes), rows, columns, strict=True))
 
 
 @define("outer")
 def outer(left: Tensor, right: Tensor, rows: Tensor, columns: Tensor, total: int | None) -> Tensor:
-    """``[T_x, D]`` times transposed ``[T_y, D]``, per segment: ``[Σ n m]``."""
+    """Product per segment of ``[T_x, D]`` and transposed ``[T_y, D]``: ``[Σ n m]``."""
     n, m = lengths_of(rows, left.shape[0], "x.offsets"), lengths_of(columns, right.shape[0], "y.offsets")
     count = sum(a * b for a, b in zip(n, m, strict=True))
     if total is not None and total != count:
@@ -161,7 +160,7 @@ def _(left: Tensor, right: Tensor, rows: Tensor, columns: Tensor, total: int | N
 def times_packed(
     matrices: Tensor, values: Tensor, rows: Tensor, columns: Tensor, transpose: bool, total: int | None
 ) -> Tensor:
-    """Packed ``[Σ n m]`` times ``[T_y, D]``: ``[T_x, D]``. Transposed: times ``[T_x, D]``, to ``[T_y, D]``."""
+    """Product P y of packed ``[Σ n m]`` and ``[T_y, D]``, or if `transpose` Pᵀ y with y ``[T_x, D]``."""
     n, m = lengths_of(rows, None, "rows"), lengths_of(columns, None, "columns")
     inner, outer_ = (n, m) if transpose else (m, n)
     factors = (p.t() if transpose else p for p in _cut(matrices, n, m))
@@ -176,7 +175,7 @@ def _(matrices: Tensor, values: Tensor, rows: Tensor, columns: Tensor, transpose
 
 @define("matrix_softmax")
 def matrix_softmax(matrices: Tensor, rows: Tensor, columns: Tensor, dim: int) -> Tensor:
-    """Over dimension `dim` of every packed ``[n, m]`` matrix."""
+    """Softmax along dimension `dim` of every packed ``[n, m]`` matrix."""
     n, m = lengths_of(rows, None, "rows"), lengths_of(columns, None, "columns")
     softmax = partial(torch.softmax, dim=dim)
     return each(softmax, zip(_cut(matrices, n, m)), matrices, matrices.shape, lambda out: _cut(out, n, m))
@@ -189,7 +188,7 @@ def _(matrices: Tensor, rows: Tensor, columns: Tensor, dim: int) -> Tensor:
 
 @define("matrix_softmax_backward")
 def matrix_softmax_backward(grad: Tensor, out: Tensor, rows: Tensor, columns: Tensor, dim: int) -> Tensor:
-    """``y (g − Σ g y)`` along dimension `dim` of every matrix."""
+    """Gradient of :func:`matrix_softmax`: ``y (g − Σ g y)`` along dimension `dim` of every matrix."""
     n, m = lengths_of(rows, None), lengths_of(columns, None)
     segments = zip(_cut(grad.contiguous(), n, m), _cut(out, n, m), strict=True)
     return each(partial(softmax_gradient, dim=dim), segments, out, out.shape, lambda result: _cut(result, n, m))

@@ -1,4 +1,4 @@
-"""Normalization of jagged batches: per token, or over all of a segment."""
+"""Layer norm and RMS norm of jagged batches, with statistics per token or per segment."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from flexjag.ops.segment import add_up, spread
 def jagged_layer_norm(
     x: Jagged, weight: Tensor | None = None, bias: Tensor | None = None, *, eps: float = 1e-5, per: str = "token"
 ) -> Jagged:
-    """``(x − mean) / sqrt(variance + eps) · weight + bias``.
+    """Layer normalization: ``(x − mean) / sqrt(variance + eps) · weight + bias``.
 
     Args:
         x: ``[T, ...]`` floating point, with at least one feature dimension.
-        weight: As the features, ``x.values.shape[1:]``, of the dtype of `x`, or float32 beside half precision.
+        weight: ``x.values.shape[1:]``, in the dtype of `x`, or in float32 beside half precision.
         bias: Like `weight`; beside half precision each may have either dtype.
         eps: Added to the variance.
-        per: ``"token"`` for the statistics of each token's features, ``"segment"`` for those of all features of all
-            tokens of a segment together (the jagged layer norm of Helion's and TritonBench's examples).
+        per: ``"token"`` for statistics over each token's features, ``"segment"`` for statistics over all features
+            of all tokens of a segment (the jagged layer norm of Helion's and TritonBench's examples).
 
     Returns:
         ``[T, ...]`` with the offsets and dtype of `x`. Half precision is computed in float32, and the gradients of
-        `weight` and `bias`, each in its own dtype, are rounded once.
+        `weight` and `bias` are rounded once, to their own dtypes.
 
     Raises:
-        LayoutError: If `x` is no Jagged.
-        ShapeError: If `weight` or `bias` do not fit, or `per` is something else.
+        LayoutError: If `x` is not a Jagged.
+        ShapeError: If shape, dtype or device of `weight` or `bias` do not match, or `per` is neither of the two.
 
     >>> x = Jagged.from_lengths(torch.tensor([[1.0, 3.0], [5.0, 7.0]]), [2])
     >>> jagged_layer_norm(x, eps=0.0).values.tolist()
@@ -50,7 +50,7 @@ def jagged_layer_norm(
 
 
 def jagged_rms_norm(x: Jagged, weight: Tensor | None = None, *, eps: float = 1e-6, per: str = "token") -> Jagged:
-    """``x / sqrt(mean(x²) + eps) · weight``.
+    """Root mean square normalization: ``x / sqrt(mean(x²) + eps) · weight``.
 
     Args:
         x: ``[T, ...]`` floating point, with at least one feature dimension.
@@ -62,8 +62,8 @@ def jagged_rms_norm(x: Jagged, weight: Tensor | None = None, *, eps: float = 1e-
         ``[T, ...]`` with the offsets and dtype of `x`; half precision as for :func:`jagged_layer_norm`.
 
     Raises:
-        LayoutError: If `x` is no Jagged.
-        ShapeError: If `weight` does not fit, or `per` is something else.
+        LayoutError: If `x` is not a Jagged.
+        ShapeError: If shape, dtype or device of `weight` do not match, or `per` is neither of the two.
 
     >>> x = Jagged.from_lengths(torch.tensor([[1.0, 1.0], [7.0, 7.0]]), [2])
     >>> jagged_rms_norm(x, eps=0.0).values.tolist()
@@ -97,7 +97,7 @@ def _check(x: Jagged, per: str, **parameters: Tensor | None) -> tuple[int, ...]:
 def layer_norm(
     values: Tensor, features: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor:
-    """PyTorch's, in float32 for half precision: its CPU kernel adds the parameters' gradients up in half."""
+    """PyTorch's layer norm, in float32 for half precision: its CPU kernel sums parameter gradients in half."""
     return torch.nn.functional.layer_norm(wide(values), features, _wide(weight), _wide(bias), eps).to(values.dtype)
 
 
@@ -119,7 +119,7 @@ def _per_segment(x: Jagged, weight: Tensor | None, bias: Tensor | None, eps: flo
 
 @define("standardize")
 def standardize(values: Tensor, offsets: Tensor, eps: float, center: bool) -> tuple[Tensor, Tensor]:
-    """Each segment of ``[T, ...]`` less its mean (if `center`), times ``1 / sqrt(mean square + eps)``; also that."""
+    """Normalized segments ``[T, ...]``, centered if `center`, and ``1 / sqrt(mean square + eps)`` of each ``[S]``."""
     lengths = lengths_of(offsets, values.shape[0], "x.offsets")
     values = values.contiguous()
     out, factors = values.new_empty(values.shape), values.new_zeros((len(lengths),))
@@ -140,7 +140,7 @@ def _(values: Tensor, offsets: Tensor, eps: float, center: bool) -> tuple[Tensor
 
 @define("standardize_backward")
 def standardize_backward(grad: Tensor, out: Tensor, factors: Tensor, offsets: Tensor, center: bool) -> Tensor:
-    """``factor · (g − y mean(g y) − mean(g))`` per segment; the last term only if `center`."""
+    """Gradient of :func:`standardize`: ``factor · (g − y mean(g y) − mean(g))``, the last term only if `center`."""
     lengths = lengths_of(offsets, out.shape[0])
     grad, result = grad.contiguous(), out.new_empty(out.shape)
     for g, y, dx, factor in zip(*(cut(t, lengths) for t in (grad, out, result)), factors.unbind(0), strict=True):
@@ -168,7 +168,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 def _backward(ctx: Any, grad: Tensor | None, of_factors: Tensor | None) -> tuple[Tensor | None, ...]:
     out, factors, offsets = ctx.saved_tensors
     found = None if grad is None else standardize_backward(grad, out, factors, offsets, ctx.center)
-    if of_factors is not None:  # only second derivatives reach the factors, which change with x by −factor² y / n
+    if of_factors is not None:  # second derivatives only: ∂factor/∂x = −factor² y / n
         numbers = offsets.diff() * out.shape[1:].numel()
         rows = _rows(of_factors * factors.square() / numbers.clamp(min=1), offsets, out)
         found = -rows * out if found is None else found - rows * out
@@ -176,7 +176,7 @@ def _backward(ctx: Any, grad: Tensor | None, of_factors: Tensor | None) -> tuple
 
 
 def _rows(factors: Tensor, offsets: Tensor, like: Tensor) -> Tensor:
-    """One number per segment, for every token."""
+    """Per-segment numbers ``[S]`` repeated for every token, with the rank of `like`."""
     return spread(factors, offsets, like.shape[0]).view(-1, *[1] * (like.ndim - 1))
 
 

@@ -1,4 +1,4 @@
-"""How the plain-torch kernels see packed rows: as one view per segment, or as one index for all rows."""
+"""Access to packed rows for the plain-torch kernels: a view per segment, or one row index for the whole batch."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from torch import Tensor
 from flexjag.jagged import check_offsets
 
 SHORT = 32
-"""With fewer rows per segment, one index for all rows is faster than a call per segment (measured at 64 features)."""
+"""Mean rows per segment below which one index for all rows beats a call per segment (measured at 64 features)."""
 
 FEW = 8
-"""Up to so many segments, views and a call for each take less than the 12 µs that an index for all rows takes."""
+"""Segments up to which a view and a call for each take less than the 12 µs of an index for all rows."""
 
 SMALL = 2**14
-"""With fewer numbers, new tensors that are joined take less than views of the result that are written to."""
+"""Elements of a result below which concatenating new tensors is faster than writing to views of it."""
 
 
 def offsets_of(lengths: Tensor) -> Tensor:
-    """``[S+1]`` offsets of ``[S]`` lengths, in their dtype."""
+    """Offsets ``[S+1]`` of lengths ``[S]``, in their dtype."""
     return torch.constant_pad_nd(lengths.cumsum(0, dtype=lengths.dtype), (1, 0))
 
 
 def lengths_of(offsets: Tensor, total: int | None, name: str = "offsets") -> list[int]:
-    """The lengths of all segments on the host: a sync on a GPU, a few microseconds on a CPU.
+    """Return the segment lengths as a list: a sync on a GPU, a few microseconds on a CPU.
 
     Args:
         offsets: ``[S+1]``.
@@ -49,12 +49,12 @@ def lengths_of(offsets: Tensor, total: int | None, name: str = "offsets") -> lis
 
 
 def wide(values: Tensor) -> Tensor:
-    """Half precision (or less) as float32, in which sums are kept to be rounded once; any other dtype as it is."""
+    """Convert half precision (or less) to float32, so that sums are rounded once; keep other dtypes."""
     return values.float() if values.is_floating_point() and values.itemsize < 4 else values
 
 
 def cut(values: Tensor, lengths: list[int], dim: int = 0) -> tuple[Tensor, ...]:
-    """The segments of packed values, one view each, which autograd does not know as such: for kernels only."""
+    """Split packed values into one view per segment. Autograd does not track the views: for kernels only."""
     return values.unsafe_split_with_sizes(lengths, dim) if lengths else ()
 
 
@@ -65,15 +65,15 @@ def each(
     shape: tuple[int, ...],
     pieces: Callable[[Tensor], Iterable[Tensor]],
 ) -> Tensor:
-    """A result whose pieces ``fn(*given)`` makes one by one, all of them in the order of memory.
+    """Assemble a result from one call of `fn` per segment, in the order of memory.
 
     Args:
-        fn: Makes a piece, some rows of the result, and writes it to `out` if that is given. For a result of one
-            dimension it may make a matrix, which is flattened.
-        arguments: What `fn` gets, for each piece.
-        like: Has the dtype and device of the result.
-        shape: Of the result.
-        pieces: Cuts it.
+        fn: Returns one segment's rows of the result, or writes them to `out` if that is given. For a result of rank 1
+            it may return a matrix, which is flattened.
+        arguments: Positional arguments of each call.
+        like: Tensor with the dtype and device of the result.
+        shape: Shape of the result.
+        pieces: Splits a tensor of this shape into the views that the calls write to.
 
     >>> x = torch.arange(6.0).view(3, 2)
     >>> each(torch.square, zip(cut(x, [1, 2])), x, (3, 2), lambda out: cut(out, [1, 2])).tolist()
@@ -90,7 +90,7 @@ def each(
 
 
 def unknown_size(at_least: int = 0) -> int:
-    """In a fake kernel: a size that only the data tells. Such a size needs no guard, so no recompilation.
+    """Unbacked symbolic size of a fake kernel's data-dependent output. Without guards it causes no recompilation.
 
     ``ctx.new_dynamic_size()`` would refuse unless the user set ``capture_dynamic_output_shape_ops``, whose purpose is
     to keep *unexpected* data-dependent sizes out of graphs.
@@ -101,17 +101,17 @@ def unknown_size(at_least: int = 0) -> int:
 
 
 def is_few(lengths: list[int], numbers: int) -> bool:
-    """Whether a call per segment costs less than one index for all rows, for a result of so many numbers."""
+    """Whether a call per segment is faster than one index for all rows, for a result of `numbers` elements."""
     return 0 < len(lengths) <= FEW and numbers < SMALL
 
 
 def is_short(lengths: list[int], device: torch.device) -> bool:
-    """Whether to move all rows at once. Only on a CPU, where adding at repeated indices is deterministic."""
+    """Whether to move all rows by one index. CPU only, where addition at repeated indices is deterministic."""
     return sum(lengths) < SHORT * len(lengths) and device.type == "cpu"
 
 
 def row_index(starts: Tensor, offsets: Tensor, total: int) -> Tensor:
-    """``[total]`` int64: rows counted from ``starts[k]`` on for as long as segment k of `offsets`.
+    """Row indices ``[total]`` int64 of concatenated ranges: range k starts at ``starts[k]`` and has segment k's length.
 
     >>> row_index(torch.tensor([5, 0]), torch.tensor([0, 2, 5]), 5).tolist()
     [5, 6, 0, 1, 2]
@@ -123,5 +123,5 @@ def row_index(starts: Tensor, offsets: Tensor, total: int) -> Tensor:
 
 
 def padded_index(offsets: Tensor, size: int, total: int) -> Tensor:
-    """``[total]``: where each packed row stands among the flattened rows of ``[S, size, ...]``."""
+    """Index ``[total]`` of each packed row in the flattened rows of a padded ``[S, size, ...]``."""
     return row_index(torch.arange(offsets.shape[0] - 1, device=offsets.device) * size, offsets, total)

@@ -1,4 +1,4 @@
-"""Between packed and padded: ``[T, ...]`` and ``[S, N, ...]``."""
+"""Conversion between packed ``[T, ...]`` and padded ``[S, N, ...]``."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from flexjag.ops.register import define
 
 
 def jagged_to_padded_dense(x: Jagged, max_length: int | None = None, fill: float = 0.0) -> Tensor:
-    """Pad every segment to the same length.
+    """Pad or truncate every segment to the same length.
 
     Args:
         x: ``[T, ...]``, any dtype.
-        max_length: N. Longer segments are cut to their first N tokens. Default: the longest segment, which costs a
-            device sync on a GPU. A Python number is part of a compiled graph: a second value may compile a second one.
-        fill: What stands behind a segment's end.
+        max_length: N. Longer segments are truncated to their first N tokens. Default: the longest segment, which costs
+            a device sync on a GPU. A compiled graph specializes on a Python number: another value may recompile.
+        fill: Padding value.
 
     Returns:
-        ``[S, N, ...]``. Its gradient flows to the tokens that were kept; the others get 0.
+        ``[S, N, ...]``. Gradients flow to the tokens kept; truncated tokens get 0.
 
     Raises:
-        LayoutError: If `x` is no Jagged, or its offsets are found to be none.
+        LayoutError: If `x` is not a Jagged, or its offsets are invalid (checked on a CPU).
         ShapeError: If `max_length` is negative.
 
     >>> x = Jagged.from_lengths(torch.arange(1.0, 6.0), [2, 0, 3])
@@ -41,18 +41,18 @@ def jagged_to_padded_dense(x: Jagged, max_length: int | None = None, fill: float
 
 
 def dense_to_jagged(dense: Tensor, offsets: Tensor, *, total: int | None = None, allow_longer: bool = False) -> Jagged:
-    """Drop the padding: segment s gets the first ``offsets[s+1] - offsets[s]`` rows of ``dense[s]``.
+    """Remove the padding: segment s is the first ``offsets[s+1] - offsets[s]`` rows of ``dense[s]``.
 
     Args:
         dense: ``[S, N, ...]``, any dtype.
-        offsets: ``[S+1]`` of the result.
+        offsets: Offsets ``[S+1]`` of the result.
         total: ``offsets[-1]``, if known: saves a device sync.
-        allow_longer: Give zeros to tokens at positions from N on, as FBGEMM does. Otherwise they are an error where
-            the offsets can be looked at (on a CPU), and zeros elsewhere.
+        allow_longer: Fill tokens at positions from N on with zeros, as FBGEMM does. If False, they are an error on a
+            CPU, and zeros on a GPU, where offsets are not read.
 
     Raises:
-        LayoutError: If the offsets are no offsets, or a segment is longer than N.
-        ShapeError: If `dense` has not one row per segment.
+        LayoutError: If the offsets are invalid, or a segment is longer than N (both checked on a CPU).
+        ShapeError: If `dense` does not have one row per segment.
 
     >>> dense_to_jagged(torch.arange(6).view(2, 3), torch.tensor([0, 1, 3])).values.tolist()
     [0, 3, 4]
@@ -76,7 +76,7 @@ WITHOUT_INDEX_COPY = {
 
 @define("pad")
 def pad(values: Tensor, offsets: Tensor, max_length: int | None, fill: float) -> Tensor:
-    """``[T, ...]`` to ``[S, N, ...]``; N None for the longest."""
+    """Pad ``[T, ...]`` to ``[S, N, ...]``; N is the longest length if None."""
     lengths = lengths_of(offsets, values.shape[0])
     longest = max(lengths, default=0)
     size = longest if max_length is None else max_length
@@ -97,7 +97,7 @@ def _(values: Tensor, offsets: Tensor, max_length: int | None, fill: float) -> T
 
 
 def rows_of(dense: Tensor, lengths: list[int]) -> tuple[Tensor, ...]:
-    """The first rows of every segment of ``[S, N, ...]``, as many as it has tokens: one view each."""
+    """Views of the valid rows of ``[S, N, ...]``, one per segment."""
     size = dense.shape[1]
     parts = [part for n in (min(n, size) for n in lengths) for part in (n, size - n)]
     return cut(dense.flatten(0, 1), parts)[0::2]
@@ -105,7 +105,7 @@ def rows_of(dense: Tensor, lengths: list[int]) -> tuple[Tensor, ...]:
 
 @define("unpad")
 def unpad(dense: Tensor, offsets: Tensor, total: int | None, allow_longer: bool) -> Tensor:
-    """``[S, N, ...]`` to ``[T, ...]``, with zeros at positions from N on."""
+    """Unpad ``[S, N, ...]`` to ``[T, ...]``, with zeros at positions from N on."""
     lengths, size = lengths_of(offsets, total), dense.shape[1]
     longest = max(lengths, default=0)
     if longest > size and not allow_longer:

@@ -1,4 +1,4 @@
-"""Operators of ``torch.library`` that load no compiler, and mostly pass no dispatcher, when they are called eagerly."""
+"""Custom operators of ``torch.library`` that import no compiler, and in eager mode mostly bypass the dispatcher."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ Function = Callable[..., Any]
 LIBRARY = torch.library.Library("flexjag", "FRAGMENT")
 
 OPERATORS: dict[str, Operator[Any, Any]] = {}
-"""All that were defined, by name."""
+"""All defined operators, by name."""
 
 PLAIN = (Tensor, torch.nn.Parameter)
 
 
 class Operator(Generic[P, R]):
-    """A plain-torch kernel as the operator ``torch.ops.flexjag.<name>``, for all devices; with others for some.
+    """The operator ``torch.ops.flexjag.<name>``: a plain-torch kernel for all devices, optionally others for CUDA.
 
-    What ``torch.library.custom_op`` makes, but for two things. The first call of a kernel of that imports TorchDynamo,
-    which takes seconds. And its dispatcher and gradients cost some 5 and 20 µs a call, as much as a small batch takes:
-    so in eager mode, with CPU tensors and nothing that watches (a mode, a tracer, a profiler), the kernel is called
-    as it is, and its gradient formula by an ``autograd.Function``, which ``torch.func`` understands as well.
+    Equivalent to ``torch.library.custom_op`` with two differences. The first call of a custom op imports TorchDynamo,
+    which takes seconds; this does not. And its dispatcher and autograd cost about 5 and 20 µs a call, as much as a
+    small batch takes: in eager mode, with CPU tensors and no mode, tracer or profiler active, the kernel is called
+    directly, and its gradient formula by an ``autograd.Function``, which ``torch.func`` supports as well.
 
     >>> from flexjag.ops.segment import add_up
     >>> add_up.overload._schema
@@ -47,7 +47,7 @@ class Operator(Generic[P, R]):
         LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         LIBRARY.impl(name, _untraced(kernel), "CompositeExplicitAutograd")
         self.name, self.kernel = name, kernel
-        self.on_cpu: Function = kernel  # of plain tensors that nothing watches
+        self.on_cpu: Function = kernel  # called with plain CPU tensors if no mode, tracer or profiler is active
         self.formula: Any = None
         self.record: Any = None
         self.overload = getattr(torch.ops.flexjag, name).default
@@ -55,11 +55,11 @@ class Operator(Generic[P, R]):
         OPERATORS[name] = self
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        """Call the operator, as an entry of a graph if one is being traced."""
+        """Call the operator; while a graph is traced, record it as one node."""
         if torch.compiler.is_compiling() or kwargs:
             return self.overload(*args, **kwargs)
         if needs_plain_operations():
-            return self.formula.apply(*unwrap_dead_wrappers(tuple(_flat(args))))  # of transforms that have ended
+            return self.formula.apply(*unwrap_dead_wrappers(tuple(_flat(args))))  # of ended transforms
         if _is_watched() or not _are_plain(args):
             return self.overload(*args, **kwargs)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):  # pyright: ignore[reportPrivateUsage]
@@ -67,15 +67,15 @@ class Operator(Generic[P, R]):
         return self.on_cpu(*args)
 
     def register_fake(self, fake: Function) -> Function:
-        """A decorator: the shapes of the results, without data."""
+        """Register the fake kernel, which computes shapes only; usable as a decorator."""
         torch.library.register_fake(f"flexjag::{self.name}", fake, lib=LIBRARY)
         return fake
 
     def register_kernel(self, module: str) -> None:
-        """Let the function of this name in `module` run the operator on CUDA tensors.
+        """Register the function of the operator's name in `module` as the CUDA kernel.
 
-        The module is imported with the first such tensor. Where Triton is missing, or the function answers
-        NotImplemented as it has no kernel for a dtype, the plain kernel runs.
+        The module is imported on the first CUDA call. If Triton is missing, or the function returns NotImplemented
+        because it has no kernel for a dtype, the plain kernel runs.
         """
 
         def launch(*args: Any, **kwargs: Any) -> Any:
@@ -95,13 +95,13 @@ class Operator(Generic[P, R]):
         LIBRARY.impl(self.name, _untraced(run), "CUDA")
 
     def register_autograd(self, backward: Function, *, setup_context: Function) -> None:
-        """The gradient formula; see ``torch.library.register_autograd``.
+        """Register the gradient formula; see ``torch.library.register_autograd``.
 
-        All derivatives follow from it: it is made of operators that have formulas themselves, and linear in the
-        gradients that it is given, so its transpose is the forward mode.
+        Derivatives of all orders follow from it: it is composed of differentiable operators, and it is linear in the
+        output gradients, so that its transpose gives forward mode.
         """
         self.formula = _make_function(self, backward, setup_context)
-        # Function.apply asks after transforms, of which there are none, and binds defaults, which takes 10 µs.
+        # Function.apply also checks for transforms (none are active here) and binds defaults, which takes 10 µs.
         self.record = record = super(torch.autograd.Function, self.formula).apply  # pyright: ignore[reportAttributeAccessIssue]
 
         def differentiate(*args: Any) -> Any:
@@ -113,21 +113,21 @@ class Operator(Generic[P, R]):
         LIBRARY.impl(self.name, differentiate, "Autograd")
 
     def run(self, args: Sequence[Any]) -> Any:
-        """Without gradients and transforms."""
+        """Run the operator below autograd, without gradients and transforms."""
         run = self.on_cpu if not _is_watched() and _are_plain(args) else self.overload
         with torch._C._AutoDispatchBelowAutograd():  # pyright: ignore[reportPrivateUsage]
             return run(*args)
 
 
 def define(name: str) -> Callable[[Callable[P, R]], Operator[P, R]]:
-    """A decorator that makes an operator of an annotated plain-torch kernel."""
+    """Decorator that defines an operator by an annotated plain-torch kernel."""
     return lambda kernel: Operator(name, kernel)
 
 
 def interpret_kernels() -> None:
-    """Send CPU tensors to the Triton kernels as well, never to the plain ones.
+    """Run the Triton kernels on CPU tensors as well, instead of the plain kernels.
 
-    For a process that was started with TRITON_INTERPRET=1; nothing undoes it.
+    For a process started with TRITON_INTERPRET=1; it cannot be undone.
     """
     for op in OPERATORS.values():
         if op.launcher is not None:
@@ -136,7 +136,7 @@ def interpret_kernels() -> None:
 
 
 def _make_function(op: Operator[Any, Any], backward: Function, setup_context: Function) -> Any:
-    """The gradient formula where no dispatcher is asked. Lists of tensors are flat here; their number comes last."""
+    """Make an operator's ``autograd.Function``. Lists of tensors are flattened; the last argument is their number."""
 
     class Formula(torch.autograd.Function):
         @staticmethod
@@ -182,11 +182,11 @@ def _make_function(op: Operator[Any, Any], backward: Function, setup_context: Fu
                 return torch.stack(found), 0
             return tuple(torch.stack(parts) for parts in zip(*found, strict=True)), (0,) * len(found[0])
 
-    return type(op.name, (Formula,), {})  # whose name the nodes of graphs have
+    return type(op.name, (Formula,), {})  # autograd names its graph nodes after the class
 
 
 class _Seen:
-    """A context as a gradient formula sees it, asked for the gradients that a forward mode needs."""
+    """A backward context with other `needs_input_grad`: those of the inputs with tangents, for forward mode."""
 
     def __init__(self, ctx: Any, needs_input_grad: list[bool]) -> None:
         self._ctx = ctx
@@ -210,7 +210,7 @@ def _nested(args: Sequence[Any]) -> Sequence[Any]:
 
 
 def _are_plain(args: Sequence[Any]) -> bool:
-    """Whether all tensors are no subclass, on a CPU, and not left over from a transform that has ended."""
+    """Whether all tensors are on a CPU and neither subclasses nor wrappers left by a transform that has ended."""
     for x in args:
         if isinstance(x, Tensor):
             if type(x) not in PLAIN or not x.is_cpu or is_functorch_wrapped_tensor(x):
@@ -221,7 +221,7 @@ def _are_plain(args: Sequence[Any]) -> bool:
 
 
 def _is_watched() -> bool:
-    """Whether something wants to see the call: a mode, a tracer, Dynamo's evaluation of frames, or a profiler."""
+    """Whether a mode, a tracer, Dynamo's frame evaluation or a profiler is active and must see the call."""
     c = torch._C  # pyright: ignore[reportPrivateUsage]
     return (
         c._len_torch_dispatch_stack() > 0
@@ -233,12 +233,12 @@ def _is_watched() -> bool:
 
 
 def _is_traced() -> bool:
-    """Whether Dynamo looks at every Python frame that is called, to compile it."""
+    """Whether Dynamo's frame evaluation is active."""
     return get_eval_frame_callback() is not None
 
 
 def _untraced(kernel: Function) -> Function:
-    """The kernel, hidden from TorchDynamo if that is in use: its loops must not be traced."""
+    """Wrap a kernel so that TorchDynamo does not trace its loops."""
     hidden: list[Function] = []
 
     def call(*args: Any, **kwargs: Any) -> Any:

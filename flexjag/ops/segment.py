@@ -1,4 +1,4 @@
-"""Reductions of each segment to one row, and the way back."""
+"""Reductions of each segment to one row, and the broadcast of one row per segment to its tokens."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from flexjag.ops.packed import cut, is_short, lengths_of, wide
 from flexjag.ops.register import define
 
 SEQUENTIAL = 1024
-"""The longest segment whose tokens may be added up one after the other: the rounding error grows with their number."""
+"""Longest segment that is summed sequentially, as the rounding error of that grows with the length."""
 
 
 def segment_sum(x: Jagged) -> Tensor:
-    """The sum of each segment's tokens.
+    """Sum over each segment's tokens.
 
     Args:
         x: ``[T, ...]``.
@@ -28,7 +28,7 @@ def segment_sum(x: Jagged) -> Tensor:
         ``[S, ...]`` of the same dtype, 0 for an empty segment.
 
     Raises:
-        LayoutError: If `x` is no Jagged, or its offsets are found to be none.
+        LayoutError: If `x` is not a Jagged, or its offsets are invalid (checked on a CPU).
 
     >>> segment_sum(Jagged.from_lengths(torch.tensor([1.0, 2.0, 3.0]), [1, 0, 2])).tolist()
     [1.0, 0.0, 5.0]
@@ -39,7 +39,7 @@ def segment_sum(x: Jagged) -> Tensor:
 
 
 def segment_mean(x: Jagged) -> Tensor:
-    """The mean of each segment's tokens.
+    """Mean over each segment's tokens.
 
     Args:
         x: ``[T, ...]`` floating point.
@@ -48,30 +48,30 @@ def segment_mean(x: Jagged) -> Tensor:
         ``[S, ...]``, 0 for an empty segment.
 
     Raises:
-        LayoutError: If `x` is no Jagged, or its offsets are found to be none.
+        LayoutError: If `x` is not a Jagged, or its offsets are invalid (checked on a CPU).
         ShapeError: If its values are not floating point.
 
     >>> segment_mean(Jagged.from_lengths(torch.tensor([1.0, 2.0, 3.0]), [1, 0, 2])).tolist()
     [1.0, 0.0, 2.5]
     """
     check_jagged(x, "x", floating=True)
-    total = add_up(wide(x.values), x.offsets)  # a sum may overflow where its mean does not
+    total = add_up(wide(x.values), x.offsets)  # in half precision a sum may overflow where its mean does not
     count = x.lengths.clamp(min=1).view(-1, *[1] * (total.ndim - 1))
     return (total / count).to(x.dtype)
 
 
 def segment_max(x: Jagged, fill: float = 0.0) -> Tensor:
-    """The largest of each segment's tokens, every feature for itself.
+    """Maximum over each segment's tokens, per feature.
 
     Args:
         x: ``[T, ...]``.
         fill: The result for an empty segment.
 
     Returns:
-        ``[S, ...]``. Equally large tokens share the gradient evenly. NaN wins, as in ``torch.amax``.
+        ``[S, ...]``. The gradient is divided evenly among equal maxima. NaN is propagated, as in ``torch.amax``.
 
     Raises:
-        LayoutError: If `x` is no Jagged, or its offsets are found to be none.
+        LayoutError: If `x` is not a Jagged, or its offsets are invalid (checked on a CPU).
 
     >>> segment_max(Jagged.from_lengths(torch.tensor([1.0, 2.0, 3.0]), [1, 0, 2])).tolist()
     [1.0, 0.0, 3.0]
@@ -82,17 +82,17 @@ def segment_max(x: Jagged, fill: float = 0.0) -> Tensor:
 
 
 def segment_min(x: Jagged, fill: float = 0.0) -> Tensor:
-    """The smallest of each segment's tokens, every feature for itself.
+    """Minimum over each segment's tokens, per feature.
 
     Args:
         x: ``[T, ...]``.
         fill: The result for an empty segment.
 
     Returns:
-        ``[S, ...]``. Equally small tokens share the gradient evenly. NaN wins, as in ``torch.amin``.
+        ``[S, ...]``. The gradient is divided evenly among equal minima. NaN is propagated, as in ``torch.amin``.
 
     Raises:
-        LayoutError: If `x` is no Jagged, or its offsets are found to be none.
+        LayoutError: If `x` is not a Jagged, or its offsets are invalid (checked on a CPU).
 
     >>> segment_min(Jagged.from_lengths(torch.tensor([1.0, 2.0, 3.0]), [1, 0, 2])).tolist()
     [1.0, 0.0, 2.0]
@@ -103,7 +103,7 @@ def segment_min(x: Jagged, fill: float = 0.0) -> Tensor:
 
 
 def segment_broadcast(rows: Tensor, x: Jagged) -> Jagged:
-    """Give every token its segment's row: the transpose of :func:`segment_sum`.
+    """Repeat one row per segment for each of its tokens: the transpose of :func:`segment_sum`.
 
     Args:
         rows: ``[S, ...]``, any dtype.
@@ -111,11 +111,11 @@ def segment_broadcast(rows: Tensor, x: Jagged) -> Jagged:
 
     Returns:
         ``[T, ...]`` of the dtype of `rows`, with the offsets of `x`. The gradient of a row is the sum over its
-        segment's tokens, 0 for an empty segment; of half precision it is kept in float32 and rounded once.
+        segment's tokens, 0 for an empty segment; in half precision it is summed in float32 and rounded once.
 
     Raises:
-        LayoutError: If `x` is no Jagged, or its offsets are found to be none.
-        ShapeError: If `rows` has not one row per segment, or is on another device.
+        LayoutError: If `x` is not a Jagged, or its offsets are invalid (checked on a CPU).
+        ShapeError: If `rows` does not have one row per segment, or is on another device.
 
     >>> x = Jagged.from_lengths(torch.zeros(3), [1, 0, 2])
     >>> segment_broadcast(torch.tensor([7.0, 8.0, 9.0]), x).values.tolist()
@@ -135,7 +135,7 @@ def segment_broadcast(rows: Tensor, x: Jagged) -> Jagged:
 
 @define("add_up")
 def add_up(values: Tensor, offsets: Tensor) -> Tensor:
-    """``[T, ...]`` to ``[S, ...]``."""
+    """Sum over each segment: ``[T, ...]`` to ``[S, ...]``."""
     lengths = lengths_of(offsets, values.shape[0], "x.offsets")
     bags = values.dtype in (torch.float32, torch.bfloat16, torch.float16) and values.device.type == "cpu"
     if bags and values.numel() and max(lengths) <= SEQUENTIAL:  # vectorized, and one call for all segments
@@ -156,8 +156,8 @@ def _(values: Tensor, offsets: Tensor) -> Tensor:
 
 @define("spread")
 def spread(rows: Tensor, offsets: Tensor, total: int) -> Tensor:
-    """``[S, ...]`` to ``[T, ...]``: every token gets its segment's row."""
-    lengths_of(offsets, total, "x.offsets")  # which says what is wrong with them
+    """Broadcast ``[S, ...]`` to ``[T, ...]``: each token gets its segment's row."""
+    lengths_of(offsets, total, "x.offsets")  # raises LayoutError
     return rows.index_select(0, segment_ids(offsets, total)) if total else rows.new_empty((0, *rows.shape[1:]))
 
 
@@ -168,7 +168,7 @@ def _(rows: Tensor, offsets: Tensor, total: int) -> Tensor:
 
 @define("extreme")
 def extreme(values: Tensor, offsets: Tensor, largest: bool, fill: float) -> Tensor:
-    """The largest or smallest of ``[T, ...]``: ``[S, ...]``."""
+    """Maximum or minimum over each segment: ``[T, ...]`` to ``[S, ...]``."""
     lengths = lengths_of(offsets, values.shape[0], "x.offsets")
     if is_short(lengths, values.device) and values.is_floating_point():
         found = torch.segment_reduce(values.contiguous(), "max" if largest else "min", offsets=offsets, unsafe=True)
@@ -193,12 +193,12 @@ def _(values: Tensor, offsets: Tensor, largest: bool, fill: float) -> Tensor:
 
 @define("extreme_backward")
 def extreme_backward(grad: Tensor, values: Tensor, out: Tensor, offsets: Tensor) -> Tensor:
-    """The gradient of each segment's row, divided among the tokens equal to it."""
+    """Gradient of :func:`extreme`: that of each segment's row, divided among the tokens equal to it."""
     lengths = lengths_of(offsets, values.shape[0])
     if is_short(lengths, values.device):
         rows = spread(out, offsets, values.shape[0])
         hit = (values == rows) | (values.isnan() & rows.isnan())
-        share = (grad / add_up(hit.float(), offsets)).to(values.dtype)  # half precision cannot count far
+        share = (grad / add_up(hit.float(), offsets)).to(values.dtype)  # bfloat16 counts exactly up to 256
         return spread(share, offsets, values.shape[0]) * hit
     result = values.new_empty(values.shape)
     parts = cut(values, lengths), cut(result, lengths), grad.unbind(0), out.unbind(0)

@@ -1,4 +1,4 @@
-"""Segments chosen, joined and split: all of them copies of ranges of packed rows."""
+"""Selection, concatenation and splitting of segments, as copies of ranges of packed rows."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from flexjag.padding import BITS
 
 
 def jagged_index_select(x: Jagged, indices: Tensor, *, total: int | None = None) -> Jagged:
-    """The segments with the given indices, in that order; an index may repeat.
+    """Select segments by index, in the given order; an index may repeat.
 
     Args:
         x: ``[T, ...]``, any dtype.
-        indices: ``[K]`` int32 or int64, from 0 to S - 1. Checked where they can be looked at (on a CPU).
+        indices: ``[K]`` int32 or int64, from 0 to S - 1 (checked on a CPU).
         total: The number of tokens of the result, if known: saves a device sync.
 
     Returns:
-        K segments. The gradients of a repeated segment are added up in the order of `indices`.
+        K segments. The gradients of a repeated segment are summed in the order of `indices`.
 
     Raises:
-        LayoutError: If `x` is no Jagged, `indices` are no indices or out of range, or `total` is wrong.
+        LayoutError: If `x` is not a Jagged, `indices` are not 1-D integers or out of range, or `total` is wrong.
 
     >>> x = Jagged.from_list([torch.tensor([1, 2]), torch.tensor([3])])
     >>> jagged_index_select(x, torch.tensor([1, 0, 1])).to_list()
@@ -45,14 +45,14 @@ def jagged_index_select(x: Jagged, indices: Tensor, *, total: int | None = None)
         if low < 0 or high >= x.num_segments:
             seen = {"smallest": low, "largest": high, "segments": x.num_segments}
             raise LayoutError(explain_values("indices", "must be from 0 to S - 1", **seen))
-    # Of all S+1 offsets: a slice of S would make S = 1 a graph of its own.
+    # Index all S+1 offsets: a slice of size S would specialize the graph on S = 1.
     starts = x.offsets.index_select(0, indices)
     offsets = offsets_of(x.offsets.index_select(0, indices + 1) - starts)
     return Jagged(take(x.values, starts, offsets, total), offsets)
 
 
 def jagged_concat(batches: Sequence[Jagged]) -> Jagged:
-    """Join batches segment by segment: ``out_s`` is ``batches[0]_s``, then ``batches[1]_s``, and so on.
+    """Concatenate the s-th segments of all batches: ``out_s = cat([x_s for x in batches])``.
 
     Args:
         batches: At least one, each ``[T_i, ...]``, with the same number of segments, feature shape and dtype.
@@ -61,7 +61,7 @@ def jagged_concat(batches: Sequence[Jagged]) -> Jagged:
         ``[Σ T_i, ...]``.
 
     Raises:
-        LayoutError: If there is no batch, one is no Jagged, or the numbers of segments differ.
+        LayoutError: If `batches` is empty, an entry is not a Jagged, or the numbers of segments differ.
         ShapeError: If feature shapes, dtypes or devices differ.
 
     >>> a = Jagged.from_lengths(torch.tensor([1, 2, 3]), [2, 1])
@@ -91,20 +91,20 @@ def jagged_concat(batches: Sequence[Jagged]) -> Jagged:
 def jagged_split(
     x: Jagged, lengths: Sequence[Tensor | int], *, totals: Sequence[int] | None = None
 ) -> tuple[Jagged, ...]:
-    """Cut every segment into pieces, the reverse of :func:`jagged_concat`.
+    """Split every segment into consecutive parts, the inverse of :func:`jagged_concat`.
 
     Args:
         x: ``[T, ...]``, any dtype.
-        lengths: The length of each piece but the last, which takes the rest: a tensor ``[S]``, or a number for all
-            segments, of which shorter ones give what they have.
-        totals: The number of tokens of each piece but the last, if known: saves device syncs.
+        lengths: The length of each part but the last, which is the remainder: a tensor ``[S]``, or one number for all
+            segments, truncated for segments that are shorter.
+        totals: The number of tokens of each part but the last, if known: saves device syncs.
 
     Returns:
         ``len(lengths) + 1`` batches of S segments.
 
     Raises:
-        LayoutError: If `x` is no Jagged, or lengths are no lengths or, where they can be looked at (on a CPU),
-            negative or more than what is left of a segment.
+        LayoutError: If `x` is not a Jagged, or a length is not an integer or, checked on a CPU, is negative or exceeds
+            the remainder of a segment.
 
     >>> x = Jagged.from_lengths(torch.arange(5), [2, 3])
     >>> [piece.to_list() for piece in jagged_split(x, [torch.tensor([0, 2])])]
@@ -130,7 +130,7 @@ def jagged_split(
 
 
 def _piece(x: Jagged, name: str, given: Tensor | int, left: Tensor) -> Tensor:
-    """The lengths of a piece, given what is left of each segment."""
+    """Lengths ``[S]`` of one part, at most the remaining lengths `left`."""
     if isinstance(given, int):
         if given < 0:
             raise LayoutError(explain_values(name, "must not be negative", **{name: given}))
@@ -151,9 +151,9 @@ def _piece(x: Jagged, name: str, given: Tensor | int, left: Tensor) -> Tensor:
 
 @define("take")
 def take(values: Tensor, starts: Tensor, offsets: Tensor, total: int | None) -> Tensor:
-    """Ranges of rows, packed: range k starts at ``starts[k]`` and is as long as segment k of `offsets`.
+    """Gather ranges of rows: range k starts at ``starts[k]`` and has the length of segment k of `offsets`.
 
-    `starts` may have a last entry that is not used.
+    `starts` may have an unused last entry.
     """
     lengths = lengths_of(offsets, None)
     count = sum(lengths)
@@ -172,7 +172,7 @@ def _(values: Tensor, starts: Tensor, offsets: Tensor, total: int | None) -> Ten
 
 @define("put")
 def put(pieces: Tensor, starts: Tensor, offsets: Tensor, rows: int) -> Tensor:
-    """The transpose of `take`: ranges added up in order, in `rows` rows that are 0 elsewhere."""
+    """Transpose of :func:`take`: add the ranges, in order, to a zero tensor of `rows` rows."""
     lengths, terms = lengths_of(offsets, pieces.shape[0]), wide(pieces)
     out = terms.new_zeros((rows, *pieces.shape[1:]))
     if is_short(lengths, pieces.device) and not is_few(lengths, pieces.numel()):
@@ -190,7 +190,7 @@ def _(pieces: Tensor, starts: Tensor, offsets: Tensor, rows: int) -> Tensor:
 
 @define("interleave")
 def interleave(values: Sequence[Tensor], offsets: Sequence[Tensor]) -> Tensor:
-    """Batches joined segment by segment."""
+    """Concatenate the s-th segments of all batches."""
     pairs = list(zip(values, offsets, strict=True))
     lengths = [lengths_of(o, v.shape[0], f"batches[{i}].offsets") for i, (v, o) in enumerate(pairs)]
     rows, everything = sum(v.shape[0] for v in values), [n for own in lengths for n in own]
@@ -211,7 +211,7 @@ def _(values: Sequence[Tensor], offsets: Sequence[Tensor]) -> Tensor:
 
 
 def joined_starts(offsets: Sequence[Tensor]) -> list[Tensor]:
-    """Where the segments of each batch begin once they are joined; with a last entry that is not used."""
+    """Starts of each batch's segments in the concatenated rows, one tensor per batch, with an unused last entry."""
     starts = [sum(offsets[1:], offsets[0])]
     for own in offsets[:-1]:
         starts.append(starts[-1] + torch.constant_pad_nd(own.diff(), (0, 1)))

@@ -16,16 +16,16 @@ from flexjag.ops.register import define
 
 
 def jagged_softmax(x: Jagged) -> Jagged:
-    """Softmax over the tokens of each segment, every feature for itself.
+    """Softmax over the tokens of each segment, per feature.
 
     Args:
         x: ``[T, ...]`` floating point.
 
     Returns:
-        ``[T, ...]`` with the offsets of `x`: y. Its gradient is y ⊙ (g − Σ_segment g y).
+        y ``[T, ...]`` with the offsets of `x`. The gradient is y ⊙ (g − Σ_segment g y).
 
     Raises:
-        LayoutError: If `x` is no Jagged, or its offsets are found to be none.
+        LayoutError: If `x` is not a Jagged, or its offsets are invalid (checked on a CPU).
         ShapeError: If its values are not floating point.
 
     >>> x = Jagged.from_lengths(torch.tensor([7.0, 1.0, 1.0]), [1, 2])
@@ -38,7 +38,7 @@ def jagged_softmax(x: Jagged) -> Jagged:
 
 @define("segment_softmax")
 def segment_softmax(values: Tensor, offsets: Tensor) -> Tensor:
-    """Over dimension 0 of each segment of ``[T, ...]``."""
+    """Softmax along dimension 0 of each segment of ``[T, ...]``."""
     lengths = lengths_of(offsets, values.shape[0], "x.offsets")
     softmax = partial(torch.softmax, dim=0)
     return each(softmax, zip(cut(values, lengths)), values, values.shape, lambda out: cut(out, lengths))
@@ -51,14 +51,14 @@ def _(values: Tensor, offsets: Tensor) -> Tensor:
 
 @define("segment_softmax_backward")
 def segment_softmax_backward(grad: Tensor, out: Tensor, offsets: Tensor) -> Tensor:
-    """``y (g − Σ g y)`` per segment and feature."""
+    """Gradient of :func:`segment_softmax`: ``y (g − Σ g y)`` per segment and feature."""
     lengths = lengths_of(offsets, out.shape[0])
     segments = zip(cut(grad, lengths), cut(out, lengths), strict=True)
     return each(partial(softmax_gradient, dim=0), segments, out, out.shape, lambda result: cut(result, lengths))
 
 
 def softmax_gradient(grad: Tensor, y: Tensor, dim: int, out: Tensor | None = None) -> Tensor:
-    """``y (g − Σ g y)`` along one dimension, by PyTorch's kernel."""
+    """Gradient of a softmax along one dimension, ``y (g − Σ g y)``, by PyTorch's kernel."""
     return torch._softmax_backward_data(  # pyright: ignore[reportPrivateImportUsage]
         grad, y, dim, y.dtype, grad_input=out
     )
@@ -79,7 +79,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def curve_of_softmax(backward: Callable[[Tensor, Tensor], Tensor], grad: Tensor, out: Tensor, above: Tensor) -> Any:
-    """The gradients of ``backward(grad, out)``, which is ``out (grad − Σ grad out)``, for `grad` and for `out`."""
+    """Second-order gradients: those of ``backward(grad, out) = out (grad − Σ grad out)`` for `grad` and `out`."""
 
     def sums(x: Tensor) -> Tensor:
         return x - backward(x, torch.ones_like(x))

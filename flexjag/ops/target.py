@@ -1,4 +1,4 @@
-"""Target attention: a few dense queries per segment against its jagged keys, with a trainable bias."""
+"""Target attention: a few dense queries per segment attend to its jagged keys, with a trainable bias."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ from flexjag.ops.register import define
 def jagged_dense_attention(
     query: Tensor, key: Jagged, value: Jagged, bias: Tensor | None = None, *, scale: float = 1.0
 ) -> Tensor:
-    """``out[s, m] = Σ_i softmax_i(scale · query[s, m] · key[s, i] + bias[s, i, m]) value[s, i]``.
+    """Target attention: ``out[s, m] = Σ_i softmax_i(scale · query[s, m] · key[s, i] + bias[s, i, m]) value[s, i]``.
 
-    The target attention of Jagged Flash Attention (arXiv 2409.15373), whose ``K[B, D, T]`` is the transposed `query`
-    here and whose Q is `key`. Nothing of size T × M outlives a segment: the backward computes the weights again.
+    As in Jagged Flash Attention (arXiv 2409.15373), whose ``K[B, D, T]`` is the transposed `query`
+    here and whose Q is `key`. No T × M tensor is stored: the backward recomputes the weights segment by segment.
 
     Args:
-        query: ``[S, M, D]``, M queries per segment. Given to a compiled function, S is best marked as varying, by
-            ``torch._dynamo.maybe_mark_dynamic(query, 0)``: else the second S compiles once more.
+        query: ``[S, M, D]``, M queries per segment. For a compiled function, mark S as dynamic by
+            ``torch._dynamo.maybe_mark_dynamic(query, 0)``: otherwise a second S recompiles once.
         key: ``[T, D]`` of the same dtype.
         value: ``[T, E]`` with the offsets of `key`.
-        bias: ``[S, N, M]`` with N at least the longest segment; positions behind a segment's end are not read, and
-            their gradient is 0.
-        scale: Of the scores; 1, not 1/√D, as in the paper.
+        bias: ``[S, N, M]`` with N at least the longest segment; positions behind a segment's end are not read and get
+            gradient 0.
+        scale: Factor on query · key. Default 1, as in the paper, not 1/√D.
 
     Returns:
         ``[S, M, E]``, 0 for an empty segment.
 
     Raises:
-        LayoutError: If `key` or `value` is no Jagged, they are cut differently, or a segment is longer than N. The last
-            is checked where the offsets can be looked at (on a CPU).
-        ShapeError: If the operands do not fit.
+        LayoutError: If `key` or `value` is not a Jagged, their offsets differ, or a segment is longer than N
+            (checked on a CPU).
+        ShapeError: If ranks, sizes, dtypes or devices of the operands do not match.
 
     >>> key = Jagged.from_lengths(torch.zeros(3, 1), [1, 2])
     >>> value = key.with_values(torch.tensor([[1.0], [2.0], [4.0]]))
@@ -70,7 +70,7 @@ def _check_bias(bias: Tensor | None, lengths: list[int]) -> None:
 
 
 def _scores(q: Tensor, k: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """``[M, n]`` of scaled queries, in `dtype`."""
+    """Scores ``[M, n]`` of one segment in `dtype`; `q` is already scaled."""
     scores = torch.mm(k, q.t()) if bias is None else torch.addmm(bias[: k.shape[0]], k, q.t())
     return scores.t().to(dtype, memory_format=torch.contiguous_format)
 
@@ -79,12 +79,12 @@ def _scores(q: Tensor, k: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Te
 def target(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, offsets: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """The output ``[S, M, E]`` and the log-sum-exp of the scores ``[S, M]``, in float32 for half precision."""
+    """Output ``[S, M, E]`` and log-sum-exp of the scores ``[S, M]``, the latter in float32 for half precision."""
     lengths = lengths_of(offsets, key.shape[0], "key.offsets")
     _check_bias(bias, lengths)
     out = query.new_zeros((*query.shape[:2], value.shape[1]))
-    top = query.new_full(query.shape[:2], -torch.inf, dtype=_wide(query.dtype))  # the largest score
-    share = torch.ones_like(top)  # and its weight: never 0, so their logarithms give the log-sum-exp
+    top = query.new_full(query.shape[:2], -torch.inf, dtype=_wide(query.dtype))  # the largest score of each query
+    share = torch.ones_like(top)  # its softmax weight, never 0: lse = top - log(share)
     biases = [None] * len(lengths) if bias is None else bias.unbind(0)
     dense = (t.unbind(0) for t in (query * scale, out, top, share))
     for q, o, t, w, k, v, b in zip(*dense, cut(key, lengths), cut(value, lengths), biases, strict=True):
@@ -117,7 +117,7 @@ def target_backward(
     offsets: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of query, key, value and bias; the last is empty without a bias."""
+    """Gradients of query, key, value and bias; that of the bias is empty if there is none."""
     lengths = lengths_of(offsets, key.shape[0])
     results = [t.new_empty(t.shape) for t in (query, key, value)]
     of_bias = query.new_empty((0,) if bias is None else bias.shape)
@@ -177,7 +177,7 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _composed(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, offsets: Tensor, scale: float) -> Tensor:
-    """The output of `target` by operators that differentiate any number of times, through all scores at once."""
+    """Output of :func:`target` by operators differentiable to any order; holds all T × M scores at once."""
     segments, queries, _ = query.shape
     columns = torch.arange(segments + 1, device=offsets.device, dtype=offsets.dtype) * queries
     scores = outer(key, (query * scale).flatten(0, 1), offsets, columns, key.shape[0] * queries)

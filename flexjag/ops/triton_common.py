@@ -1,11 +1,11 @@
-"""What the Triton kernels share: how a program finds its segment, and how it is launched.
+"""Segment lookup and launch helpers shared by the Triton kernels.
 
-No grid needs a device sync. A kernel that walks packed rows in tiles gets ``T // BLOCK + S`` programs, with T rows and
+No grid size needs a device sync. A kernel over tiles of packed rows has ``T // BLOCK + S`` programs for T rows and
 S segments: program ``offsets[s] // BLOCK + s`` has the first tile of segment s, so that no tile holds rows of two
-segments and at most S programs have nothing to do.
+segments and at most S programs are idle.
 
-Sums are kept in float32, in an order that only shapes decide, and every entry is written by one program: results are
-bitwise the same every time.
+Sums are accumulated in float32, in an order fixed by the shapes, and every entry is written by one program: results
+are bitwise reproducible.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ __all__ = [
 ]
 
 LIMIT = 2**31 - 2**16
-"""Rows that can be counted in 32 bits, with some to spare for a last tile."""
+"""Largest number of rows addressed by 32-bit indices, with a margin for the last tile."""
 
 jit: Any = triton.jit
-"""As :func:`triton.jit`, whose type says that kernels never return."""
+""":func:`triton.jit`, untyped, because its annotation says that kernels never return."""
 
 TILE = 4096
-"""Entries of a tile that is only moved or reduced."""
+"""Elements of a tile in kernels that only copy or reduce."""
 
 
 @jit
 def count_upto(ascending, size, steps, key, BLOCK: tl.constexpr):
-    """How many of the first `size` entries are <= key, each ``entry // BLOCK + index`` if BLOCK is not 0."""
+    """Number of the first `size` entries that are <= key, by binary search. If BLOCK, of ``entry // BLOCK + index``."""
     low = key * 0
     high = low + size
     for _ in range(steps):
@@ -63,7 +63,7 @@ def count_upto(ascending, size, steps, key, BLOCK: tl.constexpr):
 
 @jit
 def find_tile(offsets, num_segments, steps, BLOCK: tl.constexpr):
-    """The segment of this program's tile, the tile's first position in it, and the segment's start and length."""
+    """Segment of this program's tile, first position of the tile in it, start and length of the segment."""
     tile = tl.program_id(0)
     segment = count_upto(offsets, num_segments, steps, tile, BLOCK) - 1
     start = tl.load(offsets + segment).to(tl.int64)
@@ -74,27 +74,27 @@ def find_tile(offsets, num_segments, steps, BLOCK: tl.constexpr):
 
 @jit
 def span_of(offsets, segment):
-    """A segment's start and length."""
+    """Start and length of a segment."""
     start = tl.load(offsets + segment).to(tl.int64)
     return start, (tl.load(offsets + segment + 1).to(tl.int64) - start).to(tl.int32)
 
 
 def search(offsets: Tensor) -> dict[str, Any]:
-    """The arguments with which a kernel searches offsets."""
+    """Kernel arguments for the binary search in offsets: their number and the steps."""
     num_segments = offsets.shape[0] - 1
     return {"num_segments": num_segments, "steps": num_segments.bit_length()}
 
 
 def num_tiles(offsets: Tensor, total: int, block: int) -> int:
-    """The programs that walk `total` packed rows in tiles of `block`."""
+    """Number of programs for `total` packed rows in tiles of `block`."""
     return total // block + offsets.shape[0] - 1
 
 
 def has_kernel(*tensors: Tensor) -> bool:
-    """Whether all are of one dtype that the kernels compute with, and rows can be counted in 32 bits."""
+    """Whether all tensors have one dtype that the kernels support, and sizes that fit in 32 bits."""
     return len({t.dtype for t in tensors}) == 1 and tensors[0].dtype in DTYPES and all(map(is_countable, tensors))
 
 
 def is_countable(tensor: Tensor) -> bool:
-    """Whether its sizes can be counted in 32 bits."""
+    """Whether all sizes of a tensor fit in 32 bits."""
     return all(n < LIMIT for n in tensor.shape)

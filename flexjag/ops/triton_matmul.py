@@ -1,6 +1,6 @@
-"""Products of each segment's matrices with Triton: one kernel, whatever side is jagged.
+"""Matrix products per segment with Triton, by one kernel for all choices of the jagged dimension.
 
-C = A B per segment, with A ``M × K`` and B ``K × N``. A size that is jagged is read from offsets by the program.
+C = A B per segment, with A ``M × K`` and B ``K × N``. The kernel reads jagged sizes from the offsets.
 """
 
 from __future__ import annotations
@@ -51,12 +51,12 @@ def multiply_segments(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Tiles of C, over which K is summed up.
+    """Compute tiles of C = A B, accumulated over K.
 
-    FORM "dense": A are packed rows, B one matrix per segment. "gram": A and B are packed along K. "outer": A and B are
-    packed along M and N, C are packed matrices. "packed": A are packed matrices, B packed along K; "transposed": the
-    same with Aᵀ. `rows` are the offsets of M (for "gram" of K), `columns` those of the other jagged side, `starts`
-    those of packed matrices.
+    FORM "dense": A is packed along M, B has one matrix per segment. "gram": A and B are packed along K. "outer": A and
+    B are packed along M and N, C is packed matrices. "packed": A is packed matrices, B is packed along K; "transposed":
+    the same with Aᵀ. `rows` are the offsets of M (for "gram" of K), `columns` those of the other jagged dimension,
+    `starts` those of the packed matrices.
     """
     if FORM == "gram":
         tiles = tl.cdiv(M, BLOCK_M)
@@ -108,17 +108,17 @@ def multiply_segments(
 
 
 COLUMN_PROGRAMS = 4
-"""Programs that share the columns of a row of tiles if their number is jagged."""
+"""Programs per row of tiles if the number of columns is jagged."""
 
 
 def _blocks(dtype: torch.dtype, n: int, k: int, form: str) -> dict[str, Any]:
-    """Tiles of 64 x 64 x 64, smaller where a size that is known is. Exact products of float32 go through registers."""
+    """Tiles of 64 x 64 x 64, less where a known size is smaller. IEEE float32 products use no tensor cores."""
     is_wide = dtype == torch.float32
     is_exact = is_wide and precision(dtype) == "ieee"
     blocks = {"BLOCK_M": 64, "BLOCK_N": 64 if form == "outer" else power_of_2(n, 16, 64)}
     deepest = 16 if is_exact else 32 if is_wide else 64
     blocks["BLOCK_K"] = power_of_2(k, 16, deepest) if form in ("dense", "outer") else deepest
-    is_heavy = is_exact or form == "outer" or (is_wide and form != "gram")  # with 4 warps these spill
+    is_heavy = is_exact or form == "outer" or (is_wide and form != "gram")  # these spill registers with 4 warps
     return {**blocks, "PRECISION": precision(dtype), "num_warps": 8 if is_heavy else 4, "num_stages": 3}
 
 
@@ -136,7 +136,7 @@ def _multiply(
     walked: int,
     starts: Tensor | None = None,
 ) -> Tensor:
-    """Launch; `walked` rows are cut in tiles, and sizes and strides that the kernel finds itself are 0."""
+    """Launch the kernel over tiles of `walked` rows; sizes and strides that it reads from offsets are 0."""
     constants = _blocks(left.dtype, sizes[1], sizes[2], form)
     if form == "gram":
         tiles = (rows.shape[0] - 1) * ceil_div(sizes[0], constants["BLOCK_M"])
@@ -193,7 +193,7 @@ def gram(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
 
 
 def outer(left: Tensor, right: Tensor, rows: Tensor, columns: Tensor, total: int | None) -> Tensor:
-    """See :mod:`flexjag.ops.matrices`. A `total` is believed; without one it must be looked at."""
+    """See :mod:`flexjag.ops.matrices`. `total` is not checked; without it the offsets are read, a sync."""
     if not has_kernel(left, right):
         return NotImplemented
     starts = matrix_offsets(rows, columns)

@@ -1,4 +1,4 @@
-"""Rows moved between packed and padded batches, and between segments, with Triton."""
+"""Copies of rows between packed and padded batches, and between segments, with Triton."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from flexjag.ops.triton_common import (
 )
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""What rows are moved as, by the size of an entry: bits do not round."""
+"""Integer dtype to copy rows as, by item size in bytes, so that the bits are preserved."""
 
 
 @jit(do_not_specialize=["rows", "num_segments", "steps", "fill"])
@@ -45,11 +45,11 @@ def move_rows(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """Row by row of one side, with the row of the other side that goes with it.
+    """Copy rows between two layouts: a program iterates over rows of one and computes their index in the other.
 
-    FORM "pad" walks the rows of ``[S, size]``, the others packed rows; "unpad" reads there, "spread" reads one row per
-    segment, "take" reads and "place" writes the rows that count from ``starts[s]``. TIMES multiplies by the row of
-    `factor` with the number of the row read ("source") or walked ("row").
+    FORM "pad" iterates over the rows of ``[S, size]`` and reads packed rows. The others iterate over packed rows:
+    "unpad" reads ``[S, size]``, "spread" reads one row per segment, "take" reads and "place" writes the range of rows
+    from ``starts[s]``. TIMES multiplies by the row of `factor` at the index read ("source") or iterated over ("row").
     """
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     column = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
@@ -106,7 +106,7 @@ def sum_ranges(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """Rows as sums of all ranges that cover them, which are sorted by their starts; `ends` are the largest so far."""
+    """Sum at each row all ranges that cover it. Ranges are sorted by start; `ends` is the running maximum of ends."""
     first = tl.program_id(0) * BLOCK_ROWS
     row = first + tl.arange(0, BLOCK_ROWS)
     column = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
@@ -138,7 +138,7 @@ def _grid(rows: int, columns: int, blocks: dict[str, int]) -> tuple[int, int]:
 
 
 def _bits(value: float, dtype: torch.dtype) -> int:
-    """A number as the integer with the same bits."""
+    """Integer with the same bits as a number of this dtype."""
     return int(torch.full((1,), value, dtype=dtype).view(BITS[dtype.itemsize]))
 
 
@@ -179,7 +179,7 @@ def _can_move(rows: int, *tensors: Tensor) -> bool:
 
 
 def pad(values: Tensor, offsets: Tensor, max_length: int | None, fill: float) -> Tensor:
-    """See :mod:`flexjag.ops.padding`. Without `max_length` it must look at the offsets."""
+    """See :mod:`flexjag.ops.padding`. Without `max_length` the offsets are read, a sync."""
     num_segments = offsets.shape[0] - 1
     if max_length is None:
         max_length = int(offsets.diff().max()) if num_segments else 0
@@ -190,7 +190,7 @@ def pad(values: Tensor, offsets: Tensor, max_length: int | None, fill: float) ->
 
 
 def unpad(dense: Tensor, offsets: Tensor, total: int | None, allow_longer: bool) -> Tensor:
-    """See :mod:`flexjag.ops.padding`. Segments longer than `dense` get zeros; nothing looks whether there are any."""
+    """See :mod:`flexjag.ops.padding`. Positions beyond `dense` get zeros; longer segments are not reported."""
     total = int(offsets[-1]) if total is None else total
     size = dense.shape[1]
     if not _can_move(max(dense.shape[0] * size, total), dense):
@@ -200,7 +200,7 @@ def unpad(dense: Tensor, offsets: Tensor, total: int | None, allow_longer: bool)
 
 
 def multiply(values: Tensor, dense: Tensor, offsets: Tensor, allow_longer: bool) -> Tensor:
-    """See :mod:`flexjag.ops.elementwise`; about segments that are too long see :func:`unpad`."""
+    """See :mod:`flexjag.ops.elementwise`; for segments longer than `dense` see :func:`unpad`."""
     if not has_kernel(values, dense) or dense.shape[0] * dense.shape[1] >= LIMIT:
         return NotImplemented
     out, rows = values.new_empty(values.shape), values.shape[0]
@@ -224,7 +224,7 @@ def spread(rows: Tensor, offsets: Tensor, total: int) -> Tensor:
 
 
 def take(values: Tensor, starts: Tensor, offsets: Tensor, total: int | None) -> Tensor:
-    """See :mod:`flexjag.ops.select`. A `total` is believed."""
+    """See :mod:`flexjag.ops.select`. `total` is not checked."""
     total = int(offsets[-1]) if total is None else total
     if not _can_move(total, values):
         return NotImplemented
@@ -244,7 +244,7 @@ def interleave(values: Sequence[Tensor], offsets: Sequence[Tensor]) -> Tensor:
 
 
 def put(pieces: Tensor, starts: Tensor, offsets: Tensor, rows: int) -> Tensor:
-    """See :mod:`flexjag.ops.select`. Ranges that start at the same row are added up in order."""
+    """See :mod:`flexjag.ops.select`. Ranges that start at the same row are summed in order."""
     if not has_kernel(pieces) or rows >= LIMIT:
         return NotImplemented
     num_ranges, columns = offsets.shape[0] - 1, pieces.shape[1:].numel()

@@ -1,4 +1,4 @@
-"""Normalization over whole segments with Triton."""
+"""Normalization with statistics per segment, with Triton."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from flexjag.ops.triton_common import TILE, has_kernel, jit, launch, span_of
 
 @jit
 def standardize_segments(values, out, factors, offsets, columns, eps, CENTER: tl.constexpr, BLOCK: tl.constexpr):
-    """Each segment less its mean, times 1 / sqrt(mean square + eps): three passes, of which two read from L2."""
+    """Center each segment and scale it by 1 / sqrt(mean square + eps), in three passes, two of which read from L2."""
     segment = tl.program_id(0).to(tl.int64)
     start, length = span_of(offsets, segment)
     size = length.to(tl.int64) * columns
@@ -43,7 +43,7 @@ def standardize_segments(values, out, factors, offsets, columns, eps, CENTER: tl
 def standardize_segments_backward(
     grad, out, result, factors, offsets, columns, CENTER: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """The gradient factor (g - y mean(g y) - mean(g)) per segment, the last term only to CENTER."""
+    """Gradient factor (g - y mean(g y) - mean(g)) per segment, the last term only if CENTER."""
     segment = tl.program_id(0).to(tl.int64)
     start, length = span_of(offsets, segment)
     size = length.to(tl.int64) * columns

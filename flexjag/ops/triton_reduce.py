@@ -14,10 +14,10 @@ from flexjag.ops.triton_common import TILE, ceil_div, has_kernel, jit, launch, p
 
 @jit
 def lines_of(starts, kept, reduced, columns, FORM: tl.constexpr):
-    """The lines of this program's segment: where they begin, how many and how long they are, and their two strides.
+    """Start, number, length and two strides of the lines to reduce in this program's segment.
 
-    FORM "tokens" has one line of tokens per column of ``[T, columns]``; "rows" and "columns" have the rows or the
-    columns of a packed matrix as lines.
+    FORM "tokens": one line per column of ``[T, columns]``, along the tokens. "rows" and "columns": the rows or the
+    columns of a packed matrix.
     """
     segment = tl.program_id(0).to(tl.int64)
     start, length = span_of(reduced, segment)
@@ -44,7 +44,7 @@ def softmax_lines(
     BLOCK_LINES: tl.constexpr,
     BLOCK_LENGTH: tl.constexpr,
 ):
-    """exp(x - largest) / sum along every line: the first loop finds both, the second reads again, mostly from L2."""
+    """Softmax along every line. The first loop finds maximum and sum, the second reads again, mostly from L2."""
     start, count, length, stride, step = lines_of(starts, kept, reduced, columns, FORM)
     within = tl.arange(0, BLOCK_LENGTH)
     for first in range(tl.program_id(1) * BLOCK_LINES, count, tl.num_programs(1) * BLOCK_LINES):
@@ -81,7 +81,7 @@ def softmax_lines_backward(
     BLOCK_LINES: tl.constexpr,
     BLOCK_LENGTH: tl.constexpr,
 ):
-    """The gradient y (g - sum of g y) along every line."""
+    """Gradient of a softmax along every line: y (g - sum of g y)."""
     start, count, length, stride, step = lines_of(starts, kept, reduced, columns, FORM)
     within = tl.arange(0, BLOCK_LENGTH)
     for first in range(tl.program_id(1) * BLOCK_LINES, count, tl.num_programs(1) * BLOCK_LINES):
@@ -113,7 +113,7 @@ def reduce_segments(
     BLOCK_LINES: tl.constexpr,
     BLOCK_LENGTH: tl.constexpr,
 ):
-    """The "sum", "max" or "min" of the tokens of each segment; `fill` for an empty one. NaN wins."""
+    """Reduce the tokens of each segment by KIND "sum", "max" or "min"; `fill` for an empty one. NaN is propagated."""
     segment = tl.program_id(0).to(tl.int64)
     start, length = span_of(offsets, segment)
     column = tl.program_id(1) * BLOCK_LINES + tl.arange(0, BLOCK_LINES)
@@ -152,7 +152,7 @@ def share_extreme(
     BLOCK_LINES: tl.constexpr,
     BLOCK_LENGTH: tl.constexpr,
 ):
-    """The gradient of each segment's row, divided among the tokens equal to it."""
+    """Gradient of a maximum or minimum: that of each segment's row, divided among the tokens equal to it."""
     segment = tl.program_id(0).to(tl.int64)
     start, length = span_of(offsets, segment)
     column = tl.program_id(1) * BLOCK_LINES + tl.arange(0, BLOCK_LINES)
@@ -185,7 +185,7 @@ MATRIX_BLOCKS = {"rows": {"BLOCK_LINES": 16, "BLOCK_LENGTH": 128}, "columns": {"
 
 
 def _over_tokens(kernel: Any, tensors: dict[str, Tensor], offsets: Tensor) -> None:
-    """Launch a softmax over the tokens of each segment of ``[T, ...]``."""
+    """Launch a softmax kernel over the tokens of each segment of ``[T, ...]``."""
     columns = next(iter(tensors.values())).shape[1:].numel()
     blocks = _blocks(columns)
     arguments = {**tensors, "starts": offsets, "kept": offsets, "reduced": offsets, "columns": columns}
@@ -193,9 +193,9 @@ def _over_tokens(kernel: Any, tensors: dict[str, Tensor], offsets: Tensor) -> No
 
 
 def _over_matrices(kernel: Any, tensors: dict[str, Tensor], rows: Tensor, columns: Tensor, dim: int) -> None:
-    """Launch a softmax along dimension `dim` of packed matrices.
+    """Launch a softmax kernel along dimension `dim` of packed matrices.
 
-    Only a sync would tell the longest side, so as many programs share a matrix as would suit one of mean size.
+    The largest matrix is not known without a sync, so the programs per matrix are chosen for the mean size.
     """
     num_segments = rows.shape[0] - 1
     kept, reduced, form = (rows, columns, "rows") if dim == 1 else (columns, rows, "columns")
@@ -207,7 +207,7 @@ def _over_matrices(kernel: Any, tensors: dict[str, Tensor], rows: Tensor, column
 
 
 def _over_segments(kernel: Any, tensors: dict[str, Tensor], offsets: Tensor, **more: Any) -> None:
-    """Launch a reduction of the tokens of each segment; the last tensor decides the number of columns."""
+    """Launch a reduction kernel over the tokens of each segment; the last tensor has the columns."""
     columns = next(reversed(tensors.values())).shape[1:].numel()
     blocks = _blocks(columns)
     grid = offsets.shape[0] - 1, ceil_div(columns, blocks["BLOCK_LINES"])

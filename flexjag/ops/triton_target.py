@@ -1,4 +1,4 @@
-"""Target attention with Triton: queries per segment in tiles, keys one tile after the other."""
+"""Target attention with Triton: tiles of queries per segment, a loop over tiles of keys."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from flexjag.ops.triton_common import (
 )
 
 WIDEST = 256
-"""Features that a program keeps of a token; more are left to the plain kernel."""
+"""Largest D and E of the kernels; with more the plain kernel runs."""
 
 
 @jit
 def load_tile(place, row, rows, columns, BLOCK: tl.constexpr):
-    """Rows of a matrix of `columns` columns that begins at `place`; zeros outside."""
+    """Load rows of a matrix of `columns` columns that begins at `place`; zeros outside."""
     column = tl.arange(0, BLOCK)
     mask = (row < rows)[:, None] & (column < columns)[None, :]
     return tl.load(place + row.to(tl.int64)[:, None] * columns + column[None, :], mask=mask, other=0)
@@ -35,7 +35,7 @@ def load_tile(place, row, rows, columns, BLOCK: tl.constexpr):
 
 @jit
 def store_tile(place, tile, row, rows, columns, BLOCK: tl.constexpr):
-    """The reverse of `load_tile`."""
+    """Store rows of a matrix of `columns` columns that begins at `place`."""
     column = tl.arange(0, BLOCK)
     mask = (row < rows)[:, None] & (column < columns)[None, :]
     at = place + row.to(tl.int64)[:, None] * columns + column[None, :]
@@ -46,7 +46,7 @@ def store_tile(place, tile, row, rows, columns, BLOCK: tl.constexpr):
 def scores_of(
     keys, queries, bias, segment, key, query, length, M, size, scale, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr
 ):
-    """``[keys, queries]``: scale q·k + bias, -inf behind the segment's end."""
+    """Scores ``[keys, queries]``: scale q·k + bias, -inf behind the segment's end."""
     scores = tl.dot(keys, tl.trans(queries), input_precision=PRECISION) * scale
     if HAS_BIAS:
         mask = (key < tl.minimum(length, size))[:, None] & (query < M)[None, :]
@@ -76,7 +76,7 @@ def target_forward(
     BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """The output and the log-sum-exp of a tile of queries."""
+    """Output and log-sum-exp of a tile of queries."""
     tiles = tl.cdiv(M, BLOCK_M)
     segment = (tl.program_id(0) // tiles).to(tl.int64)
     query = (tl.program_id(0) % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -126,7 +126,7 @@ def target_of_queries(
     BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """The gradient of a tile of queries, and of each the sum of grad ⊙ out, which that of the keys needs."""
+    """Gradient of a tile of queries, and Σ grad ⊙ out per query, which :func:`target_of_keys` reads."""
     tiles = tl.cdiv(M, BLOCK_M)
     segment = (tl.program_id(0) // tiles).to(tl.int64)
     query = (tl.program_id(0) % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -176,7 +176,7 @@ def target_of_keys(
     BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """The gradients of a tile of keys, of their values, and of the bias of their scores."""
+    """Gradients of a tile of keys, of their values, and of their rows of the bias."""
     segment, first, start, length = find_tile(offsets, num_segments, steps, BLOCK_N)
     key = first + tl.arange(0, BLOCK_N)
     if first < length:
@@ -189,7 +189,7 @@ def target_of_keys(
             q = load_tile(queries + segment * M * D, query, M, D, BLOCK_D)
             scores = scores_of(k, q, bias, segment, key, query, length, M, size, scale, HAS_BIAS, PRECISION)
             log = tl.load(lse + segment * M + query, mask=query < M, other=0)
-            weights = tl.exp(scores - log[None, :])  # behind the last query 1, but times g = 0
+            weights = tl.exp(scores - log[None, :])  # 1 behind the last query, multiplied by g = 0
             g = load_tile(grad + segment * M * E, query, M, E, BLOCK_E)
             total_v = tl.dot(weights.to(g.dtype), g, total_v, input_precision=PRECISION)
             dot = tl.load(inner + segment * M + query, mask=query < M, other=0)
@@ -204,7 +204,7 @@ def target_of_keys(
 
 
 def _constants(query: Tensor, value: Tensor, bias: Tensor | None) -> dict[str, Any]:
-    """Exact products of float32 go through registers: small tiles, many warps and no pipeline, or they spill."""
+    """Tile sizes. IEEE float32 products use registers: small tiles, many warps and no pipeline, or they spill."""
     constants = {"BLOCK_D": power_of_2(query.shape[2], 16), "BLOCK_E": power_of_2(value.shape[1], 16)}
     constants |= {"HAS_BIAS": bias is not None, "PRECISION": precision(query.dtype)}
     is_wide = query.dtype == torch.float32
@@ -228,7 +228,7 @@ def _can_attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) 
 def target(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, offsets: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """See :mod:`flexjag.ops.target`. A bias that is too short counts as 0 behind its end."""
+    """See :mod:`flexjag.ops.target`. The bias is 0 at positions from N on; longer segments are not reported."""
     if not _can_attend(query, key, value, bias):
         return NotImplemented
     num_segments, m = query.shape[:2]

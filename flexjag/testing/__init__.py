@@ -1,4 +1,4 @@
-"""What flexjag tests itself with, for testing masks, scores and models of your own.
+"""Test utilities for user-defined masks, scores and models: the ones that flexjag's own tests use.
 
 The hypothesis strategies live in :mod:`flexjag.testing.strategies` and need hypothesis (the ``test`` extra); the
 assertions need torch alone.
@@ -35,7 +35,7 @@ _STRATEGIES = ("Problem", "jagged_batches", "lengths", "masks", "problems", "sco
 
 
 def __getattr__(name: str) -> object:
-    """Import the strategies on first use: the assertions must not need hypothesis."""
+    """Import the strategies on first use, so that the assertions do not need hypothesis."""
     if name in _STRATEGIES:
         from flexjag.testing import strategies
 

@@ -1,4 +1,4 @@
-"""The assertion that batches of different sizes share one compiled graph."""
+"""Assertion that batches of different sizes share one compiled graph."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch._dynamo  # here, not when called: batches made before Dynamo is imported are not marked as varying in size
+import torch._dynamo  # at import: batches made before Dynamo is loaded are not marked as dynamic
 import torch._functorch.config
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
@@ -17,12 +17,12 @@ BACKENDS = ("inductor", "aot_eager")
 
 @dataclass(frozen=True, eq=False)
 class Graphs:
-    """At which batch each graph was compiled.
+    """Indices of the batches that compiled a graph, per direction.
 
     Attributes:
-        forward: Batch indices, one per graph that saves something for a backward.
-        backward: One per backward graph.
-        inference: One per graph of a call without gradients.
+        forward: Batch indices of forward graphs that save tensors for a backward.
+        backward: Batch indices of backward graphs.
+        inference: Batch indices of graphs of calls without gradients.
     """
 
     forward: list[int] = field(default_factory=list)
@@ -38,7 +38,7 @@ class Graphs:
 
 
 class _Counter:
-    """Compiles with Inductor or AOTAutograd, and notes the batch each graph is made for."""
+    """Compiler backends, Inductor or AOTAutograd, that record the batch each graph is compiled for."""
 
     def __init__(self) -> None:
         self.graphs = Graphs()
@@ -81,25 +81,25 @@ def assert_compiles(
     backend: str = "inductor",
     after_each: Callable[[int, Any], None] | None = None,
 ) -> Graphs:
-    """Assert that `fn` compiles into one piece, and into few graphs for all batches together.
+    """Assert that `fn` compiles without graph breaks, and into few graphs for all batches together.
 
-    ``torch.compile(fn, fullgraph=True)`` runs on every batch, and a backward of the sum of its outputs after each,
-    so gradients accumulate in the leaves' ``grad``. Resets TorchDynamo first and afterwards.
+    Runs ``torch.compile(fn, fullgraph=True)`` on every batch, followed by a backward of the sum of its outputs, so that
+    gradients accumulate in the leaves' ``grad``. Resets TorchDynamo before and afterwards.
 
     Args:
         fn: A function or module.
         batches: The arguments of each call.
-        max_graphs: The most graphs allowed in each direction (forward, backward, inference). In PyTorch a size of 0 and
-            a size of 1 are each a graph of its own, so batches of T = 0 or T = 1 need one more each.
+        max_graphs: The most graphs allowed in each direction (forward, backward, inference). PyTorch specializes on
+            sizes 0 and 1, so batches of T = 0 or T = 1 need one more graph each.
         backward: Whether to run backwards. Otherwise the calls run under ``torch.no_grad()``.
         backend: ``"inductor"``, or ``"aot_eager"`` to trace both directions without generating code, which is faster.
         after_each: Called with the index and the outputs after each batch, to check them.
 
     Returns:
-        At which batch each graph was compiled.
+        The indices of the batches that compiled a graph.
 
     Raises:
-        AssertionError: As soon as one direction has too many graphs, naming the batch of each; or if nothing was
+        AssertionError: If one direction has more than `max_graphs` graphs, naming the batch of each; or if nothing was
             compiled.
 
     >>> assert_compiles(lambda x: x.sin(), [(torch.randn(n),) for n in (5, 5)], backward=False, backend="aot_eager")
@@ -110,7 +110,7 @@ def assert_compiles(
     counter = _Counter()
     torch._dynamo.reset()
     compiled = torch.compile(fn, fullgraph=True, backend=getattr(counter, backend))
-    # A cached graph would never reach the counter, and Dynamo's own limit would hide how many there are.
+    # Cached graphs would bypass the counter, and Dynamo's recompile limit would cap the count.
     caches = torch._functorch.config.patch(enable_autograd_cache=False)
     limits = torch._dynamo.config.patch(recompile_limit=max(8, max_graphs + 1), accumulated_recompile_limit=10_000)
     try:

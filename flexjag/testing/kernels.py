@@ -1,4 +1,4 @@
-"""The assertion that the kernels a plan compiles to for a GPU compute what the reference computes, without a GPU."""
+"""Assertion that the GPU kernels compiled for a plan agree with the reference, without a GPU."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from flexjag.testing.oracle import Result, Trial, check_against_reference
 
 QUICK = {f"{name}": 128 for name in ("fwd_BLOCK_M", "fwd_BLOCK_N", "bwd_BLOCK_M1", "bwd_BLOCK_N1")}
 QUICK |= {"bwd_BLOCK_M2": 128, "bwd_BLOCK_N2": 128}
-"""The largest blocks: the interpreter's time goes with their number."""
+"""The largest blocks, for speed: the interpreter's time is proportional to the number of blocks."""
 
 
 def assert_kernels_match(
@@ -33,10 +33,10 @@ def assert_kernels_match(
     seed: int = 0,
     worker: Worker | None = None,
 ) -> dict[str, float]:
-    """Assert that the GPU's kernels of a plan agree with the dense float64 reference, forward and backward.
+    """Assert that the GPU kernels of a plan agree with the dense float64 reference, forward and backward.
 
     FlexAttention's kernels are lowered for the target and run in Triton's interpreter, which takes seconds: use a few
-    hundred tokens. Errors are bounded as in :func:`~flexjag.testing.assert_matches_reference`, and in norm.
+    hundred tokens. Errors are bounded elementwise as in :func:`~flexjag.testing.assert_matches_reference`, and in norm.
 
     Args:
         plan: The plan.
@@ -44,24 +44,24 @@ def assert_kernels_match(
         k: ``[T_kv, G, D]``.
         v: ``[T_kv, G, E]``.
         target: The GPU, see :func:`flexjag.compile_for`.
-        backward: Compare the gradients of q, k, v and `learned`, too.
+        backward: Whether to compare the gradients of q, k, v and `learned` as well.
         scale: Factor on ``q·k``. Default ``1 / sqrt(D)``.
         learned: The tensors in the score whose gradients are compared. Default: those found in it.
-        kernel_options: FlexAttention's. Default: the largest blocks, for speed; ``{}`` for what the plan would use.
-        seed: For the weights of the loss.
-        worker: A running worker that interprets, to save the start of one.
+        kernel_options: FlexAttention's kernel options. Default: the largest blocks, for speed; ``{}`` for the plan's.
+        seed: Seed of the weights of the loss.
+        worker: A running interpreter process to reuse. Default: start one.
 
     Returns:
         The largest ratio of error to allowed error for each tensor compared: ``out``, ``lse``, ``grad_q``, ...
 
     Raises:
-        AssertionError: Naming every tensor that is off, the error, what was allowed and where.
-        CodegenError: If the kernels could not be made or run.
+        AssertionError: If a tensor is outside its bound, naming each with its error, bound and index.
+        CodegenError: If the kernels cannot be compiled or run.
 
     Example:
         ``assert_kernels_match(plan(x, mask=Causal()), x, x, x)``
     """
-    q, k, v = (x.with_values(x.values.detach().clone()) for x in (q, k, v))  # one tensor given twice is two inputs here
+    q, k, v = (x.with_values(x.values.detach().clone()) for x in (q, k, v))  # three inputs, also of one tensor
     trial = Trial.make(q, k, v, plan, scale, learned, lse=True, backward=backward, seed=seed)
 
     def run(exact: Result) -> Result:

@@ -1,4 +1,4 @@
-"""The assertion that no segment can influence another one."""
+"""Assertion that segments are isolated from each other."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ Attend = Callable[[Jagged, Jagged, Jagged], Any]
 
 
 def _bits(x: Tensor) -> Tensor:
-    """The tensor's bytes, one row per token: -0.0 differs from 0.0, and NaN equals itself."""
-    x = x.detach().clone(memory_format=torch.contiguous_format)  # a single number may be contiguous with any stride
+    """Bytes of a tensor, one row per token, so that -0.0 differs from 0.0 and NaN equals itself."""
+    x = x.detach().clone(memory_format=torch.contiguous_format)  # a tensor of one element is contiguous with any stride
     return x.flatten().view(torch.uint8).view(x.shape[0], -1)
 
 
@@ -32,20 +32,20 @@ def _outputs(attend: Attend, q: Jagged, k: Jagged, v: Jagged) -> list[Jagged]:
 def assert_no_leak(attend: Attend | str, q: Jagged, k: Jagged, v: Jagged, *, seed: int = 0, **keywords: Any) -> None:
     """Assert that changing one segment leaves every other segment's output bitwise the same.
 
-    Each segment in turn gets other q, k and v of the same shapes, ten times as large.
+    For each segment in turn, q, k and v are replaced by random values ten times as large.
 
     Args:
-        attend: ``attend(q, k, v)`` returns a Jagged on q's offsets or a tuple of them; or the name of a backend, for
-            :func:`flexjag.attention` with its log-sum-exp.
+        attend: A function ``attend(q, k, v)`` that returns a Jagged on q's offsets or a tuple of them, or the name of a
+            backend, to test :func:`flexjag.attention` with its log-sum-exp.
         q: ``[T_q, ...]``.
         k: ``[T_kv, ...]``.
         v: ``[T_kv, ...]``.
-        seed: For the other values.
+        seed: Seed of the random values.
         **keywords: Passed to :func:`flexjag.attention` if `attend` names a backend (mask, score, plan, scale,
             return_lse).
 
     Raises:
-        AssertionError: Naming the segment changed and the first token that changed with it.
+        AssertionError: If another segment's output changes, naming the replaced segment and the first changed token.
 
     >>> x = Jagged.from_lengths(torch.randn(6, 1, 16), [2, 4])
     >>> assert_no_leak("tiled", x, x, x)

@@ -1,9 +1,9 @@
-"""How far rounding alone may move an attention result: a running error analysis next to a dense float64 calculation.
+"""Bounds on the rounding error of attention, by running error analysis alongside a dense float64 computation.
 
-Each intermediate carries a bound on its error. Three units count: `stored`, the machine epsilon of the dtype a
-backend computes in, for every value it may write down; `summed`, the epsilon of the accumulator (float32 for half
-precision), once per term of a sum, whatever its order; and `result`, the epsilon of the dtype it returns. The bounds
-are first order, so callers double them. Nothing is fitted to a backend. (N. Higham, *Accuracy and Stability of
+Each intermediate carries a bound on its error, in three units: `stored`, the machine epsilon of the dtype a backend
+computes in, for every value it may store; `summed`, the epsilon of the accumulator (float32 for half precision), once
+per term of a sum in any order; and `result`, the epsilon of the output dtype. The bounds are first order, so callers
+double them. Nothing is fitted to a backend. (N. Higham, *Accuracy and Stability of
 Numerical Algorithms*, chapters 3 and 4.)
 """
 
@@ -25,15 +25,15 @@ from flexjag.testing.rounding_weights import Units, Values, weighed
 
 @dataclass(frozen=True, eq=False)
 class Bounds:
-    """First-order bounds on rounding errors, elementwise, in float64.
+    """Elementwise first-order bounds on rounding errors, in float64.
 
     Attributes:
-        out: ``[T_q, H, E]``.
-        lse: ``[T_q, H]``; with stick-breaking of the remainder.
-        q: The gradient of q, ``[T_q, H, D]``.
-        k: Of k, ``[T_kv, G, D]``.
-        v: Of v, ``[T_kv, G, E]``.
-        learned: Of each learned tensor, one number for all of its entries.
+        out: Bound for the output, ``[T_q, H, E]``.
+        lse: Bound for the log-sum-exp, ``[T_q, H]``; with stick-breaking, for the remainder.
+        q: Bound for the gradient of q, ``[T_q, H, D]``.
+        k: Bound for the gradient of k, ``[T_kv, G, D]``.
+        v: Bound for the gradient of v, ``[T_kv, G, E]``.
+        learned: Bound for the gradient of each learned tensor, one number for all of its entries.
     """
 
     out: Tensor
@@ -50,13 +50,13 @@ class _Scores:
 
     value: Tensor
     error: Tensor
-    slope: Tensor  # by the raw score
+    slope: Tensor  # derivative by the raw score
     slope_error: Tensor
-    learned: list[tuple[Tensor, Tensor]]  # by each learned tensor: sum over its entries, and error
+    learned: list[tuple[Tensor, Tensor]]  # derivative by each learned tensor, summed over its entries, and its error
 
 
 def segments_of(layout: Layout, heads: int) -> list[Segment]:
-    """The coordinates of every segment, as the reference's interpretations want them."""
+    """Coordinates of every segment, as arguments of the reference's interpretations."""
     q_ends, kv_ends = layout.q_offsets.tolist(), layout.kv_offsets.tolist()
     found, entries = [], 0
     for index in range(layout.num_segments):
@@ -69,19 +69,19 @@ def segments_of(layout: Layout, heads: int) -> list[Segment]:
 
 
 def _grad(y: Tensor, x: Tensor) -> Tensor:
-    """The elementwise derivative of y by x; y[i] depends on x[i] alone."""
+    """Elementwise derivative of y by x, where y[i] depends on x[i] alone."""
     if not y.requires_grad:
         return torch.zeros_like(x)
     return torch.autograd.grad(y.sum(), x, create_graph=True, allow_unused=True, materialize_grads=True)[0]
 
 
 def _finite(x: Tensor) -> Tensor:
-    """An error, or a derivative, without those of scores of -inf, which are exact and rule their keys out."""
+    """Replace non-finite errors or derivatives by 0: those of scores of -inf, which are exact."""
     return x.nan_to_num(0.0, 0.0, 0.0)
 
 
 def _by_tensor(y: Tensor, tensor: Tensor) -> Tensor:
-    """The derivative of each y along all ones in `tensor`: by differentiating the (linear) backward once more."""
+    """Directional derivative of each y along all ones in `tensor`, by differentiating the (linear) backward."""
     weights = torch.ones_like(y, requires_grad=True)
     if not y.requires_grad:
         return torch.zeros_like(y)
@@ -92,7 +92,7 @@ def _by_tensor(y: Tensor, tensor: Tensor) -> Tensor:
 
 
 def _apply_part(part: s.Score, old: _Scores, seg: Segment, learned: Sequence[Tensor], unit: Units) -> _Scores:
-    """One score of the chain: its value and derivatives, and how errors pass through it."""
+    """Apply one score of the chain to the value, the derivatives and their error bounds."""
     x = old.value.detach().requires_grad_()
     y = rescore(part, x, seg)
     slope = _grad(y, x)
@@ -147,28 +147,28 @@ def rounding_bounds(
     learned: Sequence[Tensor] = (),
     normalizer: Normalizer | None = None,
 ) -> Bounds:
-    """Bound the rounding errors of attention and of its gradients.
+    """Compute bounds on the rounding errors of attention and of its gradients.
 
-    The derivatives of a score by a learned tensor are taken along all ones, so a score should read each tensor's
-    entries with one sign (as a lookup or a product does).
+    A score is differentiated by a learned tensor along all ones, so its derivatives by the tensor's entries should have
+    one sign (as in a lookup or a product).
 
     Args:
         q: ``[T_q, H, D]``, any dtype.
         k: ``[T_kv, G, D]``.
         v: ``[T_kv, G, E]``.
-        layout: Where the tokens sit.
+        layout: Layout of the batch.
         mask: The mask.
         score: The score, or None.
         scale: Factor on ``q·k``.
-        grad_out: ``[T_q, H, E]``, what flows back into the output.
-        grad_lse: ``[T_q, H]``, what flows back into the log-sum-exp (ignored where that is -inf), or the remainder.
-        dtype: Of the inputs and results.
-        compute: Of the intermediates. Default: `dtype`. A backend that computes half precision in float32 errs less.
-        learned: The tensors in `score` whose gradients count.
+        grad_out: Gradient of the output, ``[T_q, H, E]``.
+        grad_lse: Gradient of the log-sum-exp (ignored where that is -inf) or of the remainder, ``[T_q, H]``.
+        dtype: Dtype of inputs and results.
+        compute: Dtype of intermediates, for instance float32 in a backend for half precision. Default: `dtype`.
+        learned: The tensors in `score` whose gradients are bounded.
         normalizer: Default :class:`~flexjag.normalizers.Softmax`.
 
     Returns:
-        The bounds. Zero where there is nothing to round.
+        The bounds, 0 where nothing is rounded.
     """
     q, k, v, grad_out, grad_lse = (t.detach().double() for t in (q, k, v, grad_out, grad_lse))
     unit = Units.of(dtype, compute or dtype)

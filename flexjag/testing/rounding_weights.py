@@ -1,7 +1,6 @@
-"""How rounding moves the weights of each normalizer, and what flows back through them, one segment at a time.
+"""Bounds on the rounding errors of each normalizer's weights and of their backward, for one segment.
 
-Every tensor is ``[H, n or m, ...]``, float64. The units and the conventions are those of
-:mod:`flexjag.testing.rounding`, which uses this.
+Every tensor is ``[H, n or m, ...]``, float64. Units and conventions as in :mod:`flexjag.testing.rounding`.
 """
 
 from __future__ import annotations
@@ -16,13 +15,13 @@ from flexjag import normalizers as nz
 from flexjag.backends.reference import Segment, weigh
 from flexjag.dispatch import Interpretation
 
-FEW = 2.0  # stored values between two that are named here take 4 roundings at most, and one epsilon is two roundings
-MOST_LOG = 30.0  # errors of an exponent are capped here; e**30 allows anything anyway
+FEW = 2.0  # at most 4 roundings between two values named here, and one epsilon is two roundings
+MOST_LOG = 30.0  # cap on errors of an exponent; a factor of e**30 bounds nothing anyway
 
 
 @dataclass(frozen=True, eq=False)
 class Units:
-    """One rounding: of a stored intermediate, of a term of a sum, of a result; and what underflows."""
+    """Relative rounding errors of a stored intermediate, a term of a sum and a result, and the underflow threshold."""
 
     stored: float
     summed: float
@@ -31,7 +30,7 @@ class Units:
 
     @staticmethod
     def of(dtype: torch.dtype, compute: torch.dtype) -> Units:
-        """The units of results in `dtype` and intermediates in `compute`."""
+        """Units for results in `dtype` and intermediates in `compute`."""
         accumulator = torch.float64 if dtype == torch.float64 else torch.float32
         stored, summed, result = (torch.finfo(d).eps for d in (compute, accumulator, dtype))
         return Units(FEW * stored, summed, result, torch.finfo(dtype).tiny)
@@ -39,16 +38,16 @@ class Units:
 
 @dataclass(frozen=True, eq=False)
 class Values:
-    """What the weights are applied to.
+    """Inputs of a normalizer's error analysis.
 
     Attributes:
         score: Modified scores ``[H, n, m]``.
-        error: Their errors.
-        allowed: The mask.
+        error: Bound on the error of `score`.
+        allowed: Boolean mask of allowed pairs.
         v: Values ``[H, m, E]``.
-        g: What flows back into the output, ``[H, n, E]``.
-        g_rest: What flows back into the log-sum-exp or the remainder, ``[H, n, 1]``.
-        seg: The segment.
+        g: Gradient of the output, ``[H, n, E]``.
+        g_rest: Gradient of the log-sum-exp or the remainder, ``[H, n, 1]``.
+        seg: Coordinates of the segment.
     """
 
     score: Tensor
@@ -65,14 +64,14 @@ class Weighed:
     """Weights, and the gradient of the modified scores, with first-order bounds on their errors.
 
     Attributes:
-        weights: ``[H, n, m]``.
-        weights_error: Its error.
-        out: ``[H, n, E]``, the weighted values.
-        out_error: Its error, but for the rounding of the result.
-        rest_error: Of the log-sum-exp or the remainder, ``[H, n, 1]``.
-        ds: The gradient of the modified scores.
-        ds_error: Its error.
-        v_error: What the gradient of v errs by besides ``weightsᵀ g``; broadcasts to ``[H, m, E]``.
+        weights: Weights ``[H, n, m]``.
+        weights_error: Bound on the error of `weights`.
+        out: Weighted sum of the values, ``[H, n, E]``.
+        out_error: Bound on the error of `out`, without the rounding of the result.
+        rest_error: Bound on the error of the log-sum-exp or the remainder, ``[H, n, 1]``.
+        ds: Gradient of the modified scores, ``[H, n, m]``.
+        ds_error: Bound on the error of `ds`.
+        v_error: Bound on errors of the gradient of v besides those of ``weightsᵀ g``; broadcasts to ``[H, m, E]``.
     """
 
     weights: Tensor
@@ -120,10 +119,10 @@ def _(normalizer: nz.Softmax, x: Values, unit: Units) -> Weighed:
 
 @weighed.register(nz.Pointwise)
 def _(normalizer: nz.Pointwise, x: Values, unit: Units) -> Weighed:
-    """The weights are as smooth as the function: its first two derivatives, by autograd, carry the scores' errors.
+    """Propagate the scores' errors by the function's first two derivatives, taken by autograd.
 
-    The function and its derivative may be evaluated as products and sums of about the size of ``1 + |s|``, times the
-    scale, which is what their own roundings are relative to.
+    The function and its derivative may be evaluated by products and sums of magnitude ``1 + |s|``, times the scale:
+    their own rounding errors are relative to that.
     """
     stored = unit.stored
     keys, dims = x.v.shape[1] * unit.summed, x.v.shape[2] * unit.summed + stored
@@ -159,7 +158,7 @@ def _suffix(x: Tensor) -> Tensor:
 
 @weighed.register(nz.StickBreaking)
 def _(normalizer: nz.StickBreaking, x: Values, unit: Units) -> Weighed:
-    """``log w = s - S`` with S the suffix sums of softplus; back flow its gradient and the prefix sums of that."""
+    """Propagate errors through ``log w = s - S``, S the suffix sums of softplus, and its backward by prefix sums."""
     stored, allowed, v, g = unit.stored, x.allowed, x.v, x.g
     keys, dims = v.shape[1] * unit.summed, v.shape[2] * unit.summed + stored
     s, e = x.score.masked_fill(~allowed, 0.0), x.error.masked_fill(~allowed, 0.0)

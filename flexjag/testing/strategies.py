@@ -1,7 +1,7 @@
 """Hypothesis strategies: jagged batches, masks and scores, small and full of edge cases.
 
-Structure (lengths, heads, nodes) is drawn piece by piece, so that it shrinks; tensor data comes from one drawn seed, so
-that an example costs milliseconds.
+Structure (lengths, heads, nodes) is drawn element by element, so that it shrinks; tensor data comes from one drawn
+seed, so that an example costs milliseconds.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ def lengths(
     """Segment lengths, often 0, 1, and one less than, equal to and one more than a tile.
 
     Args:
-        min_segments: The least S.
-        max_segments: The most S.
-        max_total: The most T; segments that would pass it are cut.
-        tile: The tile size whose neighbours are interesting.
+        min_segments: Minimal S.
+        max_segments: Maximal S.
+        max_total: Maximal T; segments beyond it are truncated.
+        tile: Tile size; `tile` - 1, `tile` and `tile` + 1 are drawn often.
 
     >>> from hypothesis import find
     >>> 0 in find(lengths(), lambda n: sum(n) > 10 and 0 in n)
@@ -55,7 +55,7 @@ def lengths(
             kept.append(min(n, max_total - sum(kept)))
         return kept
 
-    # A drawn size, because lists of a drawn length are empty too often to be worth an example.
+    # Draw the size first, because st.lists of variable length is empty too often.
     sizes = st.sampled_from(range(min_segments, max_segments + 1))
     return sizes.flatmap(lambda n: st.lists(length, min_size=n, max_size=n)).map(cut)
 
@@ -80,11 +80,10 @@ def jagged_batches(  # noqa: D417 (callers do not pass `draw`)
     """``(q, k, v)``: self- or cross-attention, grouped heads (H = G, 2G, 3G), E equal to D or not.
 
     Args:
-        q_lengths: Fix the query lengths.
-        kv_lengths: Fix the key lengths. Default: the queries' own (then q, k and v share one offsets tensor), or
-            others.
-        dtype: Of the values, standard normal.
-        max_total: The most packed tokens on either side.
+        q_lengths: Query lengths. Default: drawn.
+        kv_lengths: Key lengths. Default: either the query lengths (q, k and v then share one offsets tensor) or drawn.
+        dtype: Dtype of the values, which are standard normal.
+        max_total: Maximal number of packed tokens of queries and of keys.
         tile: Passed to :func:`lengths`.
     """
     if q_lengths is None:
@@ -121,7 +120,7 @@ def _nothing(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Nodes:
-    """Draws mask nodes for given lengths."""
+    """Strategies for mask nodes that match given lengths."""
 
     q_lengths: Sequence[int]
     kv_lengths: Sequence[int]
@@ -130,7 +129,7 @@ class _Nodes:
     interval: bool
 
     def bound(self, draw: st.DrawFn, least: int) -> int | Tensor:
-        """An int bound, sometimes one per segment; small and large ones."""
+        """Draw a bound, small or large: an int, or one per segment."""
         value = st.one_of(st.integers(least, 6), st.sampled_from([15, 16, 17, 200, *LIMITS]))
         if self.portable or draw(st.integers(0, 2)):
             return draw(value)
@@ -141,7 +140,7 @@ class _Nodes:
         return torch.tensor(values, dtype=dtype)
 
     def leaf(self, draw: st.DrawFn) -> m.Mask:
-        """One node without parts."""
+        """Draw a leaf node."""
         kinds = ["full", "causal", "window", "prefix", "chunked", "global"]
         kinds += [] if self.portable else ["rows"]
         kinds += [] if self.interval else ["dense", "mod"] if self.portable else ["dense", "mod", "group", "packed"]
@@ -167,7 +166,7 @@ class _Nodes:
                 return self.data(draw, kind)
 
     def data(self, draw: st.DrawFn, kind: str) -> m.Mask:
-        """One node that holds data per token."""
+        """Draw a node with per-token data."""
         g = _generator(draw(SEEDS))
         q_total, kv_total = sum(self.q_lengths), sum(self.kv_lengths)
         longest = max([0, *self.kv_lengths])
@@ -177,7 +176,7 @@ class _Nodes:
                 shape = (q_total,) if count is None else (count, q_total)
                 lo = torch.randint(-2, longest + 3, shape, generator=g)
                 hi = lo + torch.randint(-1, 5, shape, generator=g)
-                if draw(st.booleans()):  # from the start, and to the end
+                if draw(st.booleans()):  # some spans unbounded below, some above
                     ends = torch.iinfo(torch.int64)
                     lo, hi = lo.masked_fill(lo < 0, ends.min), hi.masked_fill(hi > longest, ends.max)
                 return m.Rows(lo, hi)
@@ -186,7 +185,7 @@ class _Nodes:
                 ids = torch.randint(-1, groups, (q_total,), generator=g)
                 own = self.q_lengths is self.kv_lengths and draw(st.booleans())
                 kv_ids = None if own else torch.randint(-1, groups, (kv_total,), generator=g)
-                if draw(st.booleans()):  # documents in a row instead of scattered
+                if draw(st.booleans()):  # contiguous groups instead of scattered ones
                     ids, kv_ids = ids.sort().values, None if kv_ids is None else kv_ids.sort().values
                 return m.SameGroup(ids, kv_ids)
             case "dense":
@@ -197,7 +196,7 @@ class _Nodes:
                 return m.Dense.from_list([torch.rand(n, w, generator=g) < 0.5 for n, w in each])
 
     def tree(self, draw: st.DrawFn, depth: int) -> m.Mask:
-        """A node with at most `depth` operators above any leaf."""
+        """Draw a node with at most `depth` operators above any leaf."""
         kinds = ["leaf", "and", "or", "not"] + ["heads"] * (self.heads > 1)
         match draw(st.sampled_from(kinds)) if depth else "leaf":
             case "and":
@@ -226,12 +225,12 @@ def masks(  # noqa: D417 (callers do not pass `draw`)
     """Masks over the whole node set, nested with ``&``, ``|`` and ``~``.
 
     Args:
-        q_lengths: The query lengths that tensors in the mask must fit.
-        kv_lengths: The key lengths. Default: the queries' own, which also allows ``SameGroup(ids)`` without `kv_ids`.
-        heads: H; PerHead is drawn if it is over 1.
-        depth: The most operators above a leaf.
-        portable: Only nodes that hold nothing per segment or per token, so that the mask fits any batch.
-        interval: Only nodes that are spans exactly.
+        q_lengths: Query lengths, for the shapes of tensors in the mask.
+        kv_lengths: Key lengths. Default: `q_lengths`, which also allows ``SameGroup(ids)`` without `kv_ids`.
+        heads: H; ``PerHead`` is drawn only if H > 1.
+        depth: Maximal number of operators above a leaf.
+        portable: Draw only nodes without data per segment or token, so that the mask is valid for any batch.
+        interval: Draw only nodes that are exact spans.
     """
     nodes = _Nodes(q_lengths, q_lengths if kv_lengths is None else kv_lengths, heads, portable, interval)
     return nodes.tree(draw, depth)
@@ -247,14 +246,14 @@ def scores(  # noqa: D417 (callers do not pass `draw`)
     portable: bool = False,
     learned: bool = True,
 ) -> tuple[s.Score | None, list[Tensor]]:
-    """A chain of up to three scores, or None, and the tensors in it that need gradients.
+    """Chains of up to three scores, or None, with the list of their tensors that require gradients.
 
     Args:
         num_heads: H.
-        dtype: Of the tensors.
-        additive: Only scores that add a bias, which is what ``backend="segments"`` takes.
-        portable: Only scores that do not look at the segment's index, so that a segment may stand alone.
-        learned: Let tensors need gradients.
+        dtype: Dtype of the tensors.
+        additive: Draw only scores that add a bias, as ``backend="segments"`` requires.
+        portable: Draw only scores independent of the segment index, so that a segment can be attended alone.
+        learned: Whether tensors require gradients.
     """
     g = _generator(draw(SEEDS))
     leaves: list[Tensor] = []
@@ -282,7 +281,7 @@ def scores(  # noqa: D417 (callers do not pass `draw`)
 
 
 def _user_score(kind: str, table: Tensor) -> s.ScoreMod:
-    """A score function as a user writes one, around a tensor ``[H]``."""
+    """A user's score function that closes over a tensor ``[H]``."""
 
     def temperature(x: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
         return x * (0.5 + table[h])
@@ -298,15 +297,15 @@ def _user_score(kind: str, table: Tensor) -> s.ScoreMod:
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """One attention problem.
+    """An attention problem: q, k and v with a mask, a score and a tile size.
 
     Attributes:
         q: ``[T_q, H, D]``.
         k: ``[T_kv, G, D]``.
         v: ``[T_kv, G, E]``.
-        mask: Fits the batch.
-        score: Fits the heads, or None.
-        learned: The tensors in `score` that need gradients.
+        mask: Mask, valid for the batch.
+        score: Score for H heads, or None.
+        learned: The tensors in `score` that require gradients.
         block_size: Tile size.
     """
 
@@ -320,11 +319,11 @@ class Problem:
 
     @property
     def heads(self) -> int:
-        """H."""
+        """Number of query heads H."""
         return self.q.values.shape[1]
 
     def plan(self) -> Plan:
-        """The plan of this problem."""
+        """Compile the plan of this problem."""
         return make_plan(self.q, self.k, mask=self.mask, score=self.score, block_size=self.block_size)
 
     def __repr__(self) -> str:
@@ -347,7 +346,7 @@ def problems(
     additive: bool = False,
     max_total: int = 100,
 ) -> Problem:
-    """A whole :class:`Problem`; the arguments are those of :func:`jagged_batches`, :func:`masks` and :func:`scores`.
+    """Complete :class:`Problem` instances; arguments as for :func:`jagged_batches`, :func:`masks` and :func:`scores`.
 
     >>> from hypothesis import find
     >>> find(problems(), lambda p: p.q.num_segments == 2 and p.heads > 1).q.num_segments

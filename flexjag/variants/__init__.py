@@ -1,4 +1,4 @@
-"""Named recipes, made of masks, scores and normalizers."""
+"""Attention variants from papers, built of masks, scores and normalizers."""
 
 from flexjag.variants.hstu import HSTU, HSTULayer, KVCache
 from flexjag.variants.hstu_bias import HSTUBias, next_times

@@ -20,11 +20,11 @@ from flexjag.variants.hstu_norm import HeadNorm, LayerNorm
 
 
 class KVCache(NamedTuple):
-    """The keys and values of one layer's history, per segment.
+    """Keys and values of one layer's history, per segment.
 
     Attributes:
         k: ``[T_kv, H, D]``.
-        v: ``[T_kv, H, E]``, with k's offsets.
+        v: ``[T_kv, H, E]``, on the offsets of `k`.
     """
 
     k: Jagged
@@ -32,41 +32,41 @@ class KVCache(NamedTuple):
 
 
 class HSTULayer(nn.Module):
-    """One layer of HSTU: attention without a softmax, gated, with a residual.
+    """HSTU layer: gated attention with a pointwise normalizer and a residual connection.
 
     With f₁ and f₂ affine and φ the SiLU::
 
         u, v, q, k = split(φ(f₁(LayerNorm(x))))
-        o = (φ(scale · q kᵀ + bias) · s ⊙ mask) v         φ, s and mask are the plan's
+        o = (φ(scale · q kᵀ + bias) · s ⊙ mask) v         φ, s and mask: from the plan
         y = x + f₂(dropout(LayerNorm(o) ⊙ u))              over all heads' features at once
 
-    The paper's equations have the split, φ of the scores and their bias, and the gate after a norm. The scale,
-    s = 1 / maximal length, the norm of the input, the residual, dropout and the starting values are those of the public
-    code (generative-recommenders), whose two versions differ. As its ``STULayer``, this layer has norms with gain and
-    shift, and a shift in f₁. By default φ is of all four of u, v, q and k, f₂ has a shift, and f₂'s only input is the
-    gated output, as in its research model, which with ``concat_ua`` gives f₂ u and the normed output beside it.
+    The split, φ of the biased scores, and the gate after a norm are in the paper's equations. The scale,
+    s = 1 / maximal length, the norm of the input, the residual, dropout and the initialization follow the public code
+    (generative-recommenders), which has two versions. As in its ``STULayer``, the norms have gain and shift, and f₁ has
+    a shift. By default φ is applied to all of u, v, q and k, f₂ has a shift, and the only input of f₂ is the gated
+    output, as in its research model; that model's ``concat_ua`` adds u and the normed output to the input of f₂.
     ``STULayer`` is ``silu="u", concat_u=True, concat_x=True, output_bias=False``, and has `group_norm`, too.
 
     Args:
-        width: Features of a token.
+        width: Number of features of a token.
         heads: H.
-        dim: D, features of a head's query and key.
-        value_dim: E, features of a head's value and gate. Default: D.
-        bias: Added to the scores. Give each layer its own, as the public code does, or several layers the same one.
+        dim: D, query and key features per head.
+        value_dim: E, value and gate features per head. Default: D.
+        bias: Bias added to the scores: one per layer, as in the public code, or one shared by several layers.
         scale: Factor on ``q·k``. Default ``1 / sqrt(D)``.
-        dropout: Probability, 0 to 1.
-        eps: Of the norms.
-        silu: Of which projections φ is taken: ``"uvqk"`` for all four, ``"u"`` for the gate only.
-        concat_u: Give f₂ also u, before all others.
-        concat_x: Give f₂ also the attention's output o (which the public code calls x there), after u.
-        concat_ua: Give f₂ also u and ``LayerNorm(o)``; not together with the former two.
-        group_norm: Norm each head of o for itself, with one gain and one shift per head.
+        dropout: Dropout probability, 0 to 1.
+        eps: Added to the variance in the norms.
+        silu: Projections that φ is applied to: ``"uvqk"`` for all four, ``"u"`` for the gate only.
+        concat_u: Concatenate u to the input of f₂, in front.
+        concat_x: Concatenate the attention output o (x in the public code) to the input of f₂, after u.
+        concat_ua: Concatenate u and ``LayerNorm(o)`` to the input of f₂; excludes the former two.
+        group_norm: Normalize each head of o separately, with one gain and one shift per head.
         output_bias: Whether f₂ has a shift.
-        device: Of the parameters.
-        dtype: Of the parameters.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
 
     Raises:
-        ShapeError: If a size is out of range, `bias` is for another number of heads, or options do not go together.
+        ShapeError: If a size is out of range, `bias` has another number of heads, or options exclude each other.
 
     >>> from flexjag import plan
     >>> from flexjag.normalizers import SiLU
@@ -126,7 +126,7 @@ class HSTULayer(nn.Module):
         self._reset_linear()
 
     def reset_parameters(self) -> None:
-        """Weights by Glorot and Bengio (``xavier_uniform_``), the rest neutral; also those of the bias."""
+        """Initialize weights by ``xavier_uniform_``, shifts by 0 and gains by 1, and reset `bias`."""
         self.input_norm.reset_parameters()
         self.attention_norm.reset_parameters()
         self._reset_linear()
@@ -144,19 +144,19 @@ class HSTULayer(nn.Module):
 
         Args:
             x: ``[T, width]``.
-            plan: For x's layout, with ``normalizer=SiLU(s)`` and for instance ``mask=hstu_mask(x)``. Made once per
-                batch and shared by all layers. A score that it holds comes before the layer's own bias.
-            times: ``[T]``, when each query is asked; needed by a bias by time, see :func:`next_times`.
-            kv_times: ``[T]``, when each token happened. Default: `times`.
+            plan: Plan for x's layout with ``normalizer=SiLU(s)`` and, for instance, ``mask=hstu_mask(x)``: one per
+                batch, shared by all layers. Its score, if any, is applied before the layer's bias.
+            times: ``[T]``, the time of each query; required by a bias by time, see :func:`next_times`.
+            kv_times: ``[T]``, the time of each token. Default: `times`.
 
         Returns:
-            ``[T, width]`` on x's offsets.
+            ``[T, width]`` on the offsets of `x`.
 
         Raises:
-            ShapeError: If x has other features than the layer, or another dtype or device.
-            PlanError: If the plan's normalizer is not pointwise, or it was made for another layout.
-            LayoutError: If times do not lie like tokens.
-            ScoreError: If times are missing, or are not needed.
+            ShapeError: If width, dtype or device of `x` differ from the layer's.
+            PlanError: If the plan's normalizer is not pointwise, or the plan was made for another layout.
+            LayoutError: If times have other offsets than the tokens.
+            ScoreError: If times are given without a bias by time, or missing with one.
         """
         return self.decode(x, None, plan, times=times, kv_times=kv_times)[0]
 
@@ -169,27 +169,27 @@ class HSTULayer(nn.Module):
         times: Jagged | None = None,
         kv_times: Jagged | None = None,
     ) -> tuple[Jagged, KVCache]:
-        """Run the layer on new tokens, which attend themselves and a history seen before.
+        """Run the layer on new tokens, which attend to themselves and a cached history.
 
-        The output is the last rows of the forward over history and new tokens. In a stack that takes a history whose
-        own outputs stay what they were: with a causal :func:`hstu_mask` if the new tokens are targets, or if
-        `contextual` and `min_full` are 0 and the history's `times` do not change.
+        Equals the last rows of the forward over history and new tokens. In a stack of layers this requires that new
+        tokens leave the outputs of the history unchanged: with a causal :func:`hstu_mask` they do if they are targets,
+        or if `contextual` and `min_full` are 0 and the history's `times` do not change.
 
         Args:
             x: ``[T_q, width]``, the new tokens of each segment; there may be none.
-            cache: What this method returned for the history; None if there is none. It is not changed.
-            plan: Of the new tokens' layout against that of history and new tokens together, with a mask that lines
-                queries up with the last keys: ``plan(new, whole, mask=hstu_mask(new, whole), ...)``.
-            times: ``[T_q]``, of the new queries.
-            kv_times: ``[T_kv]``, of history and new tokens. Default, without a history: `times`.
+            cache: The cache returned for the history; None without a history. It is not modified.
+            plan: Plan for the new tokens as queries and history plus new tokens as keys, with a mask that aligns the
+                queries with the last keys: ``plan(new, whole, mask=hstu_mask(new, whole), ...)``.
+            times: ``[T_q]``, the times of the new queries.
+            kv_times: ``[T_kv]``, the times of history and new tokens. Default, without a history: `times`.
 
         Returns:
-            ``[T_q, width]``, and the cache with the new tokens at each segment's end. To ask for other targets next,
+            ``[T_q, width]``, and the cache with the new tokens appended to each segment. To score other targets next,
             pass the old cache again.
 
         Raises:
-            LayoutError: If the cache has another number of segments, or times do not lie like tokens.
-            ShapeError: If x or the cache has other features than the layer, or another dtype or device.
+            LayoutError: If the cache has another number of segments, or times have other offsets than the tokens.
+            ShapeError: If width, dtype or device of `x` or of the cache differ from the layer's.
             PlanError: As :meth:`forward`.
             ScoreError: As :meth:`forward`.
         """
@@ -209,7 +209,7 @@ class HSTULayer(nn.Module):
         return x.with_values(x.values + added), KVCache(k, v)
 
     def _project(self, x: Jagged) -> tuple[Tensor, Jagged, Jagged, Jagged]:
-        """The gate ``[T, H * E]``, and values, queries and keys ``[T, H, E or D]``."""
+        """Gate ``[T, H * E]``, values ``[T, H, E]``, queries and keys ``[T, H, D]``."""
         values, keys = self.heads * self.value_dim, self.heads * self.dim
         uvqk = self.projection(self.input_norm(x.values))
         if self.silu == "uvqk":
@@ -221,7 +221,7 @@ class HSTULayer(nn.Module):
         return u, v, q, k
 
     def _gate(self, u: Tensor, out: Tensor) -> Tensor:
-        """What is projected to the width, of the gate and the attention's output, both ``[T, H * E]``."""
+        """Input of f₂, from the gate and the attention output, both ``[T, H * E]``."""
         normed = self.attention_norm(out)
         parts = [normed * u]
         if self.concat_ua:
@@ -259,7 +259,7 @@ class HSTULayer(nn.Module):
                 raise ShapeError(explain_values("cache", f"{name} must be [T, heads, dim] of this layer", **seen))
 
     def extra_repr(self) -> str:
-        """The sizes, and what was chosen that is not the default."""
+        """The sizes, and the options that differ from their defaults."""
         scale = "" if self.scale is None else f", scale={self.scale}"
         silu = "" if self.silu == "uvqk" else f", silu={self.silu!r}"
         chosen = [name for name in ("concat_u", "concat_x", "concat_ua", "group_norm") if getattr(self, name)]
@@ -268,7 +268,7 @@ class HSTULayer(nn.Module):
 
 
 class HSTU(nn.Module):
-    """Layers of HSTU one after another, all with one plan.
+    """Stack of HSTU layers that share one plan.
 
     Args:
         layers: At least one, all of the same width.

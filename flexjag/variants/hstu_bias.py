@@ -1,4 +1,4 @@
-"""HSTU's learned bias by position and time (generative-recommenders), and the times that it compares."""
+"""HSTU's learned bias by position and time (generative-recommenders), and the times of its queries."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from flexjag.scores import RelativeBias, Score, TimeBias
 class HSTUBias(nn.Module):
     """HSTU's learned bias by relative position and time, as a score: ``position[j - i] + time[bucket(t_i - t_j)]``.
 
-    The buckets of the public code: ``floor(log(t) / width)``, from 0 to `time_buckets`. What is under one unit of
-    time, or negative, goes to bucket 0.
+    Buckets as in the public code: ``floor(log(t) / width)``, from 0 to `time_buckets`. Differences below one unit of
+    time, also negative ones, are in bucket 0.
 
     Args:
         heads: H.
-        max_distance: R, the distance from which on the position's bias is constant. Default: no bias by position.
-            The public code has one less than its maximal length.
-        time_buckets: The last bucket of time. Default: no bias by time. The public code has 128.
-        bucket_width: In natural logarithms of the times' unit.
-        per_head: A table for each head. The public code's heads share one.
-        device: Of the tables.
-        dtype: Of the tables.
+        max_distance: R, the distance beyond which the bias by position is constant. Default: no bias by position.
+            The public code has R = maximal length − 1.
+        time_buckets: Index of the last time bucket. Default: no bias by time. The public code has 128.
+        bucket_width: Width of a bucket in the natural logarithm of time.
+        per_head: One table per head. In the public code all heads share one.
+        device: Device of the tables.
+        dtype: Dtype of the tables.
 
     Raises:
-        ScoreError: If there is nothing to look up, or a size is out of range.
+        ScoreError: If neither bias is chosen, or a size is out of range.
 
     >>> HSTUBias(2, max_distance=255, time_buckets=64)
     HSTUBias(heads=2, max_distance=255, time_buckets=64)
@@ -72,27 +72,27 @@ class HSTUBias(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Normal tables of deviation 0.02, as in the public code."""
+        """Draw the tables from a normal distribution of standard deviation 0.02, as in the public code."""
         for table in (self.position, self.time):
             if table is not None:
                 nn.init.normal_(table, std=0.02)
-        if self.time_buckets is not None and self.boundaries is not None:  # a module made on "meta" has lost them
+        if self.time_buckets is not None and self.boundaries is not None:  # they have no data after to_empty
             self.boundaries.copy_(TimeBias.log_boundaries(self.time_buckets, self.bucket_width))
 
     def forward(
         self, q: Jagged, k: Jagged | None = None, *, times: Jagged | None = None, kv_times: Jagged | None = None
     ) -> Score:
-        """The score for one batch.
+        """Return the score for one batch.
 
         Args:
-            q: The query batch; only its layout matters.
-            k: The key batch, if the queries are only the last tokens of each of its segments, as in a decode step.
-            times: ``[T_q]`` on q's offsets, when each query is asked; None if there is no bias by time.
-            kv_times: ``[T_kv]`` on k's offsets, when each key happened. Default: `times`.
+            q: The query batch; only its layout is used.
+            k: The key batch, if the queries are its segments' last tokens, as in a decode step. Default: `q`.
+            times: ``[T_q]`` on q's offsets, the time of each query; None without a bias by time.
+            kv_times: ``[T_kv]`` on k's offsets, the time of each key. Default: `times`.
 
         Raises:
-            ScoreError: If there is a bias by time and no time, or the reverse.
-            LayoutError: If times do not lie like tokens.
+            ScoreError: If times are given without a bias by time, or missing with one.
+            LayoutError: If times have other offsets than the tokens.
         """
         if (times is None) != (self.time is None) or (times is None and kv_times is not None):
             rule = "must be given for a bias by time" if times is None else "go with a bias by time, which is not here"
@@ -117,36 +117,36 @@ class HSTUBias(nn.Module):
         return found[0] if len(found) == 1 else found[0] >> found[1]
 
     def _of_heads(self, table: Tensor) -> Tensor:
-        """``[H, ...]``; a table that all heads share gets the sum of their gradients, kept wide and rounded once."""
+        """Table ``[H, ...]``. A shared one is expanded in float32, so that its gradient is rounded once."""
         return table if table.shape[0] == self.heads else wide(table).expand(self.heads, -1)
 
     def _by_place_from_end(self, table: Tensor, q: Jagged, k: Jagged) -> TimeBias:
-        """The bias by position of queries that line up with the last keys, which :class:`RelativeBias` has not."""
+        """Bias by position of queries aligned with the last keys, which :class:`RelativeBias` does not offer."""
         assert self.max_distance is not None
         steps = torch.arange(1 - self.max_distance, self.max_distance + 1, device=q.device)
         return TimeBias(table.flip(1), _from_end(q), steps, _from_end(k))
 
     def extra_repr(self) -> str:
-        """The arguments that were given."""
+        """The arguments, for the module's repr."""
         sizes = {"max_distance": self.max_distance, "time_buckets": self.time_buckets}
         return ", ".join([f"heads={self.heads}", *(f"{k}={v}" for k, v in sizes.items() if v is not None)])
 
 
 def _from_end(x: Jagged) -> Tensor:
-    """``[T]``: minus how many tokens of its segment are left, from each token on."""
+    """Position of each token relative to its segment's end ``[T]``: −n_s to −1."""
     return torch.arange(x.values.shape[0], device=x.device) - _ends(x)
 
 
 def _ends(x: Jagged) -> Tensor:
-    """``[T]``: where each token's segment ends."""
-    # Of all S+1 offsets: a slice of S would make S = 1 a graph of its own.
+    """End offset of each token's segment ``[T]``."""
+    # Index all S+1 offsets: a slice of size S would specialize the graph on S = 1.
     return x.offsets[(x.segment_ids + 1).clamp(max=x.num_segments)]
 
 
 def next_times(times: Jagged) -> Jagged:
-    """When the token after each one happened, and for a segment's last token when it did itself.
+    """Time of each token's successor, and of the token itself at a segment's end.
 
-    HSTU's queries are asked at these times: pass them as `times`, and the tokens' own as `kv_times`.
+    HSTU evaluates each query at this time: pass the result as `times`, the tokens' own times as `kv_times`.
 
     >>> next_times(Jagged.from_lengths(torch.tensor([1, 4, 9, 2, 5]), [3, 2])).values.tolist()
     [4, 9, 9, 5, 5]

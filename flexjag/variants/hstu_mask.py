@@ -24,30 +24,30 @@ def hstu_mask(
     max_attn_len: int | None = None,
     min_full: int = 0,
 ) -> Rows:
-    """The mask of HSTU: causal, with a contextual prefix, targets at the end, and a window over the history.
+    """HSTU's mask: causal, with a contextual prefix, targets at the end, and a window over the history.
 
-    A segment is ``contextual`` tokens, then the history, then ``targets`` candidates. Contextual tokens count as one
-    position. Each sees the contextual tokens and the whole history; a history token sees what is before it and itself;
-    a target sees contextual tokens, history and itself, as if it came right after the history, and no other target
-    but those before it in its group.
+    A segment consists of ``contextual`` tokens, the history, and ``targets`` candidates. Contextual tokens share one
+    position and attend to all contextual tokens and the whole history. A history token attends to itself and the
+    tokens before it. A target has the position after the history and attends to contextual tokens, history, itself,
+    and the earlier targets of its group.
 
     Args:
-        q: The query batch; only its offsets and number of tokens matter.
-        k: The key batch, if the queries are only the last tokens of each of its segments, as in a decode step.
-        causal: False lets tokens see as far ahead as back. That is symmetric, as the public definition is: the history
-            then sees the targets, which see it. Targets of a group see each other.
-        contextual: How many tokens of each segment are its contextual prefix: a number, or ``[S]`` integers.
-        targets: ``[S]`` integers, how many tokens at the end are targets. Default: none.
-        target_group_size: So many consecutive targets are a group; a segment's last group may be smaller.
-        max_attn_len: How many positions back (and ahead, if not causal) a token sees; 0 or None for all.
-        min_full: The targets and the last this many positions of the history see all the same.
+        q: The query batch, of which only the offsets and the number of tokens are used.
+        k: The key batch, if the queries are its segments' last tokens, as in a decode step. Default: `q`.
+        causal: If False, the mask is symmetric, as in the public code: tokens attend as far ahead as back, the history
+            attends to the targets, and targets of a group attend to each other.
+        contextual: Number of contextual tokens of each segment: an int, or ``[S]`` integers.
+        targets: Number of targets at the end of each segment, ``[S]`` integers. Default: none.
+        target_group_size: Number of consecutive targets in a group; the last group may be smaller.
+        max_attn_len: Window, in positions back (and ahead, if not causal); 0 or None for unlimited.
+        min_full: If positive, the targets and the last `min_full` positions of the history are exempt from the window.
 
     Returns:
-        Exact spans, one per token, or with targets two. Works inside ``torch.compile``.
+        A mask of exact spans, one per token, or two with targets. Works inside ``torch.compile``.
 
     Raises:
-        MaskError: If a number is out of range (those of tensors are looked at on CPU only), `contextual` or `targets`
-            is not ``[S]``, or k has other segments than q.
+        MaskError: If a number is out of range (those in tensors are checked on a CPU only), `contextual` or `targets`
+            is not ``[S]``, or the numbers of segments of `q` and `k` differ.
 
     >>> from flexjag import plan
     >>> x = Jagged.from_lengths(torch.zeros(5), [5])
@@ -62,7 +62,7 @@ def hstu_mask(
     _check(q, k, contextual, targets, target_group_size, max_attn_len, min_full)
     tokens = q.values.shape[0]
     segment = segment_ids(q.offsets, tokens)
-    # Read per token, of all S+1 offsets: a slice of S would make S = 1 a graph of its own.
+    # Index all S+1 offsets per token: a slice of size S would specialize the graph on S = 1.
     last = (segment + 1).clamp(max=q.num_segments)
     length = k.offsets[last] - k.offsets[segment]
     at = torch.arange(tokens, device=q.offsets.device) - q.offsets[last] + length
@@ -73,7 +73,7 @@ def hstu_mask(
     position = torch.minimum((at - skip).clamp(min=0), end)
 
     def start_of(position: Tensor) -> Tensor:
-        """The first token of a position; position 0 has all of the contextual prefix."""
+        """First token of a position; position 0 is the whole contextual prefix."""
         return torch.where(position > 0, position + skip, 0)
 
     lo, hi = torch.zeros_like(at), start_of(position)
@@ -82,13 +82,13 @@ def hstu_mask(
     if max_attn_len:
         near = position < end - min_full if min_full else True
         lo = torch.where(near & (position > max_attn_len), position - max_attn_len + skip, 0)
-        if not causal:  # the position after the last one seen begins at the end of the window, if that is history
+        if not causal:  # the window ends where the position after its last one starts, if that is in the history
             ahead = position + max_attn_len + 1
             hi = torch.where(near & (ahead <= end) & (position < end), ahead + skip, hi)
     is_prefix = (position == 0) & (prefix > 0)
     lo = torch.where(is_prefix, 0, lo)
     hi = torch.where(is_prefix & (end > 0), torch.maximum(hi, end + skip), hi)
-    if targets is None:  # what a token sees holds or touches it
+    if targets is None:  # the span contains the token or is adjacent to it
         return Rows(torch.where(hi > 0, lo, at), torch.maximum(hi, at + 1))
     own, own_end = at, at + 1
     if target_group_size > 1:
@@ -100,7 +100,7 @@ def hstu_mask(
 
 
 def _per_token(counts: Tensor, segment: Tensor) -> Tensor:
-    """``[T]`` of ``[S]`` int64, and 0 for spare rows."""
+    """Per-segment counts ``[S]`` gathered per token: ``[T]`` int64, 0 for spare rows."""
     return torch.cat([counts.long(), counts.new_zeros(1, dtype=torch.int64)])[segment]
 
 
@@ -130,13 +130,13 @@ def _check(
 
 
 def _check_counts(name: str, counts: Tensor, k: Jagged, bounded: bool) -> None:
-    """Check integers per segment, not negative, and if `bounded` at most the segment's length."""
+    """Check that counts are ``[S]`` integers, not negative, and if `bounded` at most the segment's length."""
     check_tensor(MaskError, name, counts)
     if counts.shape != (k.num_segments,) or counts.dtype.is_floating_point or counts.dtype == torch.bool:
         rule = "must be integers, one per segment"
         shape = tuple(counts.shape)
         raise MaskError(explain_values(name, rule, shape=shape, dtype=counts.dtype, segments=k.num_segments))
-    # On a GPU, and in a traced graph, looking at the numbers would wait for them.
+    # On a GPU reading the numbers would be a sync; in a traced graph there are none.
     if counts.device.type == "cpu" and not holds_no_numbers(counts):
         wrong = ((counts < 0) | (counts > k.lengths if bounded else False)).nonzero()
         if wrong.numel():
