@@ -40,7 +40,7 @@ BACKENDS = ("auto", "tiled", "segments", "flex", "varlen")
 SLOW = (PADDED_FLEX, GYM)  # each compiles a kernel for each kind
 
 
-class Batch:
+class AttentionBatch:
     """One batch, and the arms over it. What an arm needs beyond q, k, v and a bias is made by the arm.
 
     Args:

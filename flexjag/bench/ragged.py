@@ -30,7 +30,7 @@ FAR = -1e9  # a score that weighs nothing; unlike -inf, a column of nothing else
 
 
 @dataclass(frozen=True)
-class Sizes:
+class RaggedSizes:
     """S segments of Meta's lengths under N with sparsity s, D features, M queries per segment."""
 
     segments: int
@@ -40,7 +40,7 @@ class Sizes:
     sparsity: float = 0.5
 
 
-class Batch(Padding):
+class RaggedBatch(Padding):
     """A batch of Meta's lengths, and what the arms of ops derive from them once.
 
     Args:
@@ -49,7 +49,7 @@ class Batch(Padding):
         seed: What lengths and values are drawn from.
     """
 
-    def __init__(self, sizes: Sizes, device: str, seed: int) -> None:
+    def __init__(self, sizes: RaggedSizes, device: str, seed: int) -> None:
         lengths = meta_lengths(sizes.segments, sizes.longest, sizes.sparsity, seed)
         super().__init__(lengths, device, sizes.longest)
         self.n, self.sizes, self.device, self.seed = lengths, sizes, device, seed
@@ -138,7 +138,7 @@ class Batch(Padding):
 
 
 Call = Callable[..., Any]
-"""Batch and operands to a tensor, or to several."""
+"""RaggedBatch and operands to a tensor, or to several."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ class Op:
     """One op.
 
     Attributes:
-        operands: Names of what needs gradients, from :meth:`Batch.operands`.
+        operands: Names of what needs gradients, from :meth:`RaggedBatch.operands`.
         flexjag: The op.
         padded: The same by padding.
         fbgemm: The same by FBGEMM, given its operators.
@@ -176,51 +176,51 @@ def _on_padded(dense: Callable[..., Tensor], fill: float = 0.0) -> Call:
 
 
 def _extreme(reduce: Callable[..., Tensor], fill: float) -> Call:
-    def padded(b: Batch, x: Tensor) -> Tensor:
+    def padded(b: RaggedBatch, x: Tensor) -> Tensor:
         return torch.where(b.lengths[:, None] > 0, reduce(b.pad(x, fill), 1), 0.0)
 
     return padded
 
 
-def _pad(b: Batch, x: Tensor) -> Tensor:
+def _pad(b: RaggedBatch, x: Tensor) -> Tensor:
     """From what the op is given: no index is ready."""
     return x.new_zeros(b.segments * b.longest, x.shape[1]).index_copy_(0, _kept(b), x).unflatten(0, (-1, b.longest))
 
 
-def _unpad(b: Batch, dense: Tensor) -> Tensor:
+def _unpad(b: RaggedBatch, dense: Tensor) -> Tensor:
     return dense.flatten(0, 1).index_select(0, _kept(b))
 
 
-def _kept(b: Batch) -> Tensor:
+def _kept(b: RaggedBatch) -> Tensor:
     """``[T]``: the rows of a padded batch that are tokens, from the lengths."""
     return (torch.arange(b.longest, device=b.device) < b.lengths[:, None]).flatten().nonzero()[:, 0]
 
 
-def _mean(b: Batch, x: Tensor) -> Tensor:
+def _mean(b: RaggedBatch, x: Tensor) -> Tensor:
     return b.pad(x).sum(1) / b.lengths.clamp(min=1)[:, None]
 
 
-def _jagged_out(b: Batch, x: Tensor, y: Tensor) -> Tensor:
+def _jagged_out(b: RaggedBatch, x: Tensor, y: Tensor) -> Tensor:
     return b.unpad_matrices(b.pad(x) @ b.pad(y).transpose(1, 2))
 
 
-def _array(b: Batch, p: Tensor, y: Tensor) -> Tensor:
+def _array(b: RaggedBatch, p: Tensor, y: Tensor) -> Tensor:
     return b.unpad(b.pad_matrices(p) @ b.pad(y))
 
 
-def _split(b: Batch, x: Tensor) -> tuple[Tensor, ...]:
+def _split(b: RaggedBatch, x: Tensor) -> tuple[Tensor, ...]:
     flat = b.pad(x).flatten(0, 1)
     return tuple(flat.index_select(0, row) for row in b.half_rows)
 
 
-def _concat(b: Batch, x: Tensor, y: Tensor) -> Tensor:
+def _concat(b: RaggedBatch, x: Tensor, y: Tensor) -> Tensor:
     return torch.cat([b.pad(x), b.pad(y)], 1).flatten(0, 1).index_select(0, b.joined_row)
 
 
 def _norm_of_segment(center: bool) -> Call:
     """Statistics over all features of all tokens of a segment, the padding left out."""
 
-    def padded(b: Batch, x: Tensor, gain: Tensor, *shift: Tensor) -> Tensor:
+    def padded(b: RaggedBatch, x: Tensor, gain: Tensor, *shift: Tensor) -> Tensor:
         values, inside = b.pad(x), b.real[:, :, None]
         count = (b.lengths * x.shape[1]).clamp(min=1)[:, None, None]
         if center:
@@ -232,23 +232,23 @@ def _norm_of_segment(center: bool) -> Call:
     return padded
 
 
-def _attention(b: Batch, query: Tensor, x: Tensor, y: Tensor, bias: Tensor) -> Tensor:
+def _attention(b: RaggedBatch, query: Tensor, x: Tensor, y: Tensor, bias: Tensor) -> Tensor:
     scores = torch.baddbmm(bias.transpose(1, 2), query, b.pad(x).transpose(1, 2))
     weights = scores.masked_fill(~b.real[:, None], FAR).softmax(2)
     return (weights * b.real[:, None]) @ b.pad(y)
 
 
-def _sdpa(b: Batch, query: Tensor, x: Tensor, y: Tensor, bias: Tensor) -> Tensor:
+def _sdpa(b: RaggedBatch, query: Tensor, x: Tensor, y: Tensor, bias: Tensor) -> Tensor:
     mask = bias.transpose(1, 2).masked_fill(~b.real[:, None], FAR)[:, None]
     heads = (t[:, None] for t in (query, b.pad(x), b.pad(y)))
     return functional.scaled_dot_product_attention(*heads, attn_mask=mask, scale=1.0)[:, 0]
 
 
-def _sides(b: Batch) -> tuple[Tensor, Tensor]:
+def _sides(b: RaggedBatch) -> tuple[Tensor, Tensor]:
     return b.lengths, b.offsets
 
 
-def _matrix_side(b: Batch) -> tuple[Tensor, Tensor]:
+def _matrix_side(b: RaggedBatch) -> tuple[Tensor, Tensor]:
     return b.lengths.square(), b.squares
 
 

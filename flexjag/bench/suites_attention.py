@@ -12,7 +12,18 @@ from torch import Tensor
 
 from flexjag.attention import attention
 from flexjag.bench import attention_arms as arms_of
-from flexjag.bench.attention_arms import AUTO, DENSE, FLEX, LOOP, PADDED, SHARED, SLICED, VARLEN, WITH_PLAN, Batch
+from flexjag.bench.attention_arms import (
+    AUTO,
+    DENSE,
+    FLEX,
+    LOOP,
+    PADDED,
+    SHARED,
+    SLICED,
+    VARLEN,
+    WITH_PLAN,
+    AttentionBatch,
+)
 from flexjag.bench.attention_kinds import KINDS
 from flexjag.bench.lengths import constant_lengths, document_lengths, lognormal_lengths, meta_lengths
 from flexjag.bench.measure import Results, ratio
@@ -31,7 +42,7 @@ CHECKED = 4096  # tokens of those that are checked: a causal window's first rows
 
 
 @dataclass(frozen=True)
-class Sizes:
+class AttentionSizes:
     """How large it all is.
 
     Attributes:
@@ -53,14 +64,16 @@ class Sizes:
     gemm: int
 
 
-QUICK_SIZES = Sizes(6, 96, 48, 2, (16,), (512, 1024, 2048), 64)
+QUICK_SIZES = AttentionSizes(6, 96, 48, 2, (16,), (512, 1024, 2048), 64)
 SIZES = {
-    "cpu": Sizes(48, 1024, 512, 4, (64,), (8192, 32768, 131072), 2048),  # log-normal lengths fill 27 % of their batch
-    "cuda": Sizes(16, 4096, 4096, 8, (64, 128), (8192, 32768, 131072), 8192),
+    "cpu": AttentionSizes(
+        48, 1024, 512, 4, (64,), (8192, 32768, 131072), 2048
+    ),  # log-normal lengths fill 27 % of their batch
+    "cuda": AttentionSizes(16, 4096, 4096, 8, (64, 128), (8192, 32768, 131072), 8192),
 }
 
 
-def _sizes(options: Options) -> Sizes:
+def _sizes(options: Options) -> AttentionSizes:
     return QUICK_SIZES if options.quick else SIZES[options.device]
 
 
@@ -68,7 +81,7 @@ def _dtype(options: Options) -> torch.dtype:
     return torch.bfloat16 if options.device == "cuda" else torch.float32
 
 
-def _lengths(name: str, sizes: Sizes, seed: int) -> list[int]:
+def _lengths(name: str, sizes: AttentionSizes, seed: int) -> list[int]:
     if name == LOGNORMAL:
         return lognormal_lengths(sizes.segments, sizes.longest, seed)
     if name == DOCUMENTS:
@@ -79,7 +92,7 @@ def _lengths(name: str, sizes: Sizes, seed: int) -> list[int]:
     return lengths if any(lengths) else [1, *lengths[1:]]
 
 
-def _product(sizes: Sizes, options: Options) -> Sequence[Arm]:
+def _product(sizes: AttentionSizes, options: Options) -> Sequence[Arm]:
     """What the processor reaches in a matrix product, to hold the rates of attention against."""
     generator = torch.Generator().manual_seed(options.seed)
     a, b = (torch.randn(sizes.gemm, sizes.gemm, generator=generator) for _ in range(2))
@@ -88,7 +101,7 @@ def _product(sizes: Sizes, options: Options) -> Sequence[Arm]:
     return [Arm("torch.mm", lambda: lambda: (a @ b,), expected.check, memory=False)]
 
 
-def _growing(tokens: int, sizes: Sizes, options: Options) -> Sequence[Arm]:
+def _growing(tokens: int, sizes: AttentionSizes, options: Options) -> Sequence[Arm]:
     """One segment under a causal window, forward and backward."""
     generator = torch.Generator().manual_seed(options.seed)
     dim, checked = sizes.dims[0], min(tokens, CHECKED)
@@ -133,7 +146,7 @@ def _window_name(tokens: int) -> str:
     return f"window of {WINDOW}, forward + backward, {tokens:,} tokens"
 
 
-def _cpu_figures(options: Options, found: Results, flops: dict[str, int], sizes: Sizes) -> list[Figure]:
+def _cpu_figures(options: Options, found: Results, flops: dict[str, int], sizes: AttentionSizes) -> list[Figure]:
     figures = [_bound(options, found, sizes)]
     others = [LOOP, PADDED, SHARED, DENSE, arms_of.PADDED_FLEX, arms_of.GYM, arms_of.NESTED]
     for distribution in (LOGNORMAL, "sparsity 0.5"):
@@ -166,7 +179,7 @@ def _cpu_figures(options: Options, found: Results, flops: dict[str, int], sizes:
     return figures + _rates(found, flops, sizes)
 
 
-def _bound(options: Options, found: Results, sizes: Sizes) -> Figure:
+def _bound(options: Options, found: Results, sizes: AttentionSizes) -> Figure:
     """What a kernel gains that has the same rate at all lengths."""
     lengths = _lengths(LOGNORMAL, sizes, options.seed)
     longest = max(lengths)
@@ -176,7 +189,7 @@ def _bound(options: Options, found: Results, sizes: Sizes) -> Figure:
     return Figure(text, padded / packed if known else None, "x")
 
 
-def _cuda_figures(options: Options, found: Results, flops: dict[str, int], sizes: Sizes) -> list[Figure]:
+def _cuda_figures(options: Options, found: Results, flops: dict[str, int], sizes: AttentionSizes) -> list[Figure]:
     figures = []
     for dim in sizes.dims:
         case = _name("causal", True, "sparsity 0.5", dim)
@@ -203,7 +216,7 @@ def _cuda_figures(options: Options, found: Results, flops: dict[str, int], sizes
     return figures + _rates(found, flops, sizes)
 
 
-def _rates(found: Results, flops: dict[str, int], sizes: Sizes) -> list[Figure]:
+def _rates(found: Results, flops: dict[str, int], sizes: AttentionSizes) -> list[Figure]:
     out = []
     for case, count in flops.items():
         rate = ratio(count, found.seconds(case, AUTO))
@@ -257,15 +270,17 @@ def cases(options: Options) -> list[Case]:
     return out
 
 
-def _case(kind: str, backward: bool, distribution: str, dim: int, half: bool, sizes: Sizes, options: Options) -> Case:
+def _case(
+    kind: str, backward: bool, distribution: str, dim: int, half: bool, sizes: AttentionSizes, options: Options
+) -> Case:
     lengths = _lengths(distribution, sizes, options.seed)
     dtype = torch.bfloat16 if half else _dtype(options)
     facts: dict[str, Any] = {"segments": len(lengths), "tokens": sum(lengths), "longest": max(lengths)}
     facts |= {"fill": sum(lengths) / (len(lengths) * max(lengths)), "heads": sizes.heads, "dim": dim}
     facts |= {"dtype": str(dtype).removeprefix("torch."), "seed": options.seed}
 
-    def batch(lengths: Sequence[int], heads: int, dim: int) -> Batch:
-        return Batch(kind, lengths, heads, dim, dtype, backward, options.device, options.seed)
+    def batch(lengths: Sequence[int], heads: int, dim: int) -> AttentionBatch:
+        return AttentionBatch(kind, lengths, heads, dim, dtype, backward, options.device, options.seed)
 
     # Their memory is what a distribution with the same fill takes.
     measured = backward and not half and (distribution == LOGNORMAL or options.device == "cuda")

@@ -27,7 +27,7 @@ CASE = "causal, forward + backward"
 
 
 @dataclass(frozen=True)
-class Sizes:
+class EnergySizes:
     """Segments S, cap on a segment's length, heads H, head dim D."""
 
     segments: int
@@ -36,11 +36,11 @@ class Sizes:
     dim: int
 
 
-QUICK_SIZES = Sizes(4, 32, 2, 16)
-SIZES = {"cpu": Sizes(32, 1024, 4, 64), "cuda": Sizes(128, 2048, 16, 64)}
+QUICK_SIZES = EnergySizes(4, 32, 2, 16)
+SIZES = {"cpu": EnergySizes(32, 1024, 4, 64), "cuda": EnergySizes(128, 2048, 16, 64)}
 
 
-class Batch:
+class EnergyBatch:
     """One batch and the arms over it.
 
     Args:
@@ -48,7 +48,7 @@ class Batch:
         options: Device and seed.
     """
 
-    def __init__(self, sizes: Sizes, options: Options) -> None:
+    def __init__(self, sizes: EnergySizes, options: Options) -> None:
         self.lengths = lognormal_lengths(sizes.segments, sizes.longest, options.seed)
         self.tokens, self.padding = sum(self.lengths), Padding(self.lengths, options.device)
         dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
@@ -87,7 +87,7 @@ class Batch:
         return (out.values.detach(), *torch.autograd.grad(out.values, leaves, self.grad.to(dtype)))
 
 
-def _measure(batch: Batch, options: Options, tell: Tell) -> list[ArmResult]:
+def _measure(batch: EnergyBatch, options: Options, tell: Tell) -> list[ArmResult]:
     """The arms one after the other: a counter knows of no arms, so that they cannot be interleaved."""
     try:
         counter = energy.find_counter(options.device)
@@ -97,7 +97,7 @@ def _measure(batch: Batch, options: Options, tell: Tell) -> list[ArmResult]:
 
 
 def _arm(
-    name: str, call: Callable[[], Tensors], batch: Batch, counter: energy.Counter, options: Options, tell: Tell
+    name: str, call: Callable[[], Tensors], batch: EnergyBatch, counter: energy.Counter, options: Options, tell: Tell
 ) -> ArmResult:
     if options.over:
         return ArmResult(name, "skipped", "the time for this suite was used up before it")
@@ -140,4 +140,4 @@ def cases(options: Options) -> Sequence[Trial]:
     facts: dict[str, Any] = {"segments": sizes.segments, "tokens": sum(lengths), "longest": max(lengths)}
     facts |= {"fill": sum(lengths) / (len(lengths) * max(lengths)), "heads": sizes.heads, "dim": sizes.dim}
     facts |= {"dtype": "bfloat16" if options.device == "cuda" else "float32", "seed": options.seed}
-    return [Trial(CASE, facts, lambda tell: _measure(Batch(sizes, options), options, tell))]
+    return [Trial(CASE, facts, lambda tell: _measure(EnergyBatch(sizes, options), options, tell))]

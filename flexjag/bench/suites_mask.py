@@ -30,15 +30,15 @@ GYM_FAST = "attn-gym fast causal builder"
 
 
 @dataclass(frozen=True)
-class Sizes:
+class MaskSizes:
     """Token counts: where all arms run, and where flexjag runs alone."""
 
     shared: tuple[int, int]
     alone: tuple[int, int, int]
 
 
-FULL_SIZES = Sizes((8_192, 32_768), (131_072, 1_048_576, 8_388_608))
-QUICK_SIZES = Sizes((1_024, 2_048), (2_560, 5_120, 10_240))
+FULL_SIZES = MaskSizes((8_192, 32_768), (131_072, 1_048_576, 8_388_608))
+QUICK_SIZES = MaskSizes((1_024, 2_048), (2_560, 5_120, 10_240))
 
 
 def lognormal_lengths(tokens: int, seed: int) -> Tensor:

@@ -35,7 +35,7 @@ TIME_BUCKETS = 64
 
 
 @dataclass(frozen=True)
-class Sizes:
+class NormalizerSizes:
     """S segments under N tokens of H heads of D features, and which share of the results is checked.
 
     Attributes:
@@ -61,13 +61,13 @@ class Sizes:
         return meta_lengths(self.segments, self.longest, self.sparsity, seed)
 
 
-FULL_SIZES = {name: Sizes(32, 256) for name in (HSTU, BIASED, LAYER)} | {
-    name: Sizes(16, 256) for name in (SIGMOID, STICK)
+FULL_SIZES = {name: NormalizerSizes(32, 256) for name in (HSTU, BIASED, LAYER)} | {
+    name: NormalizerSizes(16, 256) for name in (SIGMOID, STICK)
 }
-QUICK_SIZES = Sizes(4, 24, heads=2, dim=16)
+QUICK_SIZES = NormalizerSizes(4, 24, heads=2, dim=16)
 GRID = {
-    HSTU: [Sizes(512, n, 4, 128, 0.95, checked=(1, 4)) for n in (256, 1024, 4096)],
-    STICK: [Sizes(4, n, 12, 128, None, checked=(1, 1)) for n in (2048, 4096, 16384)],
+    HSTU: [NormalizerSizes(512, n, 4, 128, 0.95, checked=(1, 4)) for n in (256, 1024, 4096)],
+    STICK: [NormalizerSizes(4, n, 12, 128, None, checked=(1, 1)) for n in (2048, 4096, 16384)],
 }
 """On a GPU also these, of the grids of generative-recommenders' benchmark and of stick-breaking attention's."""
 
@@ -87,7 +87,7 @@ class Job:
     grad: Tensor
     names: Sequence[str]
 
-    def __init__(self, kind: str, sizes: Sizes, backward: bool, options: Options) -> None:
+    def __init__(self, kind: str, sizes: NormalizerSizes, backward: bool, options: Options) -> None:
         self.kind, self.sizes, self.backward, self.device = kind, sizes, backward, options.device
         self.dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
         self.n = sizes.lengths(options.seed)
@@ -152,7 +152,7 @@ class Job:
 class AttentionJob(Job):
     """Attention of given q, k and v ``[T, H, D]``."""
 
-    def __init__(self, kind: str, sizes: Sizes, backward: bool, options: Options) -> None:
+    def __init__(self, kind: str, sizes: NormalizerSizes, backward: bool, options: Options) -> None:
         super().__init__(kind, sizes, backward, options)
         # Where tiled would take minutes a call, it is left out.
         self.backends = ("auto",) if sizes.checked else ("auto", "tiled")
@@ -218,7 +218,7 @@ class AttentionJob(Job):
 class LayerJob(Job):
     """A whole layer of HSTU on tokens ``[T, width]``, with biases by position and time, all of it trained."""
 
-    def __init__(self, kind: str, sizes: Sizes, backward: bool, options: Options) -> None:
+    def __init__(self, kind: str, sizes: NormalizerSizes, backward: bool, options: Options) -> None:
         super().__init__(kind, sizes, backward, options)
         width = sizes.heads * sizes.dim
         with torch.random.fork_rng(devices=[]):
@@ -296,7 +296,7 @@ def cases(options: Options) -> list[Case]:
     ]
 
 
-def _case(name: str, kind: str, sizes: Sizes, backward: bool, options: Options) -> Case:
+def _case(name: str, kind: str, sizes: NormalizerSizes, backward: bool, options: Options) -> Case:
     tokens = sum(sizes.lengths(options.seed))
     facts = {"segments": sizes.segments, "tokens": tokens, "longest": sizes.longest, "sparsity": sizes.sparsity}
     facts |= {"fill": tokens / (sizes.segments * sizes.longest), "heads": sizes.heads, "dim": sizes.dim}
@@ -305,5 +305,5 @@ def _case(name: str, kind: str, sizes: Sizes, backward: bool, options: Options) 
     return Case(name, facts, full, small)
 
 
-def _arms(kind: str, sizes: Sizes, backward: bool, options: Options) -> list[Arm]:
+def _arms(kind: str, sizes: NormalizerSizes, backward: bool, options: Options) -> list[Arm]:
     return (LayerJob if kind == LAYER else AttentionJob)(kind, sizes, backward, options).arms()

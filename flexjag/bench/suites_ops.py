@@ -13,11 +13,11 @@ from torch import Tensor
 
 from flexjag.bench.measure import Results, ratio
 from flexjag.bench.padded import Expected
-from flexjag.bench.ragged import FBGEMM, FLEXJAG, OPS, PADDED, Batch, Sizes
+from flexjag.bench.ragged import FBGEMM, FLEXJAG, OPS, PADDED, RaggedBatch, RaggedSizes
 from flexjag.bench.registry import Arm, Case, CaseResult, Figure, Options, suite
 
-FULL_SIZES = Sizes(segments=256, longest=512, features=64, queries=8)
-QUICK_SIZES = Sizes(segments=6, longest=24, features=16, queries=3)
+FULL_SIZES = RaggedSizes(segments=256, longest=512, features=64, queries=8)
+QUICK_SIZES = RaggedSizes(segments=6, longest=24, features=16, queries=3)
 GRID = [(s, n) for s in (0.1, 0.5, 0.95) for n in (128, 512, 2048, 8192)]
 """Sparsity and N of target attention on a GPU, after Jagged Flash Attention (arXiv 2409.15373)."""
 
@@ -38,9 +38,9 @@ class Job:
         options: Device and seed.
     """
 
-    def __init__(self, name: str, sizes: Sizes, backward: bool, options: Options) -> None:
+    def __init__(self, name: str, sizes: RaggedSizes, backward: bool, options: Options) -> None:
         self.op, self.backward, self.device = OPS[name], backward, options.device
-        self.batch = Batch(sizes, options.device, options.seed)
+        self.batch = RaggedBatch(sizes, options.device, options.seed)
         self.leaves = [x.requires_grad_(backward) for x in self.batch.operands(self.op)]
         self.memory = options.device == "cuda" or name == ATTENTION
 
@@ -177,7 +177,7 @@ def cases(options: Options) -> list[Case]:
     sizes = QUICK_SIZES if options.quick else FULL_SIZES
     wanted = [(name, name, sizes) for name in OPS]
     if options.device == "cuda" and not options.quick:
-        grid = [(s, n, Sizes(GRID_SEGMENTS, n, sizes.features, sizes.queries, s)) for s, n in GRID]
+        grid = [(s, n, RaggedSizes(GRID_SEGMENTS, n, sizes.features, sizes.queries, s)) for s, n in GRID]
         wanted += [(_grid_name(s, n), ATTENTION, grown) for s, n, grown in grid]
     return [
         _case(f"{text}, {direction}", name, size, direction != DIRECTIONS[0], options)
@@ -186,8 +186,8 @@ def cases(options: Options) -> list[Case]:
     ]
 
 
-def _case(text: str, name: str, sizes: Sizes, backward: bool, options: Options) -> Case:
-    batch = Batch(sizes, "cpu", options.seed)
+def _case(text: str, name: str, sizes: RaggedSizes, backward: bool, options: Options) -> Case:
+    batch = RaggedBatch(sizes, "cpu", options.seed)
     facts = {"segments": sizes.segments, "tokens": batch.tokens, "longest": sizes.longest, "sparsity": sizes.sparsity}
     facts |= {"fill": batch.tokens / (sizes.segments * sizes.longest), "dim": sizes.features, "dtype": "float32"}
     facts |= {"queries": sizes.queries} if "query" in OPS[name].operands else {}
@@ -195,5 +195,5 @@ def _case(text: str, name: str, sizes: Sizes, backward: bool, options: Options) 
     return Case(text, facts | {"seed": options.seed}, full, small)
 
 
-def _arms(name: str, sizes: Sizes, backward: bool, options: Options) -> list[Arm]:
+def _arms(name: str, sizes: RaggedSizes, backward: bool, options: Options) -> list[Arm]:
     return Job(name, sizes, backward, options).arms()

@@ -41,7 +41,7 @@ QUICK_GRID = Grid(4, (32, 64, 96))
 GRIDS = {"cpu": Grid(64, (128, 256, 512)), "cuda": Grid(256, (128, 256, 512, 1024, 2048))}
 
 
-class Problem:
+class PaperProblem:
     """One job over one batch, forward and backward, and the arms that do it.
 
     Padded arms are given padded inputs and return padded results and gradients: what changes the form is not timed.
@@ -258,4 +258,4 @@ def cases(options: Options) -> list[Case]:
 
 
 def _arms(job: str, grid: Grid, length: int, sparsity: float, options: Options) -> Sequence[Arm]:
-    return Problem(job, grid, length, sparsity, options).arms()
+    return PaperProblem(job, grid, length, sparsity, options).arms()

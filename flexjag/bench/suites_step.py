@@ -22,7 +22,7 @@ MASKS = {"causal": Causal(), "window | prefix": Window(128, 0) | Prefix(4)}
 
 
 @dataclass(frozen=True)
-class Sizes:
+class StepSizes:
     """T tokens in documents of at most `longest`, H heads of D features; the model's width is H·D."""
 
     tokens: int
@@ -31,8 +31,8 @@ class Sizes:
     dim: int
 
 
-QUICK_SIZES = Sizes(512, 256, 2, 16)
-SIZES = {"cpu": Sizes(8192, 4096, 4, 64), "cuda": Sizes(65536, 16384, 16, 64)}
+QUICK_SIZES = StepSizes(512, 256, 2, 16)
+SIZES = {"cpu": StepSizes(8192, 4096, 4, 64), "cuda": StepSizes(65536, 16384, 16, 64)}
 
 
 class Layer:
@@ -44,7 +44,7 @@ class Layer:
         options: Device and seed.
     """
 
-    def __init__(self, kind: str, sizes: Sizes, options: Options) -> None:
+    def __init__(self, kind: str, sizes: StepSizes, options: Options) -> None:
         self.mask, self.sizes = MASKS[kind], sizes
         lengths = [min(n, sizes.longest) for n in document_lengths(sizes.tokens, options.seed)]
         lengths += [sizes.tokens - sum(lengths)]  # what was cut off
@@ -122,5 +122,5 @@ def cases(options: Options) -> list[Case]:
     ]
 
 
-def _arms(kind: str, sizes: Sizes, options: Options) -> list[Arm]:
+def _arms(kind: str, sizes: StepSizes, options: Options) -> list[Arm]:
     return Layer(kind, sizes, options).arms()

@@ -40,7 +40,7 @@ Model = Decoder | Recommender
 
 
 @dataclass(frozen=True)
-class Sizes:
+class TrainingSizes:
     """Segments S of a batch, most and median tokens of a segment, width, heads H, layers, and tokens that there are."""
 
     segments: int
@@ -54,20 +54,20 @@ class Sizes:
 
 SIZES = {
     DECODER: {
-        "quick": Sizes(4, 32, 6, 16, 2, 1, 256),
-        "cpu": Sizes(16, 512, 85, 128, 4, 2, 256),
-        "cuda": Sizes(64, 2048, 430, 512, 8, 2, 256),
+        "quick": TrainingSizes(4, 32, 6, 16, 2, 1, 256),
+        "cpu": TrainingSizes(16, 512, 85, 128, 4, 2, 256),
+        "cuda": TrainingSizes(64, 2048, 430, 512, 8, 2, 256),
     },
     RECOMMENDER: {
-        "quick": Sizes(4, 32, 6, 16, 2, 1, 50),
-        "cpu": Sizes(32, 256, 50, 64, 2, 2, 1000),
-        "cuda": Sizes(256, 512, 115, 256, 4, 2, 5000),
+        "quick": TrainingSizes(4, 32, 6, 16, 2, 1, 50),
+        "cpu": TrainingSizes(32, 256, 50, 64, 2, 2, 1000),
+        "cuda": TrainingSizes(256, 512, 115, 256, 4, 2, 5000),
     },
 }
 
 
 @dataclass(frozen=True, eq=False)
-class Batch:
+class TrainingBatch:
     """One batch in both forms, with the next token of each as its target: the data loader's work, not timed.
 
     Attributes:
@@ -85,7 +85,7 @@ class Batch:
     padded_targets: Tensor
 
     @staticmethod
-    def of(pieces: Sequence[Tensor], device: str) -> Batch:
+    def of(pieces: Sequence[Tensor], device: str) -> TrainingBatch:
         """From one ``[n]`` tensor of tokens per segment."""
         lengths = [x.shape[0] for x in pieces]
         end = torch.tensor([IGNORED])
@@ -94,7 +94,7 @@ class Batch:
         hidden = padding.pad(targets).masked_fill(~padding.real, IGNORED)
         on_device = (x.to(device) for x in (packed, targets, padding.pad(packed), hidden))
         values, wanted, *padded = on_device
-        return Batch(lengths, Jagged.from_lengths(values, lengths), wanted, *padded)
+        return TrainingBatch(lengths, Jagged.from_lengths(values, lengths), wanted, *padded)
 
 
 def byte_pieces(lengths: Sequence[int], seed: int) -> list[Tensor]:
@@ -126,10 +126,10 @@ class Training:
         options: Device and seed.
     """
 
-    def __init__(self, case: str, sizes: Sizes, options: Options) -> None:
+    def __init__(self, case: str, sizes: TrainingSizes, options: Options) -> None:
         self.device, self.is_decoder = options.device, case == DECODER
         self.batches = [
-            Batch.of(pieces, options.device) for pieces in _pieces(case, sizes, options.seed * STEPS, STEPS)
+            TrainingBatch.of(pieces, options.device) for pieces in _pieces(case, sizes, options.seed * STEPS, STEPS)
         ]
         self.model = _model(case, sizes, options.seed).to(options.device)
         # The padded logits are the largest tensor; softmax and gradient need it some three times.
@@ -141,7 +141,7 @@ class Training:
     def arms(self) -> list[Arm]:
         """The ways to take these steps."""
         tokens = sum(sum(x.lengths) for x in self.batches) // STEPS
-        losses: dict[str, Callable[[Any, Batch], Tensor]] = {PACKED: _packed_loss, PADDED: _padded_loss}
+        losses: dict[str, Callable[[Any, TrainingBatch], Tensor]] = {PACKED: _packed_loss, PADDED: _padded_loss}
         if self.is_decoder:
             losses[LOOP] = _looped_loss
         return [
@@ -157,11 +157,11 @@ class Training:
             if name in losses
         ]
 
-    def _make(self, loss: Callable[[Any, Batch], Tensor]) -> Callable[[], Tensor]:
+    def _make(self, loss: Callable[[Any, TrainingBatch], Tensor]) -> Callable[[], Tensor]:
         model = copy.deepcopy(self.model)
         return lambda: self._train(model, loss)
 
-    def _train(self, model: nn.Module, loss: Callable[[Any, Batch], Tensor]) -> Tensor:
+    def _train(self, model: nn.Module, loss: Callable[[Any, TrainingBatch], Tensor]) -> Tensor:
         """The loss of each step ``[STEPS]``, from the initial weights and a fresh optimizer."""
         with torch.no_grad():
             for x, first in zip(model.parameters(), self.model.parameters(), strict=True):
@@ -178,7 +178,7 @@ class Training:
             curve.append(value.detach())
         return torch.stack(curve)
 
-    def _check(self, loss: Callable[[Any, Batch], Tensor], curve: Tensor) -> str | None:
+    def _check(self, loss: Callable[[Any, TrainingBatch], Tensor], curve: Tensor) -> str | None:
         if self.device == "cuda":
             # Half precision hides a boundary that is one token off; a first loss in float32 does not.
             wrong = self._check_first(loss)
@@ -189,7 +189,7 @@ class Training:
         unit = torch.finfo(torch.bfloat16 if self.device == "cuda" else curve.dtype).eps
         return curve_disagreement(curve, exact, rounded, unit, terms)
 
-    def _check_first(self, loss: Callable[[Any, Batch], Tensor]) -> str | None:
+    def _check_first(self, loss: Callable[[Any, TrainingBatch], Tensor]) -> str | None:
         """What is wrong with the loss of the initial weights in float32, as :meth:`_check` on a CPU."""
         batch, terms = self.batches[0], max(sum(x.lengths) for x in self.batches)
         with torch.no_grad():
@@ -228,19 +228,19 @@ def curve_disagreement(got: Tensor, exact: Tensor, rounded: Tensor, unit: float,
     return f"the loss of step {step + 1} is off by {float(error[step]):.2e}, more than the {allowed:.2e} of rounding"
 
 
-def _packed_loss(model: Model, batch: Batch) -> Tensor:
+def _packed_loss(model: Model, batch: TrainingBatch) -> Tensor:
     return _loss(model.packed(batch.tokens), batch.targets)
 
 
-def _looped_loss(model: Decoder, batch: Batch) -> Tensor:
+def _looped_loss(model: Decoder, batch: TrainingBatch) -> Tensor:
     return _loss(model.looped(batch.tokens, batch.lengths), batch.targets)
 
 
-def _padded_loss(model: Model, batch: Batch) -> Tensor:
+def _padded_loss(model: Model, batch: TrainingBatch) -> Tensor:
     return _loss(model.padded(batch.padded_tokens), batch.padded_targets)
 
 
-def _loss_by_segment(model: Model, batch: Batch) -> Tensor:
+def _loss_by_segment(model: Model, batch: TrainingBatch) -> Tensor:
     """The same mean over tokens that have a target, each segment on its own."""
     total = torch.zeros((), device=batch.targets.device)
     for x, y in zip(batch.tokens.values.split(batch.lengths), batch.targets.split(batch.lengths), strict=True):
@@ -252,7 +252,7 @@ def _loss(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
     return cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=IGNORED, reduction=reduction)
 
 
-def _pieces(case: str, sizes: Sizes, seed: int, count: int) -> list[list[Tensor]]:
+def _pieces(case: str, sizes: TrainingSizes, seed: int, count: int) -> list[list[Tensor]]:
     batches = []
     for i in range(count):
         location = math.log(sizes.median)
@@ -264,7 +264,7 @@ def _pieces(case: str, sizes: Sizes, seed: int, count: int) -> list[list[Tensor]
     return batches
 
 
-def _model(case: str, sizes: Sizes, seed: int) -> Model:
+def _model(case: str, sizes: TrainingSizes, seed: int) -> Model:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if case == DECODER:
@@ -302,5 +302,5 @@ def cases(options: Options) -> list[Case]:
     return out
 
 
-def _arms(case: str, sizes: Sizes, options: Options) -> list[Arm]:
+def _arms(case: str, sizes: TrainingSizes, options: Options) -> list[Arm]:
     return Training(case, sizes, options).arms()

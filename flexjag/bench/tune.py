@@ -25,8 +25,8 @@ from flexjag.bench.registry import ArmResult, BenchError, Case, Options, Tell
 from flexjag.bench.tune_candidates import (
     WORKS,
     Attend,
-    Sizes,
     Subject,
+    TuningSizes,
     backward_candidates,
     forward_candidates,
     subjects,
@@ -68,7 +68,7 @@ def _spread(seconds: Sequence[float]) -> float:
 
 def tune(
     work: str,
-    sizes: Sizes,
+    sizes: TuningSizes,
     here: tuning.Device,
     shared: int,
     seconds: float,
@@ -181,7 +181,7 @@ def main(argv: Sequence[str]) -> int:
         raise BenchError("tune: needs Triton, which is not installed")
     shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
     jobs = [
-        (work, Sizes(args.heads, args.kv_heads or args.heads, dim, DTYPES[args.dtype], args.tokens, args.seed))
+        (work, TuningSizes(args.heads, args.kv_heads or args.heads, dim, DTYPES[args.dtype], args.tokens, args.seed))
         for dim in args.dim
         for work in args.work
     ]
@@ -189,7 +189,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _tune_all(
-    jobs: Sequence[tuple[str, Sizes]],
+    jobs: Sequence[tuple[str, TuningSizes]],
     here: tuning.Device,
     shared: int,
     out: Path,

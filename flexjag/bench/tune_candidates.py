@@ -57,7 +57,7 @@ Attend = Callable[[Mapping[str, Any]], Callable[..., tuple[Tensor, Tensor | None
 
 
 @dataclass(frozen=True)
-class Sizes:
+class TuningSizes:
     """What is measured.
 
     Attributes:
@@ -93,7 +93,7 @@ class Subject:
     def __init__(
         self,
         name: str,
-        sizes: Sizes,
+        sizes: TuningSizes,
         mask: Callable[[Sequence[int], str], Mask],
         score: Callable[[Tensor], Score] | None = None,
         learned: tuple[int, ...] | None = None,
@@ -187,7 +187,7 @@ def _dense(lengths: Sequence[int], device: str) -> Mask:
     return Dense((torch.rand(sum(n * n for n in lengths), generator=generator) < 0.5).to(device))
 
 
-def subjects(work: str, sizes: Sizes, first: int | None = None) -> list[Subject]:
+def subjects(work: str, sizes: TuningSizes, first: int | None = None) -> list[Subject]:
     """The masks and scores that stand for one of `WORKS`, or the first few of them."""
     if work == "predicate":
         return [Subject("groups", sizes, _groups), Subject("dense", sizes, _dense)][:first]
@@ -210,7 +210,7 @@ WORKS: dict[str, tuple[tuning.ScoreKind, bool]] = {
 
 
 def forward_candidates(
-    sizes: Sizes, capability: str, shared: int, first: int | None = None
+    sizes: TuningSizes, capability: str, shared: int, first: int | None = None
 ) -> dict[str, tuning.Options]:
     """Options for the forward by name, but for those that cannot fit in a block's shared memory of `shared` bytes.
 
@@ -233,7 +233,7 @@ def forward_candidates(
 
 
 def backward_candidates(
-    sizes: Sizes, capability: str, shared: int, first: int | None = None
+    sizes: TuningSizes, capability: str, shared: int, first: int | None = None
 ) -> dict[str, tuning.Options]:
     """Options for the backward by name, but for those that cannot fit in a block's shared memory of `shared` bytes.
 

@@ -18,7 +18,7 @@ import torch
 from flexjag.backends import flex
 from flexjag.bench.attention_arms import SLOW
 from flexjag.bench.registry import Arm, Case, Options, find
-from flexjag.bench.tune_candidates import Sizes, backward_candidates, forward_candidates, subjects
+from flexjag.bench.tune_candidates import TuningSizes, backward_candidates, forward_candidates, subjects
 
 STAGES = ("attention", "normalizers", "tune")
 """Those whose kernels take the compilers long."""
@@ -36,7 +36,7 @@ def jobs(stage: str, options: Options) -> Iterator[Callable[[], Any]]:
     shared = torch.cuda.get_device_properties().shared_memory_per_block_optin
     capability = ".".join(map(str, torch.cuda.get_device_capability()))
     for dim in TUNED["dims"]:
-        sizes = Sizes(8, 8, dim, torch.bfloat16, 4096, options.seed)
+        sizes = TuningSizes(8, 8, dim, torch.bfloat16, 4096, options.seed)
         for subject in subjects(TUNED["work"], sizes, TUNED["masks"]):
             for backward, make in ((False, forward_candidates), (True, backward_candidates)):
                 candidates = {"built in": {}, **make(sizes, capability, shared, TUNED["first"])}

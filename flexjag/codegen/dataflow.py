@@ -201,7 +201,7 @@ class Dataflow:
         return False
 
     def _carried_sum(self, dot: Op, loop: Op) -> set[Value | Op]:
-        """Loop-carried values of the product's shape and type that `dot` accumulates into, rescaled or not."""
+        """Loop-carried values of the product's shape and type that `dot` adds to, possibly scaled or converted."""
         carried = set(loop.regions[0].arguments[1:])
         found: set[Value | Op] = set()
         todo, seen = [dot.operands[2]], set[Value]()
