@@ -1,8 +1,8 @@
-"""Every ragged op three times over: with flexjag, by padding, and with FBGEMM where it has the op.
+"""Every ragged op in three implementations: with flexjag, by padding, and with FBGEMM where it has the op.
 
-The user of all three has packed values. Who pads them writes them into a padded tensor, computes there and reads the
-result back, so that output and gradients are packed again. What only depends on the lengths (indices, masks, offsets
-of matrices) is made before the clock starts, for all arms.
+Inputs, outputs and gradients are packed in all three. Padding writes the values into a padded tensor, computes there
+and reads the result back. Whatever depends on the lengths alone (indices, masks, offsets of matrices) is made before
+the timing starts, for all arms.
 """
 
 from __future__ import annotations
@@ -26,12 +26,20 @@ FLEXJAG = "flexjag"
 PADDED = "padding"
 SDPA = "padding, SDPA"
 FBGEMM = "FBGEMM"
-FAR = -1e9  # a score that weighs nothing; unlike -inf, a column of nothing else does not turn to NaN
+FAR = -1e9  # a score with weight 0; unlike -inf, a column of nothing else does not give NaN
 
 
 @dataclass(frozen=True)
 class RaggedSizes:
-    """S segments of Meta's lengths under N with sparsity s, D features, M queries per segment."""
+    """Sizes of a case of the ragged ops.
+
+    Attributes:
+        segments: Number of segments S.
+        longest: Upper bound N of the lengths, exclusive.
+        features: Features per token D.
+        queries: Queries per segment M.
+        sparsity: Parameter s of :func:`flexjag.bench.lengths.meta_lengths`.
+    """
 
     segments: int
     longest: int
@@ -41,12 +49,12 @@ class RaggedSizes:
 
 
 class RaggedBatch(Padding):
-    """A batch of Meta's lengths, and what the arms of ops derive from them once.
+    """A batch of Meta's lengths, with the indices and offsets that the arms of ops need, each computed once.
 
     Args:
-        sizes: How large.
-        device: Where.
-        seed: What lengths and values are drawn from.
+        sizes: Sizes of the batch.
+        device: ``"cpu"`` or ``"cuda"``.
+        seed: Random seed of lengths and values.
     """
 
     def __init__(self, sizes: RaggedSizes, device: str, seed: int) -> None:
@@ -59,30 +67,30 @@ class RaggedBatch(Padding):
 
     @cached_property
     def squares(self) -> Tensor:
-        """``[S+1]``, the offsets of one n × n matrix per segment."""
+        """Offsets ``[S+1]`` of one packed n × n matrix per segment."""
         return offsets_of(self.lengths.square())
 
     @cached_property
     def entry(self) -> Tensor:
-        """``[Σ n²]``, where each matrix entry stands in ``[S, N, N]``."""
+        """Index ``[Σ n²]`` of each packed matrix entry in the flattened ``[S, N, N]``."""
         size = self.longest
         place = torch.arange(size * size, device=self.device).view(size, size)
         return torch.cat([place[:n, :n].flatten() + s * size * size for s, n in enumerate(self.n)])
 
     @cached_property
     def chosen(self) -> Tensor:
-        """S segments, some more than once."""
+        """Indices ``[S]`` of segments, drawn with replacement."""
         generator = torch.Generator().manual_seed(self.seed)
         return torch.randint(len(self.n), (len(self.n),), generator=generator).to(self.device)
 
     @cached_property
     def chosen_row(self) -> Tensor:
-        """`index` of the chosen segments, one after another."""
+        """Row of each token of the chosen segments, packed back to back, in the flattened ``[S, N]``."""
         return self.rows_of([self.n[s] for s in self.chosen.tolist()], self.longest)
 
     @cached_property
     def joined_row(self) -> Tensor:
-        """Where the tokens of two batches, joined segment by segment, stand in ``[S, 2N]``."""
+        """Row of each token of two batches, concatenated segment by segment, in the flattened ``[S, 2N]``."""
         size = self.longest
         firsts, seconds = (
             self.rows_of(self.n, 2 * size).split(self.n),
@@ -92,34 +100,34 @@ class RaggedBatch(Padding):
 
     @cached_property
     def half(self) -> Tensor:
-        """``[S]``: where each segment is split."""
+        """Positions ``[S]`` at which segments are split: half their lengths, rounded down."""
         return self.lengths // 2
 
     @cached_property
     def half_rows(self) -> tuple[Tensor, Tensor]:
-        """`index` of the tokens before the split and behind it."""
+        """Rows, in the flattened ``[S, N]``, of the tokens before the split and from it on."""
         cuts = [row.tensor_split([n // 2]) for row, n in zip(self.index.split(self.n), self.n, strict=True)]
         return torch.cat([a for a, _ in cuts]), torch.cat([b for _, b in cuts])
 
     def rows_of(self, lengths: list[int], size: int) -> Tensor:
-        """Where the tokens of such segments stand among the rows of ``[S, size]``."""
+        """Row of each token of segments with these lengths in the flattened ``[S, size]``."""
         return torch.cat([torch.arange(n, device=self.device) + s * size for s, n in enumerate(lengths)])
 
     def jagged(self, values: Tensor) -> Jagged:
-        """Packed values as a batch."""
+        """The packed values ``[T, ...]`` as a Jagged with this batch's offsets."""
         return Jagged(values, self.offsets)
 
     def pad_matrices(self, values: Tensor, fill: float = 0.0) -> Tensor:
-        """``[Σ n²]`` to ``[S, N, N]``."""
+        """Pad packed matrices ``[Σ n²]`` to ``[S, N, N]`` with `fill`."""
         shape = len(self.n), self.longest, self.longest
         return values.new_full(shape, fill).flatten().index_copy(0, self.entry, values).view(shape)
 
     def unpad_matrices(self, dense: Tensor) -> Tensor:
-        """``[S, N, N]`` to ``[Σ n²]``."""
+        """Pack padded matrices ``[S, N, N]`` to ``[Σ n²]``."""
         return dense.flatten().index_select(0, self.entry)
 
     def operands(self, op: Op) -> list[Tensor]:
-        """An op's operands, normal, in float32."""
+        """An op's operands: standard normal float32 tensors in the op's order."""
         s, n, d, m = len(self.n), self.longest, self.sizes.features, self.sizes.queries
         shapes = {
             "x": (self.tokens, d),
@@ -138,20 +146,20 @@ class RaggedBatch(Padding):
 
 
 Call = Callable[..., Any]
-"""RaggedBatch and operands to a tensor, or to several."""
+"""Function of a :class:`RaggedBatch` and the operands that returns a tensor or several."""
 
 
 @dataclass(frozen=True)
 class Op:
-    """One op.
+    """The implementations of one ragged op.
 
     Attributes:
-        operands: Names of what needs gradients, from :meth:`RaggedBatch.operands`.
-        flexjag: The op.
-        padded: The same by padding.
-        fbgemm: The same by FBGEMM, given its operators.
-        name_there: Of FBGEMM's operator.
-        more: Further arms.
+        operands: Names of the differentiable operands, as in :meth:`RaggedBatch.operands`.
+        flexjag: Implementation with flexjag.
+        padded: Implementation by padding.
+        fbgemm: Implementation with FBGEMM, whose operators are its first argument; None if FBGEMM lacks the op.
+        name_there: Name of FBGEMM's operator.
+        more: Further implementations by arm name.
     """
 
     operands: tuple[str, ...]
@@ -171,7 +179,7 @@ def _reduced(op: Callable[[Jagged], Tensor]) -> Call:
 
 
 def _on_padded(dense: Callable[..., Tensor], fill: float = 0.0) -> Call:
-    """Pad the first operand, compute, and read the result back."""
+    """An implementation that pads the first operand, applies `dense` and packs the result."""
     return lambda b, x, *rest: b.unpad(dense(b.pad(x, fill), *rest))
 
 
@@ -183,7 +191,7 @@ def _extreme(reduce: Callable[..., Tensor], fill: float) -> Call:
 
 
 def _pad(b: RaggedBatch, x: Tensor) -> Tensor:
-    """From what the op is given: no index is ready."""
+    """Pad from the lengths alone, as the op itself has to: the prepared index is not used."""
     return x.new_zeros(b.segments * b.longest, x.shape[1]).index_copy_(0, _kept(b), x).unflatten(0, (-1, b.longest))
 
 
@@ -192,7 +200,7 @@ def _unpad(b: RaggedBatch, dense: Tensor) -> Tensor:
 
 
 def _kept(b: RaggedBatch) -> Tensor:
-    """``[T]``: the rows of a padded batch that are tokens, from the lengths."""
+    """Rows ``[T]`` of the flattened padded batch that hold tokens, computed from the lengths."""
     return (torch.arange(b.longest, device=b.device) < b.lengths[:, None]).flatten().nonzero()[:, 0]
 
 
@@ -218,7 +226,7 @@ def _concat(b: RaggedBatch, x: Tensor, y: Tensor) -> Tensor:
 
 
 def _norm_of_segment(center: bool) -> Call:
-    """Statistics over all features of all tokens of a segment, the padding left out."""
+    """Layer norm (`center`) or RMS norm with statistics over all features of all tokens of a segment, by padding."""
 
     def padded(b: RaggedBatch, x: Tensor, gain: Tensor, *shift: Tensor) -> Tensor:
         values, inside = b.pad(x), b.real[:, :, None]

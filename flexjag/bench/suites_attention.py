@@ -1,4 +1,4 @@
-"""Attention over a jagged batch: masks, scores, distributions of lengths, beside loops, padding, PyTorch's own."""
+"""Suite ``attention``: masks, scores and distributions of lengths, against loops, padding and PyTorch's own kernels."""
 
 from __future__ import annotations
 
@@ -36,23 +36,23 @@ from flexjag.plan import plan
 SPARSITIES = (0.1, 0.5, 0.95)
 LOGNORMAL, DOCUMENTS, CONSTANT = "log-normal", "documents", "constant"
 GEMM = "large product"
-BEYOND_VARLEN = ("window | prefix + ALiBi", "causal + trained relative bias")  # what varlen_attn has not
-WINDOW = 256  # of the cases that grow
-CHECKED = 4096  # tokens of those that are checked: a causal window's first rows do not know how many follow
+BEYOND_VARLEN = ("window | prefix + ALiBi", "causal + trained relative bias")  # kinds that varlen_attn does not support
+WINDOW = 256  # keys before the query in the cases of growing T
+CHECKED = 4096  # leading tokens checked there: under a causal window they do not depend on the later ones
 
 
 @dataclass(frozen=True)
 class AttentionSizes:
-    """How large it all is.
+    """Sizes of the suite's cases.
 
     Attributes:
-        segments: S.
-        longest: Cap on a segment's length.
-        meta: N of Meta's lengths.
-        heads: H.
-        dims: Each D.
-        tokens: T of the cases that grow.
-        gemm: The side of a square matrix product.
+        segments: Number of segments S.
+        longest: Maximum length of a segment.
+        meta: Parameter N of Meta's length generator.
+        heads: Number of heads H.
+        dims: Head dimensions D, one case each.
+        tokens: Numbers of tokens T of the cases with one growing segment.
+        gemm: Side of the matrices in the reference matrix product.
     """
 
     segments: int
@@ -93,7 +93,7 @@ def _lengths(name: str, sizes: AttentionSizes, seed: int) -> list[int]:
 
 
 def _product(sizes: AttentionSizes, options: Options) -> Sequence[Arm]:
-    """What the processor reaches in a matrix product, to hold the rates of attention against."""
+    """A square matrix product, whose FLOP rate is the reference for those of attention."""
     generator = torch.Generator().manual_seed(options.seed)
     a, b = (torch.randn(sizes.gemm, sizes.gemm, generator=generator) for _ in range(2))
     a, b = (x.to(options.device, _dtype(options)) for x in (a, b))
@@ -124,7 +124,7 @@ def _growing(tokens: int, sizes: AttentionSizes, options: Options) -> Sequence[A
         return known((out.detach(), *torch.autograd.grad(out, first, grad[:checked].to(dtype))))
 
     def known(results: Tensors) -> Tensors:
-        """What later rows have no part in."""
+        """The rows of output and gradients that do not depend on tokens past :data:`CHECKED`."""
         out, dq, dk, dv = results
         return out[:checked], dq[:checked], dk[: checked - WINDOW], dv[: checked - WINDOW]
 
@@ -180,7 +180,7 @@ def _cpu_figures(options: Options, found: Results, flops: dict[str, int], sizes:
 
 
 def _bound(options: Options, found: Results, sizes: AttentionSizes) -> Figure:
-    """What a kernel gains that has the same rate at all lengths."""
+    """Speed-up over padding of a kernel whose rate does not depend on the length: the ratio of scores computed."""
     lengths = _lengths(LOGNORMAL, sizes, options.seed)
     longest = max(lengths)
     padded, packed = len(lengths) * longest * (longest + 1), sum(n * (n + 1) for n in lengths)
@@ -249,7 +249,7 @@ def cases(options: Options) -> list[Case]:
     grid: list[tuple[str, bool, str, int, bool]] = []
     if options.device == "cuda":
         for dim in sizes.dims:
-            # Each kind compiles kernels: where time is short, those that promises are about.
+            # Each kind compiles kernels: with a time budget, only kinds with acceptance limits.
             kinds = list(KINDS) if options.budget is None else ["causal", *BEYOND_VARLEN]
             grid += [(kind, b, "sparsity 0.5", dim, False) for kind in kinds for b in (True, False)]
         if options.budget is None:
@@ -282,7 +282,7 @@ def _case(
     def batch(lengths: Sequence[int], heads: int, dim: int) -> AttentionBatch:
         return AttentionBatch(kind, lengths, heads, dim, dtype, backward, options.device, options.seed)
 
-    # Their memory is what a distribution with the same fill takes.
+    # Other distributions of the same fill take the same memory.
     measured = backward and not half and (distribution == LOGNORMAL or options.device == "cuda")
 
     compiled = kind == "causal" and not half and (distribution == LOGNORMAL or options.device == "cuda")

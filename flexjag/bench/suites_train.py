@@ -1,4 +1,4 @@
-"""Training steps, packed and padded: a small language model and a small sequential recommender."""
+"""Suite ``train``: training steps of a small language model and a small sequential recommender, packed and padded."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from flexjag.jagged import Jagged
 
 STEPS = 10
 RATE = 1e-3  # of AdamW
-IGNORED = -100  # what cross_entropy skips
+IGNORED = -100  # cross_entropy's ignore_index
 LONG_TAIL = 0.9  # sigma of the log-normal lengths; their medians are chosen for a fill of about 30 %
 TEXTS = (argparse, ast, dataclasses, inspect, typing)
 """Modules of the standard library whose sources the language model reads."""
@@ -41,7 +41,17 @@ Model = Decoder | Recommender
 
 @dataclass(frozen=True)
 class TrainingSizes:
-    """Segments S of a batch, most and median tokens of a segment, width, heads H, layers, and tokens that there are."""
+    """Sizes of the batches and the model.
+
+    Attributes:
+        segments: Segments S per batch.
+        longest: Maximum length of a segment.
+        median: Median length of a segment.
+        width: Features per token.
+        heads: Number of heads H.
+        layers: Number of layers.
+        vocabulary: Number of distinct tokens.
+    """
 
     segments: int
     longest: int
@@ -68,14 +78,14 @@ SIZES = {
 
 @dataclass(frozen=True, eq=False)
 class TrainingBatch:
-    """One batch in both forms, with the next token of each as its target: the data loader's work, not timed.
+    """A batch in packed and in padded form, with next-token targets. Made by the data loader, not timed.
 
     Attributes:
-        lengths: Of the segments.
-        tokens: Packed, ``[T]``.
-        targets: Packed, ``[T]``; the last token of a segment has none.
-        padded_tokens: ``[S, N]``.
-        padded_targets: ``[S, N]``; padding has none.
+        lengths: Segment lengths.
+        tokens: Packed tokens ``[T]``.
+        targets: Packed targets ``[T]``; :data:`IGNORED` for the last token of a segment.
+        padded_tokens: Padded tokens ``[S, N]``.
+        padded_targets: Padded targets ``[S, N]``; :data:`IGNORED` for padding, too.
     """
 
     lengths: list[int]
@@ -86,7 +96,7 @@ class TrainingBatch:
 
     @staticmethod
     def of(pieces: Sequence[Tensor], device: str) -> TrainingBatch:
-        """From one ``[n]`` tensor of tokens per segment."""
+        """Make a batch from one tensor of tokens ``[n]`` per segment."""
         lengths = [x.shape[0] for x in pieces]
         end = torch.tensor([IGNORED])
         targets = torch.cat([torch.cat([x[1:], end]) for x in pieces])
@@ -98,7 +108,7 @@ class TrainingBatch:
 
 
 def byte_pieces(lengths: Sequence[int], seed: int) -> list[Tensor]:
-    """Stretches of these lengths from the sources of :data:`TEXTS`, at seeded places."""
+    """Byte sequences of the given lengths from the sources of :data:`TEXTS`, at seeded offsets."""
     texts = [Path(str(module.__file__)).read_bytes() for module in TEXTS]
     generator = torch.Generator().manual_seed(seed)
     pieces = []
@@ -110,7 +120,7 @@ def byte_pieces(lengths: Sequence[int], seed: int) -> list[Tensor]:
 
 
 def item_pieces(lengths: Sequence[int], items: int, seed: int) -> list[Tensor]:
-    """Histories of these lengths: seeded walks over the items, so that there is something to learn."""
+    """Item sequences of the given lengths: seeded random walks over the items, so that the next item is learnable."""
     generator = torch.Generator().manual_seed(seed)
     steps = [torch.randint(1, 4, (n,), generator=generator) for n in lengths]
     starts = torch.randint(0, items, (len(lengths),), generator=generator).tolist()
@@ -118,11 +128,11 @@ def item_pieces(lengths: Sequence[int], items: int, seed: int) -> list[Tensor]:
 
 
 class Training:
-    """:data:`STEPS` optimizer steps over as many batches, from the same weights each time.
+    """:data:`STEPS` optimizer steps over as many batches, from the same initial weights in every arm.
 
     Args:
-        case: :data:`DECODER` or :data:`RECOMMENDER`.
-        sizes: How large.
+        case: The model: :data:`DECODER` or :data:`RECOMMENDER`.
+        sizes: Sizes of the batches and the model.
         options: Device and seed.
     """
 
@@ -132,14 +142,14 @@ class Training:
             TrainingBatch.of(pieces, options.device) for pieces in _pieces(case, sizes, options.seed * STEPS, STEPS)
         ]
         self.model = _model(case, sizes, options.seed).to(options.device)
-        # The padded logits are the largest tensor; softmax and gradient need it some three times.
+        # The padded logits are the largest tensor; with softmax and gradient about three of its size are held.
         places = max(x.padded_tokens.numel() for x in self.batches)
         longest = max(x.padded_tokens.shape[1] for x in self.batches)
         scores = 0 if self.is_decoder else 6 * sizes.layers * sizes.heads * places * longest
         self.needs = 4 * (3 * places * sizes.vocabulary + 30 * sizes.layers * places * sizes.width + scores)
 
     def arms(self) -> list[Arm]:
-        """The ways to take these steps."""
+        """Arms: training with packed batches, with a loop over segments, and with padded batches."""
         tokens = sum(sum(x.lengths) for x in self.batches) // STEPS
         losses: dict[str, Callable[[Any, TrainingBatch], Tensor]] = {PACKED: _packed_loss, PADDED: _padded_loss}
         if self.is_decoder:
@@ -180,7 +190,7 @@ class Training:
 
     def _check(self, loss: Callable[[Any, TrainingBatch], Tensor], curve: Tensor) -> str | None:
         if self.device == "cuda":
-            # Half precision hides a boundary that is one token off; a first loss in float32 does not.
+            # An error of one token at a boundary is hidden by half precision, but not in a first loss in float32.
             wrong = self._check_first(loss)
             if wrong is not None:
                 return wrong
@@ -190,7 +200,7 @@ class Training:
         return curve_disagreement(curve, exact, rounded, unit, terms)
 
     def _check_first(self, loss: Callable[[Any, TrainingBatch], Tensor]) -> str | None:
-        """What is wrong with the loss of the initial weights in float32, as :meth:`_check` on a CPU."""
+        """Check the loss of the initial weights in float32: the error's description or None, as :meth:`_check`."""
         batch, terms = self.batches[0], max(sum(x.lengths) for x in self.batches)
         with torch.no_grad():
             got = loss(self.model, batch)[None]
@@ -200,24 +210,28 @@ class Training:
 
     @cached_property
     def _expected(self) -> tuple[Tensor, Tensor]:
-        """The curves in float64 and in the arms' precision, one segment at a time: without padding and flexjag."""
+        """Loss curves in float64 and in the arms' precision, by segment, so without padding and without flexjag."""
         same, exact = copy.deepcopy(self.model), copy.deepcopy(self.model).double()
         return self._train(exact, _loss_by_segment), self._train(same, _loss_by_segment)
 
 
 def curve_disagreement(got: Tensor, exact: Tensor, rounded: Tensor, unit: float, terms: int) -> str | None:
-    """What is wrong with a curve of losses, or None.
+    """Check a curve of losses against float64.
 
-    Twice what the same steps lose in the same precision, and a rounding of the largest loss, are allowed. In float32,
-    that rounding grows with the root of the tokens that gradients sum in free order, as independent roundings do. In
-    bfloat16 the tokens share the rounded weights: a rounding of the logits is a rounding of the loss.
+    The tolerance is twice the sum of the largest error of the same steps in the same precision and a rounding of the
+    largest loss, ``sqrt(terms)·unit·max|exact|``. In float32 that rounding grows with the root of the number of tokens
+    that gradients sum in free order, as independent roundings do. In bfloat16 the tokens share the rounded weights: a
+    rounding of the logits is a rounding of the loss.
 
     Args:
-        got: An arm's losses, one per step.
-        exact: The same in float64.
-        rounded: The same from a plain computation in the arm's precision.
-        unit: The machine epsilon of that precision.
-        terms: How many terms a gradient sums in free order.
+        got: Losses of an arm ``[STEPS]``.
+        exact: Losses in float64 ``[STEPS]``.
+        rounded: Losses of a plain computation in the arm's precision ``[STEPS]``.
+        unit: Machine epsilon of that precision.
+        terms: Number of terms that a gradient sums in free order.
+
+    Returns:
+        A description of the first step out of tolerance; None if there is none.
     """
     error = (got.double() - exact.double()).abs()
     known = float((rounded.double() - exact.double()).abs().max())
@@ -241,7 +255,7 @@ def _padded_loss(model: Model, batch: TrainingBatch) -> Tensor:
 
 
 def _loss_by_segment(model: Model, batch: TrainingBatch) -> Tensor:
-    """The same mean over tokens that have a target, each segment on its own."""
+    """Mean loss over the tokens that have a target, with the model applied to one segment at a time."""
     total = torch.zeros((), device=batch.targets.device)
     for x, y in zip(batch.tokens.values.split(batch.lengths), batch.targets.split(batch.lengths), strict=True):
         total = total + _loss(model.padded(x[None]), y[None], "sum")
@@ -286,7 +300,7 @@ def _figures(options: Options, cases: list[CaseResult]) -> list[Figure]:
 
 @suite("train", "One optimizer step, packed and padded: the same weights, the same batches, the same loss.", _figures)
 def cases(options: Options) -> list[Case]:
-    """Both models. Planning is part of a step; packing and padding are the data loader's."""
+    """One case per model. Planning is timed as part of a step; packing and padding are not."""
     kind = "quick" if options.quick else options.device
     out = []
     for name, choices in SIZES.items():
