@@ -37,7 +37,7 @@ AUTO = "flexjag auto"
 FLEX = "flexjag flex"
 WITH_PLAN = ", planning included"
 BACKENDS = ("auto", "tiled", "segments", "flex", "varlen")
-SLOW = (PADDED_FLEX, GYM)  # each compiles a kernel for each kind
+SLOW = (PADDED_FLEX, GYM)  # both compile a kernel per kind
 
 
 class AttentionBatch:
@@ -365,7 +365,7 @@ class AttentionBatch:
         options = self._options()
 
         def forward() -> Tensor:
-            with warnings.catch_warnings():  # that nested tensors are a prototype
+            with warnings.catch_warnings():  # nested tensors warn that they are a prototype
                 warnings.simplefilter("ignore")
                 q, k, v = (torch.nested.nested_tensor_from_jagged(x, offsets).transpose(1, 2) for x in self.leaves[:3])
                 return scaled_dot_product_attention(q, k, v, **options).transpose(1, 2).values()

@@ -23,7 +23,7 @@ from flexjag.normalizers import Normalizer, SiLU, Softmax
 from flexjag.plan import plan
 
 TOKENS, HEADS, DIM = 4096, 4, 64
-LENGTHS = (4, 15, 60, 250, 1000, 4000)  # no divisors of a tile
+LENGTHS = (4, 15, 60, 250, 1000, 4000)  # not aligned with tiles, but for 4
 KINDS: tuple[tuple[str, Mask, Normalizer], ...] = (
     ("whole", Causal(), Softmax()),
     ("shared bias", Window(128, 0), Softmax()),

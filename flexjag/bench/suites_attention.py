@@ -105,7 +105,7 @@ def _growing(tokens: int, sizes: AttentionSizes, options: Options) -> Sequence[A
     """One segment under a causal window, forward and backward."""
     generator = torch.Generator().manual_seed(options.seed)
     dim, checked = sizes.dims[0], min(tokens, CHECKED)
-    # Drawn in one go for the largest batch, so that the smaller ones are its beginning.
+    # Drawn for the largest T, so that the smaller batches are prefixes of it.
     drawn = torch.randn(max(sizes.tokens), 4, 1, dim, generator=generator)[:tokens].to(options.device, _dtype(options))
     leaves, grad = [x.contiguous().requires_grad_() for x in drawn[:, :3].unbind(1)], drawn[:, 3].contiguous()
     mask = Window(WINDOW, 0)

@@ -1,4 +1,4 @@
-"""Suite ``mask``: time and memory of building the BlockMask of a packed causal batch, by number of tokens."""
+"""Suite ``mask-build``: time and memory of building the BlockMask of a packed causal batch, by number of tokens."""
 
 from __future__ import annotations
 

@@ -132,7 +132,7 @@ def compile_for(
     """
     goal = get_target(target)
     check_support(goal)
-    importlib.import_module("torch._dynamo")  # marks which sizes vary only once it is loaded
+    importlib.import_module("torch._dynamo")  # mark_varying() has no effect before it is loaded
     job = _job(plan, args, backward, dtype, scale, return_lse, dict(kernel_options or {}))
     wrappers, wiring, kernels = _make(job, goal, assemble, cache, timeout, worker)
     return Report(goal, tuple(kernels), job.about, store.versions(), wrappers, job, wiring)
@@ -296,7 +296,7 @@ def _simulate(report: Report, args: tuple[Any, ...], grad_out: Any, run: Callabl
     places = [outputs[i] if kind == "output" else payload.tensors[i] for kind, i in report.wiring.result]
     grads: dict[Tensor, Tensor] = {}
     for i, grad in found.items():
-        owner = leaves.get(id(payload.tensors[i]), payload.tensors[i])  # the same for q, k and v if they are one tensor
+        owner = leaves.get(id(payload.tensors[i]), payload.tensors[i])  # q, k and v may share one owner
         grads[owner] = grads[owner] + grad if owner in grads else grad
     return Simulation(unpack(report.wiring.structure, places), grads)
 

@@ -126,7 +126,7 @@ def _describe(op: Op, body: Body | None, flow: Dataflow, source: Source) -> Loop
         axes = frozenset(a for value in address(load) for a in flow.axes.get(value, ()))
         if load in flow.operands:
             kind = "operand"
-        elif "tma" in load.name or "descriptor" in load.name:  # one address stands for a whole block
+        elif "tma" in load.name or "descriptor" in load.name:  # one address for a whole block
             kind = "element" if changes else "row"
         elif not axes:
             kind = "tile list" if changes else "scalar"
@@ -179,8 +179,8 @@ def _match(kernel: KernelIR, loops: list[Op], code: Sequence[machine.Instruction
         return nobody
     found: list[Body | None] = []
     for loop in loops:
-        # The two sides of a branch may be laid out in either order, so equal products are taken in order and unequal
-        # ones by their number. Multiply-adds that are not products blur that number: there only the order counts.
+        # The two sides of a branch may be laid out in either order: loops with different products are matched by them,
+        # loops with equal ones in order. Without tensor cores other multiply-adds count too, so only order is used.
         fits = [body for body in (left[:1] if is_fma else left) if _does(body, loop, kernel)]
         if not fits:
             return nobody

@@ -58,7 +58,7 @@ def _pretend_cuda(capability: tuple[int, int], properties: Any) -> None:
         mock.patch.object(torch.cuda, name, _answer(value)).start()
     mock.patch("torch.cuda.random._lazy_init", _answer(None)).start()
     mock.patch.object(torch.version, "cuda", "13.0").start()
-    mock.patch.object(torch.accelerator, "is_available", _answer(False)).start()  # Dynamo would ask for its stream
+    mock.patch.object(torch.accelerator, "is_available", _answer(False)).start()  # else Dynamo queries its stream
 
 
 def _pretend_interface(target: Target, properties: Any) -> None:
@@ -83,7 +83,7 @@ def _pretend_interface(target: Target, properties: Any) -> None:
     for device in ("cuda", "cuda:0"):
         interface.register_interface_for_device(device, cuda)
     _replace("torch._inductor.scheduler", "has_triton", True)
-    for name in ("joint_graph", "post_grad"):  # they warm the device up
+    for name in ("joint_graph", "post_grad"):  # which run on the device
         _replace(f"torch._inductor.fx_passes.{name}", "lazy_init", None)
     fake_tensor.init_gpu_context = _answer(None)
     fake_tensor.FakeTensor.copy_ = _copy_  # pyright: ignore[reportAttributeAccessIssue]

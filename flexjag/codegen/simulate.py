@@ -105,7 +105,7 @@ class _InterpretedKernel:
         self.fn, self.meta, self.inductor_meta = tuned.fn, tuned.triton_meta, tuned.inductor_meta
         annotated = self.fn.fn.__annotations__.items()
         self.constexprs = {name for name, kind in annotated if "constexpr" in str(kind)}
-        # Any configuration is right. The interpreter's time goes with the number of programs: take the largest blocks.
+        # All configurations are correct. The largest blocks run fastest: interpretation is slow per program.
         self.config = max(tuned.configs, key=lambda c: [v for v in c.kwargs.values() if isinstance(v, int)])
 
     def run(self, *args: Any, stream: Any = None) -> None:

@@ -100,7 +100,7 @@ class Worker:
             try:
                 self._send((job, args))
                 answer = self._receive(job, timeout)
-            except BaseException:  # interrupted: an answer that comes later must not be taken for the next job's
+            except BaseException:  # interrupted: a late answer must not be read as the next job's
                 self._kill()
                 raise
         if answer is None:
@@ -126,7 +126,7 @@ class Worker:
             self.process.stdin.write(message)
             self.process.stdin.flush()
         except BrokenPipeError:
-            return  # it is dead: receiving will tell
+            return  # the worker is dead: _receive reports it
 
     def _receive(self, job: str, timeout: float) -> bytes | None:
         """Receive one answer, an 8-byte length and that many bytes; None if the worker has died."""
@@ -155,7 +155,7 @@ def _environment(here: Path, interpret: bool) -> dict[str, str]:
     caches = {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     places = {"TORCHINDUCTOR_CACHE_DIR": str(here / "inductor"), "TRITON_CACHE_DIR": str(here / "triton")}
     settings = ("TORCHINDUCTOR_", "TORCHDYNAMO_", "TORCH_COMPILE", "TORCH_LOGS", "TRITON_", "DISABLE_PTXAS_OPT")
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(settings)}  # one key, one answer
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(settings)}  # else results depend on more than the cache key
     return {**kept, **hidden, **caches, **places}
 
 
