@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from flexjag.bench import environment, main, peak, run
-from flexjag.bench.attention_arms import Batch
+from flexjag.bench.attention_arms import AttentionBatch
 from flexjag.bench.measure import Results, disagreement, peak_in_subprocess, run_case, run_suite
 from flexjag.bench.registry import Arm, ArmResult, BenchError, Case, CaseResult, Figure, Options, find, load
 from flexjag.bench.report import arm_rows, figure_rows, to_markdown
@@ -182,7 +182,7 @@ def test_disagreement_tells_rounding_from_errors():
 
 
 def test_attention_check_rejects_a_leak_between_segments():
-    batch = Batch("causal", [20, 1, 40], 2, 16)
+    batch = AttentionBatch("causal", [20, 1, 40], 2, 16)
     q, k, v = (x.transpose(0, 1)[None] for x in batch.leaves)
     leaking = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)[0].transpose(0, 1)
     assert all("output is off by" in str(arm.check((leaking,))) for arm in batch.arms())

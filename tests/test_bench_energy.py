@@ -122,7 +122,7 @@ def test_suite_without_a_counter_skips_with_the_reason(monkeypatch):
 
 def test_suite_reports_a_wrong_arm(monkeypatch):
     monkeypatch.setattr(suites_energy.energy, "find_counter", lambda device: Steady())
-    monkeypatch.setattr(suites_energy.Batch, "_loop", lambda self, q, k, v: q + k + v)
+    monkeypatch.setattr(suites_energy.EnergyBatch, "_loop", lambda self, q, k, v: q + k + v)
     (case,) = run_suite(find("energy"), QUICK, quietly)
     assert [arm.status for arm in case.arms] == ["ok", "ok", "wrong"]
     assert "output is off by" in case.arms[2].reason

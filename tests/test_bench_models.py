@@ -11,7 +11,7 @@ from flexjag.bench import suites_train
 from flexjag.bench.measure import run_suite
 from flexjag.bench.padded import Expected, Padding
 from flexjag.bench.registry import Options, find
-from flexjag.bench.suites_paper import DENSE, FLASH, OURS, QUICK_GRID, SELF, TARGET, UNFUSED, Problem
+from flexjag.bench.suites_paper import DENSE, FLASH, OURS, QUICK_GRID, SELF, TARGET, UNFUSED, PaperProblem
 from flexjag.bench.suites_train import (
     DECODER,
     IGNORED,
@@ -20,8 +20,8 @@ from flexjag.bench.suites_train import (
     RECOMMENDER,
     SIZES,
     STEPS,
-    Batch,
     Training,
+    TrainingBatch,
     byte_pieces,
     curve_disagreement,
     item_pieces,
@@ -70,7 +70,7 @@ def test_train_arms_count_one_step_and_its_tokens():
         assert arm.extra["tokens_per_second"] == pytest.approx(case.facts["tokens"] / middle)
 
 
-def shifted(batch: Batch) -> Jagged:
+def shifted(batch: TrainingBatch) -> Jagged:
     """The tokens, with the boundary of the first two segments one token off, towards the longer one."""
     first, second, *rest = batch.lengths
     step = 1 if first < second else -1
@@ -113,7 +113,7 @@ def test_batches_hold_the_same_tokens_in_both_forms():
     assert [x.shape[0] for x in pieces] == lengths
     assert all(torch.equal(x, y) for x, y in zip(pieces, byte_pieces(lengths, seed=0), strict=True))
     assert all(int(x.min()) >= 0 and int(x.max()) < 256 for x in pieces)
-    batch = Batch.of(pieces, "cpu")
+    batch = TrainingBatch.of(pieces, "cpu")
     assert torch.equal(batch.tokens.values, torch.cat(pieces))
     assert batch.padded_tokens.shape == batch.padded_targets.shape == (3, 5)
     for s, piece in enumerate(pieces):
@@ -150,17 +150,17 @@ def test_expected_rejects_what_is_not_rounding():
 
 @pytest.mark.parametrize("job", [SELF, TARGET])
 def test_paper_has_four_arms_and_finds_a_wrong_padding_mask(job, monkeypatch):
-    problem = Problem(job, QUICK_GRID, 32, 0.5, QUICK)
+    problem = PaperProblem(job, QUICK_GRID, 32, 0.5, QUICK)
     arms = {arm.name: arm for arm in problem.arms()}
     assert list(arms) == [DENSE, UNFUSED, FLASH, OURS]
-    flash = Problem._flash
-    monkeypatch.setattr(Problem, "_flash", lambda self, mask, *x: flash(self, torch.ones_like(mask), *x))
-    wrong = {arm.name: arm for arm in Problem(job, QUICK_GRID, 32, 0.5, QUICK).arms()}[FLASH]
+    flash = PaperProblem._flash
+    monkeypatch.setattr(PaperProblem, "_flash", lambda self, mask, *x: flash(self, torch.ones_like(mask), *x))
+    wrong = {arm.name: arm for arm in PaperProblem(job, QUICK_GRID, 32, 0.5, QUICK).arms()}[FLASH]
     assert "is off by" in str(wrong.check(wrong.make()()))
     assert arms[OURS].check(arms[OURS].make()()) is None
 
 
 def test_paper_with_an_empty_segment():
-    problem = Problem(SELF, QUICK_GRID, 16, 0.1, QUICK)
+    problem = PaperProblem(SELF, QUICK_GRID, 16, 0.1, QUICK)
     assert 0 in problem.lengths, "lengths of at most two"
     assert [arm.check(arm.make()()) for arm in problem.arms()] == [None] * 4

@@ -13,7 +13,7 @@ from flexjag import ops
 from flexjag.bench.lengths import constant_lengths, document_lengths, lognormal_lengths, meta_lengths
 from flexjag.bench.measure import run_suite
 from flexjag.bench.padded import Padding
-from flexjag.bench.ragged import FBGEMM, FLEXJAG, OPS, PADDED, SDPA, Batch
+from flexjag.bench.ragged import FBGEMM, FLEXJAG, OPS, PADDED, SDPA, RaggedBatch
 from flexjag.bench.registry import ArmResult, CaseResult, Figure, Options, find
 from flexjag.bench.suites_normalizers import AUTO, BIASED, HSTU, LAYER, STICK, AttentionJob, LayerJob
 from flexjag.bench.suites_normalizers import QUICK_SIZES as QUICK_NORMALIZERS
@@ -182,7 +182,7 @@ def test_other_lengths() -> None:
 
 
 def test_rows_of_a_padded_batch() -> None:
-    b = Batch(QUICK_SIZES, "cpu", 0)
+    b = RaggedBatch(QUICK_SIZES, "cpu", 0)
     x = torch.arange(b.tokens, dtype=torch.float32)[:, None]
     dense = b.pad(x)
     for s, n in enumerate(b.n):

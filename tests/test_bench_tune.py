@@ -19,7 +19,7 @@ from flexjag.backends.tiled import run as tiled
 from flexjag.bench import tune, tune_candidates
 from flexjag.bench.cli import main
 from flexjag.bench.registry import ArmResult
-from flexjag.bench.tune_candidates import WORKS, Sizes, backward_candidates, forward_candidates, subjects
+from flexjag.bench.tune_candidates import WORKS, TuningSizes, backward_candidates, forward_candidates, subjects
 from flexjag.codegen.worker import Worker
 from flexjag.testing import assert_kernels_match, assert_matches_reference
 
@@ -27,7 +27,7 @@ HERE = tuning.Device("A GPU", "9.0", "2.13.0", "3.7.0")
 REAL_DEVICE = tuning.this_device  # the fixture hides it
 WORK = tuning.Work("float16", 16, 16, "none", True, "forward")
 
-SIZES = Sizes(4, 2, 16, torch.float32, 60, device="cpu")
+SIZES = TuningSizes(4, 2, 16, torch.float32, 60, device="cpu")
 SHARED = 227 * 1024
 
 
@@ -280,7 +280,7 @@ def test_on_a_gpu_candidates_are_right_and_what_wins_is_used(
     monkeypatch.setattr(tuning, "this_device", REAL_DEVICE)
     here = REAL_DEVICE(torch.device("cuda", torch.cuda.current_device()))
     assert here is not None
-    sizes = Sizes(4, 2, dim, torch.bfloat16, 2048)
+    sizes = TuningSizes(4, 2, dim, torch.bfloat16, 2048)
     made = tune.tune("spans", sizes, here, 96 * 1024, 400.0, lambda line: None)
     assert [x.work.phase for x in made] == ["inference", "forward", "backward"]
     for entry in made:

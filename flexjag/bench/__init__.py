@@ -1,4 +1,4 @@
-"""Benchmarks beside what a user would use instead: ``python -m flexjag.bench``."""
+"""Benchmarks of flexjag against the alternatives that a user has: ``python -m flexjag.bench``."""
 
 from flexjag.bench.cli import main
 

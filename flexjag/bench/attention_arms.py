@@ -1,4 +1,4 @@
-"""The ways to attend over a jagged batch: flexjag's backends, a loop over segments, padding, PyTorch's own."""
+"""Implementations of attention over a jagged batch: flexjag's backends, loops over segments, padding, PyTorch's own."""
 
 from __future__ import annotations
 
@@ -39,21 +39,21 @@ AUTO = "flexjag auto"
 FLEX = "flexjag flex"
 WITH_PLAN = ", planning included"
 BACKENDS = ("auto", "tiled", "segments", "flex", "varlen")
-SLOW = (PADDED_FLEX, GYM)  # each compiles a kernel for each kind
+SLOW = (PADDED_FLEX, GYM)  # both compile a kernel per kind
 
 
-class Batch:
-    """One batch, and the arms over it. What an arm needs beyond q, k, v and a bias is made by the arm.
+class AttentionBatch:
+    """One batch of the attention suite, and its arms. Each arm prepares its inputs beyond q, k, v and a bias itself.
 
     Args:
-        kind: One of :data:`KINDS`.
-        lengths: Of the segments.
-        heads: H.
-        dim: D.
-        dtype: Of the inputs.
-        backward: Whether gradients are computed too.
-        device: Where.
-        seed: What the values are drawn from.
+        kind: Mask and score: a key of :data:`KINDS`.
+        lengths: Segment lengths.
+        heads: Number of heads H.
+        dim: Head dimension D.
+        dtype: Dtype of the inputs.
+        backward: Time forward and backward; False for the forward alone.
+        device: ``"cpu"`` or ``"cuda"``.
+        seed: Random seed of the values.
     """
 
     def __init__(
@@ -86,14 +86,14 @@ class Batch:
 
     @cached_property
     def flops(self) -> int:
-        """Floating-point operations that the mask asks for: 4·H·D per allowed score, and 2.5 times as many backward."""
+        """Floating-point operations that the mask requires: 4·H·D per allowed score, and 2.5 times that backward."""
         i = torch.arange(self.longest)
         allowed = self.kind.allowed(i[:, None], i[None]).cumsum(0).cumsum(1).diagonal()
         useful = 4 * self.heads * self.dim * sum(int(allowed[n - 1]) for n in self.lengths if n)
         return useful * 7 // 2 if self.backward else useful
 
     def arms(self, compiled: bool = True) -> list[Arm]:
-        """All arms of this case, or all but the others' :data:`SLOW` ones and on CPU our `flex`."""
+        """All arms of this case; without `compiled` not those of :data:`SLOW`, nor on a CPU our `flex`."""
         matrix = self.grad.element_size() * self.heads * len(self.lengths) * self.longest**2  # one padded score matrix
         forward_only = None
         if self.device == "cpu" and self.backward:
@@ -130,7 +130,7 @@ class Batch:
         return Arm(name, lambda: self._whole(forward()), self.expected.check, needs, absent, memory)
 
     def _whole(self, forward: Callable[[], Tensor]) -> Callable[[], Tensors]:
-        """The call to be timed: the output, and the gradients if they are wanted."""
+        """The call to be timed. It returns the output and, with `backward`, the gradients."""
         if self.backward:
             return with_gradients(forward, self.leaves, self.grad)
 
@@ -167,7 +167,7 @@ class Batch:
         return q, q.with_values(self.leaves[1]), q.with_values(self.leaves[2])
 
     def _refusal(self, backend: str) -> str | None:
-        """Why a backend cannot run here, or is another arm already."""
+        """Reason for which a backend cannot run this case; None if it can."""
         if backend == "auto":
             return None
         q = self._jagged()[0]
@@ -180,7 +180,7 @@ class Batch:
     # Loops and padding
 
     def _loop(self, sliced: bool = False) -> Callable[[], Tensor]:
-        """Cut by ``split``; or by slices, as most people write it: each one's gradient is as large as the batch."""
+        """One SDPA call per segment, cut by ``split``, or by slices as is common: their gradients span the batch."""
         options, ends = self._options(), list(itertools.pairwise(itertools.accumulate(self.lengths, initial=0)))
 
         def one(bias: Tensor | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -209,7 +209,7 @@ class Batch:
         return i, i.transpose(2, 3)
 
     def _bias(self) -> Callable[[], Tensor | None]:
-        """Mask and score by position, ``[1, H or 1, N, N]``, as SDPA takes them; None if its own flag does."""
+        """SDPA's ``attn_mask`` of mask and score by position, ``[1, H or 1, N, N]``; None if ``is_causal`` suffices."""
         i, j = self._positions()
         allowed = self.kind.allowed(i, j)
         if self.kind.score is None:
@@ -234,7 +234,7 @@ class Batch:
 
     @cached_property
     def _reaches_padding(self) -> str | None:
-        """Why a mask shared by all segments is wrong, if it is."""
+        """Reason for which one mask for all segments is wrong (a row would attend padding); None if it is right."""
         i = torch.arange(self.longest)
         allowed = self.kind.allowed(i[:, None], i[None])
         wrong = any(bool(allowed[:n, n:].any()) for n in set(self.lengths))
@@ -263,13 +263,13 @@ class Batch:
 
     @property
     def _allowed(self) -> Tensor:
-        """Boolean ``[S, 1, N, N]``. Rows of padding attend key 0, so that they are not NaN."""
+        """Mask of each segment, bool ``[S, 1, N, N]``. Rows of padding attend key 0, so that they are not NaN."""
         i, j = self._positions()
         real = self.padding.real[:, None, None]
         return torch.where(real.transpose(2, 3), self.kind.allowed(i, j) & real, j == 0)
 
     def _dense(self) -> Callable[[], Tensor]:
-        """Padded attention as it is written down in a textbook."""
+        """Padded attention by its definition: scores, masked softmax, product with v."""
         allowed, padding, bias = self._allowed, self.padding, self._bias()
 
         def forward() -> Tensor:
@@ -283,7 +283,7 @@ class Batch:
 
         return forward
 
-    # What PyTorch offers
+    # PyTorch's own implementations
 
     @property
     def _no_compiler(self) -> str | None:
@@ -367,7 +367,7 @@ class Batch:
         options = self._options()
 
         def forward() -> Tensor:
-            with warnings.catch_warnings():  # that nested tensors are a prototype
+            with warnings.catch_warnings():  # nested tensors warn that they are a prototype
                 warnings.simplefilter("ignore")
                 q, k, v = (torch.nested.nested_tensor_from_jagged(x, offsets).transpose(1, 2) for x in self.leaves[:3])
                 return scaled_dot_product_attention(q, k, v, **options).transpose(1, 2).values()

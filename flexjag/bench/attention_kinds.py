@@ -1,4 +1,4 @@
-"""The masks and scores of the attention suite, in flexjag's words and in a textbook's."""
+"""The masks and scores of the attention suite, as flexjag's nodes and as predicates of positions."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ MAX_DISTANCE = 128  # of the relative bias
 
 @dataclass(frozen=True)
 class Kind:
-    """A mask and a score, in flexjag's words and in a textbook's.
+    """A mask and a score.
 
     Attributes:
-        mask: The mask.
-        allowed: The same, of positions i and j that broadcast.
+        mask: The mask as a flexjag node.
+        allowed: The same mask as a predicate of query and key positions i and j, which broadcast.
         score: ``"alibi"``, ``"relative bias"`` (trained) or None.
     """
 

@@ -1,4 +1,4 @@
-"""``python -m flexjag.bench calibrate``: measure the CPU backends, fit a line to each and see how well they choose."""
+"""``python -m flexjag.bench calibrate``: fit a cost model to the CPU backends and report the regret of its choices."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from flexjag.normalizers import Normalizer, SiLU, Softmax
 from flexjag.plan import plan
 
 TOKENS, HEADS, DIM = 4096, 4, 64
-LENGTHS = (4, 15, 60, 250, 1000, 4000)  # no divisors of a tile
+LENGTHS = (4, 15, 60, 250, 1000, 4000)  # not aligned with tiles, but for 4
 KINDS: tuple[tuple[str, Mask, Normalizer], ...] = (
     ("whole", Causal(), Softmax()),
     ("shared bias", Window(128, 0), Softmax()),
@@ -39,7 +39,7 @@ KINDS: tuple[tuple[str, Mask, Normalizer], ...] = (
 
 @dataclass(frozen=True)
 class Point:
-    """One measurement: what was computed and the median time."""
+    """One measurement: a backend's work on one case and its median time in seconds."""
 
     work: Work
     grad: bool
@@ -49,12 +49,12 @@ class Point:
 
     @property
     def line(self) -> str:
-        """The line that it is a point of."""
+        """Name of the cost line that this point belongs to: way and direction."""
         return f"{self.work.way}, {'training' if self.grad else 'forward'}"
 
 
 def ways(kind: str) -> dict[str, str]:
-    """By backend, the line of the record that applies to a kind of call."""
+    """Way of computing (the cost line's name) of each backend, for a kind of call."""
     return {"segments": f"segments, {kind}", "tiled": "tiled, pointwise" if kind == "pointwise" else "tiled"}
 
 
@@ -105,7 +105,7 @@ def _call(
 
 
 def fit(works: Sequence[Work], seconds: Sequence[float]) -> Line:
-    """The line of least relative error, with no negative coefficient.
+    """Fit ``seconds = a·calls + b·scores`` with a, b ≥ 0 by least squares of the relative error.
 
     >>> works = [Work("w", 1, 10), Work("w", 2, 10), Work("w", 1, 30)]
     >>> [round(x, 6) for x in fit(works, [3.0, 4.0, 7.0])]
@@ -126,7 +126,7 @@ def fit(works: Sequence[Work], seconds: Sequence[float]) -> Line:
 
 
 def regret(points: Sequence[Point], lines: dict[str, Line]) -> list[dict[str, Any]]:
-    """For each case, which way the lines choose and how much longer that takes than the fastest."""
+    """For each case the way with the least predicted time, and its measured time over the fastest way's."""
     cases: dict[tuple[str, int, bool], list[Point]] = {}
     for point in points:
         cases.setdefault((point.kind, point.length, point.grad), []).append(point)
@@ -142,7 +142,7 @@ def regret(points: Sequence[Point], lines: dict[str, Line]) -> list[dict[str, An
 
 
 def calibrate(path: Path, tell: Tell) -> dict[str, Any]:
-    """Measure, fit, and write the record to `path`."""
+    """Measure, fit, and write the record to `path` as JSON."""
     environment = describe("cpu")
     points = measure(tell)
     lines = {}
@@ -160,7 +160,7 @@ def calibrate(path: Path, tell: Tell) -> dict[str, Any]:
 
 
 def summary(result: dict[str, Any]) -> str:
-    """The record in words.
+    """The record as text: the cost lines, then the regret of their choices.
 
     >>> case = {"regret": 1.25, "kind": "Causal(), whole", "length": 64, "grad": True}
     >>> print(summary({"lines": {"tiled, forward": {"per_call": 2e-5, "per_score": 3e-9}}, "cases": [case]}))

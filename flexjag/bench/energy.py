@@ -1,4 +1,4 @@
-"""Joules, from the counters that devices keep themselves. Where there is none, no energy: nothing is estimated."""
+"""Energy in joules, from the devices' own counters. Without a counter none is reported: nothing is estimated."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ POWERCAP = Path("/sys/class/powercap")
 
 
 class NoCounterError(RuntimeError):
-    """Nothing here counts energy; the message says what was looked for."""
+    """The device has no readable energy counter; the message names the one that was looked for."""
 
 
 class Counter(Protocol):
-    """Counts energy.
+    """An energy counter.
 
     Attributes:
-        name: What counts, for the record.
+        name: Description of the counter and its scope, for the record.
     """
 
     name: str
 
     def read(self) -> float:
-        """Joules since some fixed moment. To be called at least once per wrap-around of the counter."""
+        """Energy in joules since a fixed moment. Must be called at least once per wrap-around of the counter."""
         ...
 
     def watts(self) -> float | None:
-        """What a sensor of its own says is drawn now; None without one. A check of the counter, no more."""
+        """Present power in watts from a separate sensor, as a check of the counter only; None without a sensor."""
         ...
 
 
@@ -42,7 +42,7 @@ class NvmlCounter:
     """The total-energy counter of an NVIDIA GPU (Volta or newer): the whole board, idle power included.
 
     Raises:
-        NoCounterError: If the GPU has none.
+        NoCounterError: If the GPU has no such counter.
     """
 
     name = "NVML total energy, the whole GPU"
@@ -55,11 +55,11 @@ class NvmlCounter:
             raise NoCounterError(f"the GPU counts no energy: {e}") from None
 
     def read(self) -> float:
-        """Joules since the driver was loaded."""
+        """Energy in joules since the driver was loaded."""
         return self._device.joules()
 
     def watts(self) -> float | None:
-        """The GPU's power sensor."""
+        """Present power in watts from the GPU's power sensor; None if it cannot be read."""
         try:
             return self._device.watts()
         except nvml.NvmlError:
@@ -69,19 +69,19 @@ class NvmlCounter:
 class RaplCounter:
     """The package counters of Intel and AMD processors, all sockets together: cores, caches and memory controller.
 
-    The counters wrap around, at 2⁶⁴ µJ or much earlier, at what ``max_energy_range_uj`` says.
+    The counters wrap around at ``max_energy_range_uj``, which may be far below 2⁶⁴ µJ.
 
     Args:
-        root: Where Linux shows them.
+        root: The sysfs directory of the powercap framework.
 
     Raises:
-        NoCounterError: If there is none, or it may not be read.
+        NoCounterError: If there is no package counter, or no permission to read it.
     """
 
     name = "RAPL, all processor packages"
 
     def __init__(self, root: Path = POWERCAP) -> None:
-        # intel-rapl:0 is a package; intel-rapl:0:1 is a part of it, and counted there.
+        # intel-rapl:0 is a package; intel-rapl:0:1 is a part of it, whose energy the package's counter includes.
         packages = sorted(p for p in root.glob("intel-rapl:*") if p.name.count(":") == 1)
         if not packages:
             raise NoCounterError(f"no processor counts energy: no intel-rapl in {root}")
@@ -94,7 +94,7 @@ class RaplCounter:
         self._microjoules = 0
 
     def read(self) -> float:
-        """Joules since this object was made."""
+        """Energy in joules since this object was created."""
         for i, file in enumerate(self._files):
             now = int(file.read_text())
             step = now - self._last[i]
@@ -103,7 +103,7 @@ class RaplCounter:
         return self._microjoules / 1e6
 
     def watts(self) -> float | None:
-        """There is no sensor."""
+        """None: RAPL has no separate power sensor."""
         return None
 
 
@@ -111,20 +111,20 @@ def find_counter(device: str) -> Counter:
     """The energy counter of `device` (``"cpu"`` or ``"cuda"``).
 
     Raises:
-        NoCounterError: If it has none.
+        NoCounterError: If the device has none that can be read.
     """
     return NvmlCounter() if device == "cuda" else RaplCounter()
 
 
 @dataclass(frozen=True)
 class Usage:
-    """What some repeated calls took.
+    """Energy and time of repeated calls.
 
     Attributes:
-        joules: Of all calls together.
-        seconds: Of each call, in order.
-        elapsed: From the first reading of the counter to the last, in seconds.
-        sampled: What a power sensor said about once a second, in watts.
+        joules: Energy of all calls together.
+        seconds: Duration of each call, in order.
+        elapsed: Seconds from the first reading of the counter to the last.
+        sampled: Power in watts, read from a sensor about once a second.
     """
 
     joules: float
@@ -133,7 +133,7 @@ class Usage:
     sampled: Sequence[float] = ()
 
     def extra(self, tokens: int, counter: Counter) -> dict[str, Any]:
-        """What the tables say of it, for calls of `tokens` tokens."""
+        """Figures for the tables: joules per call, watts, tokens per joule, for calls of `tokens` tokens each."""
         calls = len(self.seconds)
         found = {
             "calls": calls,
@@ -151,10 +151,10 @@ def measure_energy(call: Callable[[], object], seconds: float, counter: Counter,
     The counters move in steps of about a tenth of a second, so ten seconds are needed for a percent.
 
     Args:
-        call: What is measured; warmed up.
-        seconds: How long at least. There is at least one call.
-        counter: Read before, after and about once a second between, so that no wrap-around is missed.
-        device: ``"cuda"`` waits for the device after every call.
+        call: The function to measure, warmed up before.
+        seconds: Minimum duration in seconds. There is at least one call.
+        counter: The counter, read before, after and about once a second between, so that no wrap-around is missed.
+        device: With ``"cuda"`` the device is synchronized after every call.
     """
     each: list[float] = []
     sampled: list[float | None] = []

@@ -1,4 +1,4 @@
-"""What a measurement ran on, without names of hosts, users or paths; and how much memory is free."""
+"""Hardware and software of a measurement, without names of hosts, users or paths; and the amount of free memory."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def describe(device: str) -> dict[str, Any]:
 
 def free_memory(device: str) -> int | None:
     """Bytes that can still be allocated on `device`; None if the system does not say."""
-    if device == "cuda":  # what torch has taken from the driver and does not use is free to it
+    if device == "cuda":  # memory that torch's allocator holds unused counts as free
         return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     known = [x for x in (_meminfo("MemAvailable"), _cgroup_free()) if x is not None]
     return min(known) if known else None
@@ -75,7 +75,7 @@ def _physical_memory() -> int | None:
 
 
 def _cgroup_free() -> int | None:
-    """What a container's own limit leaves, if it has one."""
+    """Bytes left below the container's memory limit (cgroup v2); None without a limit."""
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
     if not limit.exists() or not used.exists() or not limit.read_text().strip().isdigit():
         return None
@@ -92,9 +92,9 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout this package lies in, marked if files differ; None outside of one.
+    """Commit of the checkout that contains this package, marked if files differ from it; None outside of a checkout.
 
-    A copy without its history can be told by the variable ``FLEXJAG_COMMIT``.
+    The environment variable ``FLEXJAG_COMMIT`` overrides it, for copies without the history.
     """
     if os.environ.get("FLEXJAG_COMMIT"):
         return os.environ["FLEXJAG_COMMIT"]

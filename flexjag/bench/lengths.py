@@ -1,4 +1,4 @@
-"""Distributions of segment lengths, seeded: what batches of a recommender and of a language model look like."""
+"""Seeded distributions of segment lengths, as in batches of recommenders and of language models."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import torch
 
 
 def meta_lengths(segments: int, longest: int, sparsity: float, seed: int) -> list[int]:
-    """Meta's generator, with which the kernels for jagged attention and HSTU were measured.
+    """Lengths by Meta's generator, with which the kernels for jagged attention and HSTU were measured.
 
     Args:
-        segments: S.
-        longest: N, over every length.
-        sparsity: s, about the mean length's share of N: lengths are uniform from 0 to 2sN if s < 0.5, and from
-            (2s - 1)N to N otherwise, the upper end left out.
-        seed: What they are drawn from.
+        segments: Number of segments S.
+        longest: Upper bound N of the lengths, exclusive.
+        sparsity: The parameter s, about the mean length over N: lengths are uniform in [0, 2sN) if s < 0.5, and in
+            [(2s - 1)N, N) otherwise.
+        seed: Random seed.
 
     >>> meta_lengths(4, 100, 0.95, seed=0)
     [94, 99, 93, 90]
@@ -26,7 +26,7 @@ def meta_lengths(segments: int, longest: int, sparsity: float, seed: int) -> lis
 
 
 def lognormal_lengths(segments: int, longest: int, seed: int, location: float = 5.0, sigma: float = 0.9) -> list[int]:
-    """Log-normal lengths from 1 to `longest`; the median is e^location."""
+    """Log-normal lengths with median e^location, clamped to 1 … `longest`."""
     generator = torch.Generator().manual_seed(seed)
     draws = torch.empty(segments).log_normal_(location, sigma, generator=generator)
     return draws.long().clamp(1, longest).tolist()
@@ -43,5 +43,5 @@ def document_lengths(tokens: int, seed: int, mean: float = 400.0, sigma: float =
 
 
 def constant_lengths(segments: int, length: int) -> list[int]:
-    """All the same: nothing to pad, so the least that there is to gain."""
+    """Equal lengths: there is no padding, so packing has the least to gain."""
     return [length] * segments

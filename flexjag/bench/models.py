@@ -17,7 +17,7 @@ from flexjag.plan import Plan, plan
 from flexjag.variants.hstu import HSTU, HSTULayer
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Causal attention of ``[..., H, D]`` queries, keys and values, however the tokens lie."""
+"""Causal attention of queries, keys and values ``[..., H, D]``, for packed or for padded tokens."""
 
 
 class Block(nn.Module):
@@ -32,7 +32,7 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(self, x: Tensor, attend: Attend) -> Tensor:
-        """``[..., width]`` to the same."""
+        """Layer output ``[..., width]`` for inputs ``[..., width]``."""
         parts = self.qkv(self.norms[0](x)).chunk(3, -1)
         q, k, v = (t.unflatten(-1, (self.heads, -1)) for t in parts)
         x = x + self.output(attend(q, k, v).flatten(-2))
@@ -40,13 +40,13 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Bytes to logits of the next byte, with learned positions.
+    """Decoder-only language model over bytes, with learned position embeddings.
 
     Args:
-        layers: How many.
-        width: Features of a token.
-        heads: H; width is a multiple of it.
-        longest: The most positions.
+        layers: Number of layers.
+        width: Features per token.
+        heads: Number of heads H, a divisor of the width.
+        longest: Maximum number of positions.
     """
 
     def __init__(self, layers: int, width: int, heads: int, longest: int) -> None:
@@ -58,14 +58,14 @@ class Decoder(nn.Module):
         self.head = nn.Linear(width, 256, bias=False)
 
     def forward(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """Tokens ``[...]`` at their positions to ``[..., 256]``."""
+        """Logits ``[..., 256]`` of tokens ``[...]`` at given positions ``[...]``."""
         x = self.tokens(tokens) + self.positions(positions)
         for block in self.blocks:
             x = block(x, attend)
         return self.head(self.norm(x))
 
     def packed(self, tokens: Jagged) -> Tensor:
-        """Logits ``[T, 256]`` by flexjag; the plan is made here, once for all layers."""
+        """Logits ``[T, 256]`` with flexjag's attention; planned in the call, once for all layers."""
         made = plan(tokens, mask=Causal())
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ class Decoder(nn.Module):
         return self(tokens.values, tokens.positions, attend)
 
     def looped(self, tokens: Jagged, lengths: Sequence[int]) -> Tensor:
-        """Logits ``[T, 256]``, the attention by one call of SDPA per segment."""
+        """Logits ``[T, 256]`` with one SDPA call per segment and layer."""
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             pieces = zip(*(x.split(list(lengths)) for x in (q, k, v)), strict=True)
@@ -91,20 +91,20 @@ class Decoder(nn.Module):
 
 
 def causal_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention of ``[S, N, H, D]`` by PyTorch."""
+    """Causal attention of ``[S, N, H, D]`` tensors by PyTorch's SDPA."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
 
 class Recommender(nn.Module):
-    """Items to logits of the next item: an embedding, layers of HSTU, and the embedding's transpose.
+    """Sequential recommender: item embedding, HSTU layers, and logits of the next item by the tied embedding.
 
     Args:
-        items: How many there are.
-        layers: How many.
-        width: Features of a token.
-        heads: H; width is a multiple of it.
-        longest: The most positions, over which HSTU averages.
+        items: Number of items.
+        layers: Number of layers.
+        width: Features per token.
+        heads: Number of heads H, a divisor of the width.
+        longest: Maximum number of positions, by which HSTU divides its weights.
     """
 
     def __init__(self, items: int, layers: int, width: int, heads: int, longest: int) -> None:
@@ -116,13 +116,13 @@ class Recommender(nn.Module):
         self.scale = 1 / longest
 
     def packed(self, items: Jagged) -> Tensor:
-        """Logits ``[T, items]`` by flexjag."""
+        """Logits ``[T, items]`` with flexjag's attention."""
         made: Plan = plan(items, mask=Causal(), normalizer=SiLU(self.scale))
         x = items.with_values(self.items(items.values) + self.positions(items.positions))
         return functional.linear(self.stack(x, made).values, self.items.weight)
 
     def padded(self, items: Tensor) -> Tensor:
-        """Logits ``[S, N, items]`` of items ``[S, N]``, padded on the right, by the paper's equations."""
+        """Logits ``[S, N, items]`` of items ``[S, N]``, padded on the right, by the equations of the HSTU paper."""
         size = items.shape[1]
         causal = torch.ones(size, size, dtype=torch.bool, device=items.device).tril()
         x = self.items(items) + self.positions(torch.arange(size, device=items.device))

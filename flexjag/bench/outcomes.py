@@ -1,6 +1,6 @@
-"""A pytest plugin: ``-p flexjag.bench.outcomes`` appends every test's outcome to the file named in ``OUTCOMES``.
+"""Pytest plugin ``-p flexjag.bench.outcomes``: append each test's outcome to the file in ``FLEXJAG_TEST_OUTCOMES``.
 
-A line of JSON per test, written when the test ends, so that whatever becomes of the run, what is known is on disk.
+Each test adds a line of JSON when it ends, so that an interrupted run keeps its outcomes so far.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ NAMED_BY = "FLEXJAG_TEST_OUTCOMES"
 
 
 def pytest_configure(config: Any) -> None:
-    """Called by pytest when it starts; xdist's workers send their reports to the first process, which has them all."""
+    """Register the recorder, except in xdist's workers: their reports are sent to the main process."""
     if not hasattr(config, "workerinput"):
         config.pluginmanager.register(_Recorder(Path(os.environ[NAMED_BY])))
 
@@ -24,7 +24,7 @@ class _Recorder:
         self.path = path
 
     def pytest_runtest_logreport(self, report: Any) -> None:
-        """A test's setup, call or teardown has ended."""
+        """Record a test's call, and a setup or teardown that failed or skipped."""
         failed = report.outcome == "failed"
         if report.when != "call" and not failed and report.outcome != "skipped":
             return
@@ -37,7 +37,7 @@ class _Recorder:
         self._write(report.nodeid, outcome, round(report.duration, 2), reason)
 
     def pytest_collectreport(self, report: Any) -> None:
-        """A file has been collected; only what could not be is of interest."""
+        """Record a file that could not be collected."""
         if report.failed:
             self._write(report.nodeid, "error", 0.0, report.longreprtext)
 
@@ -48,13 +48,14 @@ class _Recorder:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Counts of outcomes and what failed and why, whole, from such a file.
+    """Summarize a file of outcomes.
 
     Args:
         path: The file; it may be missing, or end in the middle of a line.
 
     Returns:
-        ``counts`` by outcome, ``failures`` by test, ``skips`` by reason, and the ``slowest`` ten in seconds.
+        ``counts`` by outcome, the full text of ``failures`` by test, counts of ``skips`` by reason, and the seconds of
+        the ``slowest`` ten by test.
     """
     lines = []
     for text in path.read_text().splitlines() if path.exists() else []:

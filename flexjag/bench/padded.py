@@ -1,4 +1,4 @@
-"""Packed rows to padded ones and back, as users write it; and checks against float64, for suites that share them."""
+"""Conversion of packed to padded tensors and back, as users write it; and checks against float64. Shared by suites."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ Tensors = tuple[Tensor, ...]
 
 
 class Padding:
-    """Where each packed token sits in a padded batch.
+    """Index between the packed ``[T, ...]`` and the padded ``[S, N, ...]`` layout of a batch.
 
     Args:
-        lengths: Of the segments, S in number.
-        device: Of the index.
-        longest: N. Default: the longest.
+        lengths: The S segment lengths.
+        device: Device of the index.
+        longest: Padded length N. Default: the longest segment.
 
     >>> padding = Padding([2, 1], "cpu")
     >>> padding.pad(torch.tensor([1, 2, 3])).tolist()
@@ -33,33 +33,33 @@ class Padding:
 
     @property
     def fill(self) -> float:
-        """The share of the padded batch that is not padding."""
+        """Fraction of the padded batch that is tokens, T / (S·N)."""
         return self.index.shape[0] / (self.segments * self.longest)
 
     @cached_property
     def real(self) -> Tensor:
-        """Boolean ``[S, N]``: which places hold a token."""
+        """Padding mask, bool ``[S, N]``: True for tokens."""
         flat = torch.zeros(self.segments * self.longest, dtype=torch.bool, device=self.index.device)
         return flat.index_fill_(0, self.index, True).view(self.segments, self.longest)
 
     def pad(self, x: Tensor, fill: float = 0.0) -> Tensor:
-        """``[T, ...]`` to ``[S, N, ...]``, zeros or `fill` behind the segments' ends."""
+        """Pad ``[T, ...]`` to ``[S, N, ...]`` with `fill` on the right."""
         flat = x.new_full((self.segments * self.longest, *x.shape[1:]), fill).index_copy_(0, self.index, x)
         return flat.view(self.segments, self.longest, *x.shape[1:])
 
     def unpad(self, x: Tensor) -> Tensor:
-        """``[S, N, ...]`` to ``[T, ...]``."""
+        """Pack ``[S, N, ...]`` to ``[T, ...]``."""
         return x.flatten(0, 1).index_select(0, self.index)
 
 
 class Expected:
-    """What a computation should give, in float64 and rounded to its own precision; computed once, when first asked.
+    """Reference results in float64 and in the arms' precision, computed once, at the first check.
 
     Args:
-        compute: From a dtype to outputs and gradients.
-        dtype: Of the arms that are to be checked.
-        names: Of those results.
-        terms: As :func:`flexjag.bench.measure.disagreement` takes it, for all results or for each of `names`.
+        compute: Function of a dtype that returns outputs and gradients in it.
+        dtype: Dtype of the arms to be checked.
+        names: Names of the results.
+        terms: Terms summed in free order (:func:`flexjag.bench.measure.disagreement`), for all results or for each.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Expected:
         self._terms = [terms] * len(names) if isinstance(terms, int) else terms
 
     def check(self, got: Tensors) -> str | None:
-        """What is wrong with an arm's results, or None."""
+        """Description of the first result that is off by more than rounding; None if all agree."""
         exact, rounded = self._results
         if len(got) != len(exact):
             return f"{len(got)} results instead of {len(exact)}"
@@ -87,7 +87,7 @@ class Expected:
 
 
 def with_gradients(forward: Callable[[], Tensor], leaves: Sequence[Tensor], grad: Tensor) -> Callable[[], Tensors]:
-    """The call that returns a forward's output and the gradients of `leaves`."""
+    """A function that runs forward and backward, and returns the output and the gradients of `leaves`."""
 
     def call() -> Tensors:
         out = forward()

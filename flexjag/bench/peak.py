@@ -1,7 +1,7 @@
-"""Peak resident memory of one arm, to be run in a process of its own: ``python -m flexjag.bench.peak``.
+"""Peak resident memory of one arm, measured in a separate process: ``python -m flexjag.bench.peak``.
 
-The code is loaded first, by the same arm on small inputs. Then the real inputs are made, the baseline is taken, and
-the arm runs once from `make` to its result.
+The same arm first runs on small inputs, to load code. Then the real inputs are made, the baseline is read, and the arm
+runs once from `make` to its result.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ M_MMAP_THRESHOLD = -3  # of malloc.h
 
 
 def main(argv: list[str]) -> int:
-    """Print the figures of SUITE CASE ARM THREADS OPTIONS as JSON; the options are JSON too."""
+    """Print the peak memory of an arm as JSON. Arguments: SUITE CASE ARM THREADS OPTIONS, the options as JSON."""
     give_back_freed_memory()
     suite, name, arm, threads, asked = argv
     torch.set_num_threads(int(threads))
@@ -45,21 +45,21 @@ def _named(arms: Sequence[Arm], name: str) -> Arm:
 def give_back_freed_memory() -> None:
     """Make glibc return every block of 128 KiB and more to the system once it is freed.
 
-    By default it keeps larger and larger ones, the more of them it has seen freed. What ran before an arm would then
-    have made room for it, and resident memory would not grow at all.
+    By default the threshold (M_MMAP_THRESHOLD) below which it keeps freed memory grows with the blocks it has seen
+    freed. An arm would then reuse memory of what ran before it, and resident memory would not grow at all.
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 128 * 1024)
 
 
 def measure_peak(call: Callable[[], object]) -> dict[str, Any]:
-    """Run `call` once and say by how much resident memory rose at most.
+    """Run `call` once and measure the peak rise of resident memory (RSS).
 
-    Linux forgets its high-water mark on request. Where it does not, the mark itself is the baseline, and what
-    `call` takes below an earlier peak goes unseen.
+    Linux resets its high-water mark on request. Elsewhere the mark itself is the baseline, and memory that `call` uses
+    below an earlier peak is not counted.
 
     Returns:
-        ``bytes``, and ``method``, how they were read.
+        The rise in ``bytes``, and the ``method`` of measurement.
     """
     before, method = _mark(), "growth of the peak RSS (a lower bound)"
     with contextlib.suppress(OSError):
@@ -72,7 +72,7 @@ def measure_peak(call: Callable[[], object]) -> dict[str, Any]:
 
 
 def _mark() -> int:
-    """The highest resident size of this process since the mark was last reset, in bytes."""
+    """High-water mark of resident memory since its last reset, in bytes."""
     if Path("/proc/self/status").exists():
         return _status("VmHWM")
     import resource

@@ -1,7 +1,7 @@
-"""Pictures of results: time, memory and speed-up against what a suite's cases vary. Reads the JSON form only.
+"""Plots of results: time, memory and speed-up against the parameter that a suite's cases vary. Reads JSON results only.
 
-A case's name says what it varies: in "documents, 8,192 tokens" the tokens. Cases whose names differ in that number
-alone are one series, and three of them make a picture.
+The parameter is a number in the case's name: in "documents, 8,192 tokens" the tokens. Cases whose names differ in that
+number alone form a series; a series of three or more is plotted.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ AXES = {
     "sparsity": ("fill", "share of the padded batch that is filled"),
     "fill": ("fill", "share of the padded batch that is filled"),
 }
-"""By the word beside the number: the fact that is drawn, and how it is labelled."""
-FEWEST = 3  # points that make a picture
+"""By the word beside the number: the key of the case's facts that is the abscissa, and the axis label."""
+FEWEST = 3  # points of a series that is plotted
 OURS = "flexjag"
 SIZE = (9.6, 3.4)  # inches, for three panels
 
@@ -34,9 +34,9 @@ class Series:
     """Cases that differ in one number.
 
     Attributes:
-        axis: The word of :data:`AXES`.
-        title: Their common name.
-        cases: In the JSON form, by that number.
+        axis: Key of :data:`AXES`.
+        title: The name that the cases share, without the number.
+        cases: The cases in JSON form, in ascending order of the number.
     """
 
     axis: str
@@ -45,7 +45,7 @@ class Series:
 
     @property
     def x(self) -> list[float]:
-        """What is drawn to the right."""
+        """Abscissas of the points, one per case."""
         return [float(case["facts"][AXES[self.axis][0]]) for case in self.cases]
 
 
@@ -76,7 +76,7 @@ def draw(results: Sequence[dict[str, Any]], folder: Path) -> Iterator[tuple[int,
     """Draw every series of some results files into `folder`, as SVG.
 
     Yields:
-        Which of the results, the suite's name, the file and its alternative text, as each is written.
+        Index of the results, the suite's name, the file and its alternative text, after each file is written.
 
     Raises:
         ImportError: If matplotlib is not installed.
@@ -103,11 +103,11 @@ def _device(results: dict[str, Any]) -> str:
 
 
 def draw_series(series: Series, path: Path) -> None:
-    """Draw one picture of three panels.
+    """Plot time, memory and speed-up of one series, in three panels.
 
     Args:
-        series: What.
-        path: Where to; the suffix is the format.
+        series: The series.
+        path: The file to write; its suffix is the format.
 
     Raises:
         ImportError: If matplotlib is not installed.
@@ -126,7 +126,7 @@ def draw_series(series: Series, path: Path) -> None:
     def megabytes(case: Case, name: str) -> float | None:
         arm = next((x for x in case["arms"] if x["name"] == name), None)
         found = None if arm is None else arm["memory_bytes"]
-        return found / 1e6 if found else None  # none at all cannot be drawn to a logarithmic scale
+        return found / 1e6 if found else None  # a logarithmic scale has no zero
 
     def speedup(case: Case, name: str) -> float | None:
         us, them = None if ours is None else seconds(case, ours), seconds(case, name)
@@ -151,7 +151,7 @@ def draw_series(series: Series, path: Path) -> None:
 def _panel(
     ax: Any, series: Series, names: Sequence[str], label: str, value: Callable[[Case, str], float | None]
 ) -> None:
-    """One line per arm, in the same colour in every panel; points that were not measured are left out."""
+    """Draw a panel: one line per arm, in the same colour in every panel. Missing measurements are left out."""
     from matplotlib.ticker import LogLocator, NullLocator
 
     drawn = False
@@ -176,7 +176,7 @@ def _panel(
 
 
 def short(x: float) -> str:
-    """A number in three digits, for a tick.
+    """A number with three significant digits and a unit prefix, for a tick label.
 
     >>> short(128), short(8192), short(8_388_608), short(0.05)
     ('128', '8.19k', '8.39M', '0.05')

@@ -1,8 +1,8 @@
-"""Every ragged op three times over: with flexjag, by padding, and with FBGEMM where it has the op.
+"""Every ragged op in three implementations: with flexjag, by padding, and with FBGEMM where it has the op.
 
-The user of all three has packed values. Who pads them writes them into a padded tensor, computes there and reads the
-result back, so that output and gradients are packed again. What only depends on the lengths (indices, masks, offsets
-of matrices) is made before the clock starts, for all arms.
+Inputs, outputs and gradients are packed in all three. Padding writes the values into a padded tensor, computes there
+and reads the result back. Whatever depends on the lengths alone (indices, masks, offsets of matrices) is made before
+the timing starts, for all arms.
 """
 
 from __future__ import annotations
@@ -26,12 +26,20 @@ FLEXJAG = "flexjag"
 PADDED = "padding"
 SDPA = "padding, SDPA"
 FBGEMM = "FBGEMM"
-FAR = -1e9  # a score that weighs nothing; unlike -inf, a column of nothing else does not turn to NaN
+FAR = -1e9  # a score with weight 0; unlike -inf, a column of nothing else does not give NaN
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """S segments of Meta's lengths under N with sparsity s, D features, M queries per segment."""
+class RaggedSizes:
+    """Sizes of a case of the ragged ops.
+
+    Attributes:
+        segments: Number of segments S.
+        longest: Upper bound N of the lengths, exclusive.
+        features: Features per token D.
+        queries: Queries per segment M.
+        sparsity: Parameter s of :func:`flexjag.bench.lengths.meta_lengths`.
+    """
 
     segments: int
     longest: int
@@ -40,16 +48,16 @@ class Sizes:
     sparsity: float = 0.5
 
 
-class Batch(Padding):
-    """A batch of Meta's lengths, and what the arms of ops derive from them once.
+class RaggedBatch(Padding):
+    """A batch of Meta's lengths, with the indices and offsets that the arms of ops need, each computed once.
 
     Args:
-        sizes: How large.
-        device: Where.
-        seed: What lengths and values are drawn from.
+        sizes: Sizes of the batch.
+        device: ``"cpu"`` or ``"cuda"``.
+        seed: Random seed of lengths and values.
     """
 
-    def __init__(self, sizes: Sizes, device: str, seed: int) -> None:
+    def __init__(self, sizes: RaggedSizes, device: str, seed: int) -> None:
         lengths = meta_lengths(sizes.segments, sizes.longest, sizes.sparsity, seed)
         super().__init__(lengths, device, sizes.longest)
         self.n, self.sizes, self.device, self.seed = lengths, sizes, device, seed
@@ -59,30 +67,30 @@ class Batch(Padding):
 
     @cached_property
     def squares(self) -> Tensor:
-        """``[S+1]``, the offsets of one n × n matrix per segment."""
+        """Offsets ``[S+1]`` of one packed n × n matrix per segment."""
         return offsets_of(self.lengths.square())
 
     @cached_property
     def entry(self) -> Tensor:
-        """``[Σ n²]``, where each matrix entry stands in ``[S, N, N]``."""
+        """Index ``[Σ n²]`` of each packed matrix entry in the flattened ``[S, N, N]``."""
         size = self.longest
         place = torch.arange(size * size, device=self.device).view(size, size)
         return torch.cat([place[:n, :n].flatten() + s * size * size for s, n in enumerate(self.n)])
 
     @cached_property
     def chosen(self) -> Tensor:
-        """S segments, some more than once."""
+        """Indices ``[S]`` of segments, drawn with replacement."""
         generator = torch.Generator().manual_seed(self.seed)
         return torch.randint(len(self.n), (len(self.n),), generator=generator).to(self.device)
 
     @cached_property
     def chosen_row(self) -> Tensor:
-        """`index` of the chosen segments, one after another."""
+        """Row of each token of the chosen segments, packed back to back, in the flattened ``[S, N]``."""
         return self.rows_of([self.n[s] for s in self.chosen.tolist()], self.longest)
 
     @cached_property
     def joined_row(self) -> Tensor:
-        """Where the tokens of two batches, joined segment by segment, stand in ``[S, 2N]``."""
+        """Row of each token of two batches, concatenated segment by segment, in the flattened ``[S, 2N]``."""
         size = self.longest
         firsts, seconds = (
             self.rows_of(self.n, 2 * size).split(self.n),
@@ -92,34 +100,34 @@ class Batch(Padding):
 
     @cached_property
     def half(self) -> Tensor:
-        """``[S]``: where each segment is split."""
+        """Positions ``[S]`` at which segments are split: half their lengths, rounded down."""
         return self.lengths // 2
 
     @cached_property
     def half_rows(self) -> tuple[Tensor, Tensor]:
-        """`index` of the tokens before the split and behind it."""
+        """Rows, in the flattened ``[S, N]``, of the tokens before the split and from it on."""
         cuts = [row.tensor_split([n // 2]) for row, n in zip(self.index.split(self.n), self.n, strict=True)]
         return torch.cat([a for a, _ in cuts]), torch.cat([b for _, b in cuts])
 
     def rows_of(self, lengths: list[int], size: int) -> Tensor:
-        """Where the tokens of such segments stand among the rows of ``[S, size]``."""
+        """Row of each token of segments with these lengths in the flattened ``[S, size]``."""
         return torch.cat([torch.arange(n, device=self.device) + s * size for s, n in enumerate(lengths)])
 
     def jagged(self, values: Tensor) -> Jagged:
-        """Packed values as a batch."""
+        """The packed values ``[T, ...]`` as a Jagged with this batch's offsets."""
         return Jagged(values, self.offsets)
 
     def pad_matrices(self, values: Tensor, fill: float = 0.0) -> Tensor:
-        """``[Σ n²]`` to ``[S, N, N]``."""
+        """Pad packed matrices ``[Σ n²]`` to ``[S, N, N]`` with `fill`."""
         shape = len(self.n), self.longest, self.longest
         return values.new_full(shape, fill).flatten().index_copy(0, self.entry, values).view(shape)
 
     def unpad_matrices(self, dense: Tensor) -> Tensor:
-        """``[S, N, N]`` to ``[Σ n²]``."""
+        """Pack padded matrices ``[S, N, N]`` to ``[Σ n²]``."""
         return dense.flatten().index_select(0, self.entry)
 
     def operands(self, op: Op) -> list[Tensor]:
-        """An op's operands, normal, in float32."""
+        """An op's operands: standard normal float32 tensors in the op's order."""
         s, n, d, m = len(self.n), self.longest, self.sizes.features, self.sizes.queries
         shapes = {
             "x": (self.tokens, d),
@@ -138,20 +146,20 @@ class Batch(Padding):
 
 
 Call = Callable[..., Any]
-"""Batch and operands to a tensor, or to several."""
+"""Function of a :class:`RaggedBatch` and the operands that returns a tensor or several."""
 
 
 @dataclass(frozen=True)
 class Op:
-    """One op.
+    """The implementations of one ragged op.
 
     Attributes:
-        operands: Names of what needs gradients, from :meth:`Batch.operands`.
-        flexjag: The op.
-        padded: The same by padding.
-        fbgemm: The same by FBGEMM, given its operators.
-        name_there: Of FBGEMM's operator.
-        more: Further arms.
+        operands: Names of the differentiable operands, as in :meth:`RaggedBatch.operands`.
+        flexjag: Implementation with flexjag.
+        padded: Implementation by padding.
+        fbgemm: Implementation with FBGEMM, whose operators are its first argument; None if FBGEMM lacks the op.
+        name_there: Name of FBGEMM's operator.
+        more: Further implementations by arm name.
     """
 
     operands: tuple[str, ...]
@@ -171,56 +179,56 @@ def _reduced(op: Callable[[Jagged], Tensor]) -> Call:
 
 
 def _on_padded(dense: Callable[..., Tensor], fill: float = 0.0) -> Call:
-    """Pad the first operand, compute, and read the result back."""
+    """An implementation that pads the first operand, applies `dense` and packs the result."""
     return lambda b, x, *rest: b.unpad(dense(b.pad(x, fill), *rest))
 
 
 def _extreme(reduce: Callable[..., Tensor], fill: float) -> Call:
-    def padded(b: Batch, x: Tensor) -> Tensor:
+    def padded(b: RaggedBatch, x: Tensor) -> Tensor:
         return torch.where(b.lengths[:, None] > 0, reduce(b.pad(x, fill), 1), 0.0)
 
     return padded
 
 
-def _pad(b: Batch, x: Tensor) -> Tensor:
-    """From what the op is given: no index is ready."""
+def _pad(b: RaggedBatch, x: Tensor) -> Tensor:
+    """Pad from the lengths alone, as the op itself has to: the prepared index is not used."""
     return x.new_zeros(b.segments * b.longest, x.shape[1]).index_copy_(0, _kept(b), x).unflatten(0, (-1, b.longest))
 
 
-def _unpad(b: Batch, dense: Tensor) -> Tensor:
+def _unpad(b: RaggedBatch, dense: Tensor) -> Tensor:
     return dense.flatten(0, 1).index_select(0, _kept(b))
 
 
-def _kept(b: Batch) -> Tensor:
-    """``[T]``: the rows of a padded batch that are tokens, from the lengths."""
+def _kept(b: RaggedBatch) -> Tensor:
+    """Rows ``[T]`` of the flattened padded batch that hold tokens, computed from the lengths."""
     return (torch.arange(b.longest, device=b.device) < b.lengths[:, None]).flatten().nonzero()[:, 0]
 
 
-def _mean(b: Batch, x: Tensor) -> Tensor:
+def _mean(b: RaggedBatch, x: Tensor) -> Tensor:
     return b.pad(x).sum(1) / b.lengths.clamp(min=1)[:, None]
 
 
-def _jagged_out(b: Batch, x: Tensor, y: Tensor) -> Tensor:
+def _jagged_out(b: RaggedBatch, x: Tensor, y: Tensor) -> Tensor:
     return b.unpad_matrices(b.pad(x) @ b.pad(y).transpose(1, 2))
 
 
-def _array(b: Batch, p: Tensor, y: Tensor) -> Tensor:
+def _array(b: RaggedBatch, p: Tensor, y: Tensor) -> Tensor:
     return b.unpad(b.pad_matrices(p) @ b.pad(y))
 
 
-def _split(b: Batch, x: Tensor) -> tuple[Tensor, ...]:
+def _split(b: RaggedBatch, x: Tensor) -> tuple[Tensor, ...]:
     flat = b.pad(x).flatten(0, 1)
     return tuple(flat.index_select(0, row) for row in b.half_rows)
 
 
-def _concat(b: Batch, x: Tensor, y: Tensor) -> Tensor:
+def _concat(b: RaggedBatch, x: Tensor, y: Tensor) -> Tensor:
     return torch.cat([b.pad(x), b.pad(y)], 1).flatten(0, 1).index_select(0, b.joined_row)
 
 
 def _norm_of_segment(center: bool) -> Call:
-    """Statistics over all features of all tokens of a segment, the padding left out."""
+    """Layer norm (`center`) or RMS norm with statistics over all features of all tokens of a segment, by padding."""
 
-    def padded(b: Batch, x: Tensor, gain: Tensor, *shift: Tensor) -> Tensor:
+    def padded(b: RaggedBatch, x: Tensor, gain: Tensor, *shift: Tensor) -> Tensor:
         values, inside = b.pad(x), b.real[:, :, None]
         count = (b.lengths * x.shape[1]).clamp(min=1)[:, None, None]
         if center:
@@ -232,23 +240,23 @@ def _norm_of_segment(center: bool) -> Call:
     return padded
 
 
-def _attention(b: Batch, query: Tensor, x: Tensor, y: Tensor, bias: Tensor) -> Tensor:
+def _attention(b: RaggedBatch, query: Tensor, x: Tensor, y: Tensor, bias: Tensor) -> Tensor:
     scores = torch.baddbmm(bias.transpose(1, 2), query, b.pad(x).transpose(1, 2))
     weights = scores.masked_fill(~b.real[:, None], FAR).softmax(2)
     return (weights * b.real[:, None]) @ b.pad(y)
 
 
-def _sdpa(b: Batch, query: Tensor, x: Tensor, y: Tensor, bias: Tensor) -> Tensor:
+def _sdpa(b: RaggedBatch, query: Tensor, x: Tensor, y: Tensor, bias: Tensor) -> Tensor:
     mask = bias.transpose(1, 2).masked_fill(~b.real[:, None], FAR)[:, None]
     heads = (t[:, None] for t in (query, b.pad(x), b.pad(y)))
     return functional.scaled_dot_product_attention(*heads, attn_mask=mask, scale=1.0)[:, 0]
 
 
-def _sides(b: Batch) -> tuple[Tensor, Tensor]:
+def _sides(b: RaggedBatch) -> tuple[Tensor, Tensor]:
     return b.lengths, b.offsets
 
 
-def _matrix_side(b: Batch) -> tuple[Tensor, Tensor]:
+def _matrix_side(b: RaggedBatch) -> tuple[Tensor, Tensor]:
     return b.lengths.square(), b.squares
 
 

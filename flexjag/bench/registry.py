@@ -1,7 +1,7 @@
-"""The words of a benchmark, and the list of suites.
+"""The data model of benchmarks, and the registry of suites.
 
-A suite holds cases; a case is one set of inputs with several arms, the ways to do the same job. Suites register
-themselves with :func:`suite` when their module is imported; :func:`load` imports them all.
+A suite contains cases. A case is one set of inputs with several arms: implementations of the same computation. Suites
+register themselves with :func:`suite` when their module is imported; :func:`load` imports them all.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ MODULES = (
 )
 
 Tell = Callable[[str], None]
-"""Called with a line that says what is being measured now."""
+"""Progress callback; its argument is a line of text on the present measurement."""
 
 
 class BenchError(FlexjagError, ValueError):
-    """A benchmark asked for that does not exist, or a results file that is not one."""
+    """An unknown benchmark, invalid arguments, or an invalid results file."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a run was asked for.
+    """Options of a run.
 
     Attributes:
-        quick: Small sizes and few samples: shows that a suite works, not how fast anything is.
+        quick: Small sizes and few samples, to test that suites work; timings mean nothing.
         device: ``"cpu"`` or ``"cuda"``.
-        rounds: How often each arm is timed at most.
-        seconds_per_arm: An arm that has used this much time is timed no more, once it has three samples.
-        memory: Whether peak memory is measured.
-        seed: What lengths and values are drawn from.
-        budget: Seconds that a suite may take; None for as long as it needs.
-        deadline: When that budget is used up, by ``time.monotonic()``; set where a suite or a case begins.
+        rounds: Maximum number of samples per arm.
+        seconds_per_arm: Time in seconds after which an arm that has three samples is timed no more.
+        memory: Whether to measure peak memory.
+        seed: Random seed of lengths and values.
+        budget: Maximum duration of a suite in seconds; None for no limit.
+        deadline: End of the budget by ``time.monotonic()``, set when a suite or a case begins.
     """
 
     quick: bool = False
@@ -66,17 +66,17 @@ class Options:
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to do a case's job.
+    """One implementation of a case's computation.
 
     Attributes:
-        name: What the tables call it.
-        make: Prepares what is made once per batch (a plan, a padding mask) and returns the call to be timed.
-        check: What is wrong with a result of that call, or None.
-        needs: A bound from experience on the bytes it takes; over 60 % of free memory it is skipped.
-        absent: Why it cannot run here at all, or None.
-        memory: Whether to measure its peak memory; False where another arm's figure says the same.
-        steps: How many equal steps one call is. Samples are the time of one step.
-        tokens: Tokens of a step, where a rate in tokens per second means something; else 0.
+        name: Name in the tables.
+        make: Prepares whatever is made once per batch (a plan, a padding mask) and returns the call to be timed.
+        check: Returns a description of the error in a result of that call, or None if it is right.
+        needs: Empirical bound on the bytes it allocates; over 60 % of free memory the arm is skipped.
+        absent: Reason for which it cannot run here, or None.
+        memory: Whether to measure its peak memory; False where another arm has the same.
+        steps: Number of equal steps in one call. A sample is the time of one step.
+        tokens: Tokens per step, for a rate in tokens per second; 0 for none.
     """
 
     name: str
@@ -94,10 +94,10 @@ class Case:
     """One set of inputs and the arms that run on it.
 
     Attributes:
-        name: What the tables call it; unique in its suite.
+        name: Name in the tables, unique in its suite.
         facts: Sizes and seeds, for the record.
         arms: Builds the inputs, from fixed seeds, and the arms over them.
-        small: The same arms over small inputs: run once before memory is measured, to load code.
+        small: The same over small inputs; run once before memory is measured, to load code.
     """
 
     name: str
@@ -108,12 +108,12 @@ class Case:
 
 @dataclass(frozen=True)
 class Trial:
-    """A case that cannot be interleaved and measures itself, such as a run whose point is compile time.
+    """A case that measures its arms itself, because they cannot be interleaved: compile time, or an energy counter.
 
     Attributes:
-        name: What the tables call it; unique in its suite.
+        name: Name in the tables, unique in its suite.
         facts: Sizes and seeds, for the record.
-        run: Measures every arm.
+        run: Measures every arm and returns the results.
     """
 
     name: str
@@ -123,17 +123,17 @@ class Trial:
 
 @dataclass(frozen=True)
 class ArmResult:
-    """What came of one arm.
+    """The measurements of one arm.
 
     Attributes:
-        name: The arm's.
+        name: Name of the arm.
         status: ``"ok"``, ``"wrong"``, ``"skipped"`` or ``"failed"``. Only ``"ok"`` has samples.
-        reason: Why the status is not ``"ok"``.
-        seconds: Raw samples, in the order they were taken.
-        first_seconds: The first call, with whatever it loads or compiles.
-        memory_bytes: Peak memory above the inputs, with what `make` prepares; None if not measured.
-        memory_method: How that was read.
-        extra: Anything else, by name.
+        reason: Explanation of a status other than ``"ok"``.
+        seconds: Raw samples in seconds, in the order they were taken.
+        first_seconds: Duration of the first call, including loading and compilation.
+        memory_bytes: Peak memory above the inputs, that of `make` included; None if not measured.
+        memory_method: Method by which the memory was measured.
+        extra: Further measurements by name.
     """
 
     name: str
@@ -148,13 +148,13 @@ class ArmResult:
 
 @dataclass(frozen=True)
 class CaseResult:
-    """What came of one case.
+    """The measurements of one case.
 
     Attributes:
-        name: The case's.
-        facts: The case's.
-        arms: The results of its arms.
-        cut: Why there are fewer arms or samples than there should be, or None.
+        name: Name of the case.
+        facts: Sizes and seeds of the case.
+        arms: Results of its arms.
+        cut: Reason for which arms or samples are missing, or None if the case is complete.
     """
 
     name: str
@@ -165,13 +165,13 @@ class CaseResult:
 
 @dataclass(frozen=True)
 class Figure:
-    """One number that a suite is run for.
+    """A key figure of a suite, with its acceptance limit.
 
     Attributes:
-        text: What it is.
-        value: None if an arm it needs has no samples.
-        unit: ``"x"``, ``"s"``, ``"MB"``, ``"graphs"`` or another, written behind the number.
-        limit: The acceptance limit, ``"<= 1.1"`` or ``">= 6"``, or None where nothing was promised.
+        text: Description of the figure.
+        value: The value; None if an arm that it needs has no samples.
+        unit: Unit, written behind the value: ``"x"``, ``"s"``, ``"MB"``, ``"graphs"`` or another.
+        limit: The acceptance limit, ``"<= 1.1"`` or ``">= 6"``; None without one.
     """
 
     text: str
@@ -197,10 +197,10 @@ class Suite:
     """A registered suite.
 
     Attributes:
-        name: What the command line calls it.
-        about: One sentence.
-        cases: Options to what is to be measured.
-        figures: Options and results to the numbers that matter.
+        name: Name on the command line.
+        about: Description in one sentence.
+        cases: Function of the options that returns the cases.
+        figures: Function of options and results that returns the key figures.
     """
 
     name: str
@@ -215,12 +215,12 @@ SUITES: dict[str, Suite] = {}
 def suite(
     name: str, about: str, figures: Callable[[Options, list[CaseResult]], list[Figure]]
 ) -> Callable[[Callable[[Options], Sequence[Case | Trial]]], Callable[[Options], Sequence[Case | Trial]]]:
-    """Register the decorated function, which lists a suite's cases.
+    """Decorator that registers a suite. The decorated function returns the suite's cases.
 
     Args:
-        name: What the command line calls it.
-        about: One sentence.
-        figures: What the results amount to.
+        name: Name on the command line.
+        about: Description in one sentence.
+        figures: Function of options and results that returns the key figures.
     """
 
     def decorate(cases: Callable[[Options], Sequence[Case | Trial]]) -> Callable[[Options], Sequence[Case | Trial]]:
@@ -241,7 +241,7 @@ def find(name: str) -> Suite:
     """The suite of this name.
 
     Raises:
-        BenchError: If there is none.
+        BenchError: If no suite has it.
     """
     suites = load()
     if name not in suites:

@@ -1,4 +1,4 @@
-"""Results as tables on a terminal and as a Markdown page. Reads the JSON form only."""
+"""Rendering of results as tables on a terminal and as a Markdown page. Reads JSON results only."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from flexjag.bench.measure import median, quartiles
 
 PROGRAM = "python -m flexjag"
 ARM_COLUMNS = ("arm", "median", "quartiles", "samples", "first call", "peak memory", "remarks")
-WIDTH = 140  # where there is no terminal to ask
+WIDTH = 140  # of the tables, if the output is not a terminal
 FIGURE_COLUMNS = ("figure", "value", "limit", "met")
 
 Row = tuple[str, ...]
 
 
 def duration(seconds: float) -> str:
-    """Seconds with three significant digits, in the unit that fits.
+    """A duration with three significant digits, in s, ms or µs.
 
     >>> duration(0.01234), duration(2.5), duration(0.00012345)
     ('12.3 ms', '2.50 s', '123 µs')
@@ -29,7 +29,7 @@ def duration(seconds: float) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes in MB or GB.
+    """A number of bytes with three significant digits, in MB or GB.
 
     >>> size(12_345_678), size(9_876_543_210)
     ('12.3 MB', '9.88 GB')
@@ -38,7 +38,7 @@ def size(count: float) -> str:
 
 
 def _digits(x: float) -> str:
-    """Three significant digits without an exponent, and never fewer than the whole part."""
+    """A number with three significant digits, or its whole integer part if that is longer, without an exponent."""
     return f"{x:.{max(0, 2 - len(str(int(x))) + 1)}f}"
 
 
@@ -96,7 +96,7 @@ def _facts(facts: dict[str, Any]) -> str:
 
 
 def _used(columns: Row, rows: list[Row]) -> list[int]:
-    """The columns that say anything."""
+    """Indices of the columns that are not empty in all rows; the first is always kept."""
     return [i for i in range(len(columns)) if i == 0 or any(row[i] for row in rows)]
 
 
@@ -172,10 +172,10 @@ class Picture:
     """A picture on the page.
 
     Attributes:
-        run: The number of its results file, from 0.
-        suite: The name of its suite there.
-        link: Its path as the page names it.
-        text: What it shows.
+        run: Index of its results file, from 0.
+        suite: Name of its suite in those results.
+        link: Path of the image, relative to the page.
+        text: Alternative text.
     """
 
     run: int
@@ -188,8 +188,8 @@ def to_markdown(results: Sequence[dict[str, Any]], pictures: Sequence[Picture] =
     """The page ``docs/performance.md`` from results files, in the order given.
 
     Args:
-        results: Their contents.
-        pictures: What stands above the tables of the suites.
+        results: The contents of the results files.
+        pictures: Pictures to be placed above the tables of their suites.
     """
     lines = [PREAMBLE]
     for i, one in enumerate(results):
@@ -227,7 +227,7 @@ def _one_run(results: dict[str, Any], pictures: Mapping[str, Sequence[Picture]])
 
 
 def _besides(results: dict[str, Any]) -> list[str]:
-    """What a run of ``gpu`` says besides its suites, a line for each."""
+    """Lines on the other parts of a run of ``gpu``: smoke checks, synchronization with the device, tests."""
     lines = []
     smoke = results.get("smoke")
     if smoke is not None:
@@ -253,7 +253,7 @@ def _besides(results: dict[str, Any]) -> list[str]:
 
 
 def _last_line(text: str) -> str:
-    r"""What a failure comes down to.
+    r"""The last line of a traceback, which names the error, without pytest's prefix.
 
     >>> _last_line("a.py:3: in test\n    assert x == 2\nE   assert 1 == 2\n")
     'assert 1 == 2'

@@ -1,4 +1,4 @@
-"""Run suites one after the other and keep the results: in memory, and in a file after every case."""
+"""Run suites one after the other and store the results in memory and, after every case, in a file."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from flexjag.bench.measure import iterate
 from flexjag.bench.registry import BenchError, Options, Suite, Tell
 
 SCHEMA = 1
-SILENCE = 10.0  # seconds without a line, at most, while cases do things
+SILENCE = 10.0  # maximum seconds between lines of progress within a case
 
 
 def measure(results: dict[str, Any], suites: Sequence[Suite], options: Options, path: Path | None, tell: Tell) -> None:
-    """Run the suites.
+    """Run the suites and add their results to `results`.
 
     Args:
-        results: What :func:`begin` returned; suites and cases are added to it.
-        suites: Which.
-        options: How.
-        path: The file to write, after every case, so that an interruption loses one at most. None for no file.
-        tell: Called with what is being measured now.
+        results: The results that :func:`begin` returned, modified in place.
+        suites: The suites to run, in order.
+        options: Options of the run.
+        path: File to write after every case, so that an interruption loses one at most; None for no file.
+        tell: Progress callback.
 
     Raises:
         OSError: If the file cannot be written.
@@ -47,7 +47,7 @@ def measure(results: dict[str, Any], suites: Sequence[Suite], options: Options, 
 
 
 def begin(options: Options) -> dict[str, Any]:
-    """Results without a suite: what they are measured on and with, and which seed."""
+    """New results without suites: schema version, environment and seed."""
     return {
         "schema": SCHEMA,
         "quick": options.quick,
@@ -58,7 +58,7 @@ def begin(options: Options) -> dict[str, Any]:
 
 
 def write(results: dict[str, Any], path: Path | None) -> None:
-    """Write a results file, replacing it at once; nothing without a path."""
+    """Write a results file atomically; without a path do nothing."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(".part")
@@ -67,7 +67,7 @@ def write(results: dict[str, Any], path: Path | None) -> None:
 
 
 def file_name(results: dict[str, Any]) -> str:
-    """Of the results: the device and the moment the run began.
+    """Name of a results file: the device and the time at which the run began.
 
     >>> file_name({"quick": True, "environment": {"device": "cpu", "date": "2026-11-21T08:00:00Z"}})
     'quick-cpu-20261121T080000.json'
@@ -82,7 +82,7 @@ def read(path: Path) -> dict[str, Any]:
     """Read a results file.
 
     Raises:
-        BenchError: If it is not one.
+        BenchError: If the file is not JSON, or not of this schema.
         OSError: If it cannot be read.
     """
     try:
@@ -96,7 +96,7 @@ def read(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def progress() -> Iterator[Tell]:
-    """What is being measured, on stderr: on a terminal a line that is redrawn, elsewhere one a case or ten seconds."""
+    """Progress on stderr: on a terminal a line that is redrawn, elsewhere a line per case and at least each 10 s."""
     began = time.monotonic()
     shown, last = "", began
 
@@ -117,7 +117,7 @@ def progress() -> Iterator[Tell]:
     if not console.is_terminal:
         yield line
         return
-    # Drawn between samples only: a thread that redraws would take its time from what is measured.
+    # Drawn between samples only: a thread that redraws would disturb the timings.
     columns = (TimeElapsedColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=console, auto_refresh=False, transient=True) as bar:
         task = bar.add_task("starting", total=None)

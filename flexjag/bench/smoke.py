@@ -1,7 +1,7 @@
-"""Does each way to the device work at all? ``python -m flexjag.bench.smoke DEVICE OUT.json``, in under a minute.
+"""Smoke tests of every backend on a device, in under a minute: ``python -m flexjag.bench.smoke DEVICE OUT.json``.
 
-One small problem per way, compared with float64 on the host. Each runs in a process of its own, several at a time:
-most of a check is the compiler's work on the host, and a kernel that crashes takes no other check with it.
+Each computes a small problem and compares it with float64 on the host. Each runs in a separate process, several at a
+time: most of the time is compilation on the host, and a kernel that crashes does not affect the other checks.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ LENGTHS = [300, 7, 0, 129, 1, 64]
 HEADS, DIM = 4, 64
 MASK = Causal() & (Window(50, 0) | Prefix(4))
 ALLOWED = {torch.bfloat16: 0.03, torch.float32: 1e-4}
-"""Of a result's error in norm: a few roundings of the inputs' dtype. This asks whether a way works at all; how exact it
-is, the tests ask."""
-SECONDS = 55.0  # for one check
+"""Maximum relative error of a result in norm, by dtype: a few roundings of the inputs. This detects kernels that do not
+work; the tests check accuracy."""
+SECONDS = 55.0  # time limit of one check
 AT_A_TIME = 8
 
 
 def _given(device: str, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
-    """q, k, v and slopes, and the output's gradient; the same numbers on every device."""
+    """Inputs (q, k, v, slopes) and the output's gradient, with the same values on every device."""
     generator = torch.Generator().manual_seed(0)
     drawn = [torch.randn(sum(LENGTHS), HEADS, DIM, generator=generator) for _ in range(4)]
     # Rounded to bfloat16 before anything is computed, so that all precisions see the same inputs.
@@ -51,7 +51,7 @@ def _given(device: str, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
 
 
 def _attend(backend: str, parts: Callable[[Tensor], dict[str, Any]], learns: bool) -> Callable[..., Tensors]:
-    """Output and gradients of one call of ``attention``."""
+    """A check of ``attention`` with one backend: output and gradients (of the slopes too, if `learns`)."""
 
     def run(device: str, dtype: torch.dtype, exact: bool) -> Tensors:
         leaves, grad = _given(device, dtype)
@@ -67,7 +67,7 @@ def _attend(backend: str, parts: Callable[[Tensor], dict[str, Any]], learns: boo
 
 
 def _compiled(device: str, dtype: torch.dtype, exact: bool) -> Tensors:
-    """A plan made inside ``torch.compile(fullgraph=True)``."""
+    """Attention with planning inside ``torch.compile(fullgraph=True)``: output and gradients."""
     leaves, grad = _given(device, dtype)
     offsets = Jagged.from_lengths(leaves[0].detach(), LENGTHS).offsets
 
@@ -87,7 +87,7 @@ def _normalizer(kind: Callable[[], Any]) -> Callable[..., Tensors]:
 
 
 def _ragged(device: str, dtype: torch.dtype, exact: bool) -> Tensors:
-    """A softmax, a product and a layer norm over segments."""
+    """Ragged ops in sequence: softmax over segments, product with a dense matrix, layer norm."""
     leaves, grad = _given(device, dtype)
     x = leaves[0].flatten(1)
     dense = leaves[1][: len(LENGTHS) * DIM].reshape(len(LENGTHS), DIM, HEADS * DIM)
@@ -102,7 +102,7 @@ def _ragged(device: str, dtype: torch.dtype, exact: bool) -> Tensors:
 
 
 def _hstu(device: str, dtype: torch.dtype, exact: bool) -> Tensors:
-    """HSTU's layer with biases by position and time."""
+    """An HSTU layer with biases by position and time: output and gradients."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         layer = HSTULayer(HEADS * 16, HEADS, 16, bias=HSTUBias(HEADS, max_distance=63, time_buckets=16))
@@ -117,7 +117,7 @@ def _hstu(device: str, dtype: torch.dtype, exact: bool) -> Tensors:
 
 
 def _plan(device: str, dtype: torch.dtype, exact: bool) -> Tensors:
-    """The tiles of a plan made on the device are those of the host's."""
+    """Tile counts of a plan made on the device, and on the host if `exact`."""
     x = Jagged.from_lengths(torch.zeros(sum(LENGTHS), device="cpu" if exact else device), LENGTHS)
     made = plan(x, mask=MASK).block_mask
     return tuple(
@@ -141,21 +141,21 @@ CHECKS: dict[str, Callable[[str, torch.dtype, bool], Tensors]] = {
     "ragged operations": _ragged,
     "HSTU layer": _hstu,
 }
-"""From a device, a dtype and whether it is the exact result that is wanted, to the results."""
+"""By name: function of the device, the dtype and `exact` (compute the reference) that returns results to compare."""
 
 
 def _error(got: Tensor, exact: Tensor) -> float:
-    """‖got − exact‖ / ‖exact‖."""
+    """Relative error ‖got − exact‖ / ‖exact‖; the absolute one if `exact` is zero."""
     off, whole = float((got.double() - exact).norm()), float(exact.norm())
     return off / whole if whole else off
 
 
 def check(name: str, device: str) -> dict[str, Any]:
-    """One check.
+    """Run one check in this process.
 
     Returns:
-        Its name, whether it passed, the seconds of the first call and of the second, the errors in norm of its results,
-        and what was wrong, whole.
+        ``name``, ``passed``, the ``seconds`` of the first and the second call, the relative ``errors`` of its results,
+        and ``wrong``, the full error text or None.
     """
     torch.set_float32_matmul_precision("highest")
     run, dtype = CHECKS[name], torch.bfloat16 if device == "cuda" else torch.float32
@@ -170,16 +170,16 @@ def check(name: str, device: str) -> dict[str, Any]:
         off = [f"result {i} by {x:.2g}" for i, x in enumerate(found["errors"]) if not x <= ALLOWED[dtype]]
         found["wrong"] = f"off in norm: {', '.join(off)}; allowed {ALLOWED[dtype]:.2g}" if off else None
         found["passed"] = not off
-    except Exception:  # whatever is thrown is the result
+    except Exception:  # any exception is a failed check
         found["wrong"] = traceback.format_exc()
     return found
 
 
 def check_all(device: str, out: Path, names: Sequence[str] = tuple(CHECKS)) -> list[dict[str, Any]]:
-    """All checks, :data:`AT_A_TIME`; `out` is written after each.
+    """Run checks in subprocesses, :data:`AT_A_TIME` at a time, and write `out` after each.
 
     Returns:
-        What :func:`check` returns of each, in the order of `names`.
+        The results of :func:`check`, in the order of `names`.
     """
     found: dict[str, dict[str, Any]] = {}
     with ThreadPoolExecutor(AT_A_TIME) as pool:

@@ -1,4 +1,4 @@
-"""Attention over a jagged batch: masks, scores, distributions of lengths, beside loops, padding, PyTorch's own."""
+"""Suite ``attention``: masks, scores and distributions of lengths, against loops, padding and PyTorch's own kernels."""
 
 from __future__ import annotations
 
@@ -12,7 +12,18 @@ from torch import Tensor
 
 from flexjag.attention import attention
 from flexjag.bench import attention_arms as arms_of
-from flexjag.bench.attention_arms import AUTO, DENSE, FLEX, LOOP, PADDED, SHARED, SLICED, VARLEN, WITH_PLAN, Batch
+from flexjag.bench.attention_arms import (
+    AUTO,
+    DENSE,
+    FLEX,
+    LOOP,
+    PADDED,
+    SHARED,
+    SLICED,
+    VARLEN,
+    WITH_PLAN,
+    AttentionBatch,
+)
 from flexjag.bench.attention_kinds import KINDS
 from flexjag.bench.lengths import constant_lengths, document_lengths, lognormal_lengths, meta_lengths
 from flexjag.bench.measure import Results, ratio
@@ -25,23 +36,23 @@ from flexjag.plan import plan
 SPARSITIES = (0.1, 0.5, 0.95)
 LOGNORMAL, DOCUMENTS, CONSTANT = "log-normal", "documents", "constant"
 GEMM = "large product"
-BEYOND_VARLEN = ("window | prefix + ALiBi", "causal + trained relative bias")  # what varlen_attn has not
-WINDOW = 256  # of the cases that grow
-CHECKED = 4096  # tokens of those that are checked: a causal window's first rows do not know how many follow
+BEYOND_VARLEN = ("window | prefix + ALiBi", "causal + trained relative bias")  # kinds that varlen_attn does not support
+WINDOW = 256  # keys before the query in the cases of growing T
+CHECKED = 4096  # leading tokens checked there: under a causal window they do not depend on the later ones
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """How large it all is.
+class AttentionSizes:
+    """Sizes of the suite's cases.
 
     Attributes:
-        segments: S.
-        longest: Cap on a segment's length.
-        meta: N of Meta's lengths.
-        heads: H.
-        dims: Each D.
-        tokens: T of the cases that grow.
-        gemm: The side of a square matrix product.
+        segments: Number of segments S.
+        longest: Maximum length of a segment.
+        meta: Parameter N of Meta's length generator.
+        heads: Number of heads H.
+        dims: Head dimensions D, one case each.
+        tokens: Numbers of tokens T of the cases with one growing segment.
+        gemm: Side of the matrices in the reference matrix product.
     """
 
     segments: int
@@ -53,14 +64,16 @@ class Sizes:
     gemm: int
 
 
-QUICK_SIZES = Sizes(6, 96, 48, 2, (16,), (512, 1024, 2048), 64)
+QUICK_SIZES = AttentionSizes(6, 96, 48, 2, (16,), (512, 1024, 2048), 64)
 SIZES = {
-    "cpu": Sizes(48, 1024, 512, 4, (64,), (8192, 32768, 131072), 2048),  # log-normal lengths fill 27 % of their batch
-    "cuda": Sizes(16, 4096, 4096, 8, (64, 128), (8192, 32768, 131072), 8192),
+    "cpu": AttentionSizes(
+        48, 1024, 512, 4, (64,), (8192, 32768, 131072), 2048
+    ),  # log-normal lengths fill 27 % of their batch
+    "cuda": AttentionSizes(16, 4096, 4096, 8, (64, 128), (8192, 32768, 131072), 8192),
 }
 
 
-def _sizes(options: Options) -> Sizes:
+def _sizes(options: Options) -> AttentionSizes:
     return QUICK_SIZES if options.quick else SIZES[options.device]
 
 
@@ -68,7 +81,7 @@ def _dtype(options: Options) -> torch.dtype:
     return torch.bfloat16 if options.device == "cuda" else torch.float32
 
 
-def _lengths(name: str, sizes: Sizes, seed: int) -> list[int]:
+def _lengths(name: str, sizes: AttentionSizes, seed: int) -> list[int]:
     if name == LOGNORMAL:
         return lognormal_lengths(sizes.segments, sizes.longest, seed)
     if name == DOCUMENTS:
@@ -79,8 +92,8 @@ def _lengths(name: str, sizes: Sizes, seed: int) -> list[int]:
     return lengths if any(lengths) else [1, *lengths[1:]]
 
 
-def _product(sizes: Sizes, options: Options) -> Sequence[Arm]:
-    """What the processor reaches in a matrix product, to hold the rates of attention against."""
+def _product(sizes: AttentionSizes, options: Options) -> Sequence[Arm]:
+    """A square matrix product, whose FLOP rate is the reference for those of attention."""
     generator = torch.Generator().manual_seed(options.seed)
     a, b = (torch.randn(sizes.gemm, sizes.gemm, generator=generator) for _ in range(2))
     a, b = (x.to(options.device, _dtype(options)) for x in (a, b))
@@ -88,11 +101,11 @@ def _product(sizes: Sizes, options: Options) -> Sequence[Arm]:
     return [Arm("torch.mm", lambda: lambda: (a @ b,), expected.check, memory=False)]
 
 
-def _growing(tokens: int, sizes: Sizes, options: Options) -> Sequence[Arm]:
+def _growing(tokens: int, sizes: AttentionSizes, options: Options) -> Sequence[Arm]:
     """One segment under a causal window, forward and backward."""
     generator = torch.Generator().manual_seed(options.seed)
     dim, checked = sizes.dims[0], min(tokens, CHECKED)
-    # Drawn in one go for the largest batch, so that the smaller ones are its beginning.
+    # Drawn for the largest T, so that the smaller batches are prefixes of it.
     drawn = torch.randn(max(sizes.tokens), 4, 1, dim, generator=generator)[:tokens].to(options.device, _dtype(options))
     leaves, grad = [x.contiguous().requires_grad_() for x in drawn[:, :3].unbind(1)], drawn[:, 3].contiguous()
     mask = Window(WINDOW, 0)
@@ -111,7 +124,7 @@ def _growing(tokens: int, sizes: Sizes, options: Options) -> Sequence[Arm]:
         return known((out.detach(), *torch.autograd.grad(out, first, grad[:checked].to(dtype))))
 
     def known(results: Tensors) -> Tensors:
-        """What later rows have no part in."""
+        """The rows of output and gradients that do not depend on tokens past :data:`CHECKED`."""
         out, dq, dk, dv = results
         return out[:checked], dq[:checked], dk[: checked - WINDOW], dv[: checked - WINDOW]
 
@@ -133,7 +146,7 @@ def _window_name(tokens: int) -> str:
     return f"window of {WINDOW}, forward + backward, {tokens:,} tokens"
 
 
-def _cpu_figures(options: Options, found: Results, flops: dict[str, int], sizes: Sizes) -> list[Figure]:
+def _cpu_figures(options: Options, found: Results, flops: dict[str, int], sizes: AttentionSizes) -> list[Figure]:
     figures = [_bound(options, found, sizes)]
     others = [LOOP, PADDED, SHARED, DENSE, arms_of.PADDED_FLEX, arms_of.GYM, arms_of.NESTED]
     for distribution in (LOGNORMAL, "sparsity 0.5"):
@@ -166,8 +179,8 @@ def _cpu_figures(options: Options, found: Results, flops: dict[str, int], sizes:
     return figures + _rates(found, flops, sizes)
 
 
-def _bound(options: Options, found: Results, sizes: Sizes) -> Figure:
-    """What a kernel gains that has the same rate at all lengths."""
+def _bound(options: Options, found: Results, sizes: AttentionSizes) -> Figure:
+    """Speed-up over padding of a kernel whose rate does not depend on the length: the ratio of scores computed."""
     lengths = _lengths(LOGNORMAL, sizes, options.seed)
     longest = max(lengths)
     padded, packed = len(lengths) * longest * (longest + 1), sum(n * (n + 1) for n in lengths)
@@ -176,7 +189,7 @@ def _bound(options: Options, found: Results, sizes: Sizes) -> Figure:
     return Figure(text, padded / packed if known else None, "x")
 
 
-def _cuda_figures(options: Options, found: Results, flops: dict[str, int], sizes: Sizes) -> list[Figure]:
+def _cuda_figures(options: Options, found: Results, flops: dict[str, int], sizes: AttentionSizes) -> list[Figure]:
     figures = []
     for dim in sizes.dims:
         case = _name("causal", True, "sparsity 0.5", dim)
@@ -203,7 +216,7 @@ def _cuda_figures(options: Options, found: Results, flops: dict[str, int], sizes
     return figures + _rates(found, flops, sizes)
 
 
-def _rates(found: Results, flops: dict[str, int], sizes: Sizes) -> list[Figure]:
+def _rates(found: Results, flops: dict[str, int], sizes: AttentionSizes) -> list[Figure]:
     out = []
     for case, count in flops.items():
         rate = ratio(count, found.seconds(case, AUTO))
@@ -236,7 +249,7 @@ def cases(options: Options) -> list[Case]:
     grid: list[tuple[str, bool, str, int, bool]] = []
     if options.device == "cuda":
         for dim in sizes.dims:
-            # Each kind compiles kernels: where time is short, those that promises are about.
+            # Each kind compiles kernels: with a time budget, only kinds with acceptance limits.
             kinds = list(KINDS) if options.budget is None else ["causal", *BEYOND_VARLEN]
             grid += [(kind, b, "sparsity 0.5", dim, False) for kind in kinds for b in (True, False)]
         if options.budget is None:
@@ -257,17 +270,19 @@ def cases(options: Options) -> list[Case]:
     return out
 
 
-def _case(kind: str, backward: bool, distribution: str, dim: int, half: bool, sizes: Sizes, options: Options) -> Case:
+def _case(
+    kind: str, backward: bool, distribution: str, dim: int, half: bool, sizes: AttentionSizes, options: Options
+) -> Case:
     lengths = _lengths(distribution, sizes, options.seed)
     dtype = torch.bfloat16 if half else _dtype(options)
     facts: dict[str, Any] = {"segments": len(lengths), "tokens": sum(lengths), "longest": max(lengths)}
     facts |= {"fill": sum(lengths) / (len(lengths) * max(lengths)), "heads": sizes.heads, "dim": dim}
     facts |= {"dtype": str(dtype).removeprefix("torch."), "seed": options.seed}
 
-    def batch(lengths: Sequence[int], heads: int, dim: int) -> Batch:
-        return Batch(kind, lengths, heads, dim, dtype, backward, options.device, options.seed)
+    def batch(lengths: Sequence[int], heads: int, dim: int) -> AttentionBatch:
+        return AttentionBatch(kind, lengths, heads, dim, dtype, backward, options.device, options.seed)
 
-    # Their memory is what a distribution with the same fill takes.
+    # Other distributions of the same fill take the same memory.
     measured = backward and not half and (distribution == LOGNORMAL or options.device == "cuda")
 
     compiled = kind == "causal" and not half and (distribution == LOGNORMAL or options.device == "cuda")

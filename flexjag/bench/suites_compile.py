@@ -1,4 +1,4 @@
-"""One graph for every batch: graphs and seconds over batches of different sizes through a compiled model."""
+"""Suite ``compile``: graphs and seconds of a compiled model over batches of varying sizes. One graph should suffice."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ MOST_SEGMENTS, LONGEST = 16, 256
 MASK = Causal() & (Window(64, 0) | Prefix(4))
 SHORT = {"fw": "forward", "bw": "backward", "inference": "inference"}
 EDGES = {20: [1], 21: [0, 0], 22: [0, 1], 23: [7]}
-"""Batches whose sizes are 0 or 1, which a compiler treats as constants of their own."""
+"""Lengths of the batches with sizes 0 or 1, by batch index: compilers specialize on these values."""
 
 COMPILED, EAGER = "compiled", "eager"
 TRAINING, INFERENCE = "training, auto", "inference, flex"
 
 
 class Model(nn.Module):
-    """Attention layers with residuals; the ALiBi slopes are learned."""
+    """Attention layers with residual connections and learned ALiBi slopes."""
 
     def __init__(self, layers: int) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Model(nn.Module):
         self.slopes = nn.Parameter(torch.rand(HEADS))
 
     def forward(self, x: Jagged, p: Plan, backend: str) -> Jagged:
-        """Attention of ``x [T, H·D]`` by a plan that all layers share."""
+        """Output ``[T, H·D]`` for ``x [T, H·D]``, by a plan that all layers share."""
         for layer in self.layers:
             parts = layer(x.values).chunk(3, -1)
             q, k, v = (x.with_values(t.reshape(-1, HEADS, DIM)) for t in parts)
@@ -54,12 +54,12 @@ class Model(nn.Module):
 
 @dataclass
 class Counter:
-    """Counts the graphs that are compiled, and the seconds that takes Inductor.
+    """Counter of compiled graphs and of the time spent in Inductor.
 
     Attributes:
-        generate: Whether Inductor generates code; otherwise graphs are traced, counted and run as they are.
-        graphs: How many, by direction.
-        seconds: Spent in Inductor.
+        generate: Whether Inductor generates code; if not, graphs are traced, counted and run as they are.
+        graphs: Number of graphs by direction.
+        seconds: Seconds spent in Inductor.
     """
 
     generate: bool
@@ -67,7 +67,7 @@ class Counter:
     seconds: float = 0.0
 
     def backend(self, graph: Any, inputs: Any) -> Any:
-        """A ``torch.compile`` backend that counts."""
+        """``torch.compile`` backend that counts the graphs it compiles."""
         from torch._dynamo.backends.common import aot_autograd
         from torch._inductor.compile_fx import compile_fx
 
@@ -97,7 +97,7 @@ class Counter:
 
 
 def batch_lengths(count: int, seed: int) -> list[list[int]]:
-    """Seeded lengths of `count` batches; those of :data:`EDGES` stand at their places."""
+    """Seeded segment lengths of `count` batches, those of :data:`EDGES` at their indices."""
     generator = torch.Generator().manual_seed(seed)
     out = []
     for i in range(count):
@@ -109,7 +109,7 @@ def batch_lengths(count: int, seed: int) -> list[list[int]]:
 
 @dataclass
 class _Step:
-    """One batch through the model, and what it takes to check it."""
+    """One run of the model on one batch, with a compiled or the eager `call`."""
 
     model: Model
     call: Callable[..., Jagged]
@@ -118,7 +118,7 @@ class _Step:
     backend: str
 
     def run(self) -> tuple[Tensor, ...]:
-        """The output, and in training the parameters' gradients."""
+        """Run it: the output and, in training, the gradients of the parameters."""
         slopes = self.model.slopes if self.training else self.model.slopes.detach()
         p = plan(self.x, mask=MASK, score=Alibi(slopes))
         if not self.training:
@@ -152,7 +152,7 @@ def _trial(count: int, layers: int, training: bool, options: Options) -> Callabl
 
 @dataclass
 class _Record:
-    """What one arm has done so far."""
+    """Measurements of one arm so far."""
 
     call: Callable[..., Jagged]
     backend: str
@@ -171,7 +171,7 @@ class _Record:
             self.results.append(_Step(model, self.call, x, training, self.backend).run())
             if x.values.is_cuda:
                 torch.cuda.synchronize()
-        except Exception as e:  # whatever a compiler throws is a result here
+        except Exception as e:  # any exception of a compiler is a result here
             self.failed = f"batch {len(self.seconds) + 1}: {describe_error(e)}"
             return
         self.seconds.append(time.perf_counter() - start)
@@ -182,7 +182,7 @@ class _Record:
             self.usual = {k: n + self.counter.graphs[k] - before[k] for k, n in self.usual.items()}
 
     def extra(self) -> dict[str, Any]:
-        """What the tables say besides the samples."""
+        """Figures for the tables: total time, and for the compiled arm its graphs and compile times."""
         found: dict[str, Any] = {"total_seconds": sum(self.seconds)}
         if self.counter is not None:
             found["graphs"] = {k: n for k, n in self.counter.graphs.items() if n}
@@ -195,9 +195,9 @@ class _Record:
 def _measure(
     model: Model, batches: list[Jagged], training: bool, counter: Counter, tell: Tell, over: Callable[[], bool]
 ) -> list[ArmResult]:
-    """Both arms, batch by batch, in turn the one and the other first. Results are kept and checked afterwards.
+    """Measure both arms batch by batch, in alternating order. Results are kept and checked afterwards.
 
-    The first batch is run in any case; before each other one, `over` says whether the time is used up.
+    The first batch always runs; before each later one the loop ends if `over` returns True (the time is used up).
     """
     compiled = torch.compile(model, fullgraph=True, backend=counter.backend)
     records = {
@@ -228,7 +228,7 @@ def _measure(
 
 
 def _first_wrong(model: Model, batches: list[Jagged], training: bool, results: list[tuple[Tensor, ...]]) -> str | None:
-    """The first batch whose result is more than rounding away from the reference's."""
+    """Description of the first batch whose result is off by more than rounding from the reference; None without one."""
     exact_model = copy.deepcopy(model).double()
     for i, (x, got) in enumerate(zip(batches, results, strict=True)):
         exact = _Step(exact_model, exact_model, x.with_values(x.values.double()), training, "reference").run()
@@ -264,7 +264,7 @@ def _figures(options: Options, cases: list[CaseResult]) -> list[Figure]:
     _figures,
 )
 def cases(options: Options) -> list[Trial]:
-    """Training by the backend that auto takes while tracing, and inference by flex. A quick run generates no code."""
+    """Training by the backend that auto chooses while tracing, inference by flex. A quick run generates no code."""
     count, layers = (QUICK_BATCHES, QUICK_LAYERS) if options.quick else (BATCHES, LAYERS)
     lengths = batch_lengths(count, options.seed)
     facts = {"batches": count, "layers": layers, "heads": HEADS, "dim": DIM, "seed": options.seed}

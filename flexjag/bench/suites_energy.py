@@ -1,4 +1,4 @@
-"""Joules of causal attention, forward and backward, by the device's own energy counter."""
+"""Suite ``energy``: joules of causal attention, forward and backward, by the device's own energy counter."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ CASE = "causal, forward + backward"
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """Segments S, cap on a segment's length, heads H, head dim D."""
+class EnergySizes:
+    """Sizes of the suite's batch: segments S, maximum length of a segment, heads H, head dimension D."""
 
     segments: int
     longest: int
@@ -36,19 +36,19 @@ class Sizes:
     dim: int
 
 
-QUICK_SIZES = Sizes(4, 32, 2, 16)
-SIZES = {"cpu": Sizes(32, 1024, 4, 64), "cuda": Sizes(128, 2048, 16, 64)}
+QUICK_SIZES = EnergySizes(4, 32, 2, 16)
+SIZES = {"cpu": EnergySizes(32, 1024, 4, 64), "cuda": EnergySizes(128, 2048, 16, 64)}
 
 
-class Batch:
-    """One batch and the arms over it.
+class EnergyBatch:
+    """One batch of the energy suite, and the calls to be measured on it.
 
     Args:
-        sizes: How large.
+        sizes: Sizes of the batch.
         options: Device and seed.
     """
 
-    def __init__(self, sizes: Sizes, options: Options) -> None:
+    def __init__(self, sizes: EnergySizes, options: Options) -> None:
         self.lengths = lognormal_lengths(sizes.segments, sizes.longest, options.seed)
         self.tokens, self.padding = sum(self.lengths), Padding(self.lengths, options.device)
         dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
@@ -59,7 +59,7 @@ class Batch:
         self.expected = Expected(self._exact, dtype, terms=sizes.dim)
 
     def calls(self) -> dict[str, Callable[[], Tensors]]:
-        """What is measured, by name. Packed inputs and outputs; the plan and the padding's index are ready."""
+        """Calls to be measured, by arm name. Inputs and outputs are packed; plan and padding index are made here."""
         q, k, v = self.leaves
         x = Jagged.from_lengths(q, self.lengths)
         made = plan(x, mask=Causal())
@@ -87,8 +87,8 @@ class Batch:
         return (out.values.detach(), *torch.autograd.grad(out.values, leaves, self.grad.to(dtype)))
 
 
-def _measure(batch: Batch, options: Options, tell: Tell) -> list[ArmResult]:
-    """The arms one after the other: a counter knows of no arms, so that they cannot be interleaved."""
+def _measure(batch: EnergyBatch, options: Options, tell: Tell) -> list[ArmResult]:
+    """Measure the arms one after the other: the counter covers the whole device, so they cannot be interleaved."""
     try:
         counter = energy.find_counter(options.device)
     except energy.NoCounterError as e:
@@ -97,7 +97,7 @@ def _measure(batch: Batch, options: Options, tell: Tell) -> list[ArmResult]:
 
 
 def _arm(
-    name: str, call: Callable[[], Tensors], batch: Batch, counter: energy.Counter, options: Options, tell: Tell
+    name: str, call: Callable[[], Tensors], batch: EnergyBatch, counter: energy.Counter, options: Options, tell: Tell
 ) -> ArmResult:
     if options.over:
         return ArmResult(name, "skipped", "the time for this suite was used up before it")
@@ -111,7 +111,7 @@ def _arm(
         for _ in range(WARM_UP):
             call()
         used = energy.measure_energy(call, window, counter, options.device)
-    except Exception as e:  # other people's code: whatever it throws is its result
+    except Exception as e:  # any exception is the arm's result
         return ArmResult(name, "failed", describe_error(e))
     return ArmResult(name, "ok", seconds=[median(used.seconds)], extra=used.extra(batch.tokens, counter))
 
@@ -134,10 +134,10 @@ def _figures(options: Options, cases: list[CaseResult]) -> list[Figure]:
     _figures,
 )
 def cases(options: Options) -> Sequence[Trial]:
-    """One batch; its samples are one median per arm, of all calls within the window."""
+    """One batch. Each arm has one sample, the median over all calls within the window."""
     sizes = QUICK_SIZES if options.quick else SIZES[options.device]
     lengths = lognormal_lengths(sizes.segments, sizes.longest, options.seed)
     facts: dict[str, Any] = {"segments": sizes.segments, "tokens": sum(lengths), "longest": max(lengths)}
     facts |= {"fill": sum(lengths) / (len(lengths) * max(lengths)), "heads": sizes.heads, "dim": sizes.dim}
     facts |= {"dtype": "bfloat16" if options.device == "cuda" else "float32", "seed": options.seed}
-    return [Trial(CASE, facts, lambda tell: _measure(Batch(sizes, options), options, tell))]
+    return [Trial(CASE, facts, lambda tell: _measure(EnergyBatch(sizes, options), options, tell))]

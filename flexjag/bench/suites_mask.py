@@ -1,4 +1,4 @@
-"""Building the BlockMask of a packed causal batch: time and memory against the number of tokens."""
+"""Suite ``mask-build``: time and memory of building the BlockMask of a packed causal batch, by number of tokens."""
 
 from __future__ import annotations
 
@@ -30,27 +30,27 @@ GYM_FAST = "attn-gym fast causal builder"
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """Token counts: where all arms run, and where flexjag runs alone."""
+class MaskSizes:
+    """Numbers of tokens T, for cases with all arms (`shared`) and for cases of flexjag alone (`alone`)."""
 
     shared: tuple[int, int]
     alone: tuple[int, int, int]
 
 
-FULL_SIZES = Sizes((8_192, 32_768), (131_072, 1_048_576, 8_388_608))
-QUICK_SIZES = Sizes((1_024, 2_048), (2_560, 5_120, 10_240))
+FULL_SIZES = MaskSizes((8_192, 32_768), (131_072, 1_048_576, 8_388_608))
+QUICK_SIZES = MaskSizes((1_024, 2_048), (2_560, 5_120, 10_240))
 
 
 def lognormal_lengths(tokens: int, seed: int) -> Tensor:
-    """The batch of this suite, as a tensor."""
+    """Log-normal document lengths ``[S]``, int64, that sum to `tokens`: the batch of this suite."""
     return torch.tensor(document_lengths(tokens, seed, MEAN, SIGMA))
 
 
 def causal_tiles(lengths: Tensor) -> Tensor:
-    """The non-empty tiles of a causal mask over segments, from the lengths alone: the oracle of this suite.
+    """Non-empty tiles of a causal mask over segments, computed from the lengths alone: the oracle of this suite.
 
-    A tile row reaches from the start of its first token's segment to its own diagonal. It is FULL left of the diagonal
-    if its last token's segment starts at or before the tile.
+    A row of tiles reaches from the start of its first token's segment to the diagonal. A tile left of the diagonal is
+    FULL if the segment of the row's last token starts at or before the tile.
 
     Args:
         lengths: ``[S]``, all at least 1.
@@ -71,12 +71,12 @@ def causal_tiles(lengths: Tensor) -> Tensor:
 
 
 def _ranks(counts: Tensor) -> Tensor:
-    """0, 1, … for each count, back to back."""
+    """Concatenated ranges 0 … count - 1 of all counts."""
     return torch.arange(int(counts.sum())) - (counts.cumsum(0) - counts).repeat_interleave(counts)
 
 
 def listed_tiles(partial: Tensor, partial_index: Tensor, full: Tensor, full_index: Tensor) -> Tensor:
-    """One side of a BlockMask as a sorted list, as :func:`causal_tiles` returns it."""
+    """The tiles of a BlockMask's tables (by query or by key), in the form that :func:`causal_tiles` returns."""
     parts = []
     for kind, count, index in ((0, partial, partial_index), (1, full, full_index)):
         n = count[0, 0].long().cpu()
@@ -125,7 +125,7 @@ def _eager(lengths: Tensor, device: str) -> Arm:
 
 
 def _gym(name: str) -> tuple[Any, str | None]:
-    """A function of attn-gym's masks, or why it is absent."""
+    """A function of attn-gym's masks and None, or None and the reason for which it is absent."""
     try:
         module, _, attribute = name.rpartition(".")
         return getattr(importlib.import_module(f"attn_gym.masks.{module}"), attribute), None
@@ -205,7 +205,7 @@ def _name(tokens: int) -> str:
 
 @suite("mask-build", "From lengths to a causal BlockMask, log-normal lengths of mean about 400.", _figures)
 def cases(options: Options) -> list[Case]:
-    """All arms at the two shared sizes, flexjag alone beyond, and one long segment for the fast builder's sake."""
+    """All arms at the two shared sizes, flexjag alone beyond, and one long segment, which attn-gym's builder takes."""
     sizes = QUICK_SIZES if options.quick else FULL_SIZES
     little = QUICK_SIZES.shared[0]
     out = []

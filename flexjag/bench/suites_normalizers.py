@@ -1,4 +1,4 @@
-"""Attention whose weights are no softmax, beside its definition on padded tensors."""
+"""Suite ``normalizers``: attention with weights other than softmax, against its definition on padded tensors."""
 
 from __future__ import annotations
 
@@ -29,22 +29,23 @@ DIRECTIONS = ("forward", "forward + backward")
 PADDED, AUTO = "padded dense", "flexjag auto"
 PLANNED = f"{AUTO}, planning included"
 MATRICES = {HSTU: (5, 6), BIASED: (5, 7), LAYER: (8, 11), SIGMOID: (5, 8), STICK: (8, 16)}
-"""Padded score matrices that a padded arm holds at once, forward and with backward (measured); STICK's are float32."""
+"""Score matrices that a padded arm holds at peak, forward and with backward (measured); those of STICK are float32."""
 
 TIME_BUCKETS = 64
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """S segments under N tokens of H heads of D features, and which share of the results is checked.
+class NormalizerSizes:
+    """Sizes of a case, and the part of its results that is checked.
 
     Attributes:
-        segments: S.
-        longest: N.
-        heads: H.
-        dim: D.
-        sparsity: Of Meta's lengths; None for N tokens everywhere.
-        checked: How many segments and heads are compared with float64; no tensor may be shared between all.
+        segments: Number of segments S.
+        longest: Upper bound N of the lengths, exclusive; with `sparsity` None the length of all.
+        heads: Number of heads H.
+        dim: Head dimension D.
+        sparsity: Parameter s of Meta's length generator; None for N tokens in every segment.
+        checked: Numbers of leading segments and heads compared with float64; None for all. Requires that no input is
+            shared by all segments or heads.
     """
 
     segments: int
@@ -55,30 +56,30 @@ class Sizes:
     checked: tuple[int, int] | None = None
 
     def lengths(self, seed: int) -> list[int]:
-        """Of the segments."""
+        """Segment lengths by the seed."""
         if self.sparsity is None:
             return constant_lengths(self.segments, self.longest)
         return meta_lengths(self.segments, self.longest, self.sparsity, seed)
 
 
-FULL_SIZES = {name: Sizes(32, 256) for name in (HSTU, BIASED, LAYER)} | {
-    name: Sizes(16, 256) for name in (SIGMOID, STICK)
+FULL_SIZES = {name: NormalizerSizes(32, 256) for name in (HSTU, BIASED, LAYER)} | {
+    name: NormalizerSizes(16, 256) for name in (SIGMOID, STICK)
 }
-QUICK_SIZES = Sizes(4, 24, heads=2, dim=16)
+QUICK_SIZES = NormalizerSizes(4, 24, heads=2, dim=16)
 GRID = {
-    HSTU: [Sizes(512, n, 4, 128, 0.95, checked=(1, 4)) for n in (256, 1024, 4096)],
-    STICK: [Sizes(4, n, 12, 128, None, checked=(1, 1)) for n in (2048, 4096, 16384)],
+    HSTU: [NormalizerSizes(512, n, 4, 128, 0.95, checked=(1, 4)) for n in (256, 1024, 4096)],
+    STICK: [NormalizerSizes(4, n, 12, 128, None, checked=(1, 1)) for n in (2048, 4096, 16384)],
 }
-"""On a GPU also these, of the grids of generative-recommenders' benchmark and of stick-breaking attention's."""
+"""Further sizes on a GPU, from the benchmark grids of generative-recommenders and of stick-breaking attention."""
 
 
 class Job:
-    """A batch of a case, and its arms.
+    """The inputs of a case, and its arms. Subclasses define the computation.
 
     Args:
-        kind: Which attention.
-        sizes: How large.
-        backward: Whether gradients are computed too.
+        kind: Kind of attention, such as :data:`HSTU`.
+        sizes: Sizes of the inputs.
+        backward: Time forward and backward; False for the forward alone.
         options: Device and seed.
     """
 
@@ -87,7 +88,7 @@ class Job:
     grad: Tensor
     names: Sequence[str]
 
-    def __init__(self, kind: str, sizes: Sizes, backward: bool, options: Options) -> None:
+    def __init__(self, kind: str, sizes: NormalizerSizes, backward: bool, options: Options) -> None:
         self.kind, self.sizes, self.backward, self.device = kind, sizes, backward, options.device
         self.dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
         self.n = sizes.lengths(options.seed)
@@ -96,7 +97,7 @@ class Job:
         self.scale = 1 / sizes.dim if kind in (HSTU, BIASED) else sizes.dim**-0.5
 
     def arms(self) -> list[Arm]:
-        """The padded definition, and flexjag with each backend, the plan made before the clock starts or after."""
+        """Arms: the padded definition, flexjag with each backend, and flexjag with planning included in the time."""
         item = 4 if self.kind == STICK else self.dtype.itemsize
         matrix = self.sizes.segments * self.sizes.heads * self.longest**2 * item
         arms = [self._arm(PADDED, self.padded, MATRICES[self.kind][self.backward] * matrix)]
@@ -106,19 +107,19 @@ class Job:
         return [*arms, self._arm(PLANNED, partial(self.flexjag, "auto", ready=False), memory=False)]
 
     def padded(self) -> Callable[[], Tensor]:
-        """The definition's forward."""
+        """Prepare the padded definition; return its forward."""
         raise NotImplementedError
 
     def flexjag(self, backend: str, ready: bool) -> Callable[[], Tensor]:
-        """Our forward; `ready` if the plan is made before."""
+        """Prepare flexjag; return its forward. With `ready` the plan is made here, else in the forward."""
         raise NotImplementedError
 
     def compute(self, dtype: torch.dtype) -> Tensors:
-        """What the checked share of the results should be."""
+        """Expected values of the checked part of the results, computed in `dtype`."""
         raise NotImplementedError
 
     def checked(self, got: Tensors) -> Tensors:
-        """The share of an arm's results that is checked."""
+        """The part of an arm's results that is checked."""
         return got
 
     def _random(self, *shape: int) -> Tensor:
@@ -132,7 +133,7 @@ class Job:
         return Arm(name, make, lambda got: self._expected.check(self.checked(got)), needs, memory=memory)
 
     def results(self, call: Callable[[], Tensor], leaves: Sequence[Tensor], grad: Tensor) -> Tensors:
-        """A forward's output, and the gradients if they are wanted."""
+        """Run a forward: its output and, with `backward`, the gradients of `leaves`."""
         if not self.backward:
             with torch.no_grad():
                 return (call(),)
@@ -142,19 +143,19 @@ class Job:
     @cached_property
     def _expected(self) -> Expected:
         names = self.names if self.backward else self.names[:1]
-        # A token's row sums over its segment, in any order; the gradient of a parameter sums over all tokens. In half
-        # precision it is the terms that are rounded, and their sums, in float32, are not.
+        # A token's output sums over its segment in any order; a parameter's gradient sums over all tokens. In half
+        # precision the terms are rounded, while sums are accumulated in float32.
         few, many = (1, self.longest) if self.dtype == torch.bfloat16 else (self.longest, self.tokens)
         terms = [few if name in ("output", "dq", "dk", "dv", "dx") else many for name in names]
         return Expected(self.compute, self.dtype, names, terms)
 
 
 class AttentionJob(Job):
-    """Attention of given q, k and v ``[T, H, D]``."""
+    """Attention of random q, k and v ``[T, H, D]``."""
 
-    def __init__(self, kind: str, sizes: Sizes, backward: bool, options: Options) -> None:
+    def __init__(self, kind: str, sizes: NormalizerSizes, backward: bool, options: Options) -> None:
         super().__init__(kind, sizes, backward, options)
-        # Where tiled would take minutes a call, it is left out.
+        # At the large sizes tiled would take minutes per call.
         self.backends = ("auto",) if sizes.checked else ("auto", "tiled")
         shape = self.tokens, sizes.heads, sizes.dim
         self.leaves = [self._random(*shape) for _ in range(3)]
@@ -166,11 +167,11 @@ class AttentionJob(Job):
 
     @property
     def normalizer(self) -> Normalizer:
-        """Of this kind of attention."""
+        """The normalizer of this kind of attention."""
         return {SIGMOID: Sigmoid(), STICK: StickBreaking()}.get(self.kind, SiLU(1 / self.longest))
 
     def padded(self) -> Callable[[], Tensor]:
-        """Pad, compute on all pairs, and read the result back."""
+        """Prepare the padded definition: pad, compute on all pairs of positions, pack the result."""
         padding = Padding(self.n, self.device, self.longest)
         dense = Dense(padding, torch.tensor(self.n, device=self.device), self.scale)
         attend = {SIGMOID: dense.sigmoid, STICK: dense.stick_breaking}.get(self.kind, dense.silu)
@@ -182,7 +183,7 @@ class AttentionJob(Job):
         return forward
 
     def flexjag(self, backend: str, ready: bool) -> Callable[[], Tensor]:
-        """One call of ``attention``."""
+        """Prepare one call of ``attention``; with `ready` it is given a plan."""
         q, *rest = self.leaves
         x = Jagged.from_lengths(q, self.n)
         y, z, score = x.with_values(rest[0]), x.with_values(rest[1]), _score(rest[2:])
@@ -193,7 +194,7 @@ class AttentionJob(Job):
         return lambda: _values(attention(x, y, z, plan=made, scale=self.scale, backend=backend))
 
     def compute(self, dtype: torch.dtype) -> Tensors:
-        """By the reference, for the first segments and heads."""
+        """Results of the ``reference`` backend for the checked segments and heads, in `dtype`."""
         segments, heads = self.sizes.checked or (len(self.n), self.sizes.heads)
         rows = sum(self.n[:segments])
         share = [x.detach()[:rows, :heads] for x in self.leaves[:3]] + [x.detach() for x in self.leaves[3:]]
@@ -208,7 +209,7 @@ class AttentionJob(Job):
         return self.results(reference, leaves, self.grad[:rows, :heads].to(dtype))
 
     def checked(self, got: Tensors) -> Tensors:
-        """The first segments and heads."""
+        """The results of the checked segments and heads."""
         if self.sizes.checked is None:
             return got
         segments, heads = self.sizes.checked
@@ -216,9 +217,9 @@ class AttentionJob(Job):
 
 
 class LayerJob(Job):
-    """A whole layer of HSTU on tokens ``[T, width]``, with biases by position and time, all of it trained."""
+    """An HSTU layer on tokens ``[T, width]``, with biases by position and time; all parameters are trained."""
 
-    def __init__(self, kind: str, sizes: Sizes, backward: bool, options: Options) -> None:
+    def __init__(self, kind: str, sizes: NormalizerSizes, backward: bool, options: Options) -> None:
         super().__init__(kind, sizes, backward, options)
         width = sizes.heads * sizes.dim
         with torch.random.fork_rng(devices=[]):
@@ -234,7 +235,7 @@ class LayerJob(Job):
         self.grad = self._random(self.tokens, width)
 
     def padded(self) -> Callable[[], Tensor]:
-        """The layer on padded tokens, with our layer's parameters."""
+        """Prepare the layer's definition on padded tokens, with the parameters of our layer."""
         return self._dense(self.layer, self.leaves[0])
 
     def _dense(self, layer: nn.Module, x: Tensor) -> Callable[[], Tensor]:
@@ -245,7 +246,7 @@ class LayerJob(Job):
         return lambda: padding.unpad(dense.layer(layer, padding.pad(x), times))
 
     def flexjag(self, backend: str, ready: bool) -> Callable[[], Tensor]:
-        """The layer; it has ``attention`` choose the backend."""
+        """Prepare our layer, in which ``attention`` chooses the backend."""
         x = Jagged.from_lengths(self.leaves[0], self.n)
         times = x.with_values(self.times)
         make = partial(plan, x, mask=Causal(), normalizer=SiLU(1 / self.longest))
@@ -255,7 +256,7 @@ class LayerJob(Job):
         return lambda: self.layer(x, made, times=after, kv_times=times).values
 
     def compute(self, dtype: torch.dtype) -> Tensors:
-        """By the padded definition: it shares no code with ours."""
+        """Results of the padded definition, which shares no code with our layer's forward, in `dtype`."""
         layer = deepcopy(self.layer).to(dtype)
         x = self.leaves[0].detach().to(dtype).requires_grad_(self.backward)
         return self.results(self._dense(layer, x), [x, *layer.parameters()], self.grad.to(dtype))
@@ -285,7 +286,7 @@ def _figures(options: Options, cases: list[CaseResult]) -> list[Figure]:
 
 @suite("normalizers", "Causal attention with weights that are no softmax: HSTU's, sigmoid, stick-breaking.", _figures)
 def cases(options: Options) -> list[Case]:
-    """All kinds in both directions; on a GPU, in bfloat16, also larger sizes."""
+    """All kinds of attention, forward and with backward; on a GPU, in bfloat16, also larger sizes."""
     wanted = [(kind, kind, QUICK_SIZES if options.quick else sizes) for kind, sizes in FULL_SIZES.items()]
     if options.device == "cuda" and not options.quick:
         wanted += [(f"{kind}, N = {sizes.longest}", kind, sizes) for kind, grid in GRID.items() for sizes in grid]
@@ -296,7 +297,7 @@ def cases(options: Options) -> list[Case]:
     ]
 
 
-def _case(name: str, kind: str, sizes: Sizes, backward: bool, options: Options) -> Case:
+def _case(name: str, kind: str, sizes: NormalizerSizes, backward: bool, options: Options) -> Case:
     tokens = sum(sizes.lengths(options.seed))
     facts = {"segments": sizes.segments, "tokens": tokens, "longest": sizes.longest, "sparsity": sizes.sparsity}
     facts |= {"fill": tokens / (sizes.segments * sizes.longest), "heads": sizes.heads, "dim": sizes.dim}
@@ -305,5 +306,5 @@ def _case(name: str, kind: str, sizes: Sizes, backward: bool, options: Options) 
     return Case(name, facts, full, small)
 
 
-def _arms(kind: str, sizes: Sizes, backward: bool, options: Options) -> list[Arm]:
+def _arms(kind: str, sizes: NormalizerSizes, backward: bool, options: Options) -> list[Arm]:
     return (LayerJob if kind == LAYER else AttentionJob)(kind, sizes, backward, options).arms()

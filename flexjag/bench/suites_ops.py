@@ -1,4 +1,4 @@
-"""Ragged ops beside padding and beside FBGEMM."""
+"""Suite ``ops``: the ragged ops against padding and against FBGEMM."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch import Tensor
 
 from flexjag.bench.measure import Results, ratio
 from flexjag.bench.padded import Expected
-from flexjag.bench.ragged import FBGEMM, FLEXJAG, OPS, PADDED, Batch, Sizes
+from flexjag.bench.ragged import FBGEMM, FLEXJAG, OPS, PADDED, RaggedBatch, RaggedSizes
 from flexjag.bench.registry import Arm, Case, CaseResult, Figure, Options, suite
 
-FULL_SIZES = Sizes(segments=256, longest=512, features=64, queries=8)
-QUICK_SIZES = Sizes(segments=6, longest=24, features=16, queries=3)
+FULL_SIZES = RaggedSizes(segments=256, longest=512, features=64, queries=8)
+QUICK_SIZES = RaggedSizes(segments=6, longest=24, features=16, queries=3)
 GRID = [(s, n) for s in (0.1, 0.5, 0.95) for n in (128, 512, 2048, 8192)]
 """Sparsity and N of target attention on a GPU, after Jagged Flash Attention (arXiv 2409.15373)."""
 
@@ -32,20 +32,20 @@ class Job:
     """One op on one batch, and its arms.
 
     Args:
-        name: The op's.
-        sizes: How large.
-        backward: Whether gradients are computed too.
+        name: Name of the op in :data:`flexjag.bench.ragged.OPS`.
+        sizes: Sizes of the batch.
+        backward: Time forward and backward; False for the forward alone.
         options: Device and seed.
     """
 
-    def __init__(self, name: str, sizes: Sizes, backward: bool, options: Options) -> None:
+    def __init__(self, name: str, sizes: RaggedSizes, backward: bool, options: Options) -> None:
         self.op, self.backward, self.device = OPS[name], backward, options.device
-        self.batch = Batch(sizes, options.device, options.seed)
+        self.batch = RaggedBatch(sizes, options.device, options.seed)
         self.leaves = [x.requires_grad_(backward) for x in self.batch.operands(self.op)]
         self.memory = options.device == "cuda" or name == ATTENTION
 
     def arms(self) -> list[Arm]:
-        """flexjag, padding, further ways, and FBGEMM if it has the op."""
+        """Arms: flexjag, padding, the op's further implementations, and FBGEMM if it has the op."""
         arms = [self._arm(FLEXJAG, self.op.flexjag), self._arm(PADDED, self.op.padded, self._padded_bytes())]
         arms += [self._arm(name, call, self._padded_bytes()) for name, call in self.op.more.items()]
         if self.op.fbgemm is not None:
@@ -55,7 +55,7 @@ class Job:
         return arms
 
     def _padded_bytes(self) -> int:
-        """About what padding takes, with the float64 results that it is checked with."""
+        """Estimated bytes that padding takes, including the float64 results it is checked against."""
         sizes = self.batch.sizes
         has_matrices = "p" in self.op.operands or self.op is OPS["jagged_jagged_bmm_jagged_out"]
         width = sizes.longest if has_matrices else max(sizes.features, sizes.queries)
@@ -69,7 +69,7 @@ class Job:
         return Arm(name, make, lambda got: self._expected.check(got), needs, absent, self.memory)
 
     def _results(self, run: Callable[..., Any], leaves: list[Tensor], directions: Tensors) -> Tensors:
-        """What a call gives, and the gradients if they are wanted."""
+        """Run an implementation: its outputs and, with `backward`, the gradients of `leaves`."""
         if not self.backward:
             with torch.no_grad():
                 return _tuple(run(self.batch, *leaves))
@@ -78,7 +78,7 @@ class Job:
 
     @cached_property
     def directions(self) -> Tensors:
-        """What the results' gradients are; nothing if they are not wanted."""
+        """Random gradients of the outputs; empty without `backward`."""
         if not self.backward:
             return ()
         with torch.no_grad():
@@ -88,7 +88,7 @@ class Job:
 
     @cached_property
     def _expected(self) -> Expected:
-        """By padding, in float64 and in float32: three ways that share no code must agree."""
+        """Expected results, by padding in float64 and in float32, so that three independent implementations agree."""
 
         def compute(dtype: torch.dtype) -> Tensors:
             leaves = [x.detach().to(dtype).requires_grad_(self.backward) for x in self.leaves]
@@ -97,7 +97,7 @@ class Job:
         gradients = self.op.operands if self.backward else ()
         with torch.no_grad():
             outputs = len(_tuple(self.op.padded(self.batch, *self.leaves)))
-        # A segment's tokens are summed in any order; of a gain or shift, the gradient sums all tokens.
+        # An output sums over a segment's tokens in any order; the gradient of a gain or shift over all tokens.
         terms = [self.batch.longest] * outputs
         terms += [self.batch.tokens if name in ("gain", "shift") else self.batch.longest for name in gradients]
         names = ["output"] * outputs + [f"gradient of {name}" for name in gradients]
@@ -110,7 +110,7 @@ def _tuple(out: Any) -> Tensors:
 
 @cache
 def find_fbgemm(name: str, device: str) -> tuple[Any, str | None]:
-    """FBGEMM's operators, and why one of them cannot run on a device, or None."""
+    """FBGEMM's operators and None, or the reason for which operator `name` cannot run on `device`."""
     try:
         importlib.import_module("fbgemm_gpu")
         importlib.import_module("fbgemm_gpu.sll")
@@ -130,7 +130,7 @@ def _grid_name(sparsity: float, longest: int) -> str:
     return f"{ATTENTION}, s = {sparsity}, N = {longest}"
 
 
-PER_TOKEN = ("jagged_layer_norm", "jagged_rms_norm")  # nobody would pad for these
+PER_TOKEN = ("jagged_layer_norm", "jagged_rms_norm")  # independent of segments: padding is never used for these
 
 
 def _figures(options: Options, cases: list[CaseResult]) -> list[Figure]:
@@ -159,7 +159,7 @@ def _figures(options: Options, cases: list[CaseResult]) -> list[Figure]:
 
 
 def _grid_figures(found: Results, cases: list[CaseResult]) -> list[Figure]:
-    """Of target attention at the sizes of the grid: time and memory beside padding."""
+    """Key figures of target attention over the grid: time and memory of padding relative to flexjag."""
     figures = []
     for case in (c for sparsity, n in GRID for c in cases if c.name.startswith(f"{_grid_name(sparsity, n)},")):
         time = ratio(found.seconds(case.name, PADDED), found.seconds(case.name, FLEXJAG))
@@ -173,11 +173,11 @@ def _grid_figures(found: Results, cases: list[CaseResult]) -> list[Figure]:
     "ops", "256 segments of Meta's lengths under 512 (s = 0.5), 64 features, float32; results packed again.", _figures
 )
 def cases(options: Options) -> list[Case]:
-    """Every op in both directions; on a GPU also target attention over a grid of sizes."""
+    """Every op, forward and with backward; on a GPU also target attention over a grid of sizes."""
     sizes = QUICK_SIZES if options.quick else FULL_SIZES
     wanted = [(name, name, sizes) for name in OPS]
     if options.device == "cuda" and not options.quick:
-        grid = [(s, n, Sizes(GRID_SEGMENTS, n, sizes.features, sizes.queries, s)) for s, n in GRID]
+        grid = [(s, n, RaggedSizes(GRID_SEGMENTS, n, sizes.features, sizes.queries, s)) for s, n in GRID]
         wanted += [(_grid_name(s, n), ATTENTION, grown) for s, n, grown in grid]
     return [
         _case(f"{text}, {direction}", name, size, direction != DIRECTIONS[0], options)
@@ -186,8 +186,8 @@ def cases(options: Options) -> list[Case]:
     ]
 
 
-def _case(text: str, name: str, sizes: Sizes, backward: bool, options: Options) -> Case:
-    batch = Batch(sizes, "cpu", options.seed)
+def _case(text: str, name: str, sizes: RaggedSizes, backward: bool, options: Options) -> Case:
+    batch = RaggedBatch(sizes, "cpu", options.seed)
     facts = {"segments": sizes.segments, "tokens": batch.tokens, "longest": sizes.longest, "sparsity": sizes.sparsity}
     facts |= {"fill": batch.tokens / (sizes.segments * sizes.longest), "dim": sizes.features, "dtype": "float32"}
     facts |= {"queries": sizes.queries} if "query" in OPS[name].operands else {}
@@ -195,5 +195,5 @@ def _case(text: str, name: str, sizes: Sizes, backward: bool, options: Options) 
     return Case(text, facts | {"seed": options.seed}, full, small)
 
 
-def _arms(name: str, sizes: Sizes, backward: bool, options: Options) -> list[Arm]:
+def _arms(name: str, sizes: RaggedSizes, backward: bool, options: Options) -> list[Arm]:
     return Job(name, sizes, backward, options).arms()

@@ -1,4 +1,4 @@
-"""The comparisons of the paper on Jagged Flash Attention (arXiv 2409.15373), beside the ratios that it publishes."""
+"""Suite ``paper``: the comparisons of Jagged Flash Attention (arXiv 2409.15373), with the ratios that it publishes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SELF, TARGET, MATMUL, SOFTMAX = "self-attention", "target attention", "matmul", 
 
 @dataclass(frozen=True)
 class Grid:
-    """Segments B, and the lengths N to which they are padded."""
+    """Number of segments B, and the padded lengths N, one case each."""
 
     segments: int
     lengths: tuple[int, ...]
@@ -41,16 +41,16 @@ QUICK_GRID = Grid(4, (32, 64, 96))
 GRIDS = {"cpu": Grid(64, (128, 256, 512)), "cuda": Grid(256, (128, 256, 512, 1024, 2048))}
 
 
-class Problem:
-    """One job over one batch, forward and backward, and the arms that do it.
+class PaperProblem:
+    """One computation of the paper over one batch, forward and backward, and its arms.
 
-    Padded arms are given padded inputs and return padded results and gradients: what changes the form is not timed.
+    Padded arms have padded inputs, outputs and gradients: conversion between the layouts is not timed.
 
     Args:
-        job: :data:`SELF`, :data:`TARGET`, :data:`MATMUL` or :data:`SOFTMAX`.
-        grid: B, of which the lengths are not used.
-        length: N.
-        sparsity: s of Meta's generator.
+        job: The computation: :data:`SELF`, :data:`TARGET`, :data:`MATMUL` or :data:`SOFTMAX`.
+        grid: Gives the number of segments B; its lengths are not used.
+        length: Padded length N.
+        sparsity: Parameter s of Meta's length generator.
         options: Device and seed.
     """
 
@@ -63,7 +63,7 @@ class Problem:
         tokens, segments = sum(self.lengths), grid.segments
         packed = [self._draw(tokens, WIDTH) for _ in range(3)]
         dense = self._draw(segments, TARGETS, WIDTH)
-        # Which inputs and results are packed; the others have one entry per segment.
+        # For the result and each input, True if packed; the others have one entry per segment.
         self.leaves, self.is_packed = {
             SELF: (packed, (True,) * 4),
             TARGET: ([dense, *packed[:2]], (False, False, True, True)),
@@ -73,13 +73,13 @@ class Problem:
         shapes = {SELF: packed[0].shape, TARGET: dense.shape, MATMUL: (tokens, TARGETS), SOFTMAX: packed[0].shape}
         self.grad = self._draw(*shapes[job])
         names = ["output", *(f"gradient {i + 1}" for i in range(3))]
-        self.expected = Expected(self._by_segment, self.dtype, names, terms=WIDTH)  # a score sums D products
+        self.expected = Expected(self._by_segment, self.dtype, names, terms=WIDTH)  # a score is a sum of D products
 
     def _draw(self, *shape: int) -> Tensor:
         return torch.randn(shape, generator=self.generator).to(self.device, self.dtype)
 
     def arms(self) -> list[Arm]:
-        """The ways to do this job."""
+        """The arms of this computation."""
         packed = {
             SELF: ((UNFUSED, self._jagged_self), (OURS, self._flexjag)),
             TARGET: ((UNFUSED, self._jagged_target), (OURS, _ours_target)),
@@ -98,10 +98,10 @@ class Problem:
         out += [Arm(name, partial(self._packed_call, run), self.expected.check, needs) for name, run in packed]
         return sorted(out, key=lambda arm: (DENSE, UNFUSED, FLASH, OURS).index(arm.name))
 
-    # How the arms are called
+    # Calls of the arms, with packed or padded inputs
 
     def _packed_call(self, run: Callable[..., Any]) -> Callable[[], Tensors]:
-        """`run` on leaves, of which the packed ones are Jagged."""
+        """Forward and backward of `run`, whose packed inputs are Jagged."""
         leaves = [x.detach().requires_grad_() for x in self.leaves]
         first = Jagged.from_lengths(self.leaves[self.is_packed[1:].index(True)], self.lengths)
         inputs = [first.with_values(x) if p else x for x, p in zip(leaves, self.is_packed[1:], strict=True)]
@@ -119,7 +119,7 @@ class Problem:
         grad = self.padding.pad(self.grad) if self.is_packed[0] else self.grad
         leaves = [x.requires_grad_() for x in made]
         keys = self.padding.real.clone()
-        keys[:, 0] = True  # a segment without a token attends its padding, rather than be NaN
+        keys[:, 0] = True  # an empty segment attends its padding, so that it is not NaN
         mask = keys[:, None] if self.job in (SELF, TARGET) else keys[..., None]
         return with_gradients(lambda: run(*leaves) if run is torch.bmm else run(mask, *leaves), leaves, grad)
 
@@ -163,10 +163,10 @@ class Problem:
     def _dense_softmax(self, mask: Tensor, x: Tensor) -> Tensor:
         return torch.softmax(x.masked_fill(~mask, -torch.inf), 1)
 
-    # What is right
+    # Expected results
 
     def _by_segment(self, dtype: torch.dtype) -> Tensors:
-        """The definition, one segment at a time."""
+        """Results by the definition in `dtype`, one segment at a time."""
         leaves = [x.detach().to(dtype).requires_grad_() for x in self.leaves]
         pieces = [
             x.split(self.lengths) if packed else x.unbind(0)
@@ -190,7 +190,7 @@ def _ours_target(query: Tensor, key: Jagged, value: Jagged) -> Tensor:
 
 
 def batch_lengths(grid: Grid, length: int, sparsity: float, options: Options) -> list[int]:
-    """Lengths of Meta's generator, with at least one token in the batch."""
+    """Segment lengths by Meta's generator, with at least one token in the batch."""
     lengths = meta_lengths(grid.segments, length, sparsity, options.seed)
     return lengths if any(lengths) else [1, *lengths[1:]]
 
@@ -204,7 +204,7 @@ def _grid(options: Options) -> Grid:
 
 
 def _figures(options: Options, cases: list[CaseResult]) -> list[Figure]:
-    """Facts, not promises: the paper's GPU and shapes are not public."""
+    """Key figures without limits: the paper's GPU and shapes are not public."""
     found, length = Results(cases), _grid(options).lengths[-1]
 
     def times(job: str, other: str, ours: str = OURS) -> float | None:
@@ -239,7 +239,7 @@ def _figures(options: Options, cases: list[CaseResult]) -> list[Figure]:
     _figures,
 )
 def cases(options: Options) -> list[Case]:
-    """Self-attention over the grid; the other jobs in its middle, at the largest N."""
+    """Self-attention over the grid; the other computations at its middle sparsity and largest N."""
     grid = _grid(options)
     points = [(SELF, s, n) for s in SPARSITIES for n in grid.lengths]
     points += [(job, MIDDLE, grid.lengths[-1]) for job in (TARGET, MATMUL, SOFTMAX)]
@@ -258,4 +258,4 @@ def cases(options: Options) -> list[Case]:
 
 
 def _arms(job: str, grid: Grid, length: int, sparsity: float, options: Options) -> Sequence[Arm]:
-    return Problem(job, grid, length, sparsity, options).arms()
+    return PaperProblem(job, grid, length, sparsity, options).arms()

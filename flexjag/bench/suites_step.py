@@ -1,4 +1,4 @@
-"""What planning a batch costs beside one layer's training step, which it is made once for all layers."""
+"""Suite ``step``: time of planning a batch, done once for all layers, relative to one layer's training step."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ MASKS = {"causal": Causal(), "window | prefix": Window(128, 0) | Prefix(4)}
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """T tokens in documents of at most `longest`, H heads of D features; the model's width is H·D."""
+class StepSizes:
+    """Sizes: T tokens in documents of at most `longest` each, heads H, head dimension D; the model's width is H·D."""
 
     tokens: int
     longest: int
@@ -31,23 +31,23 @@ class Sizes:
     dim: int
 
 
-QUICK_SIZES = Sizes(512, 256, 2, 16)
-SIZES = {"cpu": Sizes(8192, 4096, 4, 64), "cuda": Sizes(65536, 16384, 16, 64)}
+QUICK_SIZES = StepSizes(512, 256, 2, 16)
+SIZES = {"cpu": StepSizes(8192, 4096, 4, 64), "cuda": StepSizes(65536, 16384, 16, 64)}
 
 
 class Layer:
-    """A layer's attention with its projections, and the plans for it.
+    """One attention layer with its projections, and the plans for it.
 
     Args:
-        kind: One of :data:`MASKS`.
-        sizes: How large.
+        kind: Name of the mask in :data:`MASKS`.
+        sizes: Sizes of the batch and the layer.
         options: Device and seed.
     """
 
-    def __init__(self, kind: str, sizes: Sizes, options: Options) -> None:
+    def __init__(self, kind: str, sizes: StepSizes, options: Options) -> None:
         self.mask, self.sizes = MASKS[kind], sizes
         lengths = [min(n, sizes.longest) for n in document_lengths(sizes.tokens, options.seed)]
-        lengths += [sizes.tokens - sum(lengths)]  # what was cut off
+        lengths += [sizes.tokens - sum(lengths)]  # the rest of the tokens
         dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
         generator = torch.Generator().manual_seed(options.seed)
         width = sizes.heads * sizes.dim
@@ -60,7 +60,7 @@ class Layer:
         self.batch = Jagged.from_lengths(self.x.detach(), torch.tensor(lengths, device=options.device))
 
     def arms(self) -> list[Arm]:
-        """Both plans and the step."""
+        """Arms: planning, planning with fixed capacity, and the layer's training step."""
         free = partial(plan, self.batch, mask=self.mask)
         fixed = partial(free, max_tokens=self.sizes.tokens, max_length=self.sizes.longest)
         return [
@@ -112,7 +112,7 @@ def _figures(options: Options, cases: list[CaseResult]) -> list[Figure]:
     _figures,
 )
 def cases(options: Options) -> list[Case]:
-    """A mask that is one interval and one that is two."""
+    """One case per mask: one with a single span per query, and one with two."""
     sizes = QUICK_SIZES if options.quick else SIZES[options.device]
     facts = {"tokens": sizes.tokens, "longest": sizes.longest, "heads": sizes.heads, "dim": sizes.dim}
     facts |= {"dtype": "bfloat16" if options.device == "cuda" else "float32", "seed": options.seed}
@@ -122,5 +122,5 @@ def cases(options: Options) -> list[Case]:
     ]
 
 
-def _arms(kind: str, sizes: Sizes, options: Options) -> list[Arm]:
+def _arms(kind: str, sizes: StepSizes, options: Options) -> list[Arm]:
     return Layer(kind, sizes, options).arms()

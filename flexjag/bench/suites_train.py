@@ -1,4 +1,4 @@
-"""Training steps, packed and padded: a small language model and a small sequential recommender."""
+"""Suite ``train``: training steps of a small language model and a small sequential recommender, packed and padded."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from flexjag.jagged import Jagged
 
 STEPS = 10
 RATE = 1e-3  # of AdamW
-IGNORED = -100  # what cross_entropy skips
+IGNORED = -100  # cross_entropy's ignore_index
 LONG_TAIL = 0.9  # sigma of the log-normal lengths; their medians are chosen for a fill of about 30 %
 TEXTS = (argparse, ast, dataclasses, inspect, typing)
 """Modules of the standard library whose sources the language model reads."""
@@ -40,8 +40,18 @@ Model = Decoder | Recommender
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """Segments S of a batch, most and median tokens of a segment, width, heads H, layers, and tokens that there are."""
+class TrainingSizes:
+    """Sizes of the batches and the model.
+
+    Attributes:
+        segments: Segments S per batch.
+        longest: Maximum length of a segment.
+        median: Median length of a segment.
+        width: Features per token.
+        heads: Number of heads H.
+        layers: Number of layers.
+        vocabulary: Number of distinct tokens.
+    """
 
     segments: int
     longest: int
@@ -54,28 +64,28 @@ class Sizes:
 
 SIZES = {
     DECODER: {
-        "quick": Sizes(4, 32, 6, 16, 2, 1, 256),
-        "cpu": Sizes(16, 512, 85, 128, 4, 2, 256),
-        "cuda": Sizes(64, 2048, 430, 512, 8, 2, 256),
+        "quick": TrainingSizes(4, 32, 6, 16, 2, 1, 256),
+        "cpu": TrainingSizes(16, 512, 85, 128, 4, 2, 256),
+        "cuda": TrainingSizes(64, 2048, 430, 512, 8, 2, 256),
     },
     RECOMMENDER: {
-        "quick": Sizes(4, 32, 6, 16, 2, 1, 50),
-        "cpu": Sizes(32, 256, 50, 64, 2, 2, 1000),
-        "cuda": Sizes(256, 512, 115, 256, 4, 2, 5000),
+        "quick": TrainingSizes(4, 32, 6, 16, 2, 1, 50),
+        "cpu": TrainingSizes(32, 256, 50, 64, 2, 2, 1000),
+        "cuda": TrainingSizes(256, 512, 115, 256, 4, 2, 5000),
     },
 }
 
 
 @dataclass(frozen=True, eq=False)
-class Batch:
-    """One batch in both forms, with the next token of each as its target: the data loader's work, not timed.
+class TrainingBatch:
+    """A batch in packed and in padded form, with next-token targets. Made by the data loader, not timed.
 
     Attributes:
-        lengths: Of the segments.
-        tokens: Packed, ``[T]``.
-        targets: Packed, ``[T]``; the last token of a segment has none.
-        padded_tokens: ``[S, N]``.
-        padded_targets: ``[S, N]``; padding has none.
+        lengths: Segment lengths.
+        tokens: Packed tokens ``[T]``.
+        targets: Packed targets ``[T]``; :data:`IGNORED` for the last token of a segment.
+        padded_tokens: Padded tokens ``[S, N]``.
+        padded_targets: Padded targets ``[S, N]``; :data:`IGNORED` for padding, too.
     """
 
     lengths: list[int]
@@ -85,8 +95,8 @@ class Batch:
     padded_targets: Tensor
 
     @staticmethod
-    def of(pieces: Sequence[Tensor], device: str) -> Batch:
-        """From one ``[n]`` tensor of tokens per segment."""
+    def of(pieces: Sequence[Tensor], device: str) -> TrainingBatch:
+        """Make a batch from one tensor of tokens ``[n]`` per segment."""
         lengths = [x.shape[0] for x in pieces]
         end = torch.tensor([IGNORED])
         targets = torch.cat([torch.cat([x[1:], end]) for x in pieces])
@@ -94,11 +104,11 @@ class Batch:
         hidden = padding.pad(targets).masked_fill(~padding.real, IGNORED)
         on_device = (x.to(device) for x in (packed, targets, padding.pad(packed), hidden))
         values, wanted, *padded = on_device
-        return Batch(lengths, Jagged.from_lengths(values, lengths), wanted, *padded)
+        return TrainingBatch(lengths, Jagged.from_lengths(values, lengths), wanted, *padded)
 
 
 def byte_pieces(lengths: Sequence[int], seed: int) -> list[Tensor]:
-    """Stretches of these lengths from the sources of :data:`TEXTS`, at seeded places."""
+    """Byte sequences of the given lengths from the sources of :data:`TEXTS`, at seeded offsets."""
     texts = [Path(str(module.__file__)).read_bytes() for module in TEXTS]
     generator = torch.Generator().manual_seed(seed)
     pieces = []
@@ -110,7 +120,7 @@ def byte_pieces(lengths: Sequence[int], seed: int) -> list[Tensor]:
 
 
 def item_pieces(lengths: Sequence[int], items: int, seed: int) -> list[Tensor]:
-    """Histories of these lengths: seeded walks over the items, so that there is something to learn."""
+    """Item sequences of the given lengths: seeded random walks over the items, so that the next item is learnable."""
     generator = torch.Generator().manual_seed(seed)
     steps = [torch.randint(1, 4, (n,), generator=generator) for n in lengths]
     starts = torch.randint(0, items, (len(lengths),), generator=generator).tolist()
@@ -118,30 +128,30 @@ def item_pieces(lengths: Sequence[int], items: int, seed: int) -> list[Tensor]:
 
 
 class Training:
-    """:data:`STEPS` optimizer steps over as many batches, from the same weights each time.
+    """:data:`STEPS` optimizer steps over as many batches, from the same initial weights in every arm.
 
     Args:
-        case: :data:`DECODER` or :data:`RECOMMENDER`.
-        sizes: How large.
+        case: The model: :data:`DECODER` or :data:`RECOMMENDER`.
+        sizes: Sizes of the batches and the model.
         options: Device and seed.
     """
 
-    def __init__(self, case: str, sizes: Sizes, options: Options) -> None:
+    def __init__(self, case: str, sizes: TrainingSizes, options: Options) -> None:
         self.device, self.is_decoder = options.device, case == DECODER
         self.batches = [
-            Batch.of(pieces, options.device) for pieces in _pieces(case, sizes, options.seed * STEPS, STEPS)
+            TrainingBatch.of(pieces, options.device) for pieces in _pieces(case, sizes, options.seed * STEPS, STEPS)
         ]
         self.model = _model(case, sizes, options.seed).to(options.device)
-        # The padded logits are the largest tensor; softmax and gradient need it some three times.
+        # The padded logits are the largest tensor; with softmax and gradient about three of its size are held.
         places = max(x.padded_tokens.numel() for x in self.batches)
         longest = max(x.padded_tokens.shape[1] for x in self.batches)
         scores = 0 if self.is_decoder else 6 * sizes.layers * sizes.heads * places * longest
         self.needs = 4 * (3 * places * sizes.vocabulary + 30 * sizes.layers * places * sizes.width + scores)
 
     def arms(self) -> list[Arm]:
-        """The ways to take these steps."""
+        """Arms: training with packed batches, with a loop over segments, and with padded batches."""
         tokens = sum(sum(x.lengths) for x in self.batches) // STEPS
-        losses: dict[str, Callable[[Any, Batch], Tensor]] = {PACKED: _packed_loss, PADDED: _padded_loss}
+        losses: dict[str, Callable[[Any, TrainingBatch], Tensor]] = {PACKED: _packed_loss, PADDED: _padded_loss}
         if self.is_decoder:
             losses[LOOP] = _looped_loss
         return [
@@ -157,11 +167,11 @@ class Training:
             if name in losses
         ]
 
-    def _make(self, loss: Callable[[Any, Batch], Tensor]) -> Callable[[], Tensor]:
+    def _make(self, loss: Callable[[Any, TrainingBatch], Tensor]) -> Callable[[], Tensor]:
         model = copy.deepcopy(self.model)
         return lambda: self._train(model, loss)
 
-    def _train(self, model: nn.Module, loss: Callable[[Any, Batch], Tensor]) -> Tensor:
+    def _train(self, model: nn.Module, loss: Callable[[Any, TrainingBatch], Tensor]) -> Tensor:
         """The loss of each step ``[STEPS]``, from the initial weights and a fresh optimizer."""
         with torch.no_grad():
             for x, first in zip(model.parameters(), self.model.parameters(), strict=True):
@@ -178,9 +188,9 @@ class Training:
             curve.append(value.detach())
         return torch.stack(curve)
 
-    def _check(self, loss: Callable[[Any, Batch], Tensor], curve: Tensor) -> str | None:
+    def _check(self, loss: Callable[[Any, TrainingBatch], Tensor], curve: Tensor) -> str | None:
         if self.device == "cuda":
-            # Half precision hides a boundary that is one token off; a first loss in float32 does not.
+            # An error of one token at a boundary is hidden by half precision, but not in a first loss in float32.
             wrong = self._check_first(loss)
             if wrong is not None:
                 return wrong
@@ -189,8 +199,8 @@ class Training:
         unit = torch.finfo(torch.bfloat16 if self.device == "cuda" else curve.dtype).eps
         return curve_disagreement(curve, exact, rounded, unit, terms)
 
-    def _check_first(self, loss: Callable[[Any, Batch], Tensor]) -> str | None:
-        """What is wrong with the loss of the initial weights in float32, as :meth:`_check` on a CPU."""
+    def _check_first(self, loss: Callable[[Any, TrainingBatch], Tensor]) -> str | None:
+        """Check the loss of the initial weights in float32: the error's description or None, as :meth:`_check`."""
         batch, terms = self.batches[0], max(sum(x.lengths) for x in self.batches)
         with torch.no_grad():
             got = loss(self.model, batch)[None]
@@ -200,24 +210,28 @@ class Training:
 
     @cached_property
     def _expected(self) -> tuple[Tensor, Tensor]:
-        """The curves in float64 and in the arms' precision, one segment at a time: without padding and flexjag."""
+        """Loss curves in float64 and in the arms' precision, by segment, so without padding and without flexjag."""
         same, exact = copy.deepcopy(self.model), copy.deepcopy(self.model).double()
         return self._train(exact, _loss_by_segment), self._train(same, _loss_by_segment)
 
 
 def curve_disagreement(got: Tensor, exact: Tensor, rounded: Tensor, unit: float, terms: int) -> str | None:
-    """What is wrong with a curve of losses, or None.
+    """Check a curve of losses against float64.
 
-    Twice what the same steps lose in the same precision, and a rounding of the largest loss, are allowed. In float32,
-    that rounding grows with the root of the tokens that gradients sum in free order, as independent roundings do. In
-    bfloat16 the tokens share the rounded weights: a rounding of the logits is a rounding of the loss.
+    The tolerance is twice the sum of the largest error of the same steps in the same precision and a rounding of the
+    largest loss, ``sqrt(terms)·unit·max|exact|``. In float32 that rounding grows with the root of the number of tokens
+    that gradients sum in free order, as independent roundings do. In bfloat16 the tokens share the rounded weights: a
+    rounding of the logits is a rounding of the loss.
 
     Args:
-        got: An arm's losses, one per step.
-        exact: The same in float64.
-        rounded: The same from a plain computation in the arm's precision.
-        unit: The machine epsilon of that precision.
-        terms: How many terms a gradient sums in free order.
+        got: Losses of an arm ``[STEPS]``.
+        exact: Losses in float64 ``[STEPS]``.
+        rounded: Losses of a plain computation in the arm's precision ``[STEPS]``.
+        unit: Machine epsilon of that precision.
+        terms: Number of terms that a gradient sums in free order.
+
+    Returns:
+        A description of the first step out of tolerance; None if there is none.
     """
     error = (got.double() - exact.double()).abs()
     known = float((rounded.double() - exact.double()).abs().max())
@@ -228,20 +242,20 @@ def curve_disagreement(got: Tensor, exact: Tensor, rounded: Tensor, unit: float,
     return f"the loss of step {step + 1} is off by {float(error[step]):.2e}, more than the {allowed:.2e} of rounding"
 
 
-def _packed_loss(model: Model, batch: Batch) -> Tensor:
+def _packed_loss(model: Model, batch: TrainingBatch) -> Tensor:
     return _loss(model.packed(batch.tokens), batch.targets)
 
 
-def _looped_loss(model: Decoder, batch: Batch) -> Tensor:
+def _looped_loss(model: Decoder, batch: TrainingBatch) -> Tensor:
     return _loss(model.looped(batch.tokens, batch.lengths), batch.targets)
 
 
-def _padded_loss(model: Model, batch: Batch) -> Tensor:
+def _padded_loss(model: Model, batch: TrainingBatch) -> Tensor:
     return _loss(model.padded(batch.padded_tokens), batch.padded_targets)
 
 
-def _loss_by_segment(model: Model, batch: Batch) -> Tensor:
-    """The same mean over tokens that have a target, each segment on its own."""
+def _loss_by_segment(model: Model, batch: TrainingBatch) -> Tensor:
+    """Mean loss over the tokens that have a target, with the model applied to one segment at a time."""
     total = torch.zeros((), device=batch.targets.device)
     for x, y in zip(batch.tokens.values.split(batch.lengths), batch.targets.split(batch.lengths), strict=True):
         total = total + _loss(model.padded(x[None]), y[None], "sum")
@@ -252,7 +266,7 @@ def _loss(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
     return cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=IGNORED, reduction=reduction)
 
 
-def _pieces(case: str, sizes: Sizes, seed: int, count: int) -> list[list[Tensor]]:
+def _pieces(case: str, sizes: TrainingSizes, seed: int, count: int) -> list[list[Tensor]]:
     batches = []
     for i in range(count):
         location = math.log(sizes.median)
@@ -264,7 +278,7 @@ def _pieces(case: str, sizes: Sizes, seed: int, count: int) -> list[list[Tensor]
     return batches
 
 
-def _model(case: str, sizes: Sizes, seed: int) -> Model:
+def _model(case: str, sizes: TrainingSizes, seed: int) -> Model:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if case == DECODER:
@@ -286,7 +300,7 @@ def _figures(options: Options, cases: list[CaseResult]) -> list[Figure]:
 
 @suite("train", "One optimizer step, packed and padded: the same weights, the same batches, the same loss.", _figures)
 def cases(options: Options) -> list[Case]:
-    """Both models. Planning is part of a step; packing and padding are the data loader's."""
+    """One case per model. Planning is timed as part of a step; packing and padding are not."""
     kind = "quick" if options.quick else options.device
     out = []
     for name, choices in SIZES.items():
@@ -302,5 +316,5 @@ def cases(options: Options) -> list[Case]:
     return out
 
 
-def _arms(case: str, sizes: Sizes, options: Options) -> list[Arm]:
+def _arms(case: str, sizes: TrainingSizes, options: Options) -> list[Arm]:
     return Training(case, sizes, options).arms()

@@ -1,7 +1,7 @@
-"""Does planning with bounds, and attention with such plans, ever wait for the GPU? ``python -m flexjag.bench.sync``.
+"""Check that planning with bounds, and attention with such plans, never wait for the GPU.
 
-PyTorch can raise where an operation waits for the device. Under it, several batches of different lengths are planned
-and attended, forward and backward, as a training loop would.
+Run ``python -m flexjag.bench.sync DEVICE``. With PyTorch's sync debug mode, which raises where an operation waits for
+the device, several batches of different lengths are planned and attended, forward and backward, as in a training loop.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ MASKS: dict[str, Mask] = {"causal": Causal(), "window and prefix": Causal() & (W
 
 
 def check(device: str) -> dict[str, Any]:
-    """Run the steps.
+    """Run the training steps and report synchronizations with the device.
 
     Args:
-        device: ``"cuda"``; on ``"cpu"`` the steps run too, and prove nothing.
+        device: ``"cuda"``; on ``"cpu"`` the steps run too, but nothing is checked.
 
     Returns:
-        ``passed`` (None on a CPU), ``detail`` in words, and ``steps``.
+        ``passed`` (None on a CPU), ``detail`` as text, and the number of ``steps``.
     """
     torch.manual_seed(0)
-    # Batches come from a data loader that copies ahead; here they are all there before the first step.
+    # A data loader copies batches ahead of time; here all are on the device before the first step.
     batches = [(_values(device), _offsets(seed, device)) for seed in range(STEPS)]
     for name, mask in MASKS.items():
         try:
-            _train(batches[:2], mask)  # what is compiled on first use may wait
+            _train(batches[:2], mask)  # compilation on first use may wait
             if device == "cuda":
                 torch.cuda.synchronize()
                 torch.cuda.set_sync_debug_mode("error")
@@ -49,7 +49,7 @@ def check(device: str) -> dict[str, Any]:
             finally:
                 if device == "cuda":
                     torch.cuda.set_sync_debug_mode("default")
-        except Exception as e:  # whatever is thrown is the result
+        except Exception as e:  # any exception is a failed check
             return {"passed": False, "detail": f"{name}: {describe_error(e)}", "steps": STEPS}
     detail = f"{STEPS} batches for each of: {', '.join(MASKS)}; forward and backward."
     if device != "cuda":
@@ -68,7 +68,7 @@ def _train(batches: Sequence[tuple[Tensor, Tensor]], mask: Mask) -> None:
 
 
 def _values(device: str) -> Tensor:
-    """``[T, H, D]`` with rows for the longest segments that there may be; most are spare."""
+    """Values ``[SEGMENTS·LONGEST, H, D]``: capacity for segments of maximum length, most of it unused."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     return torch.randn(SEGMENTS * LONGEST, HEADS, DIM, device=device, dtype=dtype, requires_grad=True)
 

@@ -1,7 +1,7 @@
-"""Which kernel options are fastest on this GPU: ``python -m flexjag.bench tune``. The winners go into a file.
+"""Autotuner of FlexAttention's kernel options on this GPU: ``python -m flexjag.bench tune``.
 
-The file is the one that :mod:`flexjag.backends.flex.tuning` reads. Every candidate is checked against float64 before it
-is timed.
+The fastest options are written to the file that :mod:`flexjag.backends.flex.tuning` reads. Every candidate is checked
+against float64 before it is timed.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from flexjag.bench.registry import ArmResult, BenchError, Case, Options, Tell
 from flexjag.bench.tune_candidates import (
     WORKS,
     Attend,
-    Sizes,
     Subject,
+    TuningSizes,
     backward_candidates,
     forward_candidates,
     subjects,
@@ -39,16 +39,16 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 Measure = Callable[[str, Case, Options, Tell], list[ArmResult]]
 
 Found = Mapping[str, Mapping[str, ArmResult]]
-"""What came of each subject's candidates."""
+"""Measurements by subject, then by candidate."""
 
 
 def pick(found: Found, names: Sequence[str]) -> str | None:
-    """The best of these candidates: right on every subject, and the least geometric mean of median times.
+    """The candidate with the least geometric mean of median times, of those that are right on every subject.
 
-    Another than the built-in options has to win by more than their own samples spread.
+    To replace the built-in options, a candidate must win by more than the spread of their samples.
 
     Returns:
-        Its name, or None if none is right.
+        Its name, or None if none is right on every subject.
     """
     right = [n for n in names if all(n in arms and arms[n].status == "ok" for arms in found.values())]
 
@@ -69,7 +69,7 @@ def _spread(seconds: Sequence[float]) -> float:
 
 def tune(
     work: str,
-    sizes: Sizes,
+    sizes: TuningSizes,
     here: tuning.Device,
     shared: int,
     seconds: float,
@@ -79,19 +79,19 @@ def tune(
     first: int | None = None,
     masks: int | None = None,
 ) -> list[tuning.Entry]:
-    """The entries for one kind of work: of inference, the forward and the backward.
+    """Tune one kind of work. Returns the entries of the phases inference, forward and backward that had a winner.
 
     Args:
-        work: One of `WORKS`.
-        sizes: Of the batch.
-        here: What the entries are for.
-        shared: Bytes of shared memory that a block may have.
-        seconds: For all of it. Candidates that have no time left are not tried.
-        tell: Called with what is being measured now.
-        attend: From kernel options to a function like :func:`flexjag.backends.flex.run.run`.
-        measure: What checks and times the arms of a case.
-        first: Of how many blocks; None for all.
-        masks: On how many masks; None for all.
+        work: Kind of work: a key of `WORKS`.
+        sizes: Sizes of the batch.
+        here: Device and versions that the entries are valid for.
+        shared: Maximum bytes of shared memory per thread block.
+        seconds: Time limit for all phases. Candidates without time left are not tried.
+        tell: Progress callback.
+        attend: Function of kernel options that returns a function like :func:`flexjag.backends.flex.run.run`.
+        measure: Function that checks and times the arms of a case.
+        first: Number of block shapes to try; None for all.
+        masks: Number of masks to try them on; None for all.
     """
     end = time.monotonic() + seconds
     about = subjects(work, sizes, masks)
@@ -141,7 +141,7 @@ def tune(
 
 
 def _measured(about: Sequence[Subject], best: str, found: Found, phase: tuning.Phase) -> dict[str, Any]:
-    """What the file says of how an entry was found, for people."""
+    """The human-readable record of an entry's measurements that is kept in the file."""
 
     def result(arm: ArmResult) -> dict[str, Any]:
         return {"seconds": median(arm.seconds)} if arm.status == "ok" else {arm.status: arm.reason}
@@ -161,10 +161,10 @@ def _measured(about: Sequence[Subject], best: str, found: Found, phase: tuning.P
 
 
 def main(argv: Sequence[str]) -> int:
-    """Tune, and write after each kind of work.
+    """Tune all requested kinds of work, and write the file after each.
 
     Args:
-        argv: The arguments behind ``tune``.
+        argv: Command-line arguments after ``tune``.
 
     Returns:
         0.
@@ -182,7 +182,7 @@ def main(argv: Sequence[str]) -> int:
         raise BenchError("tune: needs Triton, which is not installed")
     shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
     jobs = [
-        (work, Sizes(args.heads, args.kv_heads or args.heads, dim, DTYPES[args.dtype], args.tokens, args.seed))
+        (work, TuningSizes(args.heads, args.kv_heads or args.heads, dim, DTYPES[args.dtype], args.tokens, args.seed))
         for dim in args.dim
         for work in args.work
     ]
@@ -190,7 +190,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _tune_all(
-    jobs: Sequence[tuple[str, Sizes]],
+    jobs: Sequence[tuple[str, TuningSizes]],
     here: tuning.Device,
     shared: int,
     out: Path,
@@ -215,11 +215,11 @@ def _say(line: str) -> None:
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The arguments.
+    """Parse the arguments.
 
     Raises:
-        BenchError: If they are wrong.
-        OSError: If the file that is there cannot be read.
+        BenchError: If they are invalid, or the existing file is no file of tuned options.
+        OSError: If the existing file cannot be read.
     """
     parser = Parser("flexjag bench tune", description="Find FlexAttention's fastest kernel options on this GPU.")
     parser.add_argument("--heads", type=int, default=8, help="H; default 8")

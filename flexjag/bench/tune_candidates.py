@@ -1,7 +1,7 @@
-"""What is measured to tune kernel options: the candidates, and the masks and scores they run on.
+"""Search space of the autotuner: candidate kernel options, and the masks and scores on which they are timed.
 
-The candidates are few, because each takes seconds to compile. They were chosen from the machine code that
-:func:`flexjag.compile_for` makes (bfloat16, a causal window or prefix, sizes that vary), not from time on a GPU.
+The candidates are few, because each takes seconds to compile. They were chosen by the machine code that
+:func:`flexjag.compile_for` makes (bfloat16, a causal window or prefix, dynamic sizes), not by time on a GPU.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from flexjag.masks import Causal, Dense, Mask, Prefix, SameGroup, Window
 from flexjag.plan import Plan, plan
 from flexjag.scores import Alibi, RelativeBias, Score
 
-STEPS = 10  # per sample, so that launching one hides behind the one before
+STEPS = 10  # per sample, so that the launch of each overlaps with the previous one
 MAX_DISTANCE = 128  # of the relative bias
 
 FORWARD = (
     (128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 3), (64, 128, 4, 2), (128, 64, 8, 2), (128, 32, 8, 3),
     (64, 64, 4, 2), (64, 32, 4, 3), (128, 32, 4, 3), (128, 128, 8, 3),
 )  # fmt: skip
-"""Blocks of queries and of keys, warps, stages.
+"""Candidates for the forward: block sizes along queries and keys, warps, pipeline stages.
 
 For sm_90 none of them spills at D = 64. At D = 128 the 64 x 128 block, 128 x 32 with 4 warps and 128 x 128 with 3
 stages store 32 to 96 bytes per thread. Left out were 128 x 64 and 128 x 128 with 4 warps (0.3 to 3.9 kB). TMA saves 25
@@ -43,7 +43,7 @@ BACKWARD = (
     (32, 128, 8, 3), (64, 128, 8, 3), (64, 64, 8, 3), (64, 128, 8, 2), (64, 64, 4, 2), (32, 128, 8, 2), (32, 64, 4, 3),
     (64, 64, 4, 3), (32, 64, 8, 3),
 )  # fmt: skip
-"""The short and the long side of the blocks of both loops, warps, stages.
+"""Candidates for the backward: short and long side of both loops' blocks, warps, pipeline stages.
 
 For sm_90 none of them spills at D = 64. At D = 128 the 64 x 128 blocks store 128 or 208 bytes per thread, 64 x 64 with
 4 warps 400 or 484. For sm_80 at D = 64, those with a short side of 64 store 36 to 248 bytes. Left out were 32 x 128
@@ -51,23 +51,23 @@ with 4 warps (0.1 and 2.5 kB for sm_90) and 128 x 128 (0.7 and 2.8 kB).
 """
 
 WITH_TMA = 3
-"""How many of the first candidates are tried with TMA as well, from Hopper on."""
+"""Number of leading candidates that are also tried with TMA, from Hopper on."""
 
 Attend = Callable[[Mapping[str, Any]], Callable[..., tuple[Tensor, Tensor | None]]]
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """What is measured.
+class TuningSizes:
+    """Sizes of the tuning batch.
 
     Attributes:
-        heads: H.
-        kv_heads: G.
-        dim: D, and E.
-        dtype: Of q, k and v.
-        tokens: T, in documents of long-tailed lengths.
-        seed: What they are drawn from.
-        device: Where.
+        heads: Query heads H.
+        kv_heads: Key/value heads G.
+        dim: Head dimensions D and E.
+        dtype: Dtype of q, k and v.
+        tokens: Number of tokens T, in documents of long-tailed lengths.
+        seed: Random seed of lengths and values.
+        device: Device of the batch.
     """
 
     heads: int
@@ -80,20 +80,20 @@ class Sizes:
 
 
 class Subject:
-    """One mask and score over one batch.
+    """A mask and a score on one batch, on which candidates are timed.
 
     Args:
-        name: What the file calls it.
-        sizes: Of the batch.
-        mask: From the lengths and the device; the first token of a segment may have no key.
-        score: From a learned tensor to the score that holds it.
-        learned: That tensor's shape; None without a score.
+        name: Name in the file.
+        sizes: Sizes of the batch.
+        mask: Function of lengths and device that returns the mask; the first token of a segment may have no key.
+        score: Function of a learned tensor that returns the score.
+        learned: Shape of that tensor; None without a score.
     """
 
     def __init__(
         self,
         name: str,
-        sizes: Sizes,
+        sizes: TuningSizes,
         mask: Callable[[Sequence[int], str], Mask],
         score: Callable[[Tensor], Score] | None = None,
         learned: tuple[int, ...] | None = None,
@@ -112,11 +112,11 @@ class Subject:
 
     @cached_property
     def plan(self) -> Plan:
-        """The plan that the kernels run."""
+        """The plan of the batch with this mask and score."""
         return plan(self._jagged(self.leaves[0]), mask=self.mask, score=self._score(self.leaves))
 
     def arms(self, attend: Attend, candidates: Mapping[str, tuning.Options], backward: bool) -> list[Arm]:
-        """One per candidate, checked against float64; a sample is of a forward, or of a forward and a backward."""
+        """One arm per candidate, checked against float64. A sample times a forward or, with `backward`, both."""
         count = len(self.leaves) + 1 if backward else 1
         names, terms = (*RESULTS, "dscore"), [self.sizes.dim] * len(RESULTS) + [sum(n * n for n in self.lengths)]
         expected = Expected(lambda dtype: self._exact(dtype, backward), self.sizes.dtype, names[:count], terms[:count])
@@ -187,8 +187,8 @@ def _dense(lengths: Sequence[int], device: str) -> Mask:
     return Dense((torch.rand(sum(n * n for n in lengths), generator=generator) < 0.5).to(device))
 
 
-def subjects(work: str, sizes: Sizes, first: int | None = None) -> list[Subject]:
-    """The masks and scores that stand for one of `WORKS`, or the first few of them."""
+def subjects(work: str, sizes: TuningSizes, first: int | None = None) -> list[Subject]:
+    """The subjects that represent a kind of work (a key of `WORKS`), or the first few of them."""
     if work == "predicate":
         return [Subject("groups", sizes, _groups), Subject("dense", sizes, _dense)][:first]
     scores: dict[str, tuple[Any, Any]] = {
@@ -206,19 +206,19 @@ WORKS: dict[str, tuple[tuning.ScoreKind, bool]] = {
     "lookup": ("lookup", True),
     "predicate": ("none", False),
 }
-"""What is tuned: the kind of score, and whether the mask is spans alone."""
+"""Kinds of work that are tuned separately: the kind of score, and whether the mask consists of spans alone."""
 
 
 def forward_candidates(
-    sizes: Sizes, capability: str, shared: int, first: int | None = None
+    sizes: TuningSizes, capability: str, shared: int, first: int | None = None
 ) -> dict[str, tuning.Options]:
-    """Options for the forward by name, but for those that cannot fit in a block's shared memory of `shared` bytes.
+    """Candidate options of the forward by name, without those that exceed `shared` bytes of shared memory per block.
 
-    With `first`, only of so many blocks.
+    With `first`, only those of the first so many block shapes.
     """
     item = sizes.dtype.itemsize
 
-    def need(n: int, stages: int) -> int:  # of K and V what is loaded ahead, at least; Q may stay in registers
+    def need(n: int, stages: int) -> int:  # lower bound: prefetched K and V; Q may stay in registers
         return 2 * (stages - 1) * n * sizes.dim * item
 
     found: dict[str, tuning.Options] = {}
@@ -233,15 +233,15 @@ def forward_candidates(
 
 
 def backward_candidates(
-    sizes: Sizes, capability: str, shared: int, first: int | None = None
+    sizes: TuningSizes, capability: str, shared: int, first: int | None = None
 ) -> dict[str, tuning.Options]:
-    """Options for the backward by name, but for those that cannot fit in a block's shared memory of `shared` bytes.
+    """Candidate options of the backward by name, without those that exceed `shared` bytes of shared memory per block.
 
-    With `first`, only of so many blocks.
+    With `first`, only those of the first so many block shapes.
     """
     item = sizes.dtype.itemsize
 
-    def need(short: int, stages: int) -> int:  # of Q and dO, or of K and V, what is loaded ahead, at least
+    def need(short: int, stages: int) -> int:  # lower bound: prefetched Q and dO, or K and V
         return 2 * (stages - 1) * short * sizes.dim * item
 
     found: dict[str, tuning.Options] = {}

@@ -1,7 +1,7 @@
-"""Compile what stages will need, in all cores at once: ``python -m flexjag.bench.warm PART PARTS SECONDS SEED STAGE…``.
+"""Fill the compilers' disk caches in parallel: ``python -m flexjag.bench.warm PART PARTS SECONDS SEED STAGE…``.
 
-A suite runs in one process, because nothing may run beside what is timed; the compilers' caches on disk let it find
-its kernels there. What fails here fails again where it is reported.
+A suite runs in one process, because nothing may run beside what is timed. With the caches filled it need not compile
+its kernels there. Errors are only printed here: they occur again in the suite, which reports them.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ import torch
 from flexjag.backends.flex import run as flex
 from flexjag.bench.attention_arms import SLOW
 from flexjag.bench.registry import Arm, Case, Options, find
-from flexjag.bench.tune_candidates import Sizes, backward_candidates, forward_candidates, subjects
+from flexjag.bench.tune_candidates import TuningSizes, backward_candidates, forward_candidates, subjects
 
 STAGES = ("attention", "normalizers", "tune")
-"""Those whose kernels take the compilers long."""
+"""Stages with long compile times."""
 TUNED: dict[str, Any] = {"work": "spans", "dims": (128, 64), "first": 3, "masks": 1}
-"""What the tuning stage tries: few candidates on one mask, since each is compiled."""
+"""Arguments of the tuning stage: few candidates on one mask, since each is compiled."""
 
 
 def jobs(stage: str, options: Options) -> Iterator[Callable[[], Any]]:
-    """What compiles something, each to be called once. Inputs are made in the call: they are large."""
+    """The compilations of a stage, as functions to be called once each. They make their inputs, which are large."""
     if stage != "tune":
         yield from (partial(_run, case) for case in find(stage).cases(options) if isinstance(case, Case))
         return
-    if options.device == "cpu":  # where there is nothing to tune
+    if options.device == "cpu":  # nothing to tune on a CPU
         return
     shared = torch.cuda.get_device_properties().shared_memory_per_block_optin
     capability = ".".join(map(str, torch.cuda.get_device_capability()))
     for dim in TUNED["dims"]:
-        sizes = Sizes(8, 8, dim, torch.bfloat16, 4096, options.seed)
+        sizes = TuningSizes(8, 8, dim, torch.bfloat16, 4096, options.seed)
         for subject in subjects(TUNED["work"], sizes, TUNED["masks"]):
             for backward, make in ((False, forward_candidates), (True, backward_candidates)):
                 candidates = {"built in": {}, **make(sizes, capability, shared, TUNED["first"])}
@@ -45,12 +45,12 @@ def jobs(stage: str, options: Options) -> Iterator[Callable[[], Any]]:
 
 
 def _run(case: Case) -> None:
-    """A case's arms that compile much: ours, and others' through FlexAttention."""
+    """Run the arms of a case with long compile times: flexjag's, and others that use FlexAttention."""
     for arm in case.arms():
         if arm.absent is None and (arm.name.startswith("flexjag") or arm.name in SLOW):
             try:
                 _call(arm)
-            except Exception as e:  # reported where it is measured
+            except Exception as e:  # reported by the suite
                 print(f"{case.name}: {arm.name}: {type(e).__name__}: {e}")
 
 
@@ -59,7 +59,7 @@ def _call(arm: Arm) -> None:
 
 
 def main(part: int, parts: int, seconds: float, seed: int, stages: Sequence[str]) -> None:
-    """Call every `parts`-th job of all stages, from the `part`-th on, until the time is up."""
+    """Run every `parts`-th compilation of all stages, starting with the `part`-th, for at most `seconds`."""
     end = time.monotonic() + seconds
     device = "cuda" if torch.cuda.is_available() else "cpu"
     options = Options(quick=device == "cpu", device=device, memory=False, seed=seed, budget=seconds)
@@ -73,7 +73,7 @@ def main(part: int, parts: int, seconds: float, seed: int, stages: Sequence[str]
         started = time.monotonic()
         try:
             job()
-        except Exception as e:  # reported where it is measured
+        except Exception as e:  # reported by the suite
             print(f"{stage}: job {i}: {type(e).__name__}: {e}")
         print(f"{stage}: job {i}: {time.monotonic() - started:.1f} s", flush=True)
         gc.collect()

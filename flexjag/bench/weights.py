@@ -1,7 +1,7 @@
-"""Attention whose weights are no softmax, written out on padded tensors: what flexjag is measured against.
+"""Padded reference implementations of attention with weights other than softmax: the baseline of the benchmarks.
 
-``q, k, v [S, H, N, D]`` and ``allowed [1, 1, N, N]``. Zeros of padding may attend and be attended where they weigh
-nothing: under a causal mask a real query has no padding among its keys.
+Shapes are ``q, k, v [S, H, N, D]`` and ``allowed [1, 1, N, N]``. Padding is not masked: it is zero and on the right, so
+under a causal mask no key of a real query is padding.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from flexjag.variants import HSTULayer
 
 @dataclass(frozen=True, eq=False)
 class Dense:
-    """A padded batch's layout, and what its attention needs of it once.
+    """Padded attention over one batch, with the masks and indices that depend on its lengths alone.
 
     Attributes:
-        padding: Where tokens stand.
-        lengths: ``[S]``.
-        scale: Of ``q·k``.
+        padding: Index between the packed and the padded layout.
+        lengths: Segment lengths ``[S]``.
+        scale: Factor of the scores ``q·k``.
     """
 
     padding: Padding
@@ -33,52 +33,55 @@ class Dense:
 
     @cached_property
     def step(self) -> Tensor:
-        """``[N, N]``: how many positions the key is behind the query."""
+        """Relative positions i - j of query i and key j, ``[N, N]``."""
         place = torch.arange(self.padding.longest, device=self.lengths.device)
         return place[:, None] - place
 
     @cached_property
     def causal(self) -> Tensor:
-        """Boolean ``[N, N]``."""
+        """Causal mask j <= i, bool ``[N, N]``."""
         return self.step >= 0
 
     @cached_property
     def earlier(self) -> Tensor:
-        """Boolean ``[N, N]``, without the diagonal."""
+        """Strictly causal mask j < i, bool ``[N, N]``."""
         return self.step > 0
 
     @cached_property
     def distance(self) -> Tensor:
-        """``[N, N]``: the column of a table ``[H, 2N - 1]`` of biases by relative position, -N + 1 first."""
+        """Columns ``[N, N]`` in a table ``[H, 2N - 1]`` of biases by relative position j - i, from -N + 1 on."""
         return self.padding.longest - 1 - self.step
 
     def scores(self, q: Tensor, k: Tensor) -> Tensor:
-        """``[S, H, N, N]``."""
+        """Scaled scores ``scale·q·k``, ``[S, H, N, N]``."""
         return q @ k.transpose(2, 3) * self.scale
 
     def silu(self, q: Tensor, k: Tensor, v: Tensor, table: Tensor | None = None) -> Tensor:
-        """HSTU's: ``silu(q·k + table[i - j]) / N`` (generative-recommenders)."""
+        """HSTU attention (generative-recommenders): weights ``silu(q·k + bias) / N``, bias by relative position."""
         scores = self.scores(q, k)
         if table is not None:
             scores = scores + table[:, self.distance]
         return (functional.silu(scores) / self.padding.longest * self.causal) @ v
 
     def sigmoid(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """``sigmoid(q·k - log n)``, n the segment's length (Theory of Sigmoid Self-Attention, arXiv 2409.04431)."""
+        """Sigmoid attention: weights ``sigmoid(q·k - log n)``, n the segment length.
+
+        "Theory, Analysis, and Best Practices for Sigmoid Self-Attention", arXiv 2409.04431.
+        """
         bias = self.lengths.clamp(min=1).log()[:, None, None, None].to(q.dtype)
         return (torch.sigmoid(self.scores(q, k) - bias) * self.causal) @ v
 
     def stick_breaking(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Each key takes its share of what those between it and the query left (arXiv 2410.17980)."""
+        """Stick-breaking attention (arXiv 2410.17980): ``σ(z_ij) Π (1 - σ(z_il))``, the product over keys j < l < i."""
         scores = self.scores(q, k)
-        scores = scores if scores.dtype == torch.float64 else scores.float()  # as sums of logarithms need it
+        scores = scores if scores.dtype == torch.float64 else scores.float()  # sums of logarithms need it
         left = functional.logsigmoid(-scores).masked_fill(~self.earlier, 0.0)
         nearer = left.flip(3).cumsum(3).flip(3) - left
         weights = torch.exp(functional.logsigmoid(scores) + nearer) * self.earlier
         return weights.to(v.dtype) @ v
 
     def layer(self, own: HSTULayer, x: Tensor, times: Tensor) -> Tensor:
-        """An HSTU layer with the parameters of ours, on ``[S, N, width]``, asked when a token's successor happened."""
+        """HSTU layer on ``[S, N, width]`` with the parameters of `own`, queried at the times of the next tokens."""
         assert own.bias is not None
         assert own.bias.position is not None
         assert own.bias.time is not None
@@ -99,6 +102,6 @@ class Dense:
         return x + functional.linear(gated * u, own.output.weight, own.output.bias)
 
     def _next(self, times: Tensor) -> Tensor:
-        """``[S, N]``: the next token's time, and the last token's own."""
+        """Time of each token's successor ``[S, N]``; for the last token of a segment its own."""
         place = torch.arange(self.padding.longest, device=times.device) + 1
         return times.gather(1, torch.minimum(place, (self.lengths[:, None] - 1).clamp(min=0)))

@@ -1,1 +1,1 @@
-"""A plan's GPU kernels, made, measured and run without a GPU."""
+"""Compile, measure and simulate a plan's GPU kernels without a GPU."""

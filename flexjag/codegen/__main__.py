@@ -11,7 +11,7 @@ from flexjag.codegen.tables import build
 
 
 def main(arguments: list[str]) -> int:
-    """Write the page to the path that is given, or only one of its sections on our own kernels."""
+    """Write the page to the given path, or update only one of its sections on our own kernels there."""
     parser = argparse.ArgumentParser("python -m flexjag.codegen", description="Write the page of kernels.")
     parser.add_argument("path", type=Path, metavar="PAGE.md")
     parser.add_argument("--own", choices=LISTINGS, help="only this section on our own kernels; the rest stays")

@@ -1,7 +1,7 @@
-"""Triton kernels to machine code for a GPU that is not there. For the worker only.
+"""Ahead-of-time compilation of Triton kernels to machine code, without a GPU. For the worker only.
 
-:func:`assemble` takes one kernel of anybody's; :func:`assemble_wrapper` all that Inductor wrote into a wrapper, with
-the options it would launch them with. Triton brings its own assembler, so neither needs a CUDA toolkit.
+:func:`assemble` compiles any one Triton kernel; :func:`assemble_wrapper` all kernels of a wrapper that Inductor wrote,
+with the options of its launcher. Triton ships its own assembler, so neither needs a CUDA toolkit.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from flexjag.codegen.targets import Target
 
 @dataclass(frozen=True, eq=False)
 class Assembled:
-    """What Triton made of one kernel.
+    """A compiled Triton kernel.
 
     Attributes:
-        name: The kernel's name.
-        source: Its Triton source, helper functions included.
-        asm: ``ttir``, ``ttgir``, ``ptx``, ``cubin``, ... or ``amdgcn``, ``hsaco``.
-        constants: Its compile-time integers and booleans by name, block sizes among them.
-        num_warps: Warps of a block.
+        name: Kernel name.
+        source: Triton source code, helper functions included.
+        asm: Code by compilation stage: ``ttir``, ``ttgir``, ``ptx``, ``cubin``, ... or ``amdgcn``, ``hsaco``.
+        constants: Compile-time integers and booleans by name, block sizes included.
+        num_warps: Warps per thread block.
         num_stages: Stages of the software pipeline.
-        shared_bytes: Shared memory that a launch asks for.
-        log: What the assembler printed, registers and spills per function.
-        num_configs: How many configurations the launcher would time to choose from; this is the first.
+        shared_bytes: Shared memory per thread block that a launch requests.
+        log: Output of the assembler: registers and spills per function.
+        num_configs: Number of configurations that the launcher would autotune over; this is the first.
     """
 
     name: str
@@ -57,12 +57,15 @@ def assemble(
     """Compile one ``triton.jit`` function ahead of time.
 
     Args:
-        fn: The function.
-        target: The GPU.
-        signature: Argument types in Triton's words: ``{"x_ptr": "*bf16", "n": "i32", "BLOCK": "constexpr"}``.
-        constants: The values of the ``constexpr`` ones.
-        options: ``num_warps``, ``num_stages``, ...
-        attributes: Triton's, by argument position: ``{(0,): [["tt.divisibility", 16]]}``.
+        fn: The ``triton.jit`` function.
+        target: The GPU architecture.
+        signature: Triton types by argument name: ``{"x_ptr": "*bf16", "n": "i32", "BLOCK": "constexpr"}``.
+        constants: Values of the ``constexpr`` arguments by name.
+        options: Compiler options: ``num_warps``, ``num_stages``, ...
+        attributes: Triton's argument attributes by position: ``{(0,): [["tt.divisibility", 16]]}``.
+
+    Returns:
+        The compiled kernel.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -88,7 +91,7 @@ def assemble(
 
 @contextlib.contextmanager
 def _keep_log(log: io.StringIO) -> Iterator[None]:
-    """Triton prints the assembler's report if asked to, and only when it calls the assembler."""
+    """Capture the assembler's report in `log`. Triton prints it on request, and only if its cache is bypassed."""
     from triton import knobs
 
     with knobs.nvidia.scope(), knobs.compilation.scope(), contextlib.redirect_stdout(log):
@@ -100,7 +103,7 @@ _CONSTANT = re.compile(r"^    (\w+)\s*: tl\.constexpr = (.+)$", re.MULTILINE)
 
 
 def assemble_wrapper(source: str, target: Target) -> list[Assembled]:
-    """All kernels of one wrapper, in the order they are defined."""
+    """Compile all Triton kernels of one Inductor wrapper, in order of definition."""
     kernels = read_kernels(source)
     made = []
     for name, text, tuner in kernels:
@@ -132,7 +135,7 @@ def _literal(text: str) -> int | bool | None:
 
 
 def read_kernels(source: str) -> list[tuple[str, str, Any]]:
-    """Name, source and Inductor's launcher of each Triton kernel in a wrapper, which is executed but not called."""
+    """Name, source and Inductor's launcher of each Triton kernel in a wrapper. Its ``call`` is not executed."""
     from torch._inductor.async_compile import AsyncCompile
     from torch._inductor.codecache import PyCodeCache
 

@@ -1,4 +1,4 @@
-"""compile_for(): the GPU kernels of a plan or a function, without a GPU."""
+"""``compile_for``: compile a plan or a function to GPU kernels, without a GPU."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from flexjag.lowering.outline import for_gpu, mark_sizes
 from flexjag.plan import Plan
 
 TESTED_TORCH = ("2.11", "2.12", "2.13", "2.14")
-"""Versions of torch whose internals the worker is known to fit."""
+"""PyTorch releases with whose internals the worker was tested."""
 
 
 class Simulation(NamedTuple):
-    """What simulated kernels computed.
+    """Results of simulated kernels.
 
     Attributes:
-        out: What the function returns, on the CPU.
-        grads: The gradient of every tensor that needs one, by the tensor: ``grads[q.values]``, ``grads[slopes]``.
+        out: The function's return value, on the CPU.
+        grads: Gradients by the tensor that requires them: ``grads[q.values]``, ``grads[slopes]``.
     """
 
     out: Any
@@ -44,9 +44,9 @@ class Simulation(NamedTuple):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Report(Listing):
-    """The kernels of one compilation, ready to be read and to be run on the CPU.
+    """The kernels of one compilation: their code, their resource usage, and their simulation on the CPU.
 
-    ``print`` it, look at it in Jupyter, ``save`` it, or index it by phase: ``report["forward"].registers``.
+    ``print`` it, display it in Jupyter, ``save`` it, or index it by phase: ``report["forward"].registers``.
     """
 
     job: _Job
@@ -55,22 +55,22 @@ class Report(Listing):
     def simulate(
         self, *args: Any, grad_out: Any = None, timeout: float = TIMEOUT_S, worker: Worker | None = None
     ) -> Simulation:
-        """Run these very kernels on the CPU, in Triton's interpreter. Slow: seconds per thousand scores' tiles.
+        """Run these kernels on the CPU, in Triton's interpreter. Slow: seconds per few hundred tokens.
 
         Args:
-            args: As given to :func:`compile_for`, of the same shapes: ``q, k, v`` for a plan. Values may differ. By
-                default the ones that were given then.
-            grad_out: The gradient of the output, or a tuple with one for each output; None for the forward alone. A
-                Jagged or a tensor. With a plan it may follow `v`.
-            timeout: Seconds.
-            worker: A running worker that interprets, to save the start of one.
+            args: The arguments of :func:`compile_for` (``q, k, v`` for a plan), with the same shapes, strides, dtypes
+                and sharing; values may differ. Default: those that were compiled for.
+            grad_out: The gradient of the output, a Jagged or a tensor, or a tuple with one for each output; None runs
+                the forward alone. With a plan it may follow `v`.
+            timeout: Seconds after which the worker is stopped.
+            worker: A running worker with ``interpret=True``, to save the start of one.
 
         Returns:
             ``(out, grads)``.
 
         Raises:
-            CodegenError: If there is no backward to run, or the worker fails.
-            ShapeError: If the arguments are not like those that were compiled for.
+            CodegenError: If `grad_out` is given for kernels made with ``backward=False``, or the worker fails.
+            ShapeError: If the arguments differ from those compiled for in shape, stride, dtype or sharing.
         """
 
         def run(*job: Any) -> Any:
@@ -95,10 +95,10 @@ def compile_for(
     timeout: float = TIMEOUT_S,
     worker: Worker | None = None,
 ) -> Report:
-    """Make the GPU kernels that a plan or a function compiles to, without a GPU.
+    """Compile a plan or a function to GPU kernels, without a GPU.
 
-    They are FlexAttention's own kernels as Inductor writes and Triton assembles them for the target. Nothing in this
-    process changes: the work is done in another one.
+    The kernels are FlexAttention's own, as Inductor generates and Triton assembles them for the target. All is done in
+    a worker process; the state of this one does not change.
 
     Args:
         target: ``"sm_80"``, ``"sm_90"`` or ``"sm_100"``.
@@ -106,21 +106,21 @@ def compile_for(
         args: ``q, k, v`` for a plan; else the function's arguments. Their values do not matter. What functions of a
             script or notebook refer to is sent along; those of an imported module are looked up there by name, so a
             global that was changed since the import is not seen.
-        backward: Make the backward's kernels, too. For a plan, q, k and v then count as needing gradients.
-        dtype: Of q, k and v. Default: as they are. For a plan only.
+        backward: Compile the backward's kernels, too. For a plan, q, k and v then count as requiring gradients.
+        dtype: The dtype that q, k and v are converted to. Default: their own. For a plan only.
         scale: As in :func:`flexjag.attention`. For a plan only.
         return_lse: As in :func:`flexjag.attention`. For a plan only.
-        kernel_options: FlexAttention's, over the plan's own: ``{"BLOCK_M": 64, "bwd_num_warps": 8}``.
+        kernel_options: FlexAttention's options, which override the plan's: ``{"BLOCK_M": 64, "bwd_num_warps": 8}``.
         assemble: Make machine code and measure it. False is quicker and enough for :meth:`Report.simulate`.
-        cache: Keep the result on disk (:func:`flexjag.codegen.cache.directory`), and take it from there.
+        cache: Read the result from the disk (:func:`flexjag.codegen.cache.directory`) if it is there, and write it.
         timeout: Seconds after which the worker is stopped.
-        worker: A running worker to use, which saves its start. One that interprets cannot `assemble`.
+        worker: A running worker, to save the start of one. With ``interpret=True`` it cannot `assemble`.
 
     Returns:
         The report.
 
     Raises:
-        TargetError: If the target is unknown, or FlexAttention's kernels cannot be made for it here.
+        TargetError: If the target is unknown, or its vendor is not NVIDIA.
         BackendError: If the plan cannot run on the ``flex`` backend.
         CodegenError: If Triton is missing, this torch is not one of the tested ones, or the worker fails.
 
@@ -133,14 +133,14 @@ def compile_for(
     """
     goal = get_target(target)
     check_support(goal)
-    importlib.import_module("torch._dynamo")  # marks which sizes vary only once it is loaded
+    importlib.import_module("torch._dynamo")  # mark_varying() has no effect before it is loaded
     job = _job(plan, args, backward, dtype, scale, return_lse, dict(kernel_options or {}))
     wrappers, wiring, kernels = _make(job, goal, assemble, cache, timeout, worker)
     return Report(goal, tuple(kernels), job.about, store.versions(), wrappers, job, wiring)
 
 
 def check_support(target: Target) -> None:
-    """Check that kernels can be made here.
+    """Check that kernels for `target` can be compiled in this environment.
 
     Raises:
         CodegenError: If Triton is missing or this torch is not one of the tested ones.
@@ -159,17 +159,17 @@ def check_support(target: Target) -> None:
 
 @dataclass(frozen=True, eq=False)
 class _Job:
-    """What is compiled.
+    """One compilation request.
 
     Attributes:
-        fn: The function.
+        fn: The function to compile.
         args: Its arguments.
-        backward: Whether the backward is wanted.
+        backward: Whether to compile the backward.
         options: FlexAttention's kernel options.
-        about: For the report.
-        payload: ``(fn, args)`` apart.
-        leaves: The caller's tensors by the id of the ones in the payload that stand for them.
-        dtype: What q, k and v are converted to.
+        about: Description of the computation, for the report.
+        payload: ``(fn, args)``, split into structure and tensors.
+        leaves: The caller's tensors by the id of their copies in the payload.
+        dtype: The dtype that q, k and v are converted to.
     """
 
     fn: Callable[..., Any]
@@ -252,7 +252,7 @@ def _check_flex(plan: Plan, q: Jagged, v: Jagged, dtype: torch.dtype, return_lse
 def _leaves(
     args: tuple[Any, ...], backward: bool, dtype: torch.dtype | None
 ) -> tuple[tuple[Any, ...], dict[int, Tensor]]:
-    """q, k and v as leaves of their own, and whose they are. One tensor given twice stays two inputs."""
+    """Copies of q, k and v as leaves, and the caller's tensors by the copies' ids. A tensor given twice makes two."""
     made, whose = [], {}
     for x in args:
         leaf = x.values.detach().to(dtype or x.values.dtype, copy=True).requires_grad_(backward)
@@ -263,7 +263,7 @@ def _leaves(
 
 
 def _make(job: _Job, target: Target, assemble: bool, cache: bool, timeout: float, worker: Worker | None) -> Any:
-    """The worker's answer, from the disk if it was asked the same before."""
+    """Compile in a worker, or return the cached result of the same request."""
     options, precision = tuple(sorted(job.options.items())), torch.get_float32_matmul_precision()
     name = store.key(job.payload.digest(), target, job.backward, options, precision, assemble)
     made = store.load(name) if cache else None
@@ -297,7 +297,7 @@ def _simulate(report: Report, args: tuple[Any, ...], grad_out: Any, run: Callabl
     places = [outputs[i] if kind == "output" else payload.tensors[i] for kind, i in report.wiring.result]
     grads: dict[Tensor, Tensor] = {}
     for i, grad in found.items():
-        owner = leaves.get(id(payload.tensors[i]), payload.tensors[i])  # the same for q, k and v if they are one tensor
+        owner = leaves.get(id(payload.tensors[i]), payload.tensors[i])  # q, k and v may share one owner
         grads[owner] = grads[owner] + grad if owner in grads else grad
     return Simulation(unpack(report.wiring.structure, places), grads)
 

@@ -1,8 +1,8 @@
-"""What a load's address depends on, and which loads feed a matrix product, by following definitions and uses.
+"""Dataflow analysis of a kernel in Triton's GPU dialect: address dependences of loads, and operands of matrix products.
 
-Two facts about a value make up the answer: whether it changes from one iteration of a loop to the next, and along which
-of a tensor's axes it changes. Shared and tensor memory are followed too: a buffer holds what is written to it, whatever
-slot of it an iteration uses, so the multi-buffered copies of a software pipeline say the same as the plain loads did.
+Two properties of each value are propagated along definitions and uses: whether it varies between iterations of a loop,
+and along which tensor axes it varies. Shared and tensor memory are tracked too. A buffer holds what is written to it,
+whichever slot an iteration uses: the multi-buffered copies of a software pipeline are analysed like plain loads.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 
-from flexjag.codegen.ttgir import Kernel, Op, Value
+from flexjag.codegen.ttgir import KernelIR, Op, Value
 
 DOTS = ("tt.dot", "tt.dot_scaled", "ttng.warp_group_dot", "ttng.tc_gen5_mma", "ttng.tc_gen5_mma_scaled")
-"""Matrix products."""
+"""Operations that compute a matrix product."""
 
 LOADS = (
     "tt.load",
@@ -25,7 +25,7 @@ LOADS = (
     "ttng.async_tma_copy_global_to_local",
     "ttng.async_tma_gather",
 )
-"""Reads of global memory."""
+"""Operations that read global memory."""
 
 _VIEWS = ("ttg.memdesc_", "ttng.tmem_subslice", "ttg.warp_group_dot_wait", "ttng.warp_group_dot_wait")
 _ALLOCATIONS = ("ttg.local_alloc", "ttng.tmem_alloc")
@@ -40,18 +40,18 @@ _SCALINGS = ("arith.mulf", "arith.addf", "arith.subf", "arith.divf")
 
 
 class Dataflow:
-    """Definitions and uses of one kernel.
+    """Def-use analysis of one kernel.
 
     Args:
-        kernel: The kernel.
+        kernel: The parsed kernel.
     """
 
-    def __init__(self, kernel: Kernel) -> None:
+    def __init__(self, kernel: KernelIR) -> None:
         self.ops = list(kernel.ops())
 
     @cached_property
     def buffers(self) -> Mapping[Value, frozenset[Op]]:
-        """The allocations that a buffer may be a view of."""
+        """For each buffer value the allocations that it may be a view of."""
         found: dict[Value, frozenset[Op]] = defaultdict(frozenset)
         for op in self.ops:
             if op.name in _ALLOCATIONS:
@@ -68,7 +68,7 @@ class Dataflow:
 
     @cached_property
     def writes(self) -> Mapping[Op, list[Op]]:
-        """The operations that write to each allocation, itself if it is given a value."""
+        """For each allocation the operations that write to it, itself included if it is initialized."""
         found: dict[Op, list[Op]] = defaultdict(list)
         for op in self.ops:
             if op.name in _ALLOCATIONS and op.operands:
@@ -79,9 +79,9 @@ class Dataflow:
         return found
 
     def varying(self, loop: Op) -> set[Value]:
-        """The values that may differ between two iterations of `loop`: of those made in it, and of its buffers.
+        """Values made in `loop`, and buffers, that may differ between two of its iterations.
 
-        What a buffer holds counts, not which slot of it is used, and a load's address counts, not its mask.
+        Of a buffer the contents count, not the slot in use; of a load the address counts, not the mask.
         """
         carried = loop.regions[0].arguments[1:]
         inside = list(loop.walk())
@@ -113,7 +113,7 @@ class Dataflow:
 
     @cached_property
     def axes(self) -> Mapping[Value, frozenset[int]]:
-        """Along which axes of its own a tensor may differ from element to element; none for scalars and splats."""
+        """Axes along which each tensor may vary from element to element; empty for scalars and splats."""
         found: dict[Value, frozenset[int]] = defaultdict(frozenset)
         changed = True
         while changed:
@@ -133,7 +133,7 @@ class Dataflow:
 
     @cached_property
     def operands(self) -> set[Op]:
-        """The loads whose values are, but for their type, layout or a constant factor, operands of a matrix product."""
+        """Loads whose value, up to type, layout and a constant factor, is an operand of a matrix product."""
         carried: dict[Value, list[Value]] = defaultdict(list)
         for made, used in _pairs([op for op in self.ops if op.regions], same_place=True):
             carried[made] += used
@@ -169,7 +169,7 @@ class Dataflow:
         return {op.results[0] for op in self.ops if op.name == "arith.constant"}
 
     def accumulators(self, loop: Op) -> int:
-        """How many results the matrix products of `loop` add to from one iteration to the next."""
+        """Number of accumulators that the matrix products of `loop` carry from one iteration to the next."""
         found: set[Value | Op] = set()
         for op in loop.walk():
             if op.name.startswith("ttng.tc_gen5_mma"):
@@ -182,7 +182,7 @@ class Dataflow:
         return len(found)
 
     def _is_set(self, buffer: Op, loop: Op) -> bool:
-        """Whether an iteration of `loop` sets a buffer to something that is not made from what it held."""
+        """Whether an iteration of `loop` overwrites a buffer with a value independent of its previous contents."""
         inside = set(loop.walk())
         for write in self.writes[buffer]:
             if write not in inside or write.name not in _WRITES:
@@ -201,7 +201,7 @@ class Dataflow:
         return False
 
     def _carried_sum(self, dot: Op, loop: Op) -> set[Value | Op]:
-        """What `loop` carries of the products' size and type that `dot` adds to, scaled or converted perhaps."""
+        """Loop-carried values of the product's shape and type that `dot` adds to, possibly scaled or converted."""
         carried = set(loop.regions[0].arguments[1:])
         found: set[Value | Op] = set()
         todo, seen = [dot.operands[2]], set[Value]()
@@ -225,7 +225,7 @@ class Dataflow:
 
 
 def address(op: Op) -> list[Value]:
-    """What the address of a load is made of: pointers, or a descriptor and coordinates; not its mask."""
+    """Operands that form the address of a load: pointers, or a descriptor and coordinates; not its mask."""
     if op.name in ("tt.load", "ttg.async_copy_global_to_local"):
         return op.operands[:1]
     if op.name.startswith("ttng.async_tma"):
@@ -234,7 +234,7 @@ def address(op: Op) -> list[Value]:
 
 
 def destination(op: Op) -> Value | None:
-    """The buffer an operation writes to, if any."""
+    """The buffer that an operation writes to; None if it writes to none."""
     if op.name == "ttg.async_copy_global_to_local" or op.name in _WRITES:
         return op.operands[1]
     if op.name.startswith("ttng.async_tma") and op.name in LOADS:
@@ -243,7 +243,7 @@ def destination(op: Op) -> Value | None:
 
 
 def sources(op: Op) -> list[Value]:
-    """What an operation's results, and what it writes, depend on."""
+    """Operands on which an operation's results, and the values it writes, depend."""
     if op.name in LOADS:
         return address(op)
     if op.name in _READS or op.name in _WRITES or op.name.startswith("ttg.memdesc_"):
@@ -252,19 +252,19 @@ def sources(op: Op) -> list[Value]:
 
 
 def _tma_coordinates(op: Op) -> int:
-    """How many values are in the brackets behind a descriptor."""
+    """Number of coordinates, in brackets, after the descriptor of a TMA operation."""
     return op.text[op.text.index("[") : op.text.index("]")].count("%")
 
 
 def _flag_at(op: Op) -> int:
-    """Which operand of a fifth-generation product says whether it adds; a token in brackets may come before it."""
+    """Index of the operand of a ``tc_gen5_mma`` that enables accumulation; a token in brackets may precede it."""
     head = op.text[: op.text.rfind(" : ")]
     third = [m.end() for m in re.finditer(r"%[\w$.\-]+(?:#\d+)?", head)][2]
     return 4 if re.match(r"\[%", head[third:]) else 3
 
 
 def _carried_shape(loop: Op, value: Value) -> tuple[tuple[int, ...], str] | None:
-    """Sizes and element type of what a loop carries; None for scalars."""
+    """Shape and element type of a loop-carried tensor; None for scalars."""
     types = loop.text[loop.text.find("->") :]
     depth, parts, start = 0, [], types.find("(") + 1
     for i in range(start, len(types)):
@@ -279,12 +279,12 @@ def _carried_shape(loop: Op, value: Value) -> tuple[tuple[int, ...], str] | None
 
 
 def _pairs(ops: Iterable[Op], *, same_place: bool) -> list[tuple[Value, list[Value]]]:
-    """Each value that `ops` make, arguments of their regions included, with the values it is made from.
+    """Each value that `ops` define, arguments of their regions included, with the values it is computed from.
 
     Args:
         ops: The operations.
-        same_place: Whether a value that is merely passed on counts alone (a view's buffer, a branch's result), or all
-            that it depends on (a branch's condition, a loop's bounds).
+        same_place: True for values passed on unchanged only (a view's buffer, a branch's result); False for all
+            dependences (also a branch's condition, a loop's bounds).
     """
     found: list[tuple[Value, list[Value]]] = []
     for op in ops:
@@ -312,7 +312,7 @@ def _pairs(ops: Iterable[Op], *, same_place: bool) -> list[tuple[Value, list[Val
 
 
 def _axes(op: Op, used: frozenset[int], found: Mapping[Value, frozenset[int]]) -> list[tuple[Value, frozenset[int]]]:
-    """The axes of what an operation makes, from those of what it uses."""
+    """Axes along which each result of `op` may vary, given those of its operands."""
     if op.regions and op.name != "tt.reduce":
         pairs = _pairs([op], same_place=True)
         return [(made, frozenset(a for v in values for a in found[v])) for made, values in pairs]

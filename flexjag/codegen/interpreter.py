@@ -1,8 +1,8 @@
-"""Mends for Triton's interpreter (seen in 3.6 and 3.7). For workers with TRITON_INTERPRET=1; nothing is undone.
+"""Patches for Triton's interpreter (bugs seen in 3.6 and 3.7). For workers with TRITON_INTERPRET=1; nothing is undone.
 
-The interpreter computes with numpy, which has no bfloat16: it keeps the bits in integers, multiplies them as integers
-in ``tl.dot`` and cuts float32 off instead of rounding it. It cannot call NVIDIA's libdevice. And that of Triton 3.6
-turns arrays of one element into numbers in a way that numpy 2.4 no longer knows.
+The interpreter computes with NumPy, which has no bfloat16: it keeps the bits in integers, multiplies them as integers
+in ``tl.dot`` and truncates float32 instead of rounding it. It cannot call NVIDIA's libdevice. That of Triton 3.6
+converts one-element arrays to numbers in a way that NumPy 2.4 no longer supports.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ import torch
 
 @cache
 def mend_interpreter() -> None:
-    """bfloat16 as on a GPU: products of its values exact in float32, results rounded to nearest even. Any numpy."""
+    """Patch the interpreter to compute bfloat16 as a GPU does, and to run with any NumPy.
+
+    Products of bfloat16 values are exact in float32; results are rounded to nearest even.
+    """
     import triton.language as tl
     from triton.runtime import interpreter
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
@@ -70,7 +73,7 @@ def _to_bfloat16(values: np.ndarray) -> np.ndarray:
 
 
 class Libdevice:
-    """NVIDIA's mathematical functions as torch's of the same names."""
+    """NVIDIA's libdevice functions, computed by torch's functions of the same names."""
 
     def __getattr__(self, name: str) -> Any:
         function = getattr(torch, name)

@@ -1,4 +1,4 @@
-"""What a worker can do. Jobs may change the process they run in, and nothing undoes it."""
+"""The jobs of a worker: functions that it runs on request. They may patch their process, and nothing undoes it."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
 
 
 def double(x: Any) -> Any:
-    """To see whether a worker is alive."""
+    """Return ``x + x``: a test that a worker answers."""
     return x + x
 
 
 def die() -> None:
-    """To see whether a dead worker is noticed."""
+    """Kill this process: a test that a dead worker is noticed."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def call_function(module: str, function: str, *args: Any) -> Any:
-    """Call a function of any module that can be imported."""
+    """Call a function of an importable module by name."""
     return getattr(importlib.import_module(module), function)(*args)
 
 
@@ -42,14 +42,17 @@ def assemble_ops(
     names: Sequence[str] | None = None,
     listing: str = "flexjag.ops.kernels",
 ) -> list[Usage]:
-    """What our own kernels take of a target, each code once; the phase says op, features and dtype.
+    """Compile our own Triton kernels and return their resource usage, once per distinct code.
 
     Args:
-        target: The GPU.
-        features: Values of D to make them for.
-        dtypes: Of the values.
-        names: Of the kernels wanted. Default: all.
-        listing: The module whose ``list_kernels`` lists them. Default: those of the ragged ops.
+        target: The GPU architecture.
+        features: Numbers of features D to compile for.
+        dtypes: Dtypes to compile for.
+        names: Names of the kernels to compile. Default: all.
+        listing: The module whose ``list_kernels`` lists the kernels. Default: that of the ragged ops.
+
+    Returns:
+        One record per code, whose `phase` names the op, D and the dtype (:func:`phase_of_case`).
     """
     from flexjag.codegen.assemble import assemble
     from flexjag.codegen.measure import read_usage
@@ -67,7 +70,7 @@ def assemble_ops(
 
 
 def phase_of_case(op: str, features: int, dtype: torch.dtype) -> str:
-    """What one of our own kernels was made for: the op and its example, D and the dtype."""
+    """Label of one of our own kernels: the op and its example, D and the dtype."""
     return f"{op}, D {features}, {str(dtype).removeprefix('torch.')}"
 
 
@@ -75,7 +78,11 @@ _settled: list[Target] = []
 
 
 def _settle(target: Target) -> None:
-    """Make this process one with a GPU, and always the same: PyTorch keeps what it was told of the first."""
+    """Make this process report the GPU `target`.
+
+    Raises:
+        ValueError: If it already reports another one: PyTorch caches the properties of the first.
+    """
     from flexjag.codegen.pretend import pretend
 
     if not _settled:
@@ -95,7 +102,7 @@ def make(
     precision: str,
     assemble: bool,
 ) -> tuple[dict[str, str], Any, list[Kernel]]:
-    """Capture, lower and, if `assemble`, assemble: the wrappers' sources, how they are wired, and the kernels."""
+    """Capture, lower and, if `assemble`, assemble a function: wrapper sources by phase, their wiring, the kernels."""
     from flexjag.codegen.capture import capture
     from flexjag.codegen.lower import lower
 
@@ -114,7 +121,7 @@ def make(
 
 
 def simulate(wrappers: Mapping[str, str], wiring: Any, tensors: Path) -> tuple[list[Any], dict[int, Any]]:
-    """Run wrappers in Triton's interpreter on the tensors and tangents in a file."""
+    """Run wrappers in Triton's interpreter on the inputs and output gradients saved in the file `tensors`."""
     from flexjag.codegen import simulate as run
 
     warnings.filterwarnings("ignore")

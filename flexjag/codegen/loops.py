@@ -1,7 +1,7 @@
-"""The main loops of a compiled attention kernel: what each of them loads, and what it costs.
+"""The main loops of a compiled attention kernel: their loads of global memory and their machine instructions.
 
-Said of the code that runs, not of the code that was written: loads come from Triton's last GPU dialect, after the
-compiler moved them out of loops and into pipelines, and instructions from the machine code.
+Both describe the code that runs, not the source: loads are read from Triton's final GPU dialect, after code motion out
+of loops and software pipelining, and instructions from the machine code.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from flexjag.codegen import sass as machine
 from flexjag.codegen.dataflow import DOTS, LOADS, Dataflow, address
 from flexjag.codegen.source import Source
-from flexjag.codegen.ttgir import Kernel, Op, parse
+from flexjag.codegen.ttgir import KernelIR, Op, parse
 from flexjag.errors import CodegenError, explain_values
 
 Body = tuple[machine.Instruction, ...]
@@ -23,23 +23,22 @@ Body = tuple[machine.Instruction, ...]
 
 @dataclass(frozen=True)
 class Load:
-    """A read of global memory in a main loop.
+    """A load of global memory in a main loop.
 
     Attributes:
-        source: The line of Triton that reads, stripped: ``tmp3 = tl.load(in_ptr9 + tmp2)``. Where a helper function
-            only returns what it reads, the line that calls it. Empty if the compiler did not keep the place or
-            `triton_source` is not where the kernel came from.
-        kind: What is read, by what the address depends on.
+        source: The Triton source line of the load, stripped: ``tmp3 = tl.load(in_ptr9 + tmp2)``. For a load that a
+            helper function only returns, the line of the call. Empty if the compiler kept no location or
+            `triton_source` is not the kernel's source.
+        kind: The access pattern, by the dependences of the address.
 
             - ``"operand"``: feeds a matrix product (K and V; in the loop over queries Q and dO), whatever the address.
-            - ``"tile list"``: one number per iteration, such as the BlockMask's next tile.
-            - ``"scalar"``: one number, the same in every iteration.
-            - ``"row"``: a tensor along the side that stays (queries in the loop over keys), the same in every
-              iteration.
-            - ``"column"``: a tensor along the side that the loop walks, another one in every iteration. In the loop
+            - ``"tile list"``: a scalar that changes with the iteration, such as the BlockMask's next tile.
+            - ``"scalar"``: a loop-invariant scalar.
+            - ``"row"``: a loop-invariant tensor along the stationary side (queries in the loop over keys).
+            - ``"column"``: a tensor along the side that the loop walks, which changes with the iteration. In the loop
               over keys this is a gather by key.
             - ``"element"``: a tensor along both sides that changes with the iteration: one number per score.
-        count: How often the loop's body has it.
+        count: Number of such loads in the loop's body.
     """
 
     source: str
@@ -49,21 +48,21 @@ class Load:
 
 @dataclass(frozen=True)
 class Loop:
-    """A loop with matrix products in it, and none of whose inner loops has any.
+    """A main loop: it contains matrix products, and its inner loops contain none.
 
     Attributes:
-        over: ``"kv"`` if it walks along the keys (forward, dQ), ``"q"`` if along the queries (dK and dV). By the name
-            of the function it is in where that is one of FlexAttention's; otherwise by its results: one that
-            accumulates (the output, dQ) is ``"kv"``, two (dK and dV) are ``"q"``; ``"unknown"`` with any other number.
-        masked: Whether it runs over PARTIAL tiles, with the mask applied (True), or over FULL ones (False). None if the
-            source does not say so, as FlexAttention's does.
-        loads: Its reads of global memory.
-        instructions: Machine instructions of its body. None if the loops of the machine code are not those of the
-            Triton code, one for one, with the same products in each (unrolled, peeled, or merged by the compiler): then
-            nobody can say which belong to this one.
-        mix: The same by kind (:data:`flexjag.codegen.sass.CLASSES`, ``"mma"`` and ``"other"``), most frequent first;
-            empty if `instructions` is None. ``"local load"`` and ``"local store"`` are spilled registers.
-        function: The Triton function it is in, ``"forward_inner"``; empty if unknown.
+        over: The axis of iteration: ``"kv"`` for keys (forward, dQ), ``"q"`` for queries (dK and dV). By the name of
+            the enclosing function where that is one of FlexAttention's; otherwise by the number of accumulators: one
+            (the output, dQ) is ``"kv"``, two (dK and dV) are ``"q"``; ``"unknown"`` with any other number.
+        masked: True if the loop runs over PARTIAL tiles, with the mask applied; False if over FULL ones; None if the
+            source passes no ``IS_FULL_BLOCKS``, as FlexAttention's does.
+        loads: The loop's loads of global memory.
+        instructions: Machine instructions in the body. None if the machine code's loops do not match those of the
+            Triton code one to one, with equal matrix products (the compiler unrolled, peeled or merged some): then
+            instructions cannot be attributed to loops.
+        mix: Machine instructions by class (:data:`flexjag.codegen.sass.CLASSES`, ``"mma"`` and ``"other"``), most
+            frequent first; empty if `instructions` is None. ``"local load"`` and ``"local store"`` are register spills.
+        function: Name of the enclosing Triton function, such as ``"forward_inner"``; empty if unknown.
     """
 
     over: str
@@ -75,29 +74,30 @@ class Loop:
 
     @property
     def kv_indexed(self) -> int:
-        """Loads in the body that are indexed by the KV position, besides operands.
+        """Number of loads in the body, operands excluded, that are indexed by the KV position.
 
-        In a loop over keys those that change with the iteration. In a loop over queries the keys are the side that
-        stays. Where `over` is unknown all that are indexed by any position, so that 0 is always a proof.
+        In a loop over keys these are ``"column"`` and ``"element"`` loads; in a loop over queries, where keys are the
+        stationary side, ``"row"`` and ``"element"``. If `over` is ``"unknown"``, loads indexed by any position count,
+        so that 0 always proves that there are none.
         """
         kinds = {"kv": ("column", "element"), "q": ("row", "element")}.get(self.over, ("row", "column", "element"))
         return sum(load.count for load in self.loads if load.kind in kinds)
 
 
 def read_loops(ttgir: str, sass: str, triton_source: str) -> tuple[Loop, ...]:
-    """The main loops of one kernel, in the order of its Triton code.
+    """Find the main loops of one kernel, in the order of its Triton code.
 
     Args:
-        ttgir: Its last GPU dialect, with locations (``asm["ttgir"]``).
+        ttgir: The kernel in Triton's final GPU dialect, with locations (``asm["ttgir"]``).
         sass: Its machine code (:func:`flexjag.codegen.disassemble.disassemble`); empty if there is none.
         triton_source: The source it was compiled from: the whole file, or from the kernel's definition on.
 
     Returns:
-        A loop for each ``scf.for`` with matrix products and no inner loop that has any; none if there are none.
+        One record for each loop that contains matrix products and has no inner loop with any; may be empty.
 
     Raises:
-        CodegenError: If the dialect's text is not of a form known here, or hides loads from this analysis: warps with
-            roles of their own (the loads are in another warp's loop), or a call in a loop that was not inlined.
+        CodegenError: If `ttgir` has a construct that the parser does not know, or loads may lie outside the loop that
+            uses them: warp specialization (they are in another warp's loop), or a call in a loop that was not inlined.
 
     >>> read_loops('''module {
     ...   tt.func public @nothing() {
@@ -116,7 +116,7 @@ def read_loops(ttgir: str, sass: str, triton_source: str) -> tuple[Loop, ...]:
 
 
 def _describe(op: Op, body: Body | None, flow: Dataflow, source: Source) -> Loop:
-    """All that is said of one loop."""
+    """The record of one loop."""
     varying = flow.varying(op)
     seen: Counter[tuple[str, str]] = Counter()
     for load in op.walk():
@@ -126,7 +126,7 @@ def _describe(op: Op, body: Body | None, flow: Dataflow, source: Source) -> Loop
         axes = frozenset(a for value in address(load) for a in flow.axes.get(value, ()))
         if load in flow.operands:
             kind = "operand"
-        elif "tma" in load.name or "descriptor" in load.name:  # one address stands for a whole block
+        elif "tma" in load.name or "descriptor" in load.name:  # one address for a whole block
             kind = "element" if changes else "row"
         elif not axes:
             kind = "tile list" if changes else "scalar"
@@ -151,15 +151,15 @@ def _describe(op: Op, body: Body | None, flow: Dataflow, source: Source) -> Loop
 
 
 def _is_main(op: Op) -> bool:
-    """Whether it is a loop with products of its own."""
+    """Whether `op` is a loop that contains matrix products and whose inner loops contain none."""
     if op.name not in ("scf.for", "scf.while"):
         return False
     inner = [x for x in op.walk() if x.name in ("scf.for", "scf.while")]
     return any(x.name in DOTS for x in op.walk()) and not any(y.name in DOTS for x in inner for y in x.walk())
 
 
-def _check_visible(kernel: Kernel, loops: list[Op]) -> None:
-    """Raise if there may be loads in the loops that are not seen in them."""
+def _check_visible(kernel: KernelIR, loops: list[Op]) -> None:
+    """Raise CodegenError if loads that belong to the loops may lie outside them."""
     hidden = [op.name for op in kernel.ops() if op.name.startswith(("ttg.warp_specialize", "ttg.warp_return"))]
     hidden += [op.name for loop in loops for op in (loop, *loop.walk()) if op.name in ("tt.call", "scf.while", "cf.br")]
     if hidden:
@@ -168,8 +168,8 @@ def _check_visible(kernel: Kernel, loops: list[Op]) -> None:
         )
 
 
-def _match(kernel: Kernel, loops: list[Op], code: Sequence[machine.Instruction]) -> list[Body | None]:
-    """The machine code of each loop; None for all unless each has its own, with exactly its products."""
+def _match(kernel: KernelIR, loops: list[Op], code: Sequence[machine.Instruction]) -> list[Body | None]:
+    """The machine code of each loop's body; None for all unless each matches one with exactly its matrix products."""
     nobody: list[Body | None] = [None for _ in loops]
     if not loops or not code:
         return nobody
@@ -179,8 +179,8 @@ def _match(kernel: Kernel, loops: list[Op], code: Sequence[machine.Instruction])
         return nobody
     found: list[Body | None] = []
     for loop in loops:
-        # The two sides of a branch may be laid out in either order, so equal products are taken in order and unequal
-        # ones by their number. Multiply-adds that are not products blur that number: there only the order counts.
+        # The two sides of a branch may be laid out in either order: loops with different products are matched by them,
+        # loops with equal ones in order. Without tensor cores other multiply-adds count too, so only order is used.
         fits = [body for body in (left[:1] if is_fma else left) if _does(body, loop, kernel)]
         if not fits:
             return nobody
@@ -190,7 +190,7 @@ def _match(kernel: Kernel, loops: list[Op], code: Sequence[machine.Instruction])
 
 
 def _products(loop: Op) -> list[tuple[int, int, int, str]]:
-    """Sizes M, N, K of the matrix products of a loop, and their operands' type."""
+    """``(M, N, K, element type of the operands)`` of each matrix product of a loop."""
     found = []
     for op in loop.walk():
         if op.name in DOTS:
@@ -199,19 +199,19 @@ def _products(loop: Op) -> list[tuple[int, int, int, str]]:
     return found
 
 
-def _fma(kernel: Kernel, loop: Op) -> int:
-    """How many multiply-adds each thread has to do for a loop's products."""
+def _fma(kernel: KernelIR, loop: Op) -> int:
+    """Multiply-adds per thread in one iteration's matrix products."""
     return sum(m * n * k for m, n, k, _ in _products(loop)) // max(1, 32 * kernel.num_warps)
 
 
-def _does(body: Body, loop: Op, kernel: Kernel) -> bool:
-    """Whether one iteration of the machine code does the products of one iteration of `loop`.
+def _does(body: Body, loop: Op, kernel: KernelIR) -> bool:
+    """Whether one iteration of the machine code computes the matrix products of one iteration of `loop`.
 
-    - A warp's instruction, ``HMMA.16816``, names M (16 or 8), N (8) and K; one of four warps, ``HGMMA.64x128x16``, too.
-      The sum over a block's warps must be the products' M·N·K.
-    - A block's, ``UTCHMMA``, has them in a register. The largest takes 128 rows, 256 columns and 32 bytes of K, and
-      Triton uses the largest that fits.
-    - Without tensor cores there is a multiply-add per thread for each, and fewer than another iteration's on top.
+    - Warp-wide instructions, ``HMMA.16816``, name M (16 or 8), N (8) and K; those of four warps, ``HGMMA.64x128x16``,
+      too. Summed over a block's warps they must equal the products' M·N·K.
+    - Block-wide instructions, ``UTCHMMA``, hold the sizes in a register. The largest takes 128 rows, 256 columns and
+      32 bytes of K, and Triton uses the largest that fits.
+    - Without tensor cores each thread issues its share of multiply-adds, and fewer than as many again for other work.
     """
     products = _products(loop)
     seen = [x.opcode for x in body if x.kind == "mma"]
@@ -230,7 +230,7 @@ def _does(body: Body, loop: Op, kernel: Kernel) -> bool:
 
 
 def _multiplies(opcode: str) -> float:
-    """Multiply-adds of one instruction, per warp; 0 if its name does not say."""
+    """Multiply-adds per warp of one tensor-core instruction; 0 if its name has no sizes."""
     if group := re.match(r"[A-Z]GMMA\.(?:SP\.)?(\d+)x(\d+)x(\d+)\b", opcode):
         return math.prod(int(size) for size in group.groups()) / 4
     if warp := re.match(r"[A-Z]MMA\.(16|8)8(\d+)\b", opcode):

@@ -1,4 +1,4 @@
-"""What an assembled kernel costs, read from its code. For the worker only: it starts the disassembler."""
+"""Static resource usage of an assembled kernel, read from its code. For the worker only: it starts the disassembler."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flexjag.codegen.targets import Target
 
 
 def measure(made: Assembled, target: Target, phase: str) -> Kernel:
-    """Read registers, spills, loops and instructions of one kernel."""
+    """Measure one assembled kernel: registers, spills, occupancy, loops and instructions."""
     is_amd = target.vendor == "amd"
     sass = "" if is_amd else disassemble(made.asm["cubin"])
     ttgir, ptx = made.asm["ttgir"], made.asm.get("ptx", "")
@@ -47,7 +47,7 @@ def measure(made: Assembled, target: Target, phase: str) -> Kernel:
 
 @dataclass(frozen=True)
 class Usage:
-    """What one kernel takes of a processor; the attributes mean what those of `Kernel` mean."""
+    """Resources of one multiprocessor that a kernel uses; attributes as in :class:`flexjag.codegen.report.Kernel`."""
 
     name: str
     phase: str
@@ -61,7 +61,7 @@ class Usage:
 
 
 def read_usage(made: Assembled, target: Target, phase: str) -> Usage:
-    """The part of :func:`measure` that needs no disassembler, which takes twice the time of the compiler."""
+    """The subset of :func:`measure` that needs no disassembly, which takes twice as long as compiling."""
     is_amd = target.vendor == "amd"
     registers, stack, spilled = _amd_usage(made.asm["amdgcn"]) if is_amd else _nvidia_usage(made)
     return Usage(
@@ -78,7 +78,7 @@ def read_usage(made: Assembled, target: Target, phase: str) -> Usage:
 
 
 def _nvidia_usage(made: Assembled) -> tuple[int, int, int]:
-    """Registers, stack and spilled bytes as ptxas told them."""
+    """Registers, stack bytes and spilled bytes per thread, as reported by ptxas."""
     used = re.search(r"Used (\d+) registers", made.log)
     frame = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores", made.log)
     if used is None or frame is None:
@@ -87,7 +87,7 @@ def _nvidia_usage(made: Assembled) -> tuple[int, int, int]:
 
 
 def _amd_usage(text: str) -> tuple[int, int, int]:
-    """Vector registers, scratch and spilled bytes from the metadata of an AMD assembly."""
+    """Vector registers, scratch bytes and spilled bytes per lane, from the metadata of an AMD assembly."""
 
     def read(name: str) -> int:
         found = re.search(rf"\.{name}:\s*(\d+)", text)
@@ -101,17 +101,17 @@ def _amd_tensor_cores(text: str) -> tuple[str, ...]:
 
 
 def count_sass(sass: str) -> int:
-    r"""Machine instructions, the padding behind the last one not counted.
+    r"""Number of machine instructions in a disassembly, trailing padding excluded.
 
     >>> count_sass("  /*0000*/ MOV R1, R2 ;\n  /*0010*/ EXIT ;\n  /*0020*/ NOP ;")
     2
     """
     names = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass, re.MULTILINE)
-    while names and names[-1] in ("NOP", "BRA"):  # after the end: a loop to itself, then nothing
+    while names and names[-1] in ("NOP", "BRA"):  # padding: a branch to itself, then NOPs
         names.pop()
     return len(names)
 
 
 def count_amdgcn(text: str) -> int:
-    """Machine instructions of an AMD assembly."""
+    """Number of machine instructions in an AMD assembly."""
     return len(re.findall(r"^\t(?:s|v|ds|global|buffer|flat|scratch)_\w+", text, re.MULTILINE))

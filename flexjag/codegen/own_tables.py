@@ -1,6 +1,6 @@
-"""The sections of ``docs/kernels.md`` on our own Triton kernels: what each takes of four GPUs.
+"""The sections of ``docs/kernels.md`` on our own Triton kernels: registers, spills and shared memory on four GPUs.
 
-Run ``python -m flexjag.codegen docs/kernels.md --own ops``. It takes some minutes and leaves the rest of the page.
+Run ``python -m flexjag.codegen docs/kernels.md --own ops``. It takes some minutes and keeps the rest of the page.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ PATIENCE_S = 3600.0
 
 @dataclass(frozen=True)
 class Listing:
-    """What one section is about.
+    """One section of the page.
 
     Attributes:
-        heading: Of the section.
-        module: Its ``list_kernels`` lists the kernels.
-        dtypes: For which the section has them.
+        heading: The section's heading.
+        module: The module whose ``list_kernels`` lists the section's kernels.
+        dtypes: Dtypes that the kernels are compiled for.
     """
 
     heading: str
@@ -44,18 +44,18 @@ LISTINGS = {
     "ops": Listing("ragged operations", "flexjag.ops.kernels", (torch.float32, torch.bfloat16)),
     "normalizers": Listing("backend `triton`", "flexjag.backends.triton_kernels", (torch.bfloat16,)),
 }
-"""By what the command line and the page's markers call them."""
+"""Sections by their name on the command line and in the page's markers."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One kernel as it is launched: a line of the table.
+    """One line of the table: a kernel with the constants of one launch.
 
     Attributes:
-        phase: The op that launches it, what is special about it, D and the dtype.
-        name: Of the kernel.
-        settings: Sizes of its blocks, and what is switched on.
-        warps: Of a program.
+        phase: The op that launches it and its example, D and the dtype (:func:`flexjag.codegen.jobs.phase_of_case`).
+        name: Kernel name.
+        settings: Block sizes and enabled switches, such as ``M 64, N 32, CAREFUL``.
+        warps: Warps per program.
     """
 
     phase: str
@@ -65,7 +65,7 @@ class Row:
 
 
 def rows(listing: Listing) -> Iterator[Row]:
-    """The lines of one listing's table: every code once, in the order that the worker makes them."""
+    """The lines of one section's table: each distinct code once, in the order in which the worker compiles them."""
     seen = set()
     for d in DIMS:
         for dtype in listing.dtypes:
@@ -77,7 +77,7 @@ def rows(listing: Listing) -> Iterator[Row]:
 
 
 def _settings(constants: Mapping[Any, Any]) -> str:
-    """``M 64, N 32, CAREFUL``.
+    """Block sizes and enabled switches among a kernel's constants, as text.
 
     >>> _settings({"GROUP": 4, "BLOCK_M": 64, "BLOCK_N": 32, "CAREFUL": True, "SELF": False, (3, 1): 1})
     'M 64, N 32, CAREFUL'
@@ -88,14 +88,14 @@ def _settings(constants: Mapping[Any, Any]) -> str:
 
 
 def cell(usage: Usage, target: Target) -> str:
-    """Registers, spilled bytes and shared memory of one kernel on one GPU."""
+    """Table cell of one kernel on one GPU: registers, spilled bytes and KiB of shared memory."""
     spilled = f"**{usage.spilled_bytes}**" if usage.spilled_bytes else "0"
     too_much = " **too much**" if usage.shared_bytes > target.shared_per_block else ""
     return f"{usage.registers} / {spilled} / {usage.shared_bytes / 1024:.1f}{too_much}"
 
 
 def build_section(name: str, progress: Callable[[str], None], workers: int = 2) -> str:
-    """Assemble every kernel of a listing for every target and return its section, markers included."""
+    """Assemble every kernel of a section for every target and return the section's text, markers included."""
     columns = []
     with ThreadPoolExecutor(workers) as pool:
         found = pool.map(partial(_assemble, LISTINGS[name]), TARGETS.values())
@@ -111,7 +111,7 @@ def _assemble(listing: Listing, target: Target) -> list[Usage]:
 
 
 def render_section(name: str, table: list[Row], columns: list[list[str]]) -> str:
-    """A section from its lines, and the cells of each target's column."""
+    """The text of a section, from its table's lines and the cells of each target's column."""
     begin, end = markers(name)
     introduction = _INTRODUCTION.format(name=name, heading=LISTINGS[name].heading, **cache.versions())
     lines = [begin, introduction, "| op, D, dtype | kernel | blocks | warps | " + " | ".join(TARGETS) + " |"]
@@ -123,12 +123,12 @@ def render_section(name: str, table: list[Row], columns: list[list[str]]) -> str
 
 
 def markers(name: str) -> tuple[str, str]:
-    """What stands before a section in the page, and behind it."""
+    """The comments that delimit a section in the page: before it and behind it."""
     return f"<!-- our own kernels, {name}: begin -->", f"<!-- our own kernels, {name}: end -->"
 
 
 def read_section(page: str, name: str) -> list[tuple[Row, list[str]]]:
-    """The lines of a section's table, each with one cell per target.
+    """Parse a section's table into its lines, each with one cell per target.
 
     Raises:
         CodegenError: If the page has no such section.
@@ -146,7 +146,7 @@ def read_section(page: str, name: str) -> list[tuple[Row, list[str]]]:
 
 
 def put_section(page: str, name: str, section: str) -> str:
-    """The page with this section in place of its own, or at its end if it has none."""
+    """The page with its section of this name replaced, or with the section appended if it has none."""
     begin, end = markers(name)
     before, found, rest = page.partition(begin)
     if not found:

@@ -1,7 +1,7 @@
-"""A process that believes it has a GPU. For the worker only: nothing here is undone.
+"""Patches that make PyTorch, Inductor and Triton report an absent GPU. For the worker only: nothing here is undone.
 
-Inductor asks PyTorch what the device is like and takes the answers into the kernels it writes. Here they come from a
-table of targets instead of a driver. That nothing can run on the device does not matter: nothing is run.
+Inductor queries the device's properties and specializes the kernels it writes for them. Here the answers come from the
+table of targets instead of a driver. No kernel is launched on the device, so none is needed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from flexjag.codegen.targets import Target
 
 
 def pretend(target: Target) -> None:
-    """From now on every question about the current device is answered as `target` would."""
+    """Patch this process so that all queries about the current device are answered as on `target`."""
     properties = target.properties()
     _pretend_cuda(target.capability, properties)
     _pretend_interface(target, properties)
@@ -30,12 +30,12 @@ def _answer(value: Any) -> Any:
 
 
 def _replace(module: str, name: str, value: Any) -> None:
-    """Let a module's function always give one answer."""
+    """Replace a module's function by one that returns `value` for any arguments."""
     setattr(importlib.import_module(module), name, _answer(value))
 
 
 def _pretend_cuda(capability: tuple[int, int], properties: Any) -> None:
-    """``torch.cuda``'s functions."""
+    """Patch the functions of ``torch.cuda``."""
     answers = {
         "is_available": True,
         "device_count": 1,
@@ -58,11 +58,11 @@ def _pretend_cuda(capability: tuple[int, int], properties: Any) -> None:
         mock.patch.object(torch.cuda, name, _answer(value)).start()
     mock.patch("torch.cuda.random._lazy_init", _answer(None)).start()
     mock.patch.object(torch.version, "cuda", "13.0").start()
-    mock.patch.object(torch.accelerator, "is_available", _answer(False)).start()  # Dynamo would ask for its stream
+    mock.patch.object(torch.accelerator, "is_available", _answer(False)).start()  # else Dynamo queries its stream
 
 
 def _pretend_interface(target: Target, properties: Any) -> None:
-    """Dynamo's and Inductor's own interface to a device, and the places that look past it."""
+    """Patch the device interface of Dynamo and Inductor, and the places that bypass it."""
     interface = importlib.import_module("torch._dynamo.device_interface")
     cuda = interface.CudaInterface
     answers = {
@@ -83,21 +83,21 @@ def _pretend_interface(target: Target, properties: Any) -> None:
     for device in ("cuda", "cuda:0"):
         interface.register_interface_for_device(device, cuda)
     _replace("torch._inductor.scheduler", "has_triton", True)
-    for name in ("joint_graph", "post_grad"):  # they warm the device up
+    for name in ("joint_graph", "post_grad"):  # which run on the device
         _replace(f"torch._inductor.fx_passes.{name}", "lazy_init", None)
     fake_tensor.init_gpu_context = _answer(None)
     fake_tensor.FakeTensor.copy_ = _copy_  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _copy_(self: Tensor, src: Tensor, non_blocking: bool = False) -> Tensor:
-    """What copying does to a tensor without data. PyTorch's own wants a guard for a device it may not be built for."""
+    """``copy_`` of fake tensors: a shape check. PyTorch's own needs a guard for a device that its build may lack."""
     if torch.broadcast_shapes(self.shape, src.shape) != self.shape:
         raise RuntimeError(f"cannot broadcast {list(src.shape)} to {list(self.shape)}")
     return self
 
 
 def _pretend_triton(target: Target) -> None:
-    """Triton's active driver."""
+    """Install an active Triton driver that reports `target`."""
     import triton
     from triton.backends.compiler import GPUTarget
 

@@ -1,4 +1,4 @@
-"""What a target's kernels are made of, for people and for programs."""
+"""Reports on the kernels compiled for a target: a table, JSON, and files of their code."""
 
 from __future__ import annotations
 
@@ -12,37 +12,37 @@ from flexjag.codegen.loops import Loop
 from flexjag.codegen.targets import Target
 
 CODE = {"triton": "py", "ttgir": "ttgir", "ptx": "ptx", "sass": "sass", "amdgcn": "amdgcn"}
-"""The kinds of code a kernel may have, and the ends of their file names."""
+"""File-name suffix by kind of code that a kernel may have."""
 
 
 @dataclass(frozen=True, eq=False)
 class Kernel:
-    """One kernel of a report.
+    """A compiled GPU kernel: its code and its static resource usage.
 
     Attributes:
-        name: Its name.
+        name: Kernel name.
         phase: ``"forward"``, ``"delta"`` (the row sums ``Σ out ⊙ grad_out`` that the backward starts from),
-            ``"backward"`` (dQ, dK and dV in one kernel) or ``"glue"``, what Inductor put around these.
-        triton: Triton source.
+            ``"backward"`` (dQ, dK and dV in one kernel) or ``"glue"`` (Inductor's other kernels around these).
+        triton: Triton source code.
         ttgir: Triton's GPU dialect, after its passes.
-        ptx: NVIDIA's virtual instructions; empty on AMD.
-        sass: Machine instructions; empty on AMD.
-        amdgcn: AMD's machine instructions; empty on NVIDIA.
-        binary: What a driver would load.
-        registers: Per thread.
+        ptx: PTX, NVIDIA's virtual instruction set; empty on AMD.
+        sass: SASS, NVIDIA's machine code, as text; empty on AMD.
+        amdgcn: AMD's machine code as text; empty on NVIDIA.
+        binary: The cubin or hsaco that a driver loads.
+        registers: Registers per thread.
         spilled_bytes: Bytes per thread that the code stores to local memory because registers ran out.
-        stack_bytes: Stack frame per thread, spills included.
-        shared_bytes: Shared memory per block.
-        num_warps: Warps per block.
+        stack_bytes: Stack frame per thread in bytes, spills included.
+        shared_bytes: Shared memory per thread block in bytes.
+        num_warps: Warps per thread block.
         num_stages: Stages of the software pipeline.
-        blocks: Block sizes by name.
+        blocks: Tile sizes by name (``BLOCK_M``, ...).
         constants: Other compile-time integers and switches.
-        resident_blocks: Blocks that fit on one processor.
-        occupancy: Theoretical occupancy: resident warps over the most that fit, 0 to 1.
-        tensor_cores: Which tensor-core instructions are used: ``mma``, ``wgmma``, ``tcgen05``.
-        instructions: Machine instructions in all.
+        resident_blocks: Thread blocks that fit on one multiprocessor.
+        occupancy: Theoretical occupancy: resident warps over the maximum, 0 to 1.
+        tensor_cores: Families of tensor-core instructions used: ``mma``, ``wgmma``, ``tcgen05``, ``mfma``.
+        instructions: Total number of machine instructions.
         loops: The main loops: those with matrix products in them.
-        num_configs: How many configurations the launcher would time and choose from; this is the first.
+        num_configs: Number of configurations that the launcher would autotune over; this is the first.
     """
 
     name: str
@@ -70,29 +70,29 @@ class Kernel:
 
     @property
     def code(self) -> dict[str, str]:
-        """The kinds of code there are, by name."""
+        """The kernel's code by kind (keys of :data:`CODE`), without empty kinds."""
         return {kind: text for kind in CODE if (text := getattr(self, kind))}
 
     @property
     def kv_indexed(self) -> int:
-        """Loads in the main loops that are indexed by the key's position, besides K and V themselves."""
+        """Number of loads in the main loops that are indexed by the key's position, K and V themselves excluded."""
         return sum(loop.kv_indexed for loop in self.loops)
 
     @property
     def loop_instructions(self) -> int | None:
-        """Machine instructions of all main loops' bodies; None if they could not be told apart."""
+        """Machine instructions in all main loops' bodies; None if they could not be attributed to loops."""
         counts = [loop.instructions for loop in self.loops if loop.instructions is not None]
         return sum(counts) if len(counts) == len(self.loops) else None
 
     def facts(self) -> dict[str, Any]:
-        """Everything but the code, ready for JSON."""
+        """All attributes except the code, JSON-serializable."""
         kept = {k: v for k, v in vars(self).items() if k not in CODE and k not in ("binary", "loops")}
         loops = [{**asdict(loop), "kv_indexed": loop.kv_indexed} for loop in self.loops]
         return {**kept, "blocks": dict(self.blocks), "constants": dict(self.constants), "loops": loops}
 
 
 def phase_of(wrapper: str, name: str) -> str:
-    """What a kernel is for, by the wrapper it is in and its name, which lists what was fused into it."""
+    """Phase of a kernel (:attr:`Kernel.phase`), from its wrapper and its name, which lists the fused operations."""
     if "_tem_" in name and "flex_attention" in name:
         return wrapper
     is_reduction = "_per_" in name or "_red_" in name
@@ -100,7 +100,7 @@ def phase_of(wrapper: str, name: str) -> str:
 
 
 def headline(kernel: Kernel) -> dict[str, str]:
-    """One row of the table that `print` shows."""
+    """A kernel's row of the table that `print` shows: cells by column title."""
     loops = kernel.loops
     return {
         "kernel": kernel.phase,
@@ -119,7 +119,7 @@ def headline(kernel: Kernel) -> dict[str, str]:
 
 
 def blocks_text(blocks: Mapping[str, int]) -> str:
-    """``128x64``, or ``64x128, 128x64`` for a backward's two loops.
+    """Tile sizes as text: ``128x64``, or ``64x128, 128x64`` for a backward's two loops.
 
     >>> blocks_text({"BLOCK_M": 128, "BLOCK_N": 64})
     '128x64'
@@ -131,13 +131,13 @@ def blocks_text(blocks: Mapping[str, int]) -> str:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Listing:
-    """The kernels made for one target, and what they were made of.
+    """The kernels compiled for one target.
 
     Attributes:
-        target: The GPU.
-        kernels: In the order they run, forward first.
-        about: What was compiled: tokens, heads, dtype, mask, score, kernel options.
-        versions: Of torch, triton and flexjag.
+        target: The GPU architecture.
+        kernels: The kernels in the order they run, forward first.
+        about: Parameters of the compilation: tokens, heads, dtype, mask, score, kernel options.
+        versions: Versions of torch, triton and flexjag by name.
         wrappers: The host code that launches the kernels, by phase.
     """
 
@@ -151,7 +151,7 @@ class Listing:
         """The first kernel of a phase: ``report["forward"]``.
 
         Raises:
-            KeyError: If there is none.
+            KeyError: If no kernel has that phase.
         """
         for kernel in self.kernels:
             if kernel.phase == phase:
@@ -164,7 +164,7 @@ class Listing:
         return tuple(k for k in self.kernels if k.phase != "glue")
 
     def to_json(self, indent: int | None = 2) -> str:
-        """Everything but the code, as JSON."""
+        """The report without the code, as JSON text."""
         found = {
             "target": {"name": self.target.name, "device": self.target.device},
             "about": dict(self.about),
@@ -205,7 +205,7 @@ class Listing:
 
 
 def as_text(listing: Listing) -> str:
-    """The table that `print` shows."""
+    """The text that `print` shows: a table of the kernels, then their main loops."""
     about = ", ".join(f"{k}={v}" for k, v in listing.about.items() if v is not None)
     rows = [headline(k) for k in listing.shown]
     titles = list(rows[0]) if rows else []

@@ -1,4 +1,4 @@
-"""A wrapper run on the CPU, its Triton kernels in Triton's interpreter. For workers with TRITON_INTERPRET=1."""
+"""Run Inductor's wrappers on the CPU, their kernels in Triton's interpreter. For workers with TRITON_INTERPRET=1."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from flexjag.codegen.assemble import read_kernels
 from flexjag.codegen.interpreter import Libdevice, mend_interpreter
 
-_ON_CPU = (  # what a wrapper says about its device, and what is true here
+_ON_CPU = (  # device-specific code of a wrapper, and its replacement on a CPU
     ("empty_strided_cuda(", "empty_strided_cpu("),
     ("torch.cuda.set_device(0)", "pass"),
     ("with torch.cuda._DeviceGuard(0):", "if True:"),
@@ -32,13 +32,13 @@ def simulate(
     """Run the forward wrapper and, if there is one, the backward wrapper.
 
     Args:
-        wrappers: Their sources, by phase.
-        wiring: How values flow between them.
+        wrappers: Wrapper sources by phase.
+        wiring: The inputs and outputs of the two wrappers (:class:`flexjag.codegen.capture.Wiring`).
         tensors: The payload's tensors, on the CPU.
-        tangents: The gradient of each output, None for one that has none.
+        tangents: The gradient of each output; None for an output without one.
 
     Returns:
-        The outputs, and the gradients by the number of the tensor they belong to.
+        The outputs, and gradients by the index of their tensor in `tensors`.
     """
     mend_interpreter()
     inputs = [tensors[i] if kind == "tensor" else i for kind, i in wiring.inputs]
@@ -55,7 +55,11 @@ def simulate(
 
 
 def _tangents(outputs: Sequence[Any], needed: Sequence[bool], given: Sequence[Tensor | None]) -> list[Tensor]:
-    """The gradients of the outputs that have one, contiguous as AOTAutograd takes them."""
+    """The gradients of the differentiable outputs, contiguous as AOTAutograd expects them.
+
+    Raises:
+        ValueError: If their number, a shape or a dtype differs from the outputs'.
+    """
     if len(given) != len(outputs):
         raise ValueError(f"grad_out must have one gradient for each of the {len(outputs)} outputs, got {len(given)}")
     made = []
@@ -73,7 +77,7 @@ def _call(source: str, inputs: Sequence[Any]) -> list[Any]:
         mock.patch("torch._inductor.runtime.triton_helpers.set_driver_to_gpu", return_value=None),
         mock.patch("torch._inductor.runtime.triton_helpers.libdevice", Libdevice()),
     ):
-        kernels = {name: _Kernel(tuned) for name, _, tuned in read_kernels(source)}
+        kernels = {name: _InterpretedKernel(tuned) for name, _, tuned in read_kernels(source)}
     for there, here in _ON_CPU:
         source = source.replace(there, here)
     source = _DEFINITION.sub(r"_kernels['\1']", source)
@@ -85,7 +89,7 @@ def _call(source: str, inputs: Sequence[Any]) -> list[Any]:
 
 
 def _untuned(size_hints: Any, configs: Any, triton_meta: Any, heuristic_type: Any, **rest: Any) -> Any:
-    """Inductor's launcher without its compiler: what a launch needs to know."""
+    """Stand-in for Inductor's ``cached_autotune`` that keeps a kernel's launch parameters and compiles nothing."""
 
     def decorate(fn: Any) -> SimpleNamespace:
         meta = rest.get("inductor_meta") or {}
@@ -94,14 +98,14 @@ def _untuned(size_hints: Any, configs: Any, triton_meta: Any, heuristic_type: An
     return decorate
 
 
-class _Kernel:
-    """One kernel, launched as Inductor's launcher would."""
+class _InterpretedKernel:
+    """One kernel in Triton's interpreter, with the interface of Inductor's launcher."""
 
     def __init__(self, tuned: Any) -> None:
         self.fn, self.meta, self.inductor_meta = tuned.fn, tuned.triton_meta, tuned.inductor_meta
         annotated = self.fn.fn.__annotations__.items()
         self.constexprs = {name for name, kind in annotated if "constexpr" in str(kind)}
-        # Any configuration is right. The interpreter's time goes with the number of programs: take the largest blocks.
+        # All configurations are correct. The largest blocks run fastest: interpretation is slow per program.
         self.config = max(tuned.configs, key=lambda c: [v for v in c.kwargs.values() if isinstance(v, int)])
 
     def run(self, *args: Any, stream: Any = None) -> None:

@@ -1,4 +1,4 @@
-"""From a compiled kernel's operations back to the lines of Triton they were written in."""
+"""Source locations of a compiled kernel's operations in its Triton source."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ import re
 import textwrap
 from functools import cached_property
 
-from flexjag.codegen.ttgir import Kernel, Op
+from flexjag.codegen.ttgir import KernelIR, Op
 
 
 class Source:
-    r"""The Triton source of a kernel.
+    r"""The Triton source of a kernel, queried by operation.
 
-    The compiler tells lines of the file it read. `text` may be that file, or a part of it from the kernel's definition
-    on: where the kernel is defined in both says how far they are apart. A text without the kernel answers nothing.
+    The compiler records lines of the file it read. `text` may be that file, or a part of it from the kernel's
+    definition on: the line of the definition in both gives the offset. If `text` does not define the kernel, queries
+    return "unknown".
 
     Args:
-        kernel: The compiled kernel.
-        text: Its source.
+        kernel: The parsed kernel.
+        text: Its Triton source code.
 
     >>> from flexjag.codegen.ttgir import parse
     >>> kernel = parse('''module {
@@ -33,14 +34,14 @@ class Source:
     ['v = tl.load(x)', '', '']
     """
 
-    def __init__(self, kernel: Kernel, text: str) -> None:
+    def __init__(self, kernel: KernelIR, text: str) -> None:
         self.kernel = kernel
         self.text = textwrap.dedent(text)
         self.lines = self.text.splitlines()
 
     @cached_property
     def tree(self) -> ast.Module:
-        """The source as a syntax tree, empty if it is not Python by itself."""
+        """Syntax tree of the source; empty if the text alone is not valid Python."""
         try:
             return ast.parse(self.text)
         except SyntaxError:
@@ -48,18 +49,18 @@ class Source:
 
     @cached_property
     def shift(self) -> int | None:
-        """What to add to a line of the compiler's to get one of the text; None if the kernel is not in the text."""
+        """Offset from the compiler's line numbers to those of the text; None if the text does not define the kernel."""
         origin = self.kernel.origin
         for node in ast.walk(self.tree):
             if origin and isinstance(node, ast.FunctionDef) and node.name == self.kernel.name:
                 first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
-                if origin[1] in (first, node.lineno):  # the same file; releases differ in which of the two they tell
+                if origin[1] in (first, node.lineno):  # the same file; releases differ in which they record
                     return 0
                 return node.lineno - origin[1]
         return None
 
     def numbers(self, op: Op) -> list[int]:
-        """The lines of the text, from 1, that `op` was written in: the innermost function's first."""
+        """Line numbers, from 1, of the call stack at `op`, innermost function first; empty if unknown."""
         if self.shift is None or self.kernel.origin is None:
             return []
         file = self.kernel.origin[0]
@@ -67,7 +68,7 @@ class Source:
         return found if all(1 <= n <= len(self.lines) for n in found) else []
 
     def line(self, load: Op) -> str:
-        """The line that reads, or that calls the function that returns what it reads; empty if unknown."""
+        """Source line of a load, or of the call to a helper that only returns it; empty if unknown."""
         frames, origin = self.kernel.frames(load), self.kernel.origin
         seen = [self._statement(n) for n in self.numbers(load)]
         if not seen or origin is None or (frames[0][0] == origin[0] and not re.search(r"load|gather", seen[0])):
@@ -75,7 +76,7 @@ class Source:
         return next((text for text in seen if not text.startswith("return ")), seen[0])
 
     def _statement(self, number: int) -> str:
-        """The line, or all of a statement that is spread over several: the compiler tells any of them."""
+        """The line, or the whole statement if it spans several lines: the compiler may record any of them."""
         for node in ast.walk(self.tree):
             if not isinstance(node, ast.Assign | ast.AugAssign | ast.Return):
                 continue
@@ -85,7 +86,7 @@ class Source:
         return self.lines[number - 1].strip()
 
     def function(self, op: Op) -> str:
-        """The function `op` was written in; empty if unknown."""
+        """Name of the source function that contains `op`; empty if unknown."""
         for number in self.numbers(op)[:1]:
             for node in ast.walk(self.tree):
                 if isinstance(node, ast.FunctionDef) and node.lineno <= number <= (node.end_lineno or 0):
@@ -93,7 +94,7 @@ class Source:
         return ""
 
     def is_masked(self, loop: Op) -> bool | None:
-        """What the calls that lead to `loop` say about IS_FULL_BLOCKS, as FlexAttention's do; None if nothing."""
+        """The negated ``IS_FULL_BLOCKS`` argument (FlexAttention's) of calls leading to `loop`; None without one."""
         for number in self.numbers(loop):
             for node in ast.walk(self.tree):
                 if not isinstance(node, ast.Call) or not node.lineno <= number <= (node.end_lineno or 0):

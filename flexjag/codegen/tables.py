@@ -1,4 +1,4 @@
-"""``docs/kernels.md``: what every mask and score of the algebra costs in registers and instructions, on three GPUs.
+"""Generator of ``docs/kernels.md``: registers and instructions of every mask and score of the algebra, on three GPUs.
 
 Run ``python -m flexjag.codegen docs/kernels.md``. It takes about half an hour on two cores.
 """
@@ -27,7 +27,7 @@ from flexjag.errors import CodegenError
 from flexjag.jagged import Jagged
 from flexjag.plan import Plan, plan
 
-LENGTHS = (3000, 1000, 100)  # no multiple of a tile, as a batch is; the kernels do not depend on it
+LENGTHS = (3000, 1000, 100)  # not multiples of the tile size, like real batches; the kernels do not depend on them
 HEADS = 8
 DIMS = (64, 128)
 GPUS = ("sm_80", "sm_90", "sm_100")
@@ -42,7 +42,7 @@ def _distance(x: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
 
 
 def masks_and_scores() -> dict[str, tuple[m.Mask, s.Score | None]]:
-    """Every mask node alone or with causality, and every score node on a causal mask."""
+    """The table's cases by name: every mask node alone or with causality, every score node on a causal mask."""
     total, areas = sum(LENGTHS), sum(n * n for n in LENGTHS)
     generator = torch.Generator().manual_seed(0)
     at = torch.arange(total, dtype=torch.int32)
@@ -70,13 +70,13 @@ def masks_and_scores() -> dict[str, tuple[m.Mask, s.Score | None]]:
 
 @dataclass(frozen=True, eq=False)
 class PlainFlex:
-    """What a user of ``flex_attention`` writes: its own default options, and any ``mask_mod``."""
+    """Attention by a direct call of ``flex_attention`` with its default kernel options and any ``mask_mod``."""
 
     plan: Plan
     mask_mod: Callable[..., Tensor] | None = None
 
     def __call__(self, q: Jagged, k: Jagged, v: Jagged) -> Jagged:
-        """Attention as ``flex_attention`` does it."""
+        """Attention output for packed q, k and v."""
         from torch.nn.attention.flex_attention import flex_attention
 
         p, layout = self.plan, self.plan.layout
@@ -90,7 +90,7 @@ class PlainFlex:
 
 
 def _document(inner: Callable[..., Tensor], offsets: Tensor) -> Callable[..., Tensor]:
-    """attention-gym's document mask."""
+    """attention-gym's document mask around a ``mask_mod`` of positions."""
     from attn_gym.masks import generate_doc_mask_mod
 
     return generate_doc_mask_mod(inner, offsets)
@@ -128,7 +128,7 @@ _HERE = threading.local()
 
 
 def _compile(row: _Row) -> tuple[_Row, Report | CodegenError]:
-    """One row; each thread has a worker that it keeps."""
+    """Compile one row. Each thread reuses one worker per target."""
     if getattr(_HERE, "target", None) != row.target:
         if hasattr(_HERE, "worker"):
             _HERE.worker.close()
@@ -147,7 +147,7 @@ def _compile(row: _Row) -> tuple[_Row, Report | CodegenError]:
 
 
 def per_score(kernel: Kernel, loop: Loop) -> float | None:
-    """Thread instructions of one loop for each score it computes; None if they could not be told apart."""
+    """Thread instructions of one loop per score it computes; None if they could not be attributed to loops."""
     if loop.instructions is None:
         return None
     number = "" if kernel.phase == "forward" else "2" if loop.over == "kv" else "1"
@@ -171,7 +171,7 @@ def _cells(report: Report, phase: str) -> list[str]:
 
 
 def render(found: list[tuple[_Row, Report | CodegenError]]) -> str:
-    """The page."""
+    """The page as Markdown, from the rows and their reports."""
     titles = ["mask, score", "mask_mod and options", "blocks", "registers", "spilled, B", "shared, KiB"]
     titles += ["KV gathers", "per score, PARTIAL", "per score, FULL"]
     lines = [_INTRODUCTION.format(**cache.versions(), tokens=sum(LENGTHS), heads=HEADS)]

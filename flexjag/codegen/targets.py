@@ -1,6 +1,6 @@
-"""The GPUs that kernels can be made for, and how many of a kernel's blocks fit on one of their processors.
+"""GPU architectures to compile for, and the occupancy of kernels on them.
 
-Figures are the vendors': CUDA C++ Programming Guide (compute capabilities), the A100, H100, H200 and Blackwell
+Sources of the figures: CUDA C++ Programming Guide (compute capabilities), the A100, H100, H200 and Blackwell
 architecture white papers, and AMD's CDNA3 white paper and instruction set guide.
 """
 
@@ -19,8 +19,8 @@ class Target:
     """One GPU architecture, represented by one device.
 
     Attributes:
-        name: ``sm_90``, as users write it.
-        device: The device whose figures these are.
+        name: Name of the architecture, such as ``sm_90``.
+        device: The device whose figures are used.
         vendor: ``"nvidia"`` or ``"amd"``.
         capability: Compute capability; ``(0, 0)`` for AMD.
         processors: Streaming multiprocessors or compute units.
@@ -29,10 +29,10 @@ class Target:
         max_blocks: Resident thread blocks per processor.
         registers: 32-bit registers per processor.
         shared_per_processor: Bytes of shared memory per processor.
-        shared_per_block: The most bytes one block may ask for.
-        shared_reserved: Bytes the driver keeps for itself per block.
-        l2_bytes: Last-level cache.
-        memory_bytes: Device memory.
+        shared_per_block: Maximum bytes of shared memory per thread block.
+        shared_reserved: Bytes of shared memory that the driver reserves per thread block.
+        l2_bytes: Last-level cache in bytes.
+        memory_bytes: Device memory in bytes.
     """
 
     name: str
@@ -52,11 +52,11 @@ class Target:
 
     @property
     def arch(self) -> int | str:
-        """What Triton's GPUTarget calls it: 90, or ``"gfx942"``."""
+        """The `arch` of Triton's GPUTarget: 90, or ``"gfx942"``."""
         return self.name if self.vendor == "amd" else self.capability[0] * 10 + self.capability[1]
 
     def properties(self) -> SimpleNamespace:
-        """What ``torch.cuda.get_device_properties`` would answer on that device."""
+        """The device's properties, as ``torch.cuda.get_device_properties`` returns them."""
         return SimpleNamespace(
             name=self.device,
             major=self.capability[0],
@@ -76,18 +76,18 @@ class Target:
         )
 
     def resident_blocks(self, registers: int, shared_bytes: int, num_warps: int) -> int:
-        """How many blocks of a kernel fit on one processor: the least of what threads, registers and memory allow.
+        """Thread blocks that fit on one multiprocessor: the least of its limits on blocks, threads, registers, memory.
 
         Args:
-            registers: Per thread.
-            shared_bytes: Per block, static and dynamic.
-            num_warps: Per block.
+            registers: Registers per thread.
+            shared_bytes: Shared memory per thread block in bytes, static and dynamic.
+            num_warps: Warps per thread block.
 
         >>> get_target("sm_90").resident_blocks(registers=168, shared_bytes=100 * 1024, num_warps=4)
         2
         """
         threads = num_warps * self.lanes
-        # NVIDIA hands a warp its registers in units of 256, AMD a lane of a wavefront in units of 8.
+        # NVIDIA allocates registers per warp in units of 256, AMD per lane of a wavefront in units of 8.
         per_warp = -(-max(registers, 1) * self.lanes // 256) * 256
         limits = [
             self.max_blocks,
@@ -98,7 +98,7 @@ class Target:
         return min(limits)
 
     def occupancy(self, registers: int, shared_bytes: int, num_warps: int) -> float:
-        """Theoretical occupancy: resident warps over the most that fit, 0 to 1."""
+        """Theoretical occupancy: resident warps over the maximum, 0 to 1. Arguments as in :meth:`resident_blocks`."""
         resident = self.resident_blocks(registers, shared_bytes, num_warps) * num_warps * self.lanes
         return resident / self.max_threads
 
@@ -154,14 +154,14 @@ PRODUCTS = {
     **dict.fromkeys(("b200", "gb200"), "sm_100"),
     **dict.fromkeys(("mi300", "mi300a", "mi300x", "mi325x"), "gfx942"),
 }
-"""What people call these GPUs, for errors: a target is an architecture, and names one device of it for its figures."""
+"""Target by product name, for hints in errors. A target is an architecture, and names one device for its figures."""
 
 
 def get_target(name: str | Target) -> Target:
-    """Look a target up.
+    """The target of this name; a target is returned as it is.
 
     Raises:
-        TargetError: If there is no such target.
+        TargetError: If no target has this name.
 
     >>> get_target("sm_80").device
     'NVIDIA A100-SXM4-80GB'

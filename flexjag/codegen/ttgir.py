@@ -1,7 +1,7 @@
-"""Triton's GPU dialect as text, read into operations with their operands, regions and source lines.
+"""Parser of Triton's GPU dialect (TTGIR): text to operations with operands, regions and source locations.
 
-Just enough of MLIR's textual form for what Triton prints: one operation a line, regions in braces. Triton's own
-bindings could parse it too, but only with the very version that wrote it and without the regions' structure.
+It supports the subset of MLIR's textual form that Triton prints: one operation a line, regions in braces. Triton's own
+bindings could parse it too, but only in the version that wrote it and without the structure of regions.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _FUNCTION = re.compile(r"tt\.func (?:(\w+) )?@([\w.$]+)\((.*)\)[^()]*\{$")
 _SHAPE = re.compile(r"<((?:\d+x)+)(\w+|!)")
 
 Frame = tuple[str, int, int]
-"""A place in a source file: path, line from 1, column from 0."""
+"""A source location: path, line from 1, column from 0."""
 
 
 @dataclass(eq=False)
@@ -27,9 +27,9 @@ class Value:
     """An SSA value.
 
     Attributes:
-        maker: The operation whose result, or whose region's argument, it is; None for a kernel's argument.
-        index: Which result or argument of it, from 0.
-        is_argument: Whether it is a region's argument.
+        maker: The operation that defines it, as a result or as a region argument; None for a kernel's argument.
+        index: Index among that operation's results or region arguments, from 0.
+        is_argument: True for a region argument, False for a result.
     """
 
     maker: Op | None
@@ -46,23 +46,23 @@ class Region:
 
     @property
     def yielded(self) -> list[Value]:
-        """What the terminator hands on."""
+        """Operands of the terminator: the values that the region yields."""
         return self.ops[-1].operands if self.ops else []
 
 
 @dataclass(eq=False)
 class Op:
-    """An operation.
+    """An MLIR operation.
 
     Attributes:
         name: Dialect and name: ``tt.load``.
-        operands: The values it uses, in order of text. Of an ``scf.for`` the bounds and the step, then the initial
-            values of what it carries.
-        results: What it makes.
-        text: All after the name, types included, without the location.
-        parent: The operation it lies in, None at the top of the kernel.
-        regions: Its regions.
-        location: The text within ``loc(...)``, empty if there is none.
+        operands: Operands in textual order. Of an ``scf.for``: the bounds and the step, then the initial values of
+            the loop-carried arguments.
+        results: Results.
+        text: The text after the name, types included, location excluded.
+        parent: The enclosing operation; None for the kernel's ``tt.func``.
+        regions: Nested regions.
+        location: The text within ``loc(...)``; empty if there is none.
     """
 
     name: str
@@ -75,32 +75,32 @@ class Op:
 
     @property
     def shapes(self) -> list[tuple[tuple[int, ...], str]]:
-        """Sizes and element types of the tensors and buffers in its types; ``!`` for pointers."""
+        """Shape and element type of each tensor and buffer in the operation's types; ``!`` for pointers."""
         found = _SHAPE.findall(self.text[self.text.rfind(" : ") :])
         return [(tuple(int(n) for n in sizes.split("x")[:-1]), element) for sizes, element in found]
 
     def walk(self) -> Iterator[Op]:
-        """All operations inside it, in order of text."""
+        """All nested operations, in textual order."""
         for region in self.regions:
             for op in region.ops:
                 yield op
                 yield from op.walk()
 
     def attribute(self, name: str) -> int | None:
-        """An integer attribute."""
+        """Value of an i32 attribute; None if the operation has none of this name."""
         found = re.search(rf"\b{name} = (-?\d+) : i32", self.text)
         return int(found[1]) if found else None
 
 
 @dataclass(eq=False)
-class Kernel:
-    """A kernel in Triton's GPU dialect.
+class KernelIR:
+    """A kernel parsed from Triton's GPU dialect.
 
     Attributes:
-        name: Its name.
-        body: A pseudo-operation ``tt.func`` that holds all others.
-        num_warps: Warps of a block.
-        aliases: Locations by their ``#loc`` name.
+        name: Kernel name.
+        body: The ``tt.func`` that contains all other operations.
+        num_warps: Warps per thread block; 0 if the module does not give it.
+        aliases: Text of the locations by their ``#loc`` alias.
     """
 
     name: str
@@ -109,31 +109,31 @@ class Kernel:
     aliases: dict[str, str]
 
     def ops(self) -> Iterator[Op]:
-        """All operations, in order of text."""
+        """All operations, in textual order."""
         return self.body.walk()
 
     def frames(self, op: Op) -> tuple[Frame, ...]:
-        """Where `op` was written: the innermost function's line first, then its caller's, and so on."""
+        """Source call stack of `op`: the innermost function's line first, then its caller's, and so on."""
         return _frames(op.location, self.aliases, 0)
 
     @property
     def origin(self) -> Frame | None:
-        """Where the kernel itself was written."""
+        """Source location of the kernel's definition; None if unknown."""
         frames = self.frames(self.body)
         return frames[0] if frames else None
 
 
-def parse(text: str) -> Kernel:
-    """Read a module in Triton's GPU dialect.
+def parse(text: str) -> KernelIR:
+    """Parse a module in Triton's GPU dialect.
 
     Args:
-        text: What Triton keeps as ``asm["ttgir"]``.
+        text: The module's text, Triton's ``asm["ttgir"]``.
 
     Returns:
-        Its public kernel.
+        The module's public kernel.
 
     Raises:
-        CodegenError: If the text holds no kernel, or is not of the form that this reader knows.
+        CodegenError: If the text has no kernel or several, or a construct that this parser does not know.
 
     >>> kernel = parse('''module attributes {"ttg.num-warps" = 4 : i32} {
     ...   tt.func public @copy(%x: !tt.ptr<f32>, %y: !tt.ptr<f32>) attributes {noinline = false} {
@@ -155,7 +155,7 @@ def parse(text: str) -> Kernel:
                 raise CodegenError(explain_values("ttgir", "must hold one kernel", seen=[kernel.name, found[2]]))
             body = Op("tt.func", [], "", None)
             _Reader(body, found[3]).read(lines)
-            kernel = Kernel(found[2], body, int(warps[1]) if warps else 0, {})
+            kernel = KernelIR(found[2], body, int(warps[1]) if warps else 0, {})
     if kernel is None:
         raise CodegenError(explain_values("ttgir", "must hold a kernel", start=text[:60]))
     kernel.aliases.update(re.findall(r"^(#loc\d*) = loc\((.*)\)$", text, re.MULTILINE))
@@ -163,7 +163,7 @@ def parse(text: str) -> Kernel:
 
 
 class _Reader:
-    """Reads a kernel's lines. Names are those of the region they are in: siblings use them again."""
+    """Parser of a kernel's lines. Names are scoped by region: sibling regions reuse them."""
 
     def __init__(self, body: Op, arguments: str) -> None:
         region = Region()
@@ -174,7 +174,7 @@ class _Reader:
             self.scopes[-1][name] = Value(None)
 
     def read(self, lines: Iterator[str]) -> None:
-        """Read up to the end of the kernel."""
+        """Parse lines up to the end of the kernel."""
         for raw in lines:
             line, location = _split_location(raw.strip())
             if line.startswith("}"):
@@ -188,7 +188,7 @@ class _Reader:
         raise CodegenError(explain_values("ttgir", "must end every region", open=[op.name for op in self.open]))
 
     def operation(self, line: str, location: str) -> None:
-        """One line that holds an operation, or its beginning up to a region."""
+        """Parse a line with an operation, or with its beginning up to a region."""
         found = _OPERATION.match(line)
         if not found:
             raise CodegenError(explain_values("ttgir", "has a line this reader does not know", line=line))
@@ -215,12 +215,12 @@ class _Reader:
             outer.update({f"{name}#{i}": value for i, value in enumerate(made)} | {name: made[0]})
 
     def enter(self, names: dict[str, Value]) -> None:
-        """Begin a region of the innermost open operation."""
+        """Open a region of the innermost open operation, with `names` in scope."""
         self.open[-1].regions.append(Region(arguments=list(names.values())))
         self.scopes.append(dict(names))
 
     def arguments(self, line: str) -> None:
-        """A block's head: ``^bb0(%a: f32 loc(...), ...):``. Blocks after the first are control flow Triton drops."""
+        """Parse a block's head: ``^bb0(%a: f32 loc(...), ...):``. Triton leaves one block per region; others raise."""
         region = self.open[-1].regions[-1]
         if region.ops:
             raise CodegenError(explain_values("ttgir", "must have one block per region", line=line))
@@ -230,7 +230,7 @@ class _Reader:
             self.scopes[-1][name] = value
 
     def close(self, line: str, location: str) -> None:
-        """The end of a region, perhaps the beginning of the operation's next."""
+        """Close a region; the line may open the same operation's next one."""
         self.scopes.pop()
         if line.endswith("{"):
             self.enter({})
@@ -240,7 +240,7 @@ class _Reader:
         op.text += line[1:]
 
     def find(self, name: str) -> Value:
-        """The value of that name, from the innermost region outward."""
+        """Look up a value by name, from the innermost region outward."""
         for scope in reversed(self.scopes):
             if name in scope:
                 return scope[name]
@@ -248,7 +248,7 @@ class _Reader:
 
 
 def _split_location(line: str) -> tuple[str, str]:
-    """A line without its trailing ``loc(...)``, and what is in the parentheses."""
+    """Split a line into the part before its trailing ``loc(...)`` and the text in the parentheses."""
     at = line.rfind(" loc(")
     while at >= 0 and line.endswith(")"):
         inside = line[at + 5 : -1]
@@ -259,7 +259,7 @@ def _split_location(line: str) -> tuple[str, str]:
 
 
 def _matching(text: str, at: int) -> int:
-    """Where the parenthesis or bracket at `at` closes; paths in quotes may hold any. -1 if nowhere."""
+    """Index at which the parenthesis or bracket at `at` closes, quoted text ignored; -1 if it does not."""
     depth, quoted = 0, False
     for i in range(at, len(text)):
         if text[i] == '"' and text[i - 1] != "\\":
@@ -274,10 +274,10 @@ def _matching(text: str, at: int) -> int:
 
 
 def _frames(text: str, aliases: dict[str, str], depth: int) -> tuple[Frame, ...]:
-    """The frames of a location.
+    """The frames of a location, innermost first.
 
-    A file's line is one frame; ``callsite(callee at caller)`` puts the callee's before the caller's; a name keeps those
-    of what it names; of ``fused[...]`` the first that has any; ``unknown`` has none.
+    A file's line is one frame; ``callsite(callee at caller)`` puts the callee's before the caller's; a named location
+    has those of the location it names; ``fused[...]`` those of its first part that has any; ``unknown`` has none.
     """
     text = text.strip()
     if depth > 64:
@@ -307,7 +307,7 @@ def _frames(text: str, aliases: dict[str, str], depth: int) -> tuple[Frame, ...]
 
 
 def _matching_angle(text: str) -> int:
-    """Where the ``<...>`` of a fused location's metadata ends; 0 without."""
+    """Index at which the ``<...>`` metadata of a fused location ends; 0 if it has none."""
     if not text.startswith("fused<"):
         return 0
     depth = 0
@@ -319,13 +319,13 @@ def _matching_angle(text: str) -> int:
 
 
 def _is_balanced(text: str) -> bool:
-    """Whether all that opens in `text` closes in it."""
+    """Whether parentheses, brackets and quotes are balanced in `text`."""
     bare = re.sub(r'"(?:[^"\\]|\\.)*"', "", text)
     return bare.count("(") == bare.count(")") and bare.count("[") == bare.count("]") and bare.count('"') == 0
 
 
 def _split_commas(text: str) -> list[str]:
-    """The parts of a list, at commas outside parentheses, brackets and quotes."""
+    """Split a list at commas outside parentheses, brackets and quotes."""
     parts, start = [], 0
     for i, character in enumerate(text):
         if character == "," and _is_balanced(text[start:i]):

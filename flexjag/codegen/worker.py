@@ -1,7 +1,7 @@
-"""Jobs in a process of their own, so that nothing they patch outlives them.
+"""Worker processes: they isolate jobs, so that patches to PyTorch and Triton never reach the caller's process.
 
-A job is a function of :mod:`flexjag.codegen.jobs` by name. Its answer comes back through a pipe that nothing else
-writes to, so that what the process prints is no part of it.
+A job is a function of :mod:`flexjag.codegen.jobs`, called by name. Its result is returned through a dedicated pipe, so
+that output printed by the process cannot mix with it.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ _START = (
 
 
 class WorkerTraceback(Exception):
-    """What went wrong in the worker, as it was told there."""
+    """The traceback or output of a failed worker, as text."""
 
     def __str__(self) -> str:
         return f"\n{self.args[0]}"
 
 
 class Worker:
-    """A process that does jobs one after another.
+    """A process that runs jobs one after another.
 
     Args:
-        interpret: Triton kernels run in Triton's interpreter there, and cannot be compiled.
+        interpret: Run Triton kernels in Triton's interpreter there; they can then not be compiled.
 
     >>> with Worker() as worker:
     ...     worker.call("double", 21)
@@ -58,7 +58,7 @@ class Worker:
         self.close()
 
     def start(self) -> Self:
-        """Start the process; ``with`` does it, too."""
+        """Start the process, as entering a ``with`` block does, and return the worker."""
         self.lock = threading.Lock()
         self.place = tempfile.TemporaryDirectory(prefix="flexjag-")
         here = Path(self.place.name)
@@ -78,7 +78,7 @@ class Worker:
         return self
 
     def close(self) -> None:
-        """Kill the process and what it started, an assembler perhaps."""
+        """Kill the process and its children, such as an assembler."""
         self._kill()
         self.process.communicate()
         os.close(self.answers)
@@ -86,7 +86,7 @@ class Worker:
         self.place.cleanup()
 
     def call(self, job: str, *args: Any, timeout: float = TIMEOUT_S) -> Any:
-        """Run one job and return what it returns.
+        """Run one job and return its result.
 
         Args:
             job: The name of a function of :mod:`flexjag.codegen.jobs`.
@@ -94,13 +94,13 @@ class Worker:
             timeout: Seconds after which the worker is killed.
 
         Raises:
-            CodegenError: If the job fails, dies or takes too long.
+            CodegenError: If the job raises, the worker dies or `timeout` expires; the worker's traceback is the cause.
         """
         with self.lock:
             try:
                 self._send((job, args))
                 answer = self._receive(job, timeout)
-            except BaseException:  # interrupted: an answer that comes later must not be taken for the next job's
+            except BaseException:  # interrupted: a late answer must not be read as the next job's
                 self._kill()
                 raise
         if answer is None:
@@ -126,10 +126,10 @@ class Worker:
             self.process.stdin.write(message)
             self.process.stdin.flush()
         except BrokenPipeError:
-            return  # it is dead: receiving will tell
+            return  # the worker is dead: _receive reports it
 
     def _receive(self, job: str, timeout: float) -> bytes | None:
-        """One answer: its length in 8 bytes, then that many; None if the worker is gone."""
+        """Receive one answer, an 8-byte length and that many bytes; None if the worker has died."""
         until = time.monotonic() + timeout
         found = b""
         with selectors.DefaultSelector() as selector:
@@ -145,7 +145,7 @@ class Worker:
 
 
 def call(job: str, *args: Any, interpret: bool = False, timeout: float = TIMEOUT_S) -> Any:
-    """Run one job in a worker of its own; arguments as for :class:`Worker` and :meth:`Worker.call`."""
+    """Run one job in a new worker; arguments as for :class:`Worker` and :meth:`Worker.call`."""
     with Worker(interpret) as worker:
         return worker.call(job, *args, timeout=timeout)
 
@@ -155,17 +155,17 @@ def _environment(here: Path, interpret: bool) -> dict[str, str]:
     caches = {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     places = {"TORCHINDUCTOR_CACHE_DIR": str(here / "inductor"), "TRITON_CACHE_DIR": str(here / "triton")}
     settings = ("TORCHINDUCTOR_", "TORCHDYNAMO_", "TORCH_COMPILE", "TORCH_LOGS", "TRITON_", "DISABLE_PTXAS_OPT")
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(settings)}  # one key, one answer
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(settings)}  # else results depend on more than the cache key
     return {**kept, **hidden, **caches, **places}
 
 
 def serve(answers: int) -> None:
-    """The worker's side: read a job, run it, answer, until there are no more."""
+    """Main loop of the worker process: read a job, run it and answer, until the input ends."""
     import ctypes
 
     from flexjag.codegen import jobs
 
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: not to outlive the caller
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: be killed when the caller dies
     while True:
         try:
             name, args = pickle.load(sys.stdin.buffer)
