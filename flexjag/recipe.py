@@ -240,6 +240,7 @@ class Plan:
 
         Raises:
             PlanError: If the plan has no such head.
+            MissingExtraError: If matplotlib is not installed: it comes with ``flexjag[pictures]``.
         """
         return viz.draw_plan(self, head)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from flexjag.bench.registry import BenchError, Options, find, load
+from flexjag.errors import MissingExtraError
 
 PAGE = Path("docs/performance.md")
 PICTURES = Path("images/performance")  # beside the page
@@ -151,8 +152,8 @@ def _report(argv: list[str]) -> int:
     try:
         drawn = list(plots.draw(results, args.write.parent / PICTURES))
         pictures = [report.Picture(i, suite, str(PICTURES / path.name), text) for i, suite, path, text in drawn]
-    except ImportError:
-        print("flexjag bench: matplotlib is not installed, so the page has no pictures", file=sys.stderr)
+    except MissingExtraError as absent:
+        print(f"flexjag bench: the page has no pictures: {absent}", file=sys.stderr)
     args.write.parent.mkdir(parents=True, exist_ok=True)
     args.write.write_text(report.to_markdown(results, pictures))
     return 0

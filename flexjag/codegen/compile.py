@@ -122,6 +122,7 @@ def compile_for(
         TargetError: If the target is unknown, or FlexAttention's kernels cannot be made for it here.
         BackendError: If the plan cannot run on the ``flex`` backend.
         CodegenError: If Triton is missing, this torch is not one of the tested ones, or the worker fails.
+        MissingExtraError: If cloudpickle is not installed: it comes with ``flexjag[codegen]``.
 
     >>> from flexjag.plan import plan
     >>> x = Jagged.from_lengths(torch.zeros(300, 2, 64), [100, 200])

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from flexjag import functions, mods
 from flexjag.errors import CodegenError, explain_values
+from flexjag.extras import needs
 from flexjag.layout import Layout
 from flexjag.plan import Plan, mark_plan
 
@@ -116,7 +117,9 @@ def pack(obj: Any) -> Payload:
 
     Raises:
         CodegenError: If something in it cannot be sent to another process.
+        MissingExtraError: If cloudpickle is not installed.
     """
+    needs("codegen", "cloudpickle")
     from flexjag.codegen.pickler import Pickler
 
     file = io.BytesIO()
