@@ -86,6 +86,10 @@ class CommandError(FlexjagError, ValueError):
     """A command line that asks for what cannot be done. Told in one line, with exit code 2."""
 
 
+class CacheError(FlexjagError, ValueError):
+    """A setting of the caches on disk that makes no sense."""
+
+
 class MissingExtraError(FlexjagError, ImportError):
     """A package that only a part of flexjag needs is not installed. The message names the extra that brings it."""
 

@@ -111,7 +111,7 @@ def compile_for(
         return_lse: As in :func:`flexjag.attention`. For a plan only.
         kernel_options: FlexAttention's, over the plan's own: ``{"BLOCK_M": 64, "bwd_num_warps": 8}``.
         assemble: Make machine code and measure it. False is quicker and enough for :meth:`Report.simulate`.
-        cache: Keep the result on disk (:func:`flexjag.codegen.cache.directory`), and take it from there.
+        cache: Keep the result on disk (:mod:`flexjag.caches`), and take it from there.
         timeout: Seconds after which the worker is stopped.
         worker: A running worker to use, which saves its start. One that interprets cannot `assemble`.
 
