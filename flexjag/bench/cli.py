@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
 
@@ -107,10 +108,12 @@ def make_options(args: argparse.Namespace) -> Options:
 
     if args.device == "cuda" and not torch.cuda.is_available():
         raise BenchError("--device: no CUDA device is available here; got device='cuda'")
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and find_spec("triton") is None:
+        raise BenchError("--device: timing on a GPU needs Triton, which is not installed; got device='cuda'")
     budget = getattr(args, "budget", None)
     if budget is not None and not budget > 0:
         raise BenchError(f"--budget: must be over 0 seconds; got budget={budget}")
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     options = Options(args.quick, device, memory=not args.no_memory, seed=args.seed, budget=budget)
     return replace(options, rounds=2) if args.quick else options
 
