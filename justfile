@@ -9,7 +9,11 @@ install:
 
 # What every task here needs
 install-all:
-    pip install -c constraints.txt -e ".[test,lint,notebooks,bench]"
+    pip install -c constraints.txt -e ".[test,lint,notebooks]"
+
+# torch and numpy alone are enough to import flexjag and attend
+bare:
+    python tests/bare.py
 
 # The tests, as README runs them: minutes
 test:

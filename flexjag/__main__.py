@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from flexjag import __version__, bench, cli_compile, cli_explain, demo
+from flexjag.cli import cache
 from flexjag.errors import FlexjagError, LanguageError
 
 WRONG_USE, INTERRUPTED, PIPE_CLOSED = 2, 130, 141
@@ -29,6 +30,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_command(commands)
     cli_explain.add_command(commands)
     cli_compile.add_command(commands)
+    cache.add_command(commands)
     commands.add_parser("bench", help="measure, beside what one would use instead; has its own --help")
     return parser
 

@@ -37,12 +37,16 @@ Node = TypeVar("Node", Mask, Score)
 
 Say = Callable[[str], None]
 if TYPE_CHECKING:
+    from rich.progress import Progress
+
     Commands = argparse._SubParsersAction[Any]  # of whatever parser class
 
 
 @contextmanager
 def progress(total: int, *, quiet: bool) -> Iterator[Say]:
     """Show progress on stderr where the work takes longer than a moment: a bar on a terminal, else a line a step.
+
+    Without rich there are lines on a terminal, too.
 
     Args:
         total: How many steps there will be.
@@ -54,13 +58,9 @@ def progress(total: int, *, quiet: bool) -> Iterator[Say]:
     if quiet:
         yield lambda text: None
         return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    bar = Progress(*columns, console=Console(stderr=True), transient=True)
-    task = bar.add_task("", total=total, completed=-1)
+    bar = _bar(total)
     began, lock, late, closed = time.monotonic(), threading.Lock(), threading.Event(), threading.Event()
+    shown = ""
 
     def line(text: str) -> None:  # where rich would print an empty one
         print(f"{time.monotonic() - began:4.0f} s  {text}", file=sys.stderr, flush=True)
@@ -70,15 +70,18 @@ def progress(total: int, *, quiet: bool) -> Iterator[Say]:
             if closed.is_set():
                 return
             late.set()
-            if bar.console.is_terminal:
+            if bar is not None:
                 bar.start()
-            elif bar.tasks[0].description:
-                line(bar.tasks[0].description)
+            elif shown:
+                line(shown)
 
     def say(text: str) -> None:
+        nonlocal shown
         with lock:
-            bar.update(task, description=text, advance=1)
-            if late.is_set() and not bar.console.is_terminal:
+            shown = text
+            if bar is not None:
+                bar.update(bar.task_ids[0], description=text, advance=1)
+            elif late.is_set():
                 line(text)
 
     timer = threading.Timer(PATIENCE, show)
@@ -90,8 +93,24 @@ def progress(total: int, *, quiet: bool) -> Iterator[Say]:
         timer.cancel()
         with lock:
             closed.set()
-            if bar.live.is_started:
+            if bar is not None and bar.live.is_started:
                 bar.stop()
+
+
+def _bar(total: int) -> Progress | None:
+    """A bar of so many steps on stderr, not yet drawn; None where that is no terminal or rich is not installed."""
+    try:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    except ImportError:
+        return None
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        return None
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    bar = Progress(*columns, console=console, transient=True)
+    bar.add_task("", total=total, completed=-1)
+    return bar
 
 
 def whole(low: int, high: int = 2**31 - 1) -> Callable[[str], int]:

@@ -22,6 +22,7 @@ from flexjag.cli_arms import ARMS, Inputs, Result
 from flexjag.cli_tools import Say, gigabytes, human_bytes, progress, whole
 from flexjag.errors import CommandError
 from flexjag.explain import facts
+from flexjag.extras import needs
 from flexjag.jagged import Jagged
 from flexjag.masks import Causal, Window
 from flexjag.plan import Plan, plan
@@ -98,6 +99,7 @@ def run(args: argparse.Namespace) -> int:
 
     Raises:
         CommandError: If there is nothing to read.
+        MissingExtraError: If matplotlib or rich is not installed, and the picture or the table is wanted.
         OSError: If a file cannot be read, or the picture not be written.
     """
     if args.arm is not None:
@@ -107,6 +109,10 @@ def run(args: argparse.Namespace) -> int:
         inputs = make_inputs(Jagged(packed["bytes"], packed["offsets"]))
         print(json.dumps({"extra_bytes": cli_arms.extra_bytes(args.arm, inputs)}))
         return 0
+    if args.picture:  # before the long part
+        needs("pictures", "matplotlib")
+    if not args.json:
+        needs("progress", "rich")
     packed = pack(find_files(args.paths), args.tokens, args.longest)
     with progress(4 + len(ARMS) + cli_arms.ROUNDS, quiet=args.json) as say:
         say("attention, forward and backward")

@@ -86,6 +86,14 @@ class CommandError(FlexjagError, ValueError):
     """Raised for invalid command-line arguments; printed in one line, with exit code 2."""
 
 
+class CacheError(FlexjagError, ValueError):
+    """A setting of the caches on disk that makes no sense."""
+
+
+class MissingExtraError(FlexjagError, ImportError):
+    """A package that only a part of flexjag needs is not installed. The message names the extra that brings it."""
+
+
 class UnknownNodeError(FlexjagError, NotImplementedError):
     """Raised for a mask or score node that an interpretation has no case for. The message says how to register one."""
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from flexjag import functions, mods, scores
 from flexjag.errors import PlanError, explain_values
 from flexjag.explain import counted, explain, shortened
+from flexjag.extras import needs
 from flexjag.layout import blocks
 from flexjag.recipe import Recipe
 
@@ -50,6 +51,7 @@ def draw_plan(plan: Recipe, head: int = 0) -> Figure:
 
     Raises:
         PlanError: If the plan has no such head.
+        MissingExtraError: If matplotlib is not installed.
     """
     figure = _figure_type()(figsize=(6.4, 6.4))
     # Fixed margins: a layout that looks for them draws everything twice.
@@ -59,6 +61,7 @@ def draw_plan(plan: Recipe, head: int = 0) -> Figure:
 
 @cache
 def _figure_type() -> type[Figure]:
+    needs("pictures", "matplotlib")
     from matplotlib.figure import Figure
 
     class PlanFigure(Figure):
@@ -77,7 +80,9 @@ def draw(axes: Axes, plan: Recipe, head: int = 0) -> None:
 
     Raises:
         PlanError: If the plan has no such head.
+        MissingExtraError: If matplotlib is not installed.
     """
+    needs("pictures", "matplotlib")
     from matplotlib.image import PcolorImage
     from matplotlib.patches import Patch
 

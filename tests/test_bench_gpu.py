@@ -17,7 +17,7 @@ from flexjag.bench.measure import iterate
 from flexjag.bench.registry import Arm, BenchError, Case, Options, Suite, find
 
 QUICK = Options(quick=True, device="cpu", rounds=2, memory=False)
-OPTIONAL = ("attn_gym", "rich", "matplotlib", "cloudpickle", "fbgemm_gpu", "psutil")
+OPTIONAL = ("attn_gym", "rich", "matplotlib", "cloudpickle", "fbgemm_gpu", "pynvml")
 
 TESTS = """
 import pytest
@@ -215,9 +215,36 @@ def test_bad_requests(arguments, message, capsys):
 def test_gpu_needs_a_gpu(tmp_path):
     with pytest.raises(BenchError, match="no CUDA device is available"):
         gpu.main(["--out", str(tmp_path)])
-    with pytest.raises(nvml.NvmlError):
-        nvml._library()
     assert nvml.driver_version() is None
+
+
+def test_nvml_asks_for_the_gpu_that_torch_uses_by_its_identity(monkeypatch):
+    pynvml, asked = pytest.importorskip("pynvml"), []
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: SimpleNamespace(uuid="1a2b-3c"))
+    monkeypatch.setattr(pynvml, "nvmlInit", lambda: None)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByUUID", lambda name: asked.append(name) or 7)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetTotalEnergyConsumption", lambda handle: 1500 + handle)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetPowerUsage", lambda handle: 300_000 + handle)
+    device = nvml.Device()
+    assert asked == ["GPU-1a2b-3c"]
+    assert (device.joules(), device.watts()) == (1.507, 300.007)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+@pytest.mark.parametrize("missing", ["the driver", "the bindings"])
+def test_without_nvml_there_is_no_driver_version_and_the_reason_is_said(monkeypatch, missing):
+    pynvml = pytest.importorskip("pynvml")
+
+    def fails():
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
+
+    monkeypatch.setattr(pynvml, "nvmlInit", fails)
+    if missing == "the bindings":
+        monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert nvml.driver_version() is None
+    reason = "NVML Shared Library Not Found" if missing == "the driver" else r"pip install 'flexjag\[bench\]'"
+    with pytest.raises(nvml.NvmlError, match=reason):
+        nvml.Device()
 
 
 def test_sync_check_runs_on_a_cpu_and_reports_what_fails(monkeypatch):

@@ -31,7 +31,17 @@ def loaded_after(code: str, module: str) -> bool:
     return done.returncode == 42
 
 
-HEAVY = ["triton", "attn_gym", "cloudpickle", "matplotlib", "rich", "hypothesis", "torch._dynamo", "torch._inductor"]
+HEAVY = [
+    "triton",
+    "attn_gym",
+    "cloudpickle",
+    "matplotlib",
+    "rich",
+    "platformdirs",
+    "hypothesis",
+    "torch._dynamo",
+    "torch._inductor",
+]
 
 
 def test_import_is_light() -> None:
@@ -57,7 +67,11 @@ def test_attention_in_eager_mode_starts_no_compiler() -> None:
 
 @pytest.mark.parametrize(
     "missing",
-    [["triton"], ["attn_gym"], ["triton", "attn_gym", "cloudpickle", "matplotlib", "rich", "hypothesis"]],
+    [
+        ["triton"],
+        ["attn_gym"],
+        ["triton", "attn_gym", "platformdirs", "cloudpickle", "matplotlib", "rich", "hypothesis", "pynvml"],
+    ],
     ids=str,
 )
 def test_works_without(missing: list[str]) -> None:

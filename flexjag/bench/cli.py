@@ -7,10 +7,12 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
 
 from flexjag.bench.registry import BenchError, Options, find, load
+from flexjag.errors import MissingExtraError
 
 PAGE = Path("docs/performance.md")
 PICTURES = Path("images/performance")  # beside the page
@@ -106,10 +108,12 @@ def make_options(args: argparse.Namespace) -> Options:
 
     if args.device == "cuda" and not torch.cuda.is_available():
         raise BenchError("--device: no CUDA device is available here; got device='cuda'")
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and find_spec("triton") is None:
+        raise BenchError("--device: timing on a GPU needs Triton, which is not installed; got device='cuda'")
     budget = getattr(args, "budget", None)
     if budget is not None and not budget > 0:
         raise BenchError(f"--budget: must be over 0 seconds; got budget={budget}")
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     options = Options(args.quick, device, memory=not args.no_memory, seed=args.seed, budget=budget)
     return replace(options, rounds=2) if args.quick else options
 
@@ -151,8 +155,8 @@ def _report(argv: list[str]) -> int:
     try:
         drawn = list(plots.draw(results, args.write.parent / PICTURES))
         pictures = [report.Picture(i, suite, str(PICTURES / path.name), text) for i, suite, path, text in drawn]
-    except ImportError:
-        print("flexjag bench: matplotlib is not installed, so the page has no pictures", file=sys.stderr)
+    except MissingExtraError as absent:
+        print(f"flexjag bench: the page has no pictures: {absent}", file=sys.stderr)
     args.write.parent.mkdir(parents=True, exist_ok=True)
     args.write.write_text(report.to_markdown(results, pictures))
     return 0

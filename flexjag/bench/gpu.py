@@ -28,7 +28,7 @@ from flexjag.bench.cli import Parser, add_options, make_options
 from flexjag.bench.registry import BenchError, find, load
 
 ROOT = Path(__file__).parents[2]
-OPTIONAL = ("attn_gym", "rich", "matplotlib", "cloudpickle", "fbgemm_gpu", "psutil")
+OPTIONAL = ("attn_gym", "rich", "matplotlib", "cloudpickle", "fbgemm_gpu", "pynvml")
 FIRST, LAST = ("smoke", "tests", "sync", "warm"), ("tune",)  # before the suites, and behind them
 WEIGHTS = {
     "smoke": 2.0, "tests": 8.0, "sync": 1.0, "warm": 4.0, "mask-build": 1.0, "attention": 6.0, "ops": 3.0,

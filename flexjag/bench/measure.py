@@ -27,8 +27,8 @@ RESULTS = ("output", "dq", "dk", "dv")
 FREE_SHARE = 0.6
 LEAST_SAMPLES = 3
 SLOW_FIRST_CALL = 2.0  # seconds; on a CPU, such an arm's check was warm-up enough
-ON_GPU = 0.01  # seconds of work in a sample, so that the host runs ahead of the device as in training
-MOST_CALLS = 50  # in a sample
+WARM_UP_MS, SAMPLE_MS = 1, 10  # of calls before a sample on a GPU, and in it
+SLOW_CALL = 0.1  # seconds; do_bench makes eight calls at least
 KERNELS = 8  # that are listed of an arm, those that take longest
 
 
@@ -75,12 +75,13 @@ class _Live:
     arm: Arm
     call: Callable[[], Any]
     first_seconds: float
-    calls: int = 1  # in a sample
+    sample: Callable[[], float]
     seconds: list[float] = field(default_factory=list)
+    spent: float = 0.0  # seconds that its samples took, with all that is not timed in them
 
     def done(self, options: Options) -> bool:
         enough = min(LEAST_SAMPLES, options.rounds)
-        slow = self.calls * self.arm.steps * sum(self.seconds) > options.seconds_per_arm or options.over
+        slow = self.spent > options.seconds_per_arm or options.over
         return len(self.seconds) >= options.rounds or (slow and len(self.seconds) >= enough)
 
 
@@ -110,16 +111,18 @@ def run_case(suite: str, case: Case, options: Options, tell: Tell) -> list[ArmRe
         gc.collect()
         for x in running:
             tell(f"{suite}: {case.name}: timing {x.arm.name}, sample {len(x.seconds) + 1}")
+            began = time.perf_counter()
             try:
-                x.seconds.append(_timed(x.call, options.device, x.calls)[0] / x.arm.steps)
+                x.seconds.append(x.sample() / x.arm.steps)
             except Exception as e:  # such as memory that somebody else took meanwhile
                 results[x.arm.name] = ArmResult(x.arm.name, "failed", describe_error(e))
                 live.remove(x)
+            x.spent += time.perf_counter() - began
     for x in live:
         extra: dict[str, Any] = {"tokens_per_second": x.arm.tokens / median(x.seconds)} if x.arm.tokens else {}
         if options.device == "cuda":
             tell(f"{suite}: {case.name}: kernels of {x.arm.name}")
-            extra |= {"calls_per_sample": x.calls} | _kernels(x.call, x.arm.steps)
+            extra |= _kernels(x.call, x.arm.steps)
         results[x.arm.name] = ArmResult(x.arm.name, "ok", seconds=x.seconds, first_seconds=x.first_seconds, extra=extra)
     live.clear()
     if options.memory:
@@ -146,16 +149,15 @@ def _admit(arm: Arm, options: Options) -> _Live | ArmResult:
         if wrong is not None:
             return ArmResult(arm.name, "wrong", wrong)
         del result
-        calls = 1
+        sample = _on_host(call, options.device)
         if options.device == "cuda":  # there the first call compiled
             call()
-            again = _timed(call, options.device)[0]
-            calls = max(1, min(MOST_CALLS, math.ceil(ON_GPU / again)))
+            sample = sample if sample() > SLOW_CALL else _on_gpu(call)
         elif seconds < SLOW_FIRST_CALL:
             call()
     except Exception as e:  # other people's code: whatever it throws is its result
         return ArmResult(arm.name, "failed", describe_error(e))
-    return _Live(arm, call, seconds, calls)
+    return _Live(arm, call, seconds, sample)
 
 
 def describe_error(error: BaseException) -> str:
@@ -163,20 +165,41 @@ def describe_error(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
 
 
-def _timed(call: Callable[[], Any], device: str, calls: int = 1) -> tuple[float, Any]:
-    """Seconds of one of `calls` calls, made one after the other, and what the last one returned.
-
-    On a GPU the host waits only at the end, so that a call takes as long as the slower of host and device needs for it.
-    """
+def _timed(call: Callable[[], Any], device: str) -> tuple[float, Any]:
+    """Seconds of one call by the host's clock, the device's work included, and what the call returned."""
     if device == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
     result = call()
-    for _ in range(calls - 1):
-        result = call()
     if device == "cuda":
         torch.cuda.synchronize()
-    return (time.perf_counter() - start) / calls, result
+    return time.perf_counter() - start, result
+
+
+def _on_host(call: Callable[[], Any], device: str) -> Callable[[], float]:
+    return lambda: _timed(call, device)[0]
+
+
+def _on_gpu(call: Callable[[], Any]) -> Callable[[], float]:
+    """A sample of a call on a GPU: the median of about 10 ms of calls, each between two events of the device.
+
+    It is one short ``triton.testing.do_bench``, which overwrites the L2 cache before every call. So no call finds its
+    inputs there because the call before it was the same one: it reads them from memory, as an attention does in a
+    model, where other layers ran in between. Inputs smaller than the cache (50 MB on an H100) would otherwise look
+    faster than they are in use. Within a call nothing is flushed: a backward finds what its own forward left.
+
+    The flush itself is not timed, but takes about 0.1 ms, in which the host already launches the call's first kernels.
+    Between the events the device still waits for a host that is slower than its kernels, but by that much less than in
+    a loop of bare calls: a call of few, short kernels is timed as one whose launches something else hides.
+    :func:`_kernels` tells what the kernels alone take.
+    """
+    from triton.testing import do_bench
+
+    def sample() -> float:
+        milliseconds: Any = do_bench(call, warmup=WARM_UP_MS, rep=SAMPLE_MS, return_mode="median")
+        return milliseconds / 1e3
+
+    return sample
 
 
 def _kernels(call: Callable[[], Any], steps: int) -> dict[str, Any]:

@@ -1,39 +1,35 @@
-"""The few questions that only NVIDIA's management library answers, asked through ctypes: it comes with the driver."""
+"""The few questions that only NVIDIA's management library answers, asked through ``nvidia-ml-py`` (extra ``bench``)."""
 
 from __future__ import annotations
 
-import ctypes
-from functools import cache
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 
-SUCCESS = 0
-LIBRARY = "libnvidia-ml.so.1"
+from flexjag.errors import MissingExtraError
+from flexjag.extras import needs
 
 
 class NvmlError(RuntimeError):
-    """The library is not there, or does not answer."""
+    """The library or its bindings are not there, or it does not answer."""
 
 
-@cache
-def _library() -> ctypes.CDLL:
+@contextmanager
+def _nvml() -> Iterator[Any]:
+    """The bindings; whatever keeps NVML from answering is an NvmlError."""
     try:
-        library = ctypes.CDLL(LIBRARY)
-    except OSError as e:
-        raise NvmlError(f"no {LIBRARY}: {e}") from None
-    _ask(library, "nvmlInit_v2")
-    return library
+        needs("bench", "pynvml")
+    except MissingExtraError as absent:
+        raise NvmlError(str(absent)) from None
+    import pynvml
 
-
-def _ask(library: ctypes.CDLL, name: str, *args: object) -> None:
     try:
-        status = getattr(library, name)(*args)
-    except AttributeError:
-        raise NvmlError(f"this driver has no {name}") from None
-    if status != SUCCESS:
-        library.nvmlErrorString.restype = ctypes.c_char_p
-        why = library.nvmlErrorString(status)
-        raise NvmlError(f"{name}: {why.decode() if why else f'status {status}'}")
+        pynvml.nvmlInit()  # again and again only counts
+        yield pynvml
+    except pynvml.NVMLError as e:
+        raise NvmlError(f"NVML: {e}") from None
 
 
 def driver_version() -> str | None:
@@ -42,35 +38,32 @@ def driver_version() -> str | None:
     >>> driver_version() is None or "." in driver_version()
     True
     """
-    text = ctypes.create_string_buffer(96)
     try:
-        _ask(_library(), "nvmlSystemGetDriverVersion", text, ctypes.c_uint(len(text)))
+        with _nvml() as pynvml:
+            return pynvml.nvmlSystemGetDriverVersion()
     except NvmlError:
         return None
-    return text.value.decode()
 
 
 class Device:
     """The GPU that torch uses now.
 
     Raises:
-        NvmlError: If NVML does not know it.
+        NvmlError: If NVML does not know it, or cannot be asked.
     """
 
     def __init__(self) -> None:
-        # Torch and NVML number devices differently where some are hidden, so they are matched by their identity.
-        name = f"GPU-{str(torch.cuda.get_device_properties().uuid).removeprefix('GPU-')}"
-        self._library, self._handle = _library(), ctypes.c_void_p()
-        _ask(self._library, "nvmlDeviceGetHandleByUUID", name.encode(), ctypes.byref(self._handle))
+        with _nvml() as pynvml:
+            # Torch and NVML number devices differently where some are hidden, so they are matched by their identity.
+            name = f"GPU-{str(torch.cuda.get_device_properties().uuid).removeprefix('GPU-')}"
+            self._handle = pynvml.nvmlDeviceGetHandleByUUID(name)
 
     def joules(self) -> float:
         """What the device has used since its driver was loaded."""
-        millijoules = ctypes.c_ulonglong()
-        _ask(self._library, "nvmlDeviceGetTotalEnergyConsumption", self._handle, ctypes.byref(millijoules))
-        return millijoules.value / 1e3
+        with _nvml() as pynvml:
+            return pynvml.nvmlDeviceGetTotalEnergyConsumption(self._handle) / 1e3
 
     def watts(self) -> float:
         """What it draws now, or on average over the last second, which depends on the device."""
-        milliwatts = ctypes.c_uint()
-        _ask(self._library, "nvmlDeviceGetPowerUsage", self._handle, ctypes.byref(milliwatts))
-        return milliwatts.value / 1e3
+        with _nvml() as pynvml:
+            return pynvml.nvmlDeviceGetPowerUsage(self._handle) / 1e3

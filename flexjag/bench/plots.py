@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from flexjag.bench.measure import median
+from flexjag.extras import needs
 
 NUMBER = r"\d(?:[\d,]*\d)?(?:\.\d+)?"
 AXES = {
@@ -79,7 +80,7 @@ def draw(results: Sequence[dict[str, Any]], folder: Path) -> Iterator[tuple[int,
         Index of the results, the suite's name, the file and its alternative text, after each file is written.
 
     Raises:
-        ImportError: If matplotlib is not installed.
+        MissingExtraError: If matplotlib is not installed.
         OSError: If a file cannot be written.
     """
     names: set[str] = set()
@@ -110,9 +111,10 @@ def draw_series(series: Series, path: Path) -> None:
         path: The file to write; its suffix is the format.
 
     Raises:
-        ImportError: If matplotlib is not installed.
+        MissingExtraError: If matplotlib is not installed.
         OSError: If the file cannot be written.
     """
+    needs("pictures", "matplotlib")
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 

@@ -156,9 +156,10 @@ The last needs nothing installed but torch, triton, numpy, pytest and hypothesis
 share of the time of its own, writes its results after each, and says what it had to leave out.
 
 How it is measured: all arms of a case run in one process on the same inputs. Every arm is checked before it is timed;
-one that is wrong is listed as wrong and has no time. Each round then runs every arm once, in a shuffled order. Times
-are medians of the samples. The first call is listed apart, because it also loads code and compiles. Peak memory is what
-an arm takes above its inputs, with the plan or the padding mask that it makes once per batch: on a CPU the peak
+one that is wrong is listed as wrong and has no time. Each round then takes a sample of every arm, in a shuffled order.
+Times are medians of the samples. A sample is one call; on a GPU, a `triton.testing.do_bench` of 10 ms, in which no call
+finds its inputs in the L2 cache. The first call is listed apart, because it also loads code and compiles. Peak memory
+is what an arm takes above its inputs, with the plan or the padding mask that it makes once per batch: on a CPU the peak
 resident memory of a fresh process that runs this arm alone, on CUDA the allocator's peak. A plan and a padding mask are
 made before the clock starts, except where the arm's name or the suite says otherwise. The compile suite runs each batch
 once, compiled and eager in turn, and checks the results at the end. In the suite train a sample is one optimizer step,

@@ -1,15 +1,14 @@
-"""Results kept on disk, by everything they depend on."""
+"""Results of ``compile_for`` kept on disk, by everything they depend on."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
-import os
 import pickle
 import site
 import sys
 import sysconfig
-import tempfile
 import zlib
 from functools import cache
 from pathlib import Path
@@ -18,13 +17,7 @@ from typing import Any
 import torch
 
 import flexjag
-
-
-def directory() -> Path:
-    """``$FLEXJAG_CACHE_DIR``, else ``flexjag`` in the user's cache directory."""
-    given = os.environ.get("FLEXJAG_CACHE_DIR")
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(given) if given else Path(base) / "flexjag"
+from flexjag import caches
 
 
 def versions() -> dict[str, str]:
@@ -66,17 +59,21 @@ def _own_modules() -> list[tuple[str, int, int]]:
             continue
         if any(Path(path).is_relative_to(p) for p in installed):
             continue
-        if os.path.exists(path):
-            seen = os.stat(path)
+        if Path(path).exists():
+            seen = Path(path).stat()
             found.append((path, seen.st_mtime_ns, seen.st_size))
     return found
 
 
 def load(name: str) -> Any | None:
-    """What was stored under a key, or None. An entry that cannot be read is as good as none."""
-    path = directory() / f"{name}.pkl.z"
+    """What was stored under a key, or None. An entry that cannot be read is as good as none.
+
+    Raises:
+        CacheError: If ``FLEXJAG_CACHE_MB`` is no number, which :func:`store` would say after the long part.
+    """
+    caches.limit()
     try:
-        return pickle.loads(zlib.decompress(path.read_bytes()))
+        return pickle.loads(zlib.decompress(caches.read("kernels", f"{name}.pkl.z")))
     except (
         OSError,
         zlib.error,
@@ -91,11 +88,6 @@ def load(name: str) -> Any | None:
 
 
 def store(name: str, value: Any) -> None:
-    """Keep a value. A directory that cannot be written to is no error: the result is there all the same."""
-    try:
-        directory().mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=directory(), delete=False) as file:
-            file.write(zlib.compress(pickle.dumps(value)))
-        os.replace(file.name, directory() / f"{name}.pkl.z")
-    except OSError:
-        return
+    """Keep a value. A folder that cannot be written to is no error: the result is there all the same."""
+    with contextlib.suppress(OSError):
+        caches.write("kernels", f"{name}.pkl.z", zlib.compress(pickle.dumps(value)))

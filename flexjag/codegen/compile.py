@@ -112,7 +112,7 @@ def compile_for(
         return_lse: As in :func:`flexjag.attention`. For a plan only.
         kernel_options: FlexAttention's options, which override the plan's: ``{"BLOCK_M": 64, "bwd_num_warps": 8}``.
         assemble: Make machine code and measure it. False is quicker and enough for :meth:`Report.simulate`.
-        cache: Read the result from the disk (:func:`flexjag.codegen.cache.directory`) if it is there, and write it.
+        cache: Read the result from the disk (:mod:`flexjag.caches`) if it is there, and write it.
         timeout: Seconds after which the worker is stopped.
         worker: A running worker, to save the start of one. With ``interpret=True`` it cannot `assemble`.
 
@@ -123,6 +123,7 @@ def compile_for(
         TargetError: If the target is unknown, or its vendor is not NVIDIA.
         BackendError: If the plan cannot run on the ``flex`` backend.
         CodegenError: If Triton is missing, this torch is not one of the tested ones, or the worker fails.
+        MissingExtraError: If cloudpickle is not installed: it comes with ``flexjag[codegen]``.
 
     >>> from flexjag.plan import plan
     >>> x = Jagged.from_lengths(torch.zeros(300, 2, 64), [100, 200])

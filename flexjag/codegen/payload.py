@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from flexjag.errors import CodegenError, explain_values
+from flexjag.extras import needs
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,9 @@ def pack(obj: Any) -> Payload:
 
     Raises:
         CodegenError: If something in it cannot be sent to another process.
+        MissingExtraError: If cloudpickle is not installed.
     """
+    needs("codegen", "cloudpickle")
     from flexjag.codegen.pickler import Pickler
 
     file = io.BytesIO()

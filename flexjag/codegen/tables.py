@@ -228,8 +228,8 @@ and no remainders, and both figures per score fall.
 **Tuning on your GPU.** Fewer instructions are no proof of speed. `python -m flexjag.bench tune` measures about a dozen
 choices of blocks, warps, pipeline stages, TMA (from Hopper on) and, without gradients, PyTorch's FLASH backend where
 `flash_attn.cute` is installed. Each is checked against float64, then timed in turn with the others. What beats the
-built-in options by more than their samples spread goes into `tuning.json` in `$FLEXJAG_CACHE_DIR`, by default
-`~/.cache/flexjag`. From then on it goes over the built-in options, for plans of that kind (dtype, head dimensions,
+built-in options by more than their samples spread goes into `tuning.json` in the folder that
+`flexjag cache` names. From then on it goes over the built-in options, for plans of that kind (dtype, head dimensions,
 score, mask of spans or not) on that device with those versions of torch and triton. The file is read once per process.
 `--dim`, `--heads`, `--dtype`, `--tokens` and `--minutes` say what to measure, `--work formula lookup predicate` adds
 scores and other masks. `FLEXJAG_TUNING=FILE` reads another file, `FLEXJAG_TUNING=` none. Not yet run on a GPU.

@@ -1,9 +1,10 @@
 """Test utilities for user-defined masks, scores and models: the ones that flexjag's own tests use.
 
-The hypothesis strategies live in :mod:`flexjag.testing.strategies` and need hypothesis (the ``test`` extra); the
-assertions need torch alone.
+The hypothesis strategies live in :mod:`flexjag.testing.strategies` and need hypothesis (the extra ``testing``);
+the assertions need torch alone.
 """
 
+from flexjag.extras import needs
 from flexjag.testing.compiles import Graphs, assert_compiles
 from flexjag.testing.kernels import assert_kernels_match
 from flexjag.testing.leak import assert_no_leak
@@ -37,6 +38,7 @@ _STRATEGIES = ("Problem", "jagged_batches", "lengths", "masks", "problems", "sco
 def __getattr__(name: str) -> object:
     """Import the strategies on first use, so that the assertions do not need hypothesis."""
     if name in _STRATEGIES:
+        needs("testing", "hypothesis")
         from flexjag.testing import strategies
 
         return getattr(strategies, name)

@@ -13,6 +13,7 @@ import torch
 from cases import make_qkv
 
 import flexjag as fj
+from flexjag import caches
 from flexjag.codegen import cache
 from flexjag.codegen.compile import Report
 from flexjag.codegen.report import CODE
@@ -100,7 +101,7 @@ def test_results_are_kept_on_disk_until_something_changes(report: Report) -> Non
 def test_an_entry_that_cannot_be_read_is_as_good_as_none() -> None:
     cache.store("broken", {"a": 1})
     assert cache.load("broken") == {"a": 1}
-    path = cache.directory() / "broken.pkl.z"
+    path = caches.folder() / "kernels" / "broken.pkl.z"
     path.write_bytes(path.read_bytes()[:-3])
     assert cache.load("broken") is None
     assert cache.load("missing") is None

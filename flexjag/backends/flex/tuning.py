@@ -21,6 +21,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from flexjag import caches
 from flexjag import scores as s
 from flexjag.algebra.tree import reads_pairs
 from flexjag.recipe import Recipe
@@ -192,16 +193,14 @@ def flash_is_installed() -> bool:
 
 
 def path() -> Path | None:
-    """The file: ``$FLEXJAG_TUNING``, else ``tuning.json`` in ``$FLEXJAG_CACHE_DIR`` or the user's cache directory.
+    """The file: ``$FLEXJAG_TUNING``, else ``tuning.json`` in the folder of all caches (:mod:`flexjag.caches`).
 
     None if ``$FLEXJAG_TUNING`` is set and empty, which switches tuning off.
     """
     named = os.environ.get("FLEXJAG_TUNING")
     if named is not None:
         return Path(named) if named else None
-    given = os.environ.get("FLEXJAG_CACHE_DIR")
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return (Path(given) if given else Path(base) / "flexjag") / "tuning.json"
+    return caches.folder() / "tuning.json"
 
 
 @cache
