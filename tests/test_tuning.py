@@ -249,9 +249,9 @@ def test_options_to_be_measured_go_over_the_built_in_ones_not_over_the_files(
     tuning.write(file, ENTRIES)
     recorder, compile = Recorder(), torch.compile
     monkeypatch.setattr(torch, "compile", lambda fn, **kwargs: compile(fn, backend=recorder, **kwargs))
-    plan, q, v = plan_and_inputs()
     chosen = [{"fwd_BLOCK_N": 16}, {"fwd_BLOCK_N": 128}]
     with as_on_gpu({}):
+        plan, q, v = plan_and_inputs()
         built_in = flex_options.built_in(plan, q, v)
         for options in chosen:
             flex.with_options(options)(q, q, v, plan, 0.25, False)

@@ -90,9 +90,9 @@ def _launch_pointwise(p: Recipe, features: int, dtype: torch.dtype) -> None:
     k = v = _meta(TOKENS, GROUPS, features, dtype=dtype)
     tables, transposed = ([x.to("meta") for x in some] for some in triton.tables_of(p))
     given = captures, printed.numbers, printed.source
-    rest = triton.name_of(p.normalizer), 0.125, 1.0, p.block_size
-    triton_launch.pointwise_out(q, k, v, torch.empty_like(q), *given, tables, *rest)
-    triton_launch.pointwise_gradients(q, q, k, v, *given, tables, transposed, *rest)
+    rest = {"name": triton.name_of(p.normalizer), "scale": 0.125, "factor": 1.0, "tile": p.block_size}
+    triton_launch.pointwise_out(q, k, v, torch.empty_like(q), *given, tables, **rest)
+    triton_launch.pointwise_gradients(q, q, k, v, *given, tables=tables, transposed=transposed, **rest)
 
 
 def _launch_stick_breaking(p: Recipe, features: int, dtype: torch.dtype) -> None:

@@ -384,12 +384,11 @@ class AttentionBatch:
         from torch.nn.attention.varlen import varlen_attn
 
         ends = torch.tensor([0, *torch.tensor(self.lengths).cumsum(0)], dtype=torch.int32, device=self.device)
-        left, right, _ = as_window(self.kind.mask) or (None, None, "start")
-        window = (-1 if left is None else left, -1 if right is None else right)
+        left, right = (-1 if x is None else x for x in (as_window(self.kind.mask) or (None, None))[:2])
 
         def forward() -> Tensor:
             q, k, v = self.leaves[:3]
-            out = varlen_attn(q, k, v, ends, ends, self.longest, self.longest, window_size=window)
+            out = varlen_attn(q, k, v, ends, ends, self.longest, self.longest, window_size=(left, right))
             assert isinstance(out, Tensor)
             return out
 

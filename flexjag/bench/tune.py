@@ -74,6 +74,7 @@ def tune(
     shared: int,
     seconds: float,
     tell: Tell,
+    *,
     attend: Attend = flex.with_options,
     measure: Measure = run_case,
     first: int | None = None,

@@ -16,17 +16,17 @@ from typing import Any
 
 import torch
 
-import flexjag
 from flexjag import caches
+
+PACKAGE = Path(caches.__file__).parent
 
 
 def versions() -> dict[str, str]:
-    """Of torch, triton and flexjag."""
+    """Versions of torch and Triton, and a digest of flexjag's source."""
     return {
         "torch": torch.__version__,
         "triton": importlib.import_module("triton").__version__,
-        "flexjag": flexjag.__version__,
-        "source": _source_digest(),
+        "flexjag": _source_digest(),
     }
 
 
@@ -40,7 +40,7 @@ def key(*parts: object) -> str:
 def _source_digest() -> str:
     """A hash of flexjag's own source, which changes between releases, too."""
     found = hashlib.sha256()
-    for path in sorted(Path(flexjag.__file__).parent.rglob("*.py")):
+    for path in sorted(PACKAGE.rglob("*.py")):
         found.update(path.read_bytes())
     return found.hexdigest()[:16]
 
@@ -51,7 +51,7 @@ def _own_modules() -> list[tuple[str, int, int]]:
     Functions in them are pickled by name, so a change of their code would not show otherwise.
     """
     installed = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
-    installed |= {*site.getsitepackages(), site.getusersitepackages(), str(Path(flexjag.__file__).parent)}
+    installed |= {*site.getsitepackages(), site.getusersitepackages(), str(PACKAGE)}
     found = []
     for name, module in sorted(sys.modules.items()):
         path = getattr(module, "__file__", None)

@@ -50,6 +50,7 @@ class Trial:
         plan: Plan,
         scale: float | None,
         learned: Sequence[Tensor] | None,
+        *,
         lse: bool,
         backward: bool,
         seed: int,
@@ -149,7 +150,7 @@ def assert_matches_reference(
     plan = make_plan(q, k, mask=mask, score=score) if plan is None else plan
     lse = lse and type(plan.normalizer) in REST
     dtype = q.values.dtype
-    trial = Trial.make(q, k, v, plan, scale, learned, lse, backward, seed)
+    trial = Trial.make(q, k, v, plan, scale, learned, lse=lse, backward=backward, seed=seed)
     return check_against_reference(
         trial,
         lambda _: _run(backend, dtype, trial),

@@ -133,7 +133,8 @@ def attend(
     from flexjag.backends.triton.pointwise_launch import pointwise_out
 
     out = _empty_out(q, v, is_wide)
-    return pointwise_out(q, k, v, out, captures, numbers, source, tables, name, scale, factor, block)
+    rest = {"name": name, "scale": scale, "factor": factor, "tile": block}
+    return pointwise_out(q, k, v, out, captures, numbers, source, tables, **rest)
 
 
 @attend.register_fake
@@ -164,7 +165,8 @@ def differentiate(
     """The gradients of q, k and v of :func:`attend`."""
     from flexjag.backends.triton.pointwise_launch import pointwise_gradients
 
-    return pointwise_gradients(grad, q, k, v, captures, numbers, source, tables, transposed, name, scale, factor, block)
+    rest = {"name": name, "scale": scale, "factor": factor, "tile": block}
+    return pointwise_gradients(grad, q, k, v, captures, numbers, source, tables=tables, transposed=transposed, **rest)
 
 
 @differentiate.register_fake
