@@ -150,7 +150,7 @@ def attention(
     """
     check_inputs(q, k, v)
     if plan is None:
-        recipe: Recipe = outline(q, k, mask, score, normalizer, Sizes(validate=validate))
+        recipe = outline(Recipe, q, k, mask, score, normalizer, Sizes(validate=validate))
     elif mask is not None or score is not None or normalizer is not None:
         raise PlanError(
             explain_values("plan", "already holds a mask, score and normalizer; pass one or the other", plan=plan)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Self
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from flexjag import masks as m
 from flexjag import scores as s
@@ -25,11 +25,6 @@ __all__ = ["Plan", "plan"]
 @dataclass(frozen=True, eq=False, repr=False)
 class Plan(Recipe):
     """A recipe that says what was decided of it. Made by :func:`plan`; its attributes are :class:`Recipe`'s."""
-
-    @classmethod
-    def of(cls, recipe: Recipe) -> Self:
-        """A recipe's public face."""
-        return cls(**{x.name: getattr(recipe, x.name) for x in fields(recipe)})
 
     @property
     def backend(self) -> str:
@@ -112,4 +107,4 @@ def plan(
     (20, 4, (8, 8))
     """
     sizes = Sizes(block_size, max_tokens, max_length, validate)
-    return Plan.of(with_tiles(outline(q, k, mask, score, normalizer, sizes), refine_tiles))
+    return with_tiles(outline(Plan, q, k, mask, score, normalizer, sizes), refine_tiles)

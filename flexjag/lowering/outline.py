@@ -75,14 +75,25 @@ class Sizes(NamedTuple):
 
 
 def outline(
+    kind: type[R],
     q: Jagged,
     k: Jagged | None,
     mask: m.Mask | None,
     score: s.Score | None,
     normalizer: Normalizer | None,
     sizes: Sizes = Sizes(),  # noqa: B008, immutable
-) -> Recipe:
-    """The part of lowering that is linear in the tokens: everything but the tiles."""
+) -> R:
+    """The part of lowering that is linear in the tokens: everything but the tiles.
+
+    Args:
+        kind: What to make: :class:`Recipe` or a subclass of it.
+        q: As :func:`flexjag.plan` takes it, and so the others.
+        k: Keys.
+        mask: The mask.
+        score: The score.
+        normalizer: The normalizer.
+        sizes: Tile size and bounds.
+    """
     block_size, max_tokens, max_length, validate = sizes
     mask = m.Full() if mask is None else mask
     normalizer = Softmax() if normalizer is None else normalizer
@@ -110,7 +121,7 @@ def outline(
         grad = q.values.requires_grad and torch.is_grad_enabled()
         sample = (q.values.shape[1], q.values.shape[2], q.values.dtype, grad)
     sandwiches = tuple(sandwich(one, layout) for one in head_masks)
-    return Recipe(
+    return kind(
         layout=layout,
         mask=mask,
         score=score,
