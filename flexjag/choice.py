@@ -49,6 +49,7 @@ def diagonal_align(mask: m.Mask, is_self: bool) -> m.Align:
 def is_by_position(mask: m.Mask, score: s.Score | None, is_self: bool) -> bool:
     """Whether mask and score see nothing of a token but its position in its segment, so that one bias fits them all.
 
+    >>> import torch
     >>> is_by_position(m.Causal() & m.Window(9, 0), None, True), is_by_position(m.Prefix(torch.tensor([2])), None, True)
     (True, False)
     """

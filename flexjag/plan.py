@@ -101,6 +101,7 @@ def plan(
         MaskError: If the mask does not fit the layout.
         PlanError: If a bound does not hold or `block_size` is no power of two.
 
+    >>> import torch
     >>> x = Jagged.from_lengths(torch.zeros(1000, 2, 16), [400, 0, 600])
     >>> p = plan(x, mask=m.Causal() & m.Window(256, 0))
     >>> p.num_tiles, p.num_full, p.grid
