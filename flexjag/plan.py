@@ -12,7 +12,7 @@ from flexjag.backends.base import Case
 from flexjag.backends.choose import choose
 from flexjag.explain import explain
 from flexjag.jagged import Jagged
-from flexjag.lowering.outline import Sizes, outline, with_tiles
+from flexjag.lowering.outline import Bounds, outline, with_tiles
 from flexjag.normalizers import Normalizer
 from flexjag.recipe import Recipe
 
@@ -107,5 +107,5 @@ def plan(
     >>> p.num_tiles, p.num_full, p.grid
     (20, 4, (8, 8))
     """
-    sizes = Sizes(block_size, max_tokens, max_length, validate)
-    return with_tiles(outline(Plan, q, k, mask, score, normalizer, sizes), refine_tiles)
+    bounds = Bounds(block_size, max_tokens, max_length, validate)
+    return with_tiles(outline(Plan, q, k, mask, score, normalizer, bounds), refine_tiles)

@@ -37,6 +37,11 @@ def register(backend: Backend) -> None:
 
     Raises:
         BackendError: If its name is taken, or it is to be asked before one that ``auto`` does not ask.
+
+    >>> register(Backend("mine", "the reference again", "all", run=BACKENDS["reference"].run))
+    >>> list(BACKENDS)[-1]
+    'mine'
+    >>> unregister("mine")
     """
     if backend.name in BACKENDS or backend.name == "auto":
         raise BackendError(explain_values("name", "is taken", name=backend.name))

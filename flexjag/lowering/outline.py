@@ -65,7 +65,7 @@ def _capacity(layout: Layout, block: int, max_length: int | None) -> tuple[int, 
     return width, max(2, rows * min(width, cols))
 
 
-class Sizes(NamedTuple):
+class Bounds(NamedTuple):
     """Tile size and bounds, and whether to check the offsets' contents; as :func:`flexjag.plan` takes them."""
 
     block_size: int = 128
@@ -81,7 +81,7 @@ def outline(
     mask: m.Mask | None,
     score: s.Score | None,
     normalizer: Normalizer | None,
-    sizes: Sizes = Sizes(),  # noqa: B008, immutable
+    bounds: Bounds = Bounds(),  # noqa: B008, immutable
 ) -> R:
     """The part of lowering that is linear in the tokens: everything but the tiles.
 
@@ -92,9 +92,9 @@ def outline(
         mask: The mask.
         score: The score.
         normalizer: The normalizer.
-        sizes: Tile size and bounds.
+        bounds: Tile size and bounds.
     """
-    block_size, max_tokens, max_length, validate = sizes
+    block_size, max_tokens, max_length, validate = bounds
     mask = m.Full() if mask is None else mask
     normalizer = Softmax() if normalizer is None else normalizer
     check_arguments(mask, score, normalizer, block_size, max_length)
