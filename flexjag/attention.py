@@ -17,7 +17,7 @@ from flexjag.backends.choose import BACKENDS, pick
 from flexjag.differentiation import needs_plain_operations
 from flexjag.errors import PlanError, ShapeError, assert_on_device, explain_values
 from flexjag.jagged import Jagged, check_same_layout
-from flexjag.lowering.outline import Sizes, outline, with_tiles
+from flexjag.lowering.outline import Bounds, outline, with_tiles
 from flexjag.masks import Mask
 from flexjag.normalizers import Normalizer, Softmax, StickBreaking
 from flexjag.offsets import check_computable, is_empty, same_size
@@ -150,7 +150,7 @@ def attention(
     """
     check_inputs(q, k, v)
     if plan is None:
-        recipe: Recipe = outline(q, k, mask, score, normalizer, Sizes(validate=validate))
+        recipe = outline(Recipe, q, k, mask, score, normalizer, Bounds(validate=validate))
     elif mask is not None or score is not None or normalizer is not None:
         raise PlanError(
             explain_values("plan", "already holds a mask, score and normalizer; pass one or the other", plan=plan)

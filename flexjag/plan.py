@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Self
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from flexjag import masks as m
 from flexjag import scores as s
@@ -12,7 +12,7 @@ from flexjag.backends.base import Case
 from flexjag.backends.choose import choose
 from flexjag.explain import explain
 from flexjag.jagged import Jagged
-from flexjag.lowering.outline import Sizes, outline, with_tiles
+from flexjag.lowering.outline import Bounds, outline, with_tiles
 from flexjag.normalizers import Normalizer
 from flexjag.recipe import Recipe
 
@@ -25,11 +25,6 @@ __all__ = ["Plan", "plan"]
 @dataclass(frozen=True, eq=False, repr=False)
 class Plan(Recipe):
     """A recipe that says what was decided of it. Made by :func:`plan`; its attributes are :class:`Recipe`'s."""
-
-    @classmethod
-    def of(cls, recipe: Recipe) -> Self:
-        """A recipe's public face."""
-        return cls(**{x.name: getattr(recipe, x.name) for x in fields(recipe)})
 
     @property
     def backend(self) -> str:
@@ -106,10 +101,11 @@ def plan(
         MaskError: If the mask does not fit the layout.
         PlanError: If a bound does not hold or `block_size` is no power of two.
 
+    >>> import torch
     >>> x = Jagged.from_lengths(torch.zeros(1000, 2, 16), [400, 0, 600])
     >>> p = plan(x, mask=m.Causal() & m.Window(256, 0))
     >>> p.num_tiles, p.num_full, p.grid
     (20, 4, (8, 8))
     """
-    sizes = Sizes(block_size, max_tokens, max_length, validate)
-    return Plan.of(with_tiles(outline(q, k, mask, score, normalizer, sizes), refine_tiles))
+    bounds = Bounds(block_size, max_tokens, max_length, validate)
+    return with_tiles(outline(Plan, q, k, mask, score, normalizer, bounds), refine_tiles)

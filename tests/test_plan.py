@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import pytest
 import torch
 from cases import EDGE_LENGTHS, jagged, make_qkv
@@ -9,6 +11,9 @@ from cases import EDGE_LENGTHS, jagged, make_qkv
 import flexjag as fj
 from flexjag import Causal, Full, MaskMod, PerHead, Prefix, Window
 from flexjag.errors import MaskError, PlanError, ScoreError, ShapeError
+from flexjag.layout import cpu_stands_in_for_gpu
+from flexjag.lowering.outline import for_gpu, outline, with_tiles
+from flexjag.recipe import Recipe
 
 
 def test_counts_by_hand() -> None:
@@ -174,3 +179,29 @@ def test_with_score_shares_all_but_the_score() -> None:
         per_head.with_score(fj.Alibi.from_heads(4))
     with pytest.raises(fj.errors.ScoreError, match="times: must have one entry per query token"):
         plan.with_score(fj.TimeBias(torch.zeros(2, 2), torch.arange(3), torch.tensor([1])))
+
+
+def test_a_plan_stays_a_plan_and_is_what_was_lowered() -> None:
+    """What backends run is a recipe; the public face is kept by all that makes another one of it."""
+    x, _, _ = make_qkv([40, 7])
+    recipe = with_tiles(outline(Recipe, x, None, Causal(), None, None))
+    plan = fj.plan(x, mask=Causal())
+    assert type(recipe) is Recipe
+    assert not hasattr(recipe, "explain")
+    for one in (plan, plan.with_score(fj.SoftCap(2.0)), plan.learning_in(torch.float64), for_gpu(plan)):
+        assert type(one) is fj.Plan
+    assert recipe.num_tiles == plan.num_tiles
+    assert [x.name for x in fields(fj.Plan)] == [x.name for x in fields(Recipe)]
+
+
+def test_for_gpu_rounds_up_what_kernels_read() -> None:
+    x, _, _ = make_qkv([40, 7])
+    plan = fj.plan(x, mask=Causal(), block_size=32)
+    made = for_gpu(plan)
+    assert (plan.layout.on_gpu, made.layout.on_gpu) == (False, True)
+    assert (plan.tables.q_pos.shape[0], made.tables.q_pos.shape[0]) == (47, 64)
+    with cpu_stands_in_for_gpu():
+        again = fj.plan(x, mask=Causal(), block_size=32)
+    assert again.layout.on_gpu
+    assert torch.equal(again.tables.q_pos, made.tables.q_pos)
+    assert not fj.plan(x).layout.on_gpu

@@ -200,7 +200,10 @@ def test_tiles_rejects_tables_that_disagree() -> None:
         return kv_partial, kv_full, q_partial, tiles.TileTable(torch.zeros_like(q_full.count), q_full.index)
 
     x = fj.Jagged.from_lengths(torch.zeros(64), [64])
-    with mock.patch("flexjag.plan.build_tables", without_full), pytest.raises(AssertionError, match="disagree"):
+    with (
+        mock.patch("flexjag.lowering.outline.build_tables", without_full),
+        pytest.raises(AssertionError, match="disagree"),
+    ):
         assert_tiles(fj.Full(), x)
 
 

@@ -37,6 +37,11 @@ def register(backend: Backend) -> None:
 
     Raises:
         BackendError: If its name is taken, or it is to be asked before one that ``auto`` does not ask.
+
+    >>> register(Backend("mine", "the reference again", "all", run=BACKENDS["reference"].run))
+    >>> list(BACKENDS)[-1]
+    'mine'
+    >>> unregister("mine")
     """
     if backend.name in BACKENDS or backend.name == "auto":
         raise BackendError(explain_values("name", "is taken", name=backend.name))
@@ -72,28 +77,34 @@ def choose(case: Case) -> tuple[str, str]:
 
     Measured are those with a cost.
     """
+    name, expected, passed = _choose(case)
+    why = WHY.get(name, BACKENDS[name].title)
+    if not expected:
+        return name, why + (passed if name == "tiled" else "")
+    times = ", ".join(f"{other} {_about(t)} ms" for other, t in sorted(expected.items()) if other != name)
+    return name, f"{why}: about {_about(expected[name])} ms expected, {times}, by the lines of costs.json"
+
+
+def _choose(case: Case) -> tuple[str, dict[str, float], str]:
+    """The backend, the seconds that it and others are expected to take, and why the last of the others cannot."""
     able: list[str] = []
-    passed = ""
-    for name in ON_CUDA if case.on_cuda else ELSEWHERE:
+    passed, on_cuda = "", case.on_cuda
+    for name in ON_CUDA if on_cuda else ELSEWHERE:
         record = BACKENDS[name]
         if not isinstance(case.normalizer, record.promises.normalizers):
             continue
         why_not = refusal(name, case) or record.wasteful(case)
         if why_not is not None:
             passed = f", because of {name}: {why_not}"
-            continue
-        if record.cost is None and able:
-            continue
-        able.append(name)
-        if record.cost is None or case.on_cuda:
-            break
-    if len(able) > 1:
-        expected = expected_seconds(case, able)
-        name, *others = sorted(able, key=lambda x: expected[x])
-        times = ", ".join(f"{other} {_about(expected[other])} ms" for other in others)
-        return name, f"{WHY[name]}: about {_about(expected[name])} ms expected, {times}, by the lines of costs.json"
-    name = able[0] if able else "tiled"
-    return name, WHY.get(name, BACKENDS[name].title) + (passed if name == "tiled" else "")
+        elif record.cost is None or on_cuda:
+            if not able:
+                return name, {}, passed
+        else:
+            able.append(name)
+    if len(able) < 2:
+        return able[0] if able else "tiled", {}, passed
+    expected = expected_seconds(case, able)
+    return min(able, key=expected.__getitem__), expected, passed
 
 
 def _about(seconds: float) -> str:
@@ -118,10 +129,10 @@ def pick(backend: str, case: Case) -> str:
         BackendError: If the named backend cannot run it; the message names one that can.
     """
     if backend == "auto":
-        return choose(case)[0]
+        return _choose(case)[0]
     why_not = refusal(backend, case)
     if why_not is None:
         return backend
-    able = next((b for b in (choose(case)[0], *BACKENDS) if refusal(b, case) is None), None)
+    able = next((b for b in (_choose(case)[0], *BACKENDS) if refusal(b, case) is None), None)
     hint = f"use backend={able!r} or backend='auto'" if able else "no backend here can"
     raise BackendError(f"backend: {backend!r} cannot run this plan: {why_not}; {hint}")

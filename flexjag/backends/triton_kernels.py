@@ -73,7 +73,7 @@ def _examples(features: int, dtype: torch.dtype) -> dict[str, Callable[[], objec
 
 def _made(mask: m.Mask, normalizer: nz.Normalizer, score: s.Score | None = None) -> Recipe:
     tokens = Jagged.from_lengths(torch.empty(TOKENS), [TOKENS])
-    return with_tiles(outline(tokens, None, mask, score, normalizer))
+    return with_tiles(outline(Recipe, tokens, None, mask, score, normalizer))
 
 
 def _meta(*shape: int, dtype: torch.dtype) -> Tensor:

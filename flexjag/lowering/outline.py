@@ -64,7 +64,7 @@ def _capacity(layout: Layout, block: int, max_length: int | None) -> tuple[int, 
     return width, max(2, rows * min(width, cols))
 
 
-class Sizes(NamedTuple):
+class Bounds(NamedTuple):
     """Tile size and bounds, and whether to check the offsets' contents; as :func:`flexjag.plan` takes them."""
 
     block_size: int = 128
@@ -74,15 +74,26 @@ class Sizes(NamedTuple):
 
 
 def outline(
+    kind: type[R],
     q: Jagged,
     k: Jagged | None,
     mask: m.Mask | None,
     score: s.Score | None,
     normalizer: Normalizer | None,
-    sizes: Sizes = Sizes(),  # noqa: B008, immutable
-) -> Recipe:
-    """The part of lowering that is linear in the tokens: everything but the tiles."""
-    block_size, max_tokens, max_length, validate = sizes
+    bounds: Bounds = Bounds(),  # noqa: B008, immutable
+) -> R:
+    """The part of lowering that is linear in the tokens: everything but the tiles.
+
+    Args:
+        kind: What to make: :class:`Recipe` or a subclass of it.
+        q: As :func:`flexjag.plan` takes it, and so the others.
+        k: Keys.
+        mask: The mask.
+        score: The score.
+        normalizer: The normalizer.
+        bounds: Tile size and bounds.
+    """
+    block_size, max_tokens, max_length, validate = bounds
     mask = m.Full() if mask is None else mask
     normalizer = Softmax() if normalizer is None else normalizer
     check_arguments(mask, score, normalizer, block_size, max_length)
@@ -109,7 +120,7 @@ def outline(
         grad = q.values.requires_grad and torch.is_grad_enabled()
         sample = (q.values.shape[1], q.values.shape[2], q.values.dtype, grad)
     sandwiches = tuple(sandwich(one, layout) for one in head_masks)
-    return Recipe(
+    return kind(
         layout=layout,
         mask=mask,
         score=score,

@@ -148,7 +148,7 @@ def _share(recipe: Recipe, runs: Runs, heads: int, acc: torch.dtype) -> Shared |
     if n * m > 2 * needed or n * m * heads > SHARED:
         return None
     one_q, one_kv = (_one_segment(tokens, layout.device) for tokens in (n, m))
-    one = outline(one_q, None if layout.is_self else one_kv, recipe.mask, recipe.score, recipe.normalizer)
+    one = outline(Recipe, one_q, None if layout.is_self else one_kv, recipe.mask, recipe.score, recipe.normalizer)
     bias, allowed = _evaluate(one, (0, n), (0, m), heads, acc)
     keyless: list[Tensor | None] = []
     for (a, b), (c, d), (i, j) in zip(runs.q_ranges, runs.kv_ranges, runs.places, strict=True):
