@@ -53,6 +53,7 @@ def draw_plan(plan: Recipe, head: int = 0) -> Figure:
         PlanError: If the plan has no such head.
         MissingExtraError: If matplotlib is not installed.
     """
+    needs("pictures", "matplotlib")
     figure = _figure_type()(figsize=(6.4, 6.4))
     # Fixed margins: a layout that looks for them draws everything twice.
     draw(figure.add_axes((0.13, 0.15, 0.84, 0.73)), plan, head)
@@ -61,7 +62,6 @@ def draw_plan(plan: Recipe, head: int = 0) -> Figure:
 
 @cache
 def _figure_type() -> type[Figure]:
-    needs("pictures", "matplotlib")
     from matplotlib.figure import Figure
 
     class PlanFigure(Figure):
@@ -80,9 +80,7 @@ def draw(axes: Axes, plan: Recipe, head: int = 0) -> None:
 
     Raises:
         PlanError: If the plan has no such head.
-        MissingExtraError: If matplotlib is not installed.
     """
-    needs("pictures", "matplotlib")
     from matplotlib.image import PcolorImage
     from matplotlib.patches import Patch
 

@@ -1,4 +1,4 @@
-"""Machine code back to text, with the tools that Triton brings."""
+"""Machine code back to instructions, with the tools that Triton brings."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _TIMEOUT_S = 300
 
 
 def disassemble(cubin: bytes, tool_dir: Path | None = None) -> str:
-    """Machine code as text.
+    """Machine code as text, for people.
 
     Args:
         cubin: A CUDA binary.
@@ -34,7 +34,26 @@ def disassemble(cubin: bytes, tool_dir: Path | None = None) -> str:
     ...     print(error)
     tool_dir: must hold the executable; got executable='cuobjdump', tool_dir='/nowhere'
     """
-    return _run(cubin, tool_dir, "-sass")
+    return _run("cuobjdump", cubin, tool_dir, "-sass")
+
+
+def list_instructions(cubin: bytes, tool_dir: Path | None = None) -> str:
+    """Machine code as JSON, for :func:`flexjag.codegen.sass.parse`.
+
+    It is no replacement of the text: the operands of some instructions come in another order (``LDGSTS``) or lose a
+    comma (``LDS``), and a set of predicates that ``P2R`` reads is called its own.
+
+    Args:
+        cubin: A CUDA binary.
+        tool_dir: As for :func:`disassemble`.
+
+    Returns:
+        What ``nvdisasm -json`` prints. Those of CUDA 12.8 (in Triton 3.6) and 13.1 (in 3.7 and 3.8) agree.
+
+    Raises:
+        CodegenError: As :func:`disassemble`.
+    """
+    return _run("nvdisasm", cubin, tool_dir, "-json")
 
 
 def resource_usage(cubin: bytes, tool_dir: Path | None = None) -> dict[str, int]:
@@ -51,7 +70,7 @@ def resource_usage(cubin: bytes, tool_dir: Path | None = None) -> dict[str, int]
     Raises:
         CodegenError: As :func:`disassemble`, or if the binary does not hold exactly one kernel.
     """
-    return read_usage(_run(cubin, tool_dir, "--dump-resource-usage"))
+    return read_usage(_run("cuobjdump", cubin, tool_dir, "--dump-resource-usage"))
 
 
 def read_usage(text: str) -> dict[str, int]:
@@ -111,19 +130,18 @@ def _tool(name: str, tool_dir: Path | None) -> Path:
     return Path(found)
 
 
-def _run(cubin: bytes, tool_dir: Path | None, option: str) -> str:
-    """What cuobjdump prints about a binary; it takes files only."""
-    tool = _tool("cuobjdump", tool_dir)
+def _run(name: str, cubin: bytes, tool_dir: Path | None, option: str) -> str:
+    """What a tool prints about a binary; it takes files only."""
+    tool = _tool(name, tool_dir)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "kernel.cubin")
         file.write_bytes(cubin)
         try:
             done = subprocess.run([tool, option, file], capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
         except (OSError, subprocess.TimeoutExpired) as error:
-            raise CodegenError(explain_values("cuobjdump", "must run", tool=str(tool), error=str(error))) from error
+            raise CodegenError(explain_values(name, "must run", tool=str(tool), error=str(error))) from error
     if done.returncode or not done.stdout.strip():
         said = (done.stderr or done.stdout).strip()[-400:]
-        raise CodegenError(
-            explain_values("cubin", "must be a CUDA binary that cuobjdump reads", code=done.returncode, said=said)
-        )
+        rule = f"must be a CUDA binary that {name} reads"
+        raise CodegenError(explain_values("cubin", rule, code=done.returncode, said=said))
     return done.stdout

@@ -84,12 +84,12 @@ class Loop:
         return sum(load.count for load in self.loads if load.kind in kinds)
 
 
-def read_loops(ttgir: str, sass: str, triton_source: str) -> tuple[Loop, ...]:
+def read_loops(ttgir: str, listing: str, triton_source: str) -> tuple[Loop, ...]:
     """Find the main loops of one kernel, in the order of its Triton code.
 
     Args:
         ttgir: The kernel in Triton's final GPU dialect, with locations (``asm["ttgir"]``).
-        sass: Its machine code (:func:`flexjag.codegen.disassemble.disassemble`); empty if there is none.
+        listing: Its machine code (:func:`flexjag.codegen.disassemble.list_instructions`); empty if there is none.
         triton_source: The source it was compiled from: the whole file, or from the kernel's definition on.
 
     Returns:
@@ -111,7 +111,7 @@ def read_loops(ttgir: str, sass: str, triton_source: str) -> tuple[Loop, ...]:
     loops = [op for op in kernel.ops() if _is_main(op)]
     _check_visible(kernel, loops)
     source = Source(kernel, triton_source)
-    bodies = _match(kernel, loops, machine.parse(sass, kernel.name))
+    bodies = _match(kernel, loops, machine.parse(listing, kernel.name))
     return tuple(_describe(op, body, flow, source) for op, body in zip(loops, bodies, strict=True))
 
 

@@ -6,9 +6,10 @@ import re
 from dataclasses import dataclass
 
 from flexjag.codegen.assemble import Assembled
-from flexjag.codegen.disassemble import disassemble, tensor_core_instructions
+from flexjag.codegen.disassemble import disassemble, list_instructions, tensor_core_instructions
 from flexjag.codegen.loops import read_loops
 from flexjag.codegen.report import Kernel
+from flexjag.codegen.sass import parse, size
 from flexjag.codegen.targets import Target
 
 
@@ -16,6 +17,7 @@ def measure(made: Assembled, target: Target, phase: str) -> Kernel:
     """Measure one assembled kernel: registers, spills, occupancy, loops and instructions."""
     is_amd = target.vendor == "amd"
     sass = "" if is_amd else disassemble(made.asm["cubin"])
+    listing = "" if is_amd else list_instructions(made.asm["cubin"])
     ttgir, ptx = made.asm["ttgir"], made.asm.get("ptx", "")
     registers, stack, spilled = _amd_usage(made.asm["amdgcn"]) if is_amd else _nvidia_usage(made)
     blocks = {k: v for k, v in made.constants.items() if "BLOCK" in k and type(v) is int and "SPARSE" not in k}
@@ -39,8 +41,8 @@ def measure(made: Assembled, target: Target, phase: str) -> Kernel:
         resident_blocks=target.resident_blocks(registers, made.shared_bytes, made.num_warps),
         occupancy=target.occupancy(registers, made.shared_bytes, made.num_warps),
         tensor_cores=_amd_tensor_cores(made.asm["amdgcn"]) if is_amd else tensor_core_instructions(ptx, sass),
-        instructions=count_amdgcn(made.asm["amdgcn"]) if is_amd else count_sass(sass),
-        loops=() if is_amd else read_loops(ttgir, sass, made.source),
+        instructions=count_amdgcn(made.asm["amdgcn"]) if is_amd else size(parse(listing)),
+        loops=() if is_amd else read_loops(ttgir, listing, made.source),
         num_configs=made.num_configs,
     )
 
@@ -98,18 +100,6 @@ def _amd_usage(text: str) -> tuple[int, int, int]:
 
 def _amd_tensor_cores(text: str) -> tuple[str, ...]:
     return ("mfma",) if "v_mfma_" in text else ()
-
-
-def count_sass(sass: str) -> int:
-    r"""Number of machine instructions in a disassembly, trailing padding excluded.
-
-    >>> count_sass("  /*0000*/ MOV R1, R2 ;\n  /*0010*/ EXIT ;\n  /*0020*/ NOP ;")
-    2
-    """
-    names = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass, re.MULTILINE)
-    while names and names[-1] in ("NOP", "BRA"):  # padding: a branch to itself, then NOPs
-        names.pop()
-    return len(names)
 
 
 def count_amdgcn(text: str) -> int:

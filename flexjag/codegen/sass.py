@@ -1,13 +1,14 @@
-"""NVIDIA machine code as text, cut into loops and counted by what its instructions do."""
+"""NVIDIA machine code, cut into loops and counted by what its instructions do."""
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-_LINE = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*([^;]*);", re.MULTILINE)
+_BYTES = 16  # of an instruction, from Volta on
 _TENSOR_CORE = re.compile(r"(?:[HIDQOBEF]|UTC[A-Z]*|[HIQB]G)MMA$")
 
 CLASSES: dict[str, str] = {
@@ -44,7 +45,7 @@ class Instruction:
         address: Where it lies, bytes from the function's beginning.
         predicate: ``P0``, ``!UP1``, or empty.
         opcode: With its modifiers: ``HMMA.16816.F32.BF16``.
-        arguments: The rest of its text.
+        arguments: Its operands.
     """
 
     address: int
@@ -75,32 +76,53 @@ class Instruction:
         return int(found[1], 16) if found else None
 
 
-def parse(sass: str, name: str | None = None) -> tuple[Instruction, ...]:
-    r"""The instructions of one function.
+def parse(listing: str, name: str | None = None) -> tuple[Instruction, ...]:
+    """The instructions of one kernel, its own subroutines included, which are listed behind it.
 
     Args:
-        sass: What ``cuobjdump -sass`` prints.
-        name: The function; by default the first.
+        listing: What ``nvdisasm -json`` prints (:func:`flexjag.codegen.disassemble.list_instructions`); may be empty.
+        name: The kernel; by default the first.
 
     Returns:
-        Its instructions by address; none if there is no such function.
+        Its instructions by address; none if there is no such kernel.
 
-    >>> parse("  /*0000*/  @!P0 BRA 0x20 ;\n  /*0010*/  EXIT ;")[0]
-    Instruction(address=0, predicate='!P0', opcode='BRA', arguments='0x20 ')
+    >>> code = '[{"predicate": "@!P0", "opcode": "BRA", "operands": "0x20"}, {"opcode": "EXIT"}]'
+    >>> parse('[{}, [{"function-name": "f", "start": 0, "sass-instructions": %s}]]' % code)[0]
+    Instruction(address=0, predicate='!P0', opcode='BRA', arguments='0x20')
     """
-    head, *functions = re.split(r"^\s*Function : (\S+)\s*$", sass, flags=re.MULTILINE)
-    bodies = dict(zip(functions[::2], functions[1::2], strict=True)) or {"": head}
-    text = next(iter(bodies.values())) if name is None else bodies.get(name, bodies.get("", ""))
-    return tuple(Instruction(int(a, 16), p, opcode, rest) for a, p, opcode, rest in _LINE.findall(text))
+    functions = json.loads(listing)[1] if listing else []
+    found: list[Instruction] = []
+    at = (i for i, x in enumerate(functions) if name in (None, x["function-name"]))
+    for function in functions[next(at, len(functions)) :]:
+        if found and not function["start"]:  # another kernel
+            break
+        for i, x in enumerate(function["sass-instructions"]):
+            guard = x.get("predicate", "")  # without an @ it is an operand of P2R
+            predicate = guard[1:] if guard.startswith("@") else ""
+            address = function["start"] + i * _BYTES
+            found.append(Instruction(address, predicate, x["opcode"], x.get("operands", "")))
+    return tuple(found)
 
 
 def count(instructions: Iterable[Instruction]) -> dict[str, int]:
-    r"""How many instructions there are of each kind, the most frequent first.
+    """How many instructions there are of each kind, the most frequent first.
 
-    >>> count(parse("/*0000*/ LDG.E R2, desc[UR4][R2.64] ;\n/*0010*/ LDL R3, [R1] ;\n/*0020*/ LDL R4, [R1+0x4] ;"))
+    >>> count([Instruction(16 * i, "", name, "") for i, name in enumerate(("LDG.E", "LDL", "LDL.64"))])
     {'local load': 2, 'global load': 1}
     """
     return dict(Counter(instruction.kind for instruction in instructions).most_common())
+
+
+def size(instructions: Iterable[Instruction]) -> int:
+    """How many instructions there are, the padding behind the last one not counted.
+
+    >>> size([Instruction(16 * i, "", name, "") for i, name in enumerate(("MOV", "EXIT", "BRA", "NOP"))])
+    2
+    """
+    names = [x.name for x in instructions]
+    while names and names[-1] in ("NOP", "BRA"):  # after the end: a loop to itself, then nothing
+        names.pop()
+    return len(names)
 
 
 def product_loops(instructions: Sequence[Instruction], *, fma: int = 0) -> list[tuple[Instruction, ...]]:
@@ -118,10 +140,8 @@ def product_loops(instructions: Sequence[Instruction], *, fma: int = 0) -> list[
     Returns:
         The instructions of each loop by address, in the order of the loops' heads.
 
-    >>> code = parse('''/*0000*/ MOV R1, RZ ;
-    ... /*0010*/ HMMA.16816.F32 R4, R8, R10, R4 ;
-    ... /*0020*/ @P0 BRA 0x10 ;
-    ... /*0030*/ EXIT ;''')
+    >>> lines = ("", "MOV", ""), ("", "HMMA.16816.F32", ""), ("P0", "BRA", "0x10"), ("", "EXIT", "")
+    >>> code = [Instruction(16 * i, *line) for i, line in enumerate(lines)]
     >>> [[x.name for x in loop] for loop in product_loops(code)]
     [['HMMA', 'BRA']]
     """

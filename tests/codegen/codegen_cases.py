@@ -1,5 +1,7 @@
 """Compiled code written by hand: one loop in Triton's GPU dialect, and machine code to go with it."""
 
+import json
+
 # A loop over keys as a pipeline leaves it: K is copied ahead into two slots, the row's bounds are copied too although
 # they never change, the bias of a key is loaded in place, and names come again in the second loop.
 HEAD = """\
@@ -101,7 +103,7 @@ def module(*bodies: str) -> str:
 
 
 def assemble(*lines: str, name: str = "attend") -> str:
-    """SASS as cuobjdump prints it: labels are written ``name:`` and used as ``@name@``."""
+    """Machine code as nvdisasm lists it: labels are written ``name:`` and used as ``@name@``."""
     places, code = {}, []
     for line in lines:
         label, colon, rest = line.partition(":")
@@ -109,11 +111,15 @@ def assemble(*lines: str, name: str = "attend") -> str:
             places[label] = 16 * len(code)
             line = rest
         code.append(line.strip())
-    for label, place in places.items():
-        code = [line.replace(f"@{label}@", f"0x{place:x}") for line in code]
-    head = f"\n\tcode for sm_80\n\t\tFunction : {name}\n"
-    word = "/* 0x000fe200078e00ff */"
-    return head + "".join(f"        /*{16 * i:04x}*/                   {c} ;  {word}\n" for i, c in enumerate(code))
+    listed = []
+    for line in code:
+        for label, place in places.items():
+            line = line.replace(f"@{label}@", f"0x{place:x}")
+        guard, rest = line.split(" ", 1) if line.startswith("@") else ("", line)
+        opcode, _, operands = rest.partition(" ")
+        parts = {"predicate": guard, "opcode": opcode, "operands": operands.replace(" ", "")}
+        listed.append({key: value for key, value in parts.items() if value})
+    return json.dumps([{"SM": {}}, [{"function-name": name, "start": 0, "sass-instructions": listed}]])
 
 
 HMMA = "HMMA.16816.F32.BF16 R4, R8, R10, R4"  # 16 * 8 * 16 multiply-adds: the loop's two products of 16**3 take four

@@ -1,6 +1,8 @@
 """The claim, on really compiled kernels: which masks gather by key in the main loop. Needs Triton, but no GPU."""
 
 import importlib.util
+import json
+import re
 import textwrap
 
 import pytest
@@ -8,7 +10,7 @@ import pytest
 from flexjag.codegen import sass as machine
 from flexjag.codegen import ttgir
 from flexjag.codegen.dataflow import DOTS, Dataflow
-from flexjag.codegen.disassemble import disassemble, resource_usage, tensor_core_instructions
+from flexjag.codegen.disassemble import disassemble, list_instructions, resource_usage, tensor_core_instructions
 from flexjag.codegen.loops import read_loops
 
 # A really compiled kernel: one attention loop with the mask by intervals, by documents or with a bias per score.
@@ -87,13 +89,27 @@ def compiled(kernel, arch: int, mask: str, stages: int):
     ).asm
 
 
+LINE = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*([^;]*);", re.MULTILINE)
+BRANCHES = ("BRA", "JMP", "BSSY", "BSYNC", "EXIT", "WARPSYNC")  # calls name what they go to
+
+
+def assert_lists_what_the_text_says(listing: str, text: str) -> None:
+    """Address, guard and opcode of every instruction, and where branches go."""
+    listed, printed = machine.parse(listing), LINE.findall(text)
+    assert [(f"{x.address:04x}", x.predicate, x.opcode) for x in listed] == [line[:3] for line in printed]
+    for x, (_, _, _, arguments) in zip(listed, printed, strict=True):
+        if x.name in BRANCHES:
+            assert x.arguments.replace(" ", "") == arguments.replace(" ", "")
+
+
 @pytest.mark.parametrize(
     ("arch", "family", "stages"), [(80, "mma", 1), (80, "mma", 3), (90, "wgmma", 3), (100, "tcgen05", 3)]
 )
 @pytest.mark.parametrize("mask", list(GATHERS))
 def test_compiled_kernels_gather_by_key_only_where_they_must(attend, arch, family, stages, mask) -> None:
     asm = compiled(attend, arch, mask, stages)
-    code = disassemble(asm["cubin"])
+    code, text = list_instructions(asm["cubin"]), disassemble(asm["cubin"])
+    assert_lists_what_the_text_says(code, text)
     (loop,) = read_loops(asm["ttgir"], code, KERNEL)
     assert (loop.over, loop.masked, loop.function) == ("kv", None, "attend")
     found = {load.kind: load.source for load in loop.loads if load.kind not in ("operand", "row")}
@@ -107,11 +123,12 @@ def test_compiled_kernels_gather_by_key_only_where_they_must(attend, arch, famil
     assert loop.instructions == sum(loop.mix.values()) < len(machine.parse(code))
     assert loop.mix["mma"] > 0
     assert loop.mix["special"] > 0
-    assert tensor_core_instructions(asm["ptx"], code) == (family,)
+    assert tensor_core_instructions(asm["ptx"], text) == (family,)
     (body,) = machine.product_loops(machine.parse(code))
     product = next(x for x in body if x.kind == "mma")
-    line = f"/*{product.address:04x}*/"
-    without = code.replace(line, f"{line} NOP ; //")
+    edited = json.loads(code)
+    edited[1][0]["sass-instructions"][product.address // 16] = {"opcode": "NOP"}
+    without = json.dumps(edited)
     assert len(machine.parse(without)) == len(machine.parse(code))
     assert read_loops(asm["ttgir"], without, KERNEL)[0].instructions is None
     assert 0 < resource_usage(asm["cubin"])["registers"] <= 255

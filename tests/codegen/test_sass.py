@@ -1,10 +1,18 @@
-"""Machine code as text: its loops, its instructions, and what the tools tell of it."""
+"""Machine code: its loops, its instructions, and what the tools tell of it."""
+
+import json
 
 import pytest
 from codegen_cases import HMMA, assemble
 
 from flexjag.codegen import sass as machine
-from flexjag.codegen.disassemble import disassemble, read_usage, tensor_core_instructions
+from flexjag.codegen.disassemble import (
+    disassemble,
+    list_instructions,
+    read_usage,
+    resource_usage,
+    tensor_core_instructions,
+)
 from flexjag.errors import CodegenError
 
 
@@ -79,7 +87,33 @@ def test_instructions_have_kinds() -> None:
     for kind, group in names.items():
         for name in group.split():
             assert machine.Instruction(0, "", name, "").kind == kind, name
-    assert machine.count(machine.parse("/*0000*/ @P1 LDL.LU R3, [R1] ;")) == {"local load": 1}
+    assert machine.count(machine.parse(assemble("@P1 LDL.LU R3, [R1]"))) == {"local load": 1}
+
+
+def test_what_guards_an_instruction_is_told_from_predicates_that_it_reads() -> None:
+    """``P2R R169, PR, RZ, 0x8`` reads all of them; nvdisasm (12.8 to 13.1) calls that its predicate."""
+    listing = assemble("@!UP1 MOV R1, RZ", "P2R R169, RZ, 0x8").replace('"P2R"', '"P2R", "predicate": "PR"')
+    assert [x.predicate for x in machine.parse(listing)] == ["!UP1", ""]
+
+
+def test_no_listing_and_no_such_function_have_no_instructions() -> None:
+    assert machine.parse("") == machine.parse(assemble("EXIT"), "other") == ()
+    assert len(machine.parse(assemble("EXIT"), "attend")) == 1
+
+
+def test_a_kernel_has_its_subroutines_and_not_the_next_kernel() -> None:
+    head, functions = json.loads(assemble("CALL 0x20", "EXIT"))
+    (trap,) = json.loads(assemble("BPT.TRAP 0x1", "RET R2", name="$__internal_0_$trap"))[1]
+    (other,) = json.loads(assemble("NOP", name="other"))[1]
+    listing = json.dumps([head, [*functions, trap | {"start": 32}, other]])
+    assert [(x.address, x.name) for x in machine.parse(listing)] == [
+        (0, "CALL"),
+        (16, "EXIT"),
+        (32, "BPT"),
+        (48, "RET"),
+    ]
+    assert machine.parse(listing, "attend") == machine.parse(listing)
+    assert [x.name for x in machine.parse(listing, "other")] == ["NOP"]
 
 
 def test_families_of_tensor_core_instructions() -> None:
@@ -100,5 +134,6 @@ def test_usage_of_several_kernels_is_refused() -> None:
 
 def test_a_binary_that_is_none_is_refused() -> None:
     pytest.importorskip("triton")
-    with pytest.raises(CodegenError, match="cubin"):
-        disassemble(b"not a binary")
+    for read in (disassemble, list_instructions, resource_usage):
+        with pytest.raises(CodegenError, match=r"cubin: must be a CUDA binary that (cuobjdump|nvdisasm) reads"):
+            read(b"not a binary")
