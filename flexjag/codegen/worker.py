@@ -155,7 +155,7 @@ def _environment(here: Path, interpret: bool) -> dict[str, str]:
     caches = {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     places = {"TORCHINDUCTOR_CACHE_DIR": str(here / "inductor"), "TRITON_CACHE_DIR": str(here / "triton")}
     settings = ("TORCHINDUCTOR_", "TORCHDYNAMO_", "TORCH_COMPILE", "TORCH_LOGS", "TRITON_", "DISABLE_PTXAS_OPT")
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(settings)}  # else results depend on more than the cache key
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(settings)}  # settings are not part of the cache key
     return {**kept, **hidden, **caches, **places}
 
 
