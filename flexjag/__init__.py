@@ -1,10 +1,7 @@
 """flexjag: a compiler frontend on FlexAttention for jagged (variable-length, unpadded) batches."""
 
 from flexjag import errors, nn, ops
-from flexjag.attention import attention, merge
-from flexjag.codegen.compile import compile_for
-from flexjag.jagged import Jagged
-from flexjag.masks import (
+from flexjag.algebra.masks import (
     Causal,
     Chunked,
     Dense,
@@ -18,9 +15,12 @@ from flexjag.masks import (
     SameGroup,
     Window,
 )
-from flexjag.normalizers import GELU, Identity, Normalizer, Pointwise, Sigmoid, SiLU, Softmax, StickBreaking
-from flexjag.plan import Plan, plan
-from flexjag.scores import Alibi, BucketedBias, RelativeBias, Score, ScoreMod, SoftCap, TimeBias
+from flexjag.algebra.normalizers import GELU, Identity, Normalizer, Pointwise, Sigmoid, SiLU, Softmax, StickBreaking
+from flexjag.algebra.scores import Alibi, BucketedBias, RelativeBias, Score, ScoreMod, SoftCap, TimeBias
+from flexjag.api.attention import attention, merge
+from flexjag.api.plan import Plan, plan
+from flexjag.codegen.compile import compile_for
+from flexjag.jagged import Jagged
 
 __version__ = "0.1.0"
 

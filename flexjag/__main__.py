@@ -9,8 +9,10 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from flexjag import __version__, bench, cli_compile, cli_explain, demo
-from flexjag.cli import cache
+from flexjag import __version__, bench
+from flexjag.cli import cache, demo
+from flexjag.cli import compile as cli_compile
+from flexjag.cli import explain as cli_explain
 from flexjag.errors import FlexjagError, LanguageError
 
 WRONG_USE, INTERRUPTED, PIPE_CLOSED = 2, 130, 141

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from flexjag import scores as s
+from flexjag.algebra import scores as s
 
 
 class _Score(nn.Module):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import flexjag as fj
-from flexjag.normalizers import Normalizer
+from flexjag.algebra.normalizers import Normalizer
 from flexjag.testing import jagged_batches, lengths, masks
 
 F64, INF, NAN = torch.float64, torch.inf, torch.nan

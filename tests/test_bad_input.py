@@ -12,7 +12,8 @@ from cases import jagged, make_qkv
 import flexjag as fj
 from flexjag import Causal, Full, Jagged, PerHead
 from flexjag.errors import FlexjagError, LayoutError, MaskError, PlanError, ScoreError, ShapeError
-from flexjag.variants import hstu_mask, next_times
+from flexjag.variants import next_times
+from flexjag.variants.hstu.layer import mask as hstu_mask
 
 VALUES = torch.zeros(5, 2, 16)
 
@@ -240,7 +241,7 @@ CALLS = [
         MaskError,
         r"n: must be on the batch's device",
     ),
-    ({"plan": "plan"}, PlanError, r"plan: must come from flexjag.plan; got type='str'"),
+    ({"plan": "plan"}, PlanError, r"plan: must come from flexjag.api.plan; got type='str'"),
 ]
 
 

@@ -12,13 +12,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from flexjag.bench import environment, main, measure, peak, run
-from flexjag.bench.attention_arms import AttentionBatch
-from flexjag.bench.measure import Results, disagreement, peak_in_subprocess, run_case, run_suite
-from flexjag.bench.registry import Arm, ArmResult, BenchError, Case, CaseResult, Figure, Options, find, load
+from flexjag.bench import main, run
+from flexjag.bench.arms.attention import AttentionBatch
+from flexjag.bench.measuring import environment, measure, peak
+from flexjag.bench.measuring.measure import Results, disagreement, peak_in_subprocess, run_case, run_suite
 from flexjag.bench.report import arm_rows, figure_rows, to_markdown
-from flexjag.bench.suites_compile import EDGES, Counter, batch_lengths
-from flexjag.bench.suites_mask import causal_tiles, lognormal_lengths
+from flexjag.bench.suites.compile import EDGES, Counter, batch_lengths
+from flexjag.bench.suites.mask import causal_tiles, lognormal_lengths
+from flexjag.bench.suites.registry import Arm, ArmResult, BenchError, Case, CaseResult, Figure, Options, find, load
 
 QUICK = Options(quick=True, device="cpu", rounds=2, memory=False)
 
@@ -282,7 +283,7 @@ def test_peak_memory_of_a_known_allocation():
 
 AFTER_OTHERS = """
 import torch
-from flexjag.bench import peak
+from flexjag.bench.measuring import peak
 if {first}:
     peak.give_back_freed_memory()
 for size in range(18, 25):  # 1 to 64 MiB, each freed before the next

@@ -1,4 +1,4 @@
-"""flexjag.bench.energy: counters, wrap-around, and no figure where nothing counts."""
+"""flexjag.bench.measuring.energy: counters, wrap-around, and no figure where nothing counts."""
 
 import itertools
 from types import SimpleNamespace
@@ -6,10 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from flexjag.bench import energy, suites_energy
-from flexjag.bench.energy import NoCounterError, NvmlCounter, RaplCounter, measure_energy
-from flexjag.bench.measure import run_suite
-from flexjag.bench.registry import Options, find
+from flexjag.bench.measuring import energy
+from flexjag.bench.measuring.energy import NoCounterError, NvmlCounter, RaplCounter, measure_energy
+from flexjag.bench.measuring.measure import run_suite
+from flexjag.bench.suites import energy as suites_energy
+from flexjag.bench.suites.registry import Options, find
 
 QUICK = Options(quick=True, device="cpu", rounds=2, memory=False)
 

@@ -11,10 +11,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from flexjag.bench import gpu, main, nvml, outcomes, run, smoke, sync, warm
+from flexjag.bench import gpu, main, outcomes, run, smoke, sync, warm
 from flexjag.bench.gpu import Clock, run_process
-from flexjag.bench.measure import iterate
-from flexjag.bench.registry import Arm, BenchError, Case, Options, Suite, find
+from flexjag.bench.measuring import nvml
+from flexjag.bench.measuring.measure import iterate
+from flexjag.bench.suites.registry import Arm, BenchError, Case, Options, Suite, find
 
 QUICK = Options(quick=True, device="cpu", rounds=2, memory=False)
 OPTIONAL = ("attn_gym", "rich", "matplotlib", "cloudpickle", "fbgemm_gpu", "pynvml")

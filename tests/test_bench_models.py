@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from flexjag import Jagged
-from flexjag.bench import suites_train
-from flexjag.bench.measure import run_suite
-from flexjag.bench.padded import Expected, Padding
-from flexjag.bench.registry import Options, find
-from flexjag.bench.suites_paper import DENSE, FLASH, OURS, QUICK_GRID, SELF, TARGET, UNFUSED, PaperProblem
-from flexjag.bench.suites_train import (
+from flexjag.bench.measuring.measure import run_suite
+from flexjag.bench.measuring.padded import Expected, Padding
+from flexjag.bench.suites import train as suites_train
+from flexjag.bench.suites.paper import DENSE, FLASH, OURS, QUICK_GRID, SELF, TARGET, UNFUSED, PaperProblem
+from flexjag.bench.suites.registry import Options, find
+from flexjag.bench.suites.train import (
     DECODER,
     IGNORED,
     PACKED,

@@ -8,17 +8,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-import flexjag.bench.suites_ops as suites_ops
+import flexjag.bench.suites.ops as suites_ops
 from flexjag import ops
-from flexjag.bench.lengths import constant_lengths, document_lengths, lognormal_lengths, meta_lengths
-from flexjag.bench.measure import run_suite
-from flexjag.bench.padded import Padding
-from flexjag.bench.ragged import FBGEMM, FLEXJAG, OPS, PADDED, SDPA, RaggedBatch
-from flexjag.bench.registry import ArmResult, CaseResult, Figure, Options, find
-from flexjag.bench.suites_normalizers import AUTO, BIASED, HSTU, LAYER, STICK, AttentionJob, LayerJob
-from flexjag.bench.suites_normalizers import QUICK_SIZES as QUICK_NORMALIZERS
-from flexjag.bench.suites_ops import DIRECTIONS, QUICK_SIZES, Job, find_fbgemm
-from flexjag.bench.weights import Dense
+from flexjag.bench.arms.ragged import FBGEMM, FLEXJAG, OPS, PADDED, SDPA, RaggedBatch
+from flexjag.bench.arms.weights import Dense
+from flexjag.bench.measuring.lengths import constant_lengths, document_lengths, lognormal_lengths, meta_lengths
+from flexjag.bench.measuring.measure import run_suite
+from flexjag.bench.measuring.padded import Padding
+from flexjag.bench.suites.normalizers import AUTO, BIASED, HSTU, LAYER, STICK, AttentionJob, LayerJob
+from flexjag.bench.suites.normalizers import QUICK_SIZES as QUICK_NORMALIZERS
+from flexjag.bench.suites.ops import DIRECTIONS, QUICK_SIZES, Job, find_fbgemm
+from flexjag.bench.suites.registry import ArmResult, CaseResult, Figure, Options, find
 
 QUICK = Options(quick=True, device="cpu", rounds=2, memory=False)
 

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from flexjag.bench import environment, main, plots
+from flexjag.bench import main, plots
+from flexjag.bench.measuring import environment
 from flexjag.bench.plots import Series, find_series
-from flexjag.bench.registry import ArmResult, CaseResult, Figure
 from flexjag.bench.report import Picture, to_markdown
+from flexjag.bench.suites.registry import ArmResult, CaseResult, Figure
 
 ROOT = Path(__file__).parents[1]
 

@@ -16,10 +16,11 @@ from cases import CUDA_ONLY, make_qkv
 import flexjag as fj
 from flexjag.backends.flex import tuning
 from flexjag.backends.tiled import run as tiled
-from flexjag.bench import tune, tune_candidates
 from flexjag.bench.cli import main
-from flexjag.bench.registry import ArmResult
-from flexjag.bench.tune_candidates import WORKS, TuningSizes, backward_candidates, forward_candidates, subjects
+from flexjag.bench.suites.registry import ArmResult
+from flexjag.bench.tuning import candidates as tune_candidates
+from flexjag.bench.tuning import tune
+from flexjag.bench.tuning.candidates import WORKS, TuningSizes, backward_candidates, forward_candidates, subjects
 from flexjag.codegen.worker import Worker
 from flexjag.testing import assert_kernels_match, assert_matches_reference
 
@@ -46,8 +47,10 @@ class Bench:
         self.broken: Callable[[Mapping[str, Any]], bool] = lambda options: False
         self.tried: list[Mapping[str, Any]] = []
         clock = SimpleNamespace(perf_counter=lambda: self.now, monotonic=time.monotonic)
-        monkeypatch.setattr("flexjag.bench.measure.time", clock)
-        monkeypatch.setattr("flexjag.bench.measure.gc", SimpleNamespace(collect=lambda: None))  # it takes seconds
+        monkeypatch.setattr("flexjag.bench.measuring.measure.time", clock)
+        monkeypatch.setattr(
+            "flexjag.bench.measuring.measure.gc", SimpleNamespace(collect=lambda: None)
+        )  # it takes seconds
         few = {
             "STEPS": 1,
             "FORWARD": ((128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 3), (64, 64, 4, 2)),

@@ -12,11 +12,11 @@ from cases import make_qkv
 
 import flexjag as fj
 from flexjag import Causal, Full, Prefix, SoftCap, Window
+from flexjag.algebra.node import node
 from flexjag.backends.base import Case
 from flexjag.backends.choose import BACKENDS, choose, pick, refusal
 from flexjag.backends.varlen import has_gqa
 from flexjag.errors import BackendError
-from flexjag.nodes import node
 
 ALIBI = fj.Alibi.from_heads(2)
 

@@ -11,14 +11,17 @@ import pytest
 import torch
 
 import flexjag
-from flexjag import cli_arms, cli_explain, cli_tools, demo
 from flexjag.__main__ import main
-from flexjag.cli_explain import parse_lengths
+from flexjag.algebra.masks import Causal, Window
+from flexjag.api.explain import facts
+from flexjag.api.plan import plan
+from flexjag.cli import demo
+from flexjag.cli import demo_arms as cli_arms
+from flexjag.cli import explain as cli_explain
+from flexjag.cli import options as cli_tools
+from flexjag.cli.explain import parse_lengths
 from flexjag.errors import CommandError
-from flexjag.explain import facts
 from flexjag.jagged import Jagged
-from flexjag.masks import Causal, Window
-from flexjag.plan import plan
 
 
 def command(*arguments, **options):

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from flexjag import cli_compile, cli_tools
 from flexjag.__main__ import main
-from flexjag.cli_compile import parse_options, shorten
+from flexjag.cli import compile as cli_compile
+from flexjag.cli import options as cli_tools
+from flexjag.cli.compile import parse_options, shorten
 from flexjag.codegen import compile as codegen
 from flexjag.codegen import worker
 from flexjag.errors import CodegenError, CommandError

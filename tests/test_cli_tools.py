@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from flexjag import cli_tools
+from flexjag.cli import options as cli_tools
 
 
 def test_progress_is_a_bar_on_a_terminal(capsys, monkeypatch):

@@ -13,7 +13,8 @@ import flexjag as fj
 from flexjag.algebra.facts import attended, extent
 from flexjag.backends import costs
 from flexjag.backends.choose import expected_seconds
-from flexjag.bench import calibrate, main
+from flexjag.bench import main
+from flexjag.bench.tuning import calibrate
 
 MASKS = [
     fj.Full(),

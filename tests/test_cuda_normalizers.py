@@ -8,8 +8,8 @@ from cases import CUDA_ONLY, check_error, make_qkv, needing_gradients, on_gpu
 from torch import Tensor
 
 import flexjag as fj
-from flexjag.nodes import Node
-from flexjag.normalizers import GELU, Identity, Pointwise, Sigmoid, SiLU
+from flexjag.algebra.node import Node
+from flexjag.algebra.normalizers import GELU, Identity, Pointwise, Sigmoid, SiLU
 from flexjag.testing import assert_compiles, assert_no_leak
 
 pytestmark = CUDA_ONLY

@@ -13,7 +13,7 @@ import flexjag as fj
 from flexjag import Causal, Full, MaskMod, Prefix, Window
 from flexjag.backends import Backend
 from flexjag.errors import LayoutError
-from flexjag.layout import build_layout
+from flexjag.lowering.layout import build_layout
 
 BACKENDS = pytest.mark.parametrize("backend", ["reference", "tiled", "segments"])
 ALL_BACKENDS = pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_segments_empty_on_one_side(lengths: list[int], kv_lengths: list[int], b
 @pytest.mark.parametrize("backend", ["auto", "reference", "tiled", "segments", "flex"])
 @pytest.mark.parametrize("lengths", [[], [0], [0, 0, 0]], ids=str)
 def test_no_tokens_launches_nothing(lengths: list[int], backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = importlib.import_module("flexjag.attention")
+    module = importlib.import_module("flexjag.api.attention")
 
     def fail(record: Backend, *_: object) -> None:
         raise AssertionError(f"{record.name} was asked to run nothing")

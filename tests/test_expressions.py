@@ -11,12 +11,12 @@ from test_choice import case
 from torch import Tensor
 
 import flexjag as fj
+from flexjag.algebra.node import node
+from flexjag.algebra.normalizers import Pointwise, Sigmoid, SiLU
 from flexjag.backends.choose import choose, refusal
 from flexjag.errors import BackendError
-from flexjag.layout import Layout
-from flexjag.mods import RowTables, mask_case
-from flexjag.nodes import node
-from flexjag.normalizers import Pointwise, Sigmoid, SiLU
+from flexjag.lowering.layout import Layout
+from flexjag.lowering.mods import RowTables, mask_case
 from flexjag.printing import Program, Torch, Triton, derivative, functions, has_functions, new_program, objection
 
 TABLE = torch.arange(12.0).view(3, 4)

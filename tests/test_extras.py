@@ -12,8 +12,9 @@ import pytest
 import torch
 
 import flexjag as fj
-from flexjag import cli_tools, testing
+from flexjag import testing
 from flexjag.__main__ import main
+from flexjag.cli import options as cli_tools
 from flexjag.codegen.payload import pack
 from flexjag.errors import MissingExtraError
 from flexjag.extras import needs

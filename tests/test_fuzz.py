@@ -24,16 +24,16 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 import flexjag as fj
-from flexjag import functions
+from flexjag.algebra import user_functions as functions
+from flexjag.algebra.node import Axis, NodeKind
 from flexjag.algebra.tree import replaced, walk
 from flexjag.backends import Backend
 from flexjag.backends.segments import run as segments
 from flexjag.backends.segments import runs
-from flexjag.layout import build_layout
-from flexjag.nodes import Axis, NodeKind
+from flexjag.lowering.layout import build_layout
 from flexjag.testing import Bounds, rounding_bounds
 
-calls = importlib.import_module("flexjag.attention")  # the module: the package has the function by that name
+calls = importlib.import_module("flexjag.api.attention")  # the module: the package has the function by that name
 BACKENDS = ("reference", "tiled", "plain", "segments", "auto")  # plain: tiled, with what it does in a graph
 BUDGETS = {"dev": 80, "ci": 1_000, "nightly": 20_000}
 CASES = BUDGETS.get(os.environ.get("HYPOTHESIS_PROFILE", "dev"), BUDGETS["dev"]) // len(BACKENDS)

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import flexjag as fj
-from flexjag import mods
-from flexjag import scores as s
+from flexjag.algebra import scores as s
+from flexjag.algebra.normalizers import SiLU
+from flexjag.algebra.scores import BucketedBias, TimeBias
 from flexjag.errors import MaskError, ScoreError
-from flexjag.normalizers import SiLU
-from flexjag.scores import BucketedBias, TimeBias
+from flexjag.lowering import mods
 from flexjag.testing import assert_compiles, assert_matches_reference, assert_tiles, lengths
-from flexjag.variants.hstu_mask import hstu_mask
+from flexjag.variants.hstu.mask import hstu_mask
 
 CLOSE = {"rtol": 1e-11, "atol": 1e-12}  # float64: a few hundred roundings of numbers of about 1
 BACKENDS = pytest.mark.parametrize("backend", ["reference", "tiled", "segments"])

@@ -13,11 +13,12 @@ from hstu_cases import DIM, HEADS, LAYERS, WIDTH, clock, close, make_layer, make
 from torch import Tensor
 
 import flexjag as fj
+from flexjag.algebra.normalizers import SiLU
 from flexjag.errors import LayoutError, MaskError, PlanError, ScoreError, ShapeError
-from flexjag.normalizers import SiLU
 from flexjag.ops.select import jagged_concat
 from flexjag.testing import assert_compiles, assert_no_leak
-from flexjag.variants import HSTU, HSTUBias, HSTULayer, KVCache, hstu_mask, next_times
+from flexjag.variants import HSTU, HSTUBias, HSTULayer, KVCache, next_times
+from flexjag.variants.hstu.layer import mask as hstu_mask
 
 
 def test_no_segment_leaks() -> None:
@@ -229,7 +230,7 @@ CACHE = KVCache(jagged([3, 0, 4], HEADS, DIM), jagged([3, 0, 4], HEADS, DIM))
         (lambda: PLAIN(jagged([7], 5), PLAN), ShapeError, r"x: values must be \[T, width\] with width 12"),
         (lambda: PLAIN(X.to(torch.float32), PLAN), ShapeError, r"x: must have the dtype of the layer"),
         (lambda: PLAIN(X.to("meta"), PLAN), ShapeError, r"x: must be on the device of the layer"),
-        (lambda: PLAIN(X, hstu_mask(X)), PlanError, r"plan: must come from flexjag.plan; got type='Rows'"),
+        (lambda: PLAIN(X, hstu_mask(X)), PlanError, r"plan: must come from flexjag.api.plan; got type='Rows'"),
         (lambda: PLAIN(X, fj.plan(X)), PlanError, r"normalizer: HSTU's is pointwise.*got normalizer=Softmax\(\)"),
         (lambda: PLAIN(jagged([7], WIDTH), PLAN), PlanError, r"plan: was made for another layout"),
         (lambda: PLAIN(X, PLAN, times=clock([3, 0, 4])), ScoreError, r"times: go with a bias by time"),

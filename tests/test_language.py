@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import flexjag as fj
+from flexjag.algebra.masks import And, Mask, Not, Or
+from flexjag.cli.language import parse_mask, parse_score
 from flexjag.errors import FlexjagError, LanguageError
-from flexjag.language import parse_mask, parse_score
-from flexjag.masks import And, Mask, Not, Or
 
 
 def same(a, b):

@@ -8,7 +8,7 @@ from cases import EDGE_LENGTHS, jagged
 
 import flexjag as fj
 from flexjag.errors import LayoutError, PlanError
-from flexjag.layout import build_layout
+from flexjag.lowering.layout import build_layout
 
 
 def test_self_by_hand() -> None:

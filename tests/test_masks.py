@@ -7,7 +7,7 @@ import torch
 
 import flexjag as fj
 from flexjag import Causal, Chunked, Dense, Full, GlobalTokens, MaskMod, PerHead, Prefix, Rows, SameGroup, Window
-from flexjag import masks as m
+from flexjag.algebra import masks as m
 from flexjag.algebra.facts import as_window
 from flexjag.errors import AmbiguousMaskError, MaskError
 

@@ -20,8 +20,8 @@ from flexjag import (
     SameGroup,
     SoftCap,
     Window,
-    functions,
 )
+from flexjag.algebra import user_functions as functions
 from flexjag.errors import MaskError
 
 LENGTHS = [3, 0, 4]

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import flexjag as fj
+from flexjag.algebra.node import node
+from flexjag.algebra.normalizers import GELU, Identity, Normalizer, Pointwise, Sigmoid, SiLU
 from flexjag.backends.normalized.pointwise import Activation, activation
 from flexjag.backends.reference import weigh
 from flexjag.errors import PlanError, ShapeError
-from flexjag.nodes import node
-from flexjag.normalizers import GELU, Identity, Normalizer, Pointwise, Sigmoid, SiLU
 from flexjag.testing import Problem, assert_compiles, assert_matches_reference, assert_no_leak, problems
 
 CLOSE = {"rtol": 1e-11, "atol": 1e-12}  # float64: a few hundred roundings of numbers of about 1

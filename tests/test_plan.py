@@ -11,9 +11,9 @@ from cases import EDGE_LENGTHS, jagged, make_qkv
 import flexjag as fj
 from flexjag import Causal, Full, MaskMod, PerHead, Prefix, Window
 from flexjag.errors import MaskError, PlanError, ScoreError, ShapeError
-from flexjag.layout import cpu_stands_in_for_gpu
+from flexjag.lowering.layout import cpu_stands_in_for_gpu
 from flexjag.lowering.outline import for_gpu, outline, with_tiles
-from flexjag.recipe import Recipe
+from flexjag.lowering.recipe import Recipe
 
 
 def test_counts_by_hand() -> None:

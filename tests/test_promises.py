@@ -114,7 +114,7 @@ def test_auto_asks_backends_that_there_are_and_last_one_that_runs_everything() -
 @pytest.mark.parametrize("backend", HERE, ids=lambda x: x.name)
 def test_tiles_are_made_for_those_that_need_them(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[object] = []
-    module = importlib.import_module("flexjag.attention")
+    module = importlib.import_module("flexjag.api.attention")
     monkeypatch.setattr(module, "with_tiles", lambda recipe: made.append(recipe) or with_tiles(recipe))
     fj.attention(*make_qkv([5]), backend=backend.name)
     assert bool(made) == backend.needs_tiles

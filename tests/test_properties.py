@@ -10,8 +10,8 @@ from hypothesis import find, given, settings
 from hypothesis import strategies as st
 
 import flexjag as fj
-from flexjag import masks as m
-from flexjag import scores as s
+from flexjag.algebra import masks as m
+from flexjag.algebra import scores as s
 from flexjag.testing import (
     Problem,
     assert_matches_reference,

@@ -13,7 +13,7 @@ import torch
 
 import flexjag as fj
 from flexjag.backends.choose import BACKENDS
-from flexjag.bench.attention_arms import AUTO, DENSE, LOOP, PADDED, SHARED, SLICED
+from flexjag.bench.arms.attention import AUTO, DENSE, LOOP, PADDED, SHARED, SLICED
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -11,7 +11,8 @@ from cases import jagged, make_qkv
 from torch import Tensor
 
 import flexjag as fj
-from flexjag import MaskMod, ScoreMod, SiLU, Softmax, scalars
+from flexjag import MaskMod, ScoreMod, SiLU, Softmax
+from flexjag.algebra import scalars
 from flexjag.errors import MaskError, ScoreError
 
 LENGTHS = [3, 3, 4]

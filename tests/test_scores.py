@@ -10,7 +10,7 @@ from cases import make_qkv
 
 import flexjag as fj
 from flexjag import Alibi, RelativeBias, ScoreMod, SoftCap
-from flexjag import scores as s
+from flexjag.algebra import scores as s
 from flexjag.errors import ScoreError
 
 

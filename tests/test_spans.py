@@ -11,8 +11,8 @@ from cases import EDGE_LENGTHS, jagged
 import flexjag as fj
 from flexjag import Causal, Chunked, Dense, Full, GlobalTokens, MaskMod, Prefix, Rows, SameGroup, Window
 from flexjag.errors import MaskError, UnknownNodeError
-from flexjag.layout import Layout, build_layout
-from flexjag.spans import MAX_SPANS, Sandwich, Spans, sandwich
+from flexjag.lowering.layout import Layout, build_layout
+from flexjag.lowering.spans import MAX_SPANS, Sandwich, Spans, sandwich
 
 LENGTHS = [2, 0, 4]  # rows 0-1 see keys 0-1, rows 2-5 see keys 2-5
 

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import flexjag as fj
+from flexjag.algebra.normalizers import StickBreaking
 from flexjag.backends.normalized.stick_breaking import carry_over
 from flexjag.errors import MaskError, PlanError
-from flexjag.normalizers import StickBreaking
 from flexjag.testing import assert_compiles, assert_matches_reference, assert_no_leak, jagged_batches, masks, problems
 
 CLOSE = {"rtol": 1e-11, "atol": 1e-12}  # float64: a few hundred roundings of numbers of about 1

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 import flexjag as fj
-from flexjag import spans, tiles
 from flexjag.backends import reference
 from flexjag.backends.tiled import run as tiled
+from flexjag.lowering import spans, tiles
 from flexjag.testing import (
     assert_compiles,
     assert_matches_reference,

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import flexjag as fj
 from flexjag import Causal, Chunked, Full, GlobalTokens, MaskMod, PerHead, Prefix, SameGroup, Window
-from flexjag.tiles import REFINE_CHUNK, TileList, TileTable, blocks
+from flexjag.lowering.tiles import REFINE_CHUNK, TileList, TileTable, blocks
 
 
 def kinds(tiles: TileList, rows: int, cols: int) -> list[str]:

@@ -13,12 +13,12 @@ from torch import Tensor
 from triton_normalizers import LENGTHS, MASKS, NORMALIZERS, SCORES, TOTAL
 
 import flexjag as fj
+from flexjag.algebra.normalizers import Sigmoid
 from flexjag.backends.triton.pointwise import printed
-from flexjag.backends.triton_kernels import list_kernels
-from flexjag.codegen.measure import Usage
+from flexjag.codegen.own.attention import list_kernels
+from flexjag.codegen.read.measure import Usage
 from flexjag.codegen.targets import TARGETS, get_target
 from flexjag.codegen.worker import Worker
-from flexjag.normalizers import Sigmoid
 
 IS_LONG = settings._current_profile == "nightly"
 EPS = torch.finfo(torch.float32).eps

@@ -14,10 +14,10 @@ from cases import CUDA_ONLY, EDGE_LENGTHS, make_qkv, mostly_slow, needing_gradie
 from torch import Tensor
 
 import flexjag as fj
+from flexjag.algebra.normalizers import StickBreaking
 from flexjag.backends.triton.stick_breaking_kernels import softplus
 from flexjag.codegen.worker import Worker
 from flexjag.kernels.math import jit
-from flexjag.normalizers import StickBreaking
 from flexjag.testing import assert_compiles, assert_no_leak
 from flexjag.testing.oracle import Result, Trial, check_against_reference
 
@@ -101,7 +101,7 @@ QUICK = ("causal, both", "groups", "no key", "longer keys, own key", "shorter ke
 @cache
 def prepare() -> None:
     """Make this process, a worker, one that can run the kernels."""
-    from flexjag.codegen.interpreter import mend_interpreter
+    from flexjag.codegen.run.interpreter import mend_interpreter
 
     torch.set_num_threads(1)
     mend_interpreter()

@@ -9,8 +9,8 @@ import torch
 from hypothesis import settings
 
 from flexjag.backends.triton.stick_breaking_kernels import find_spoiled
-from flexjag.backends.triton_kernels import list_kernels
-from flexjag.codegen.measure import Usage
+from flexjag.codegen.own.attention import list_kernels
+from flexjag.codegen.read.measure import Usage
 from flexjag.codegen.targets import TARGETS, get_target
 from flexjag.codegen.worker import Worker
 
@@ -28,8 +28,8 @@ def assemble(target: str, features: list[int], dtypes: list[torch.dtype], exampl
     """What the kernels take, each code once; in a worker."""
     import warnings
 
-    from flexjag.codegen.assemble import assemble
-    from flexjag.codegen.measure import read_usage
+    from flexjag.codegen.make.assemble import assemble
+    from flexjag.codegen.read.measure import read_usage
 
     warnings.filterwarnings("ignore")
     made: dict[object, Usage] = {}

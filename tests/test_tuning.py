@@ -16,7 +16,7 @@ import flexjag as fj
 from flexjag.backends.flex import options as flex_options
 from flexjag.backends.flex import run as flex
 from flexjag.backends.flex import tuning
-from flexjag.codegen.capture import as_on_gpu
+from flexjag.codegen.make.capture import as_on_gpu
 
 HERE = tuning.Device("A GPU", "9.0", "2.13.0", "3.7.0")
 REAL_DEVICE = tuning.this_device  # the fixture hides it

@@ -13,11 +13,11 @@ from cases import make_qkv
 from torch import Tensor
 
 import flexjag as fj
+from flexjag.algebra.node import node
 from flexjag.backends.choose import refusal
 from flexjag.errors import BackendError
-from flexjag.mods import mask_case
-from flexjag.nodes import node
-from flexjag.spans import Sandwich, Spans, sandwich
+from flexjag.lowering.mods import mask_case
+from flexjag.lowering.spans import Sandwich, Spans, sandwich
 from flexjag.upstream import ROWS, cpu_flex_misplaces
 
 LENGTHS = [9, 0, 7, 20]

@@ -14,7 +14,8 @@ from matplotlib.colors import to_rgba
 from matplotlib.image import imread
 
 import flexjag as fj
-from flexjag import Causal, Full, MaskMod, PerHead, Prefix, Window, viz
+from flexjag import Causal, Full, MaskMod, PerHead, Prefix, Window
+from flexjag.api import picture as viz
 from flexjag.errors import PlanError
 
 MASKS = [

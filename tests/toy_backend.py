@@ -7,7 +7,7 @@ from torch import Tensor
 
 from flexjag import Softmax
 from flexjag.backends import Backend, Case, Promises
-from flexjag.recipe import Recipe
+from flexjag.lowering.recipe import Recipe
 
 MOST = 2**24  # scores of a head
 

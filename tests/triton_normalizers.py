@@ -18,11 +18,11 @@ from cases import make_qkv, needing_gradients
 from torch import Tensor
 
 import flexjag as fj
-from flexjag import mods
+from flexjag.algebra.normalizers import GELU, Identity, Pointwise, Sigmoid, SiLU
 from flexjag.backends.triton import pointwise as triton_backend
-from flexjag.backends.triton_modules import emit, load
-from flexjag.codegen.interpreter import mend_interpreter
-from flexjag.normalizers import GELU, Identity, Pointwise, Sigmoid, SiLU
+from flexjag.backends.triton.modules import emit, load
+from flexjag.codegen.run.interpreter import mend_interpreter
+from flexjag.lowering import mods
 from flexjag.printing import has_functions, read
 from flexjag.testing import assert_compiles, assert_matches_reference
 
@@ -322,7 +322,7 @@ def trace(batches: Sequence[list[int]]) -> tuple[list[int], list[int]]:
 
 def list_kernels(features: int, dtype: torch.dtype) -> list[Any]:
     """The plainest and the heaviest kernels of the backend; with care only the plainest, which are rarely run."""
-    from flexjag.backends import triton_kernels
+    from flexjag.codegen.own import attention as triton_kernels
 
     found = triton_kernels.list_kernels(features, dtype)
     heavy = [x for x in found if x.op == "silu, position and time bias" and not x.constants["CAREFUL"]]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from flexjag import masks as m
-from flexjag.dispatch import Interpretation
+from flexjag.algebra import masks as m
+from flexjag.algebra.dispatch import Interpretation
 from flexjag.errors import MaskError, explain_values
 
 SlidingWindow = tuple[int | None, int | None, m.Align]

@@ -1,7 +1,7 @@
 """Traversal of node trees, and operations derived from the axes of their fields.
 
-Nodes declare the axis of each tensor (:func:`flexjag.nodes.along`). Padding, marking as dynamic, checks, copies and
-collection are implemented here once for all nodes.
+Nodes declare the axis of each tensor (:func:`flexjag.algebra.node.along`). Padding, marking as dynamic, checks, copies
+and collection are implemented here once for all nodes.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from flexjag.algebra.node import BATCH, Axis, Node, NodeKind, field_names
 from flexjag.errors import explain_values
-from flexjag.nodes import BATCH, Axis, Node, NodeKind, field_names
 from flexjag.offsets import mark_varying
 
 Result = TypeVar("Result")
@@ -39,7 +39,7 @@ def walk(node: Node | None) -> Iterator[Node]:
 def fold(node: Node, combine: Callable[[Node, list[Result]], Result]) -> Result:
     """Reduce a tree bottom-up: ``combine(node, results of its children)``.
 
-    >>> from flexjag.masks import Causal, Prefix
+    >>> from flexjag.algebra.masks import Causal, Prefix
     >>> fold(Causal() | ~Prefix(2), lambda node, below: 1 + sum(below))
     4
     """
@@ -168,7 +168,7 @@ def held_tensors(node: Node | None) -> list[Tensor]:
 def mark(node: Node | None) -> None:
     """Tell TorchDynamo, if it is in use, which sizes of a node's tensors change from batch to batch.
 
-    Those along :data:`~flexjag.nodes.BATCH` do, and those of fields that say nothing may.
+    Those along :data:`~flexjag.algebra.node.BATCH` do, and those of fields that say nothing may.
     """
     for one in walk(node):
         along = {name: axis for name, axis, _ in getattr(one, "_axes", ())}
@@ -186,7 +186,7 @@ def is_by_position(mask: Node | None, score: Node | None, is_self: bool) -> bool
         score: The score, or None.
         is_self: Queries and keys share their offsets: then both alignments are the same.
 
-    >>> from flexjag.masks import Causal, Prefix, Window
+    >>> from flexjag.algebra.masks import Causal, Prefix, Window
     >>> is_by_position(Causal() & Window(9, 0), None, True), is_by_position(Prefix(torch.tensor([2])), None, True)
     (True, False)
     """

@@ -9,12 +9,13 @@ from typing import Any, Literal, Protocol, Self
 import torch
 from torch import Tensor
 
-from flexjag import functions, normalizers
-from flexjag import masks as m
-from flexjag import scores as s
+from flexjag.algebra import masks as m
+from flexjag.algebra import normalizers
+from flexjag.algebra import scores as s
+from flexjag.algebra import user_functions as functions
+from flexjag.algebra.normalizers import Normalizer, Pointwise, Softmax, StickBreaking
 from flexjag.backends.costs import Work
-from flexjag.layout import Layout
-from flexjag.normalizers import Normalizer, Pointwise, Softmax, StickBreaking
+from flexjag.lowering.layout import Layout
 
 Pair = tuple[Tensor, Tensor | None]
 """The output ``[T_q, H, E]``, and the rest ``[T_q, H]``: a softmax's log-sum-exp, or stick-breaking's remainder."""

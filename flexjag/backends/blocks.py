@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flexjag.layout import blocks
+from flexjag.lowering.layout import blocks
 from flexjag.upstream import holds_no_numbers, is_watched
 
 CHUNK_SCORES = 2**20  # scores held at once on a CPU: about what a core's L2 cache holds

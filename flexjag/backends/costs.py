@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from flexjag.layout import Layout
+from flexjag.lowering.layout import Layout
 
 PATH = Path(__file__).with_name("costs.json")
 DIMS = 128  # D + E of the measurements, to which a score's time is in proportion

@@ -54,7 +54,7 @@ def _sum_looked_up(x: Tensor, index: Tensor, size: int) -> Tensor:
 
 
 def look_up(table: Tensor, *index: Tensor) -> Tensor:
-    """``table[index]``, as :attr:`flexjag.mods.RowTables.look_up` wants it.
+    """``table[index]``, as :attr:`flexjag.lowering.mods.RowTables.look_up` wants it.
 
     >>> look_up(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([0, 1]), torch.tensor([1, 0]))
     tensor([2., 3.])

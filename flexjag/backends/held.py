@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexjag import functions
+from flexjag.algebra import user_functions as functions
 from flexjag.errors import DifferentiationError
-from flexjag.recipe import Recipe
+from flexjag.lowering.recipe import Recipe
 
 
 @dataclass(frozen=True, eq=False)

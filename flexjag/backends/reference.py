@@ -11,16 +11,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flexjag import functions
-from flexjag import masks as m
-from flexjag import normalizers as nz
-from flexjag import scores as s
+from flexjag.algebra import masks as m
+from flexjag.algebra import normalizers as nz
+from flexjag.algebra import scores as s
+from flexjag.algebra import user_functions as functions
+from flexjag.algebra.dispatch import Interpretation
 from flexjag.algebra.facts import diagonal_align
+from flexjag.algebra.node import is_integer, saturated
+from flexjag.algebra.scalars import blamed
 from flexjag.backends.base import ALL, Asked, Backend, Promises
-from flexjag.dispatch import Interpretation
 from flexjag.errors import MaskError, ScoreError
-from flexjag.nodes import is_integer, saturated
-from flexjag.scalars import blamed
 
 
 @dataclass(frozen=True, eq=False)

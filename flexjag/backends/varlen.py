@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexjag import masks as m
+from flexjag.algebra import masks as m
 from flexjag.algebra.facts import as_window
+from flexjag.algebra.normalizers import Softmax
 from flexjag.backends.base import HALF, Backend, Case, Pair, Promises
-from flexjag.layout import Layout
-from flexjag.normalizers import Softmax
-from flexjag.recipe import Recipe
+from flexjag.lowering.layout import Layout
+from flexjag.lowering.recipe import Recipe
 
 
 def window_size(mask: m.Mask, layout: Layout) -> tuple[int, int] | None:

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
 
-from flexjag.bench.registry import BenchError, Options, find, load
+from flexjag.bench.suites.registry import BenchError, Options, find, load
 from flexjag.errors import MissingExtraError
 
 PAGE = Path("docs/performance.md")
@@ -76,7 +76,8 @@ def _run(argv: list[str]) -> int:
 
 def _calibrate(argv: list[str]) -> int:
     from flexjag.backends import costs
-    from flexjag.bench import calibrate, run
+    from flexjag.bench import run
+    from flexjag.bench.tuning import calibrate
 
     text = "Measure the CPU backends and fit the lines by which auto chooses between them. Takes about three minutes."
     parser = Parser("flexjag bench calibrate", description=text)
@@ -125,7 +126,7 @@ def _gpu(argv: list[str]) -> int:
 
 
 def _tune(argv: list[str]) -> int:
-    from flexjag.bench.tune import main as tune
+    from flexjag.bench.tuning.tune import main as tune
 
     return tune(argv)
 

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from flexjag.bench import outcomes, run, warm
 from flexjag.bench.cli import Parser, add_options, make_options
-from flexjag.bench.registry import BenchError, find, load
+from flexjag.bench.suites.registry import BenchError, find, load
 
 ROOT = Path(__file__).parents[2]
 OPTIONAL = ("attn_gym", "rich", "matplotlib", "cloudpickle", "fbgemm_gpu", "pynvml")
@@ -208,7 +208,7 @@ class _Session:
         self._done(name, Ended("".join(x.output for x in ended), time.monotonic() - began, cut))
 
     def tune(self, name: str) -> None:
-        """:mod:`flexjag.bench.tune`; the winners go into the results, and nowhere else."""
+        """:mod:`flexjag.bench.tuning.tune`; the winners go into the results, and nowhere else."""
         share = self.clock.share(name)
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "tuned.json"

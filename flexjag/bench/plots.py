@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flexjag.bench.measure import median
+from flexjag.bench.measuring.measure import median
 from flexjag.extras import needs
 
 NUMBER = r"\d(?:[\d,]*\d)?(?:\.\d+)?"

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from flexjag.bench.measure import median, quartiles
+from flexjag.bench.measuring.measure import median, quartiles
 
 PROGRAM = "python -m flexjag"
 ARM_COLUMNS = ("arm", "median", "quartiles", "samples", "first call", "peak memory", "remarks")

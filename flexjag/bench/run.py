@@ -12,9 +12,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from flexjag.bench.environment import describe
-from flexjag.bench.measure import iterate
-from flexjag.bench.registry import BenchError, Options, Suite, Tell
+from flexjag.bench.measuring.environment import describe
+from flexjag.bench.measuring.measure import iterate
+from flexjag.bench.suites.registry import BenchError, Options, Suite, Tell
 
 SCHEMA = 1
 SILENCE = 10.0  # maximum seconds between lines of progress within a case

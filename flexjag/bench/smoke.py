@@ -20,14 +20,14 @@ import torch
 from torch import Tensor
 
 from flexjag import ops
-from flexjag.attention import attention
-from flexjag.bench.padded import Tensors
+from flexjag.algebra.masks import Causal, Prefix, Window
+from flexjag.algebra.normalizers import SiLU, StickBreaking
+from flexjag.algebra.scores import Alibi
+from flexjag.api.attention import attention
+from flexjag.api.plan import plan
+from flexjag.bench.measuring.padded import Tensors
 from flexjag.bench.run import write
 from flexjag.jagged import Jagged
-from flexjag.masks import Causal, Prefix, Window
-from flexjag.normalizers import SiLU, StickBreaking
-from flexjag.plan import plan
-from flexjag.scores import Alibi
 from flexjag.variants import HSTUBias, HSTULayer, next_times
 
 LENGTHS = [300, 7, 0, 129, 1, 64]

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexjag.attention import attention
-from flexjag.bench.lengths import lognormal_lengths
-from flexjag.bench.measure import describe_error
+from flexjag.algebra.masks import Causal, Mask, Prefix, Window
+from flexjag.api.attention import attention
+from flexjag.api.plan import plan
+from flexjag.bench.measuring.lengths import lognormal_lengths
+from flexjag.bench.measuring.measure import describe_error
 from flexjag.jagged import Jagged
-from flexjag.masks import Causal, Mask, Prefix, Window
-from flexjag.plan import plan
 
 STEPS = 5
 SEGMENTS, LONGEST, HEADS, DIM = 16, 512, 4, 64

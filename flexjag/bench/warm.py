@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from flexjag.backends.flex import run as flex
-from flexjag.bench.attention_arms import SLOW
-from flexjag.bench.registry import Arm, Case, Options, find
-from flexjag.bench.tune_candidates import TuningSizes, backward_candidates, forward_candidates, subjects
+from flexjag.bench.arms.attention import SLOW
+from flexjag.bench.suites.registry import Arm, Case, Options, find
+from flexjag.bench.tuning.candidates import TuningSizes, backward_candidates, forward_candidates, subjects
 
 STAGES = ("attention", "normalizers", "tune")
 """Stages with long compile times."""

@@ -7,10 +7,10 @@ import json
 from typing import TYPE_CHECKING
 
 from flexjag import caches
-from flexjag.cli_tools import human_bytes
+from flexjag.cli.options import human_bytes
 
 if TYPE_CHECKING:
-    from flexjag.cli_tools import Commands
+    from flexjag.cli.options import Commands
 
 
 def add_command(commands: Commands) -> None:

@@ -6,8 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from flexjag.codegen.own_tables import LISTINGS, build_section, put_section
-from flexjag.codegen.tables import build
+from flexjag.codegen.show.own_page import LISTINGS, build_section, put_section
+from flexjag.codegen.show.page import build
 
 
 def main(arguments: list[str]) -> int:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from flexjag.attention import attention, check_inputs
+from flexjag.api.attention import attention, check_inputs
+from flexjag.api.plan import Plan
 from flexjag.backends.choose import refusal
 from flexjag.codegen import cache as store
 from flexjag.codegen.payload import Payload, pack, unpack
@@ -24,7 +25,6 @@ from flexjag.codegen.worker import TIMEOUT_S, Worker, call
 from flexjag.errors import BackendError, CodegenError, ShapeError, TargetError, explain_values
 from flexjag.jagged import Jagged, mark_varying
 from flexjag.lowering.outline import for_gpu, mark_sizes
-from flexjag.plan import Plan
 
 TESTED_TORCH = ("2.11", "2.12", "2.13", "2.14")
 """PyTorch releases with whose internals the worker was tested."""
@@ -125,7 +125,7 @@ def compile_for(
         CodegenError: If Triton is missing, this torch is not one of the tested ones, or the worker fails.
         MissingExtraError: If cloudpickle is not installed: it comes with ``flexjag[codegen]``.
 
-    >>> from flexjag.plan import plan
+    >>> from flexjag.api.plan import plan
     >>> x = Jagged.from_lengths(torch.zeros(300, 2, 64), [100, 200])
     >>> compile_for("sm_70", plan(x), x, x, x)
     Traceback (most recent call last):

@@ -17,7 +17,7 @@ from flexjag.codegen.report import Kernel, phase_of
 from flexjag.codegen.targets import Target
 
 if TYPE_CHECKING:
-    from flexjag.codegen.measure import Usage
+    from flexjag.codegen.read.measure import Usage
 
 
 def double(x: Any) -> Any:
@@ -40,7 +40,7 @@ def assemble_ops(
     features: Sequence[int],
     dtypes: Sequence[torch.dtype],
     names: Sequence[str] | None = None,
-    listing: str = "flexjag.ops.kernels",
+    listing: str = "flexjag.codegen.own.ops",
 ) -> list[Usage]:
     """Compile our own Triton kernels and return their resource usage, once per distinct code.
 
@@ -54,8 +54,8 @@ def assemble_ops(
     Returns:
         One record per code, whose `phase` names the op, D and the dtype (:func:`phase_of_case`).
     """
-    from flexjag.codegen.assemble import assemble
-    from flexjag.codegen.measure import read_usage
+    from flexjag.codegen.make.assemble import assemble
+    from flexjag.codegen.read.measure import read_usage
 
     warnings.filterwarnings("ignore")
     list_kernels = importlib.import_module(listing).list_kernels
@@ -83,7 +83,7 @@ def _settle(target: Target) -> None:
     Raises:
         ValueError: If it already reports another one: PyTorch caches the properties of the first.
     """
-    from flexjag.codegen.pretend import pretend
+    from flexjag.codegen.make.pretend import pretend
 
     if not _settled:
         warnings.filterwarnings("ignore")
@@ -103,8 +103,8 @@ def make(
     assemble: bool,
 ) -> tuple[dict[str, str], Any, list[Kernel]]:
     """Capture, lower and, if `assemble`, assemble a function: wrapper sources by phase, their wiring, the kernels."""
-    from flexjag.codegen.capture import capture
-    from flexjag.codegen.lower import lower
+    from flexjag.codegen.make.capture import capture
+    from flexjag.codegen.make.lower import lower
 
     torch._dynamo.reset()
     _settle(target)
@@ -113,8 +113,8 @@ def make(
     wrappers = lower(graphs)
     if not assemble:
         return wrappers, wiring, []
-    from flexjag.codegen.assemble import assemble_wrapper
-    from flexjag.codegen.measure import measure
+    from flexjag.codegen.make.assemble import assemble_wrapper
+    from flexjag.codegen.read.measure import measure
 
     made = [(phase, one) for phase, text in wrappers.items() for one in assemble_wrapper(text, target)]
     return wrappers, wiring, [measure(one, target, phase_of(phase, one.name)) for phase, one in made]
@@ -122,7 +122,7 @@ def make(
 
 def simulate(wrappers: Mapping[str, str], wiring: Any, tensors: Path) -> tuple[list[Any], dict[int, Any]]:
     """Run wrappers in Triton's interpreter on the inputs and output gradients saved in the file `tensors`."""
-    from flexjag.codegen import simulate as run
+    from flexjag.codegen.run import simulate as run
 
     warnings.filterwarnings("ignore")
     given, tangents = torch.load(tensors, weights_only=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flexjag.codegen.payload import same
 from flexjag.lowering.outline import for_gpu
-from flexjag.recipe import Recipe
+from flexjag.lowering.recipe import Recipe
 
 
 class Pickler(cloudpickle.Pickler):

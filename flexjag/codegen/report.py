@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from flexjag.codegen.loops import Loop
+from flexjag.codegen.read.loops import Loop
 from flexjag.codegen.targets import Target
 
 CODE = {"triton": "py", "ttgir": "ttgir", "ptx": "ptx", "sass": "sass", "amdgcn": "amdgcn"}
@@ -199,7 +199,7 @@ class Listing:
         return f"{type(self).__name__}({self.target.name!r}, {[k.phase for k in self.kernels]})"
 
     def _repr_html_(self) -> str:
-        from flexjag.codegen.html import to_html
+        from flexjag.codegen.show.html import to_html
 
         return to_html(self)
 

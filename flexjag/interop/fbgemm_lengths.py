@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from flexjag.errors import LayoutError, explain_values
-from flexjag.interop.fbgemm_common import check_index, check_lengths, check_range, check_tensor, size_of
+from flexjag.interop.fbgemm.common import check_index, check_lengths, check_range, check_tensor, size_of
 from flexjag.jagged import check_offsets, segment_ids
 from flexjag.ops.checks import can_look
 from flexjag.ops.packed import offsets_of, unknown_size

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from flexjag import ops
 from flexjag.errors import LayoutError, ShapeError, explain_values
-from flexjag.interop.fbgemm_common import (
+from flexjag.interop.fbgemm.common import (
     Integer,
     check_equal,
     check_index,

@@ -9,15 +9,16 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from flexjag import functions, mods
-from flexjag import masks as m
-from flexjag import scores as s
+from flexjag.algebra import masks as m
+from flexjag.algebra import scores as s
 from flexjag.algebra import tree
+from flexjag.algebra import user_functions as functions
+from flexjag.algebra.normalizers import Normalizer, Softmax
 from flexjag.errors import MaskError, PlanError, assert_on_device
 from flexjag.jagged import Jagged, mark_varying
-from flexjag.layout import Layout, blocks, build_layout
-from flexjag.normalizers import Normalizer, Softmax
-from flexjag.recipe import (
+from flexjag.lowering import mods
+from flexjag.lowering.layout import Layout, blocks, build_layout
+from flexjag.lowering.recipe import (
     Notes,
     Recipe,
     check_arguments,
@@ -27,8 +28,8 @@ from flexjag.recipe import (
     of_this_batch,
     place_in,
 )
-from flexjag.spans import Sandwich, Spans, sandwich
-from flexjag.tiles import TileList, Tiles, build_tables, list_tiles, refine
+from flexjag.lowering.spans import Sandwich, Spans, sandwich
+from flexjag.lowering.tiles import TileList, Tiles, build_tables, list_tiles, refine
 from flexjag.upstream import holds_no_numbers
 
 R = TypeVar("R", bound=Recipe)

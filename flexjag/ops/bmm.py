@@ -116,5 +116,5 @@ def _backward_gram(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 times_dense.register_autograd(_backward_times_dense, setup_context=_save)
 gram.register_autograd(_backward_gram, setup_context=_save)
-times_dense.register_kernel("flexjag.ops.triton_matmul")
-gram.register_kernel("flexjag.ops.triton_matmul")
+times_dense.register_kernel("flexjag.ops.triton.matmul")
+gram.register_kernel("flexjag.ops.triton.matmul")

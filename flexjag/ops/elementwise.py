@@ -137,5 +137,5 @@ def _backward_product(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 multiply.register_autograd(_backward_multiply, setup_context=_save)
 padded_product.register_autograd(_backward_product, setup_context=_save)
-multiply.register_kernel("flexjag.ops.triton_move")
-padded_product.register_kernel("flexjag.ops.triton_move")
+multiply.register_kernel("flexjag.ops.triton.move")
+padded_product.register_kernel("flexjag.ops.triton.move")

@@ -200,5 +200,5 @@ def _backward_twice(ctx: Any, above: Tensor) -> tuple[Tensor | None, ...]:
 
 standardize.register_autograd(_backward, setup_context=_setup)
 standardize_backward.register_autograd(_backward_twice, setup_context=_setup_twice)
-standardize.register_kernel("flexjag.ops.triton_norm")
-standardize_backward.register_kernel("flexjag.ops.triton_norm")
+standardize.register_kernel("flexjag.ops.triton.norm")
+standardize_backward.register_kernel("flexjag.ops.triton.norm")

@@ -151,5 +151,5 @@ def _backward_unpad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 pad.register_autograd(_backward_pad, setup_context=_setup_pad)
 unpad.register_autograd(_backward_unpad, setup_context=_setup_unpad)
-pad.register_kernel("flexjag.ops.triton_move")
-unpad.register_kernel("flexjag.ops.triton_move")
+pad.register_kernel("flexjag.ops.triton.move")
+unpad.register_kernel("flexjag.ops.triton.move")

@@ -98,5 +98,5 @@ def _backward_twice(ctx: Any, above: Tensor) -> tuple[Tensor | None, ...]:
 
 segment_softmax.register_autograd(_backward, setup_context=_setup)
 segment_softmax_backward.register_autograd(_backward_twice, setup_context=_setup_twice)
-segment_softmax.register_kernel("flexjag.ops.triton_reduce")
-segment_softmax_backward.register_kernel("flexjag.ops.triton_reduce")
+segment_softmax.register_kernel("flexjag.ops.triton.reduce")
+segment_softmax_backward.register_kernel("flexjag.ops.triton.reduce")

@@ -209,5 +209,5 @@ def _backward_twice(ctx: Any, *above: Tensor) -> tuple[Tensor | None, ...]:
 
 target.register_autograd(_backward, setup_context=_setup)
 target_backward.register_autograd(_backward_twice, setup_context=_setup_twice)
-target.register_kernel("flexjag.ops.triton_target")
-target_backward.register_kernel("flexjag.ops.triton_target")
+target.register_kernel("flexjag.ops.triton.target")
+target_backward.register_kernel("flexjag.ops.triton.target")

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from flexjag import masks as m
-from flexjag import scores as s
+from flexjag.algebra import masks as m
+from flexjag.algebra import scores as s
 from flexjag.algebra.tree import walk
 from flexjag.printing.language import Language
 from flexjag.printing.tracer import as_symbol, new_program

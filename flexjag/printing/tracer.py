@@ -112,7 +112,7 @@ def _argument(x: Any, program: Program, name: str) -> Any:
 
 
 def read(tensor: Tensor, *index: Value) -> Any:
-    """``tensor[index]``, as :attr:`flexjag.mods.RowTables.look_up` wants it."""
+    """``tensor[index]``, as :attr:`flexjag.lowering.mods.RowTables.look_up` wants it."""
     return look_up(program_of(index), tensor, index)
 
 

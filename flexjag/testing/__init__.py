@@ -9,7 +9,7 @@ from flexjag.testing.compiles import Graphs, assert_compiles
 from flexjag.testing.kernels import assert_kernels_match
 from flexjag.testing.leak import assert_no_leak
 from flexjag.testing.oracle import assert_matches_reference
-from flexjag.testing.rounding import Bounds, rounding_bounds
+from flexjag.testing.rounding.bounds import Bounds, rounding_bounds
 from flexjag.testing.structure import assert_sandwich, assert_tiles, dense_mask, span_bound
 
 __all__ = [

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flexjag.api.plan import Plan
 from flexjag.codegen.compile import compile_for
 from flexjag.codegen.worker import Worker
 from flexjag.jagged import Jagged
-from flexjag.plan import Plan
 from flexjag.testing.oracle import Result, Trial, check_against_reference
 
 QUICK = {f"{name}": 128 for name in ("fwd_BLOCK_M", "fwd_BLOCK_N", "bwd_BLOCK_M1", "bwd_BLOCK_N1")}

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexjag.attention import attention
+from flexjag.api.attention import attention
 from flexjag.jagged import Jagged
 
 Attend = Callable[[Jagged, Jagged, Jagged], Any]

@@ -9,17 +9,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flexjag import functions
-from flexjag import masks as m
-from flexjag import scores as s
-from flexjag.attention import attention
+from flexjag.algebra import masks as m
+from flexjag.algebra import scores as s
+from flexjag.algebra import user_functions as functions
+from flexjag.algebra.normalizers import Normalizer, Softmax, StickBreaking
+from flexjag.api.attention import attention
+from flexjag.api.plan import Plan
+from flexjag.api.plan import plan as make_plan
 from flexjag.backends.base import HALF
 from flexjag.backends.choose import BACKENDS, choose
 from flexjag.jagged import Jagged
-from flexjag.normalizers import Normalizer, Softmax, StickBreaking
-from flexjag.plan import Plan
-from flexjag.plan import plan as make_plan
-from flexjag.testing.rounding import rounding_bounds
+from flexjag.testing.rounding.bounds import rounding_bounds
 
 REST: dict[type[Normalizer], str] = {Softmax: "return_lse", StickBreaking: "return_remainder"}
 """What a normalizer returns besides the output, if anything."""
@@ -120,7 +120,7 @@ def assert_matches_reference(
     """Assert that a backend agrees with the dense reference in float64, forward and backward, up to rounding.
 
     For each tensor the allowed error is ``2 * (worst error of the reference in the same precision + rounding)``. The
-    rounding term is elementwise: :func:`~flexjag.testing.rounding.rounding_bounds`, an error analysis of the problem.
+    rounding term is elementwise (:func:`~flexjag.testing.rounding.bounds.rounding_bounds`), an error analysis.
 
     Args:
         q: ``[T_q, H, D]``, in the precision to test.

@@ -13,11 +13,11 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flexjag import masks as m
-from flexjag import scores as s
+from flexjag.algebra import masks as m
+from flexjag.algebra import scores as s
+from flexjag.api.plan import Plan
+from flexjag.api.plan import plan as make_plan
 from flexjag.jagged import Jagged
-from flexjag.plan import Plan
-from flexjag.plan import plan as make_plan
 
 SEEDS = st.integers(0, 2**16)
 TILES = (16, 32)

@@ -5,15 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flexjag import masks as m
+from flexjag.algebra import masks as m
+from flexjag.algebra.dispatch import Interpretation
+from flexjag.api.plan import Plan
+from flexjag.api.plan import plan as make_plan
 from flexjag.backends.reference import dense
-from flexjag.dispatch import Interpretation
 from flexjag.jagged import Jagged
-from flexjag.layout import build_layout
-from flexjag.plan import Plan
-from flexjag.plan import plan as make_plan
-from flexjag.spans import MAX_SPANS, Spans
-from flexjag.testing.rounding import segments_of
+from flexjag.lowering.layout import build_layout
+from flexjag.lowering.spans import MAX_SPANS, Spans
+from flexjag.testing.rounding.bounds import segments_of
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
 

@@ -10,11 +10,12 @@ import pytest
 import torch
 
 import flexjag as fj
-from flexjag import masks as m
-from flexjag import mods, normalizers, scores, spans
-from flexjag.dispatch import Interpretation
-from flexjag.layout import build_layout
-from flexjag.nodes import Node
+from flexjag.algebra import masks as m
+from flexjag.algebra import normalizers, scores
+from flexjag.algebra.dispatch import Interpretation
+from flexjag.algebra.node import Node
+from flexjag.lowering import mods, spans
+from flexjag.lowering.layout import build_layout
 
 MODULES = [
     importlib.import_module(name)

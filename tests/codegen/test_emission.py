@@ -14,7 +14,7 @@ from cases import make_qkv, mostly_slow
 import flexjag as fj
 from flexjag.backends.flex.options import _blocks, reads_by_key
 from flexjag.codegen.compile import Report
-from flexjag.codegen.tables import GPUS, PlainFlex, _causal, _document, masks_and_scores, per_score
+from flexjag.codegen.show.page import GPUS, PlainFlex, _causal, _document, masks_and_scores, per_score
 from flexjag.codegen.worker import Worker
 from flexjag.testing import assert_kernels_match
 

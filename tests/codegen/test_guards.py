@@ -21,12 +21,13 @@ from flexjag.codegen.worker import Worker
 HERE = __name__
 FITS = re.compile(r".* <= (n \+ )?2147483647")
 NARROW = {"n >= n", "Ne(Mod(n, n), 0)"}
-"""A table's columns are fewer than its width, whatever the batch: see `flexjag.tiles`."""
+"""A table's columns are fewer than its width, whatever the batch: see `flexjag.lowering.tiles`."""
 
 
 def guards(structure: bytes, metas: Sequence[Meta], target: Any) -> list[str]:
     """What lowering adds to the conditions under which a graph is taken; for a worker."""
-    from flexjag.codegen import capture, jobs, lower
+    from flexjag.codegen import jobs
+    from flexjag.codegen.make import capture, lower
 
     torch._dynamo.reset()
     jobs._settle(target)

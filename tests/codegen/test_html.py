@@ -5,10 +5,10 @@ from html.parser import HTMLParser
 
 import pytest
 
-from flexjag.codegen import html
-from flexjag.codegen.html import to_html
-from flexjag.codegen.loops import Load, Loop
+from flexjag.codegen.read.loops import Load, Loop
 from flexjag.codegen.report import Kernel, Listing, headline
+from flexjag.codegen.show import html
+from flexjag.codegen.show.html import to_html
 from flexjag.codegen.targets import get_target
 
 VOID = {"br"}

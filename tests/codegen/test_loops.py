@@ -3,9 +3,9 @@
 import pytest
 from codegen_cases import COLUMN, ELEMENT, HEAD, HMMA, ROW, SCALARS, SOURCE, TAIL, VIA_ROW, VIA_TILE, assemble, module
 
-from flexjag.codegen import ttgir
-from flexjag.codegen.dataflow import LOADS
-from flexjag.codegen.loops import Load, Loop, read_loops
+from flexjag.codegen.read import ttgir
+from flexjag.codegen.read.dataflow import LOADS
+from flexjag.codegen.read.loops import Load, Loop, read_loops
 from flexjag.errors import CodegenError
 
 

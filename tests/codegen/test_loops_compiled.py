@@ -7,11 +7,11 @@ import textwrap
 
 import pytest
 
-from flexjag.codegen import sass as machine
-from flexjag.codegen import ttgir
-from flexjag.codegen.dataflow import DOTS, Dataflow
-from flexjag.codegen.disassemble import disassemble, list_instructions, resource_usage, tensor_core_instructions
-from flexjag.codegen.loops import read_loops
+from flexjag.codegen.read import sass as machine
+from flexjag.codegen.read import ttgir
+from flexjag.codegen.read.dataflow import DOTS, Dataflow
+from flexjag.codegen.read.disassemble import disassemble, list_instructions, resource_usage, tensor_core_instructions
+from flexjag.codegen.read.loops import read_loops
 
 # A really compiled kernel: one attention loop with the mask by intervals, by documents or with a bias per score.
 KERNEL = """

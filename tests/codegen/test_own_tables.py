@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from flexjag.codegen import cache
-from flexjag.codegen.own_tables import (
+from flexjag.codegen.show.own_page import (
     DIMS,
     LISTINGS,
     Row,

@@ -5,8 +5,8 @@ import json
 import pytest
 from codegen_cases import HMMA, assemble
 
-from flexjag.codegen import sass as machine
-from flexjag.codegen.disassemble import (
+from flexjag.codegen.read import sass as machine
+from flexjag.codegen.read.disassemble import (
     disassemble,
     list_instructions,
     read_usage,

@@ -12,7 +12,7 @@ from test_ops import with_gradients
 from torch import Tensor
 
 import flexjag.ops  # noqa: F401  defines the operators
-from flexjag.codegen.interpreter import mend_interpreter
+from flexjag.codegen.run.interpreter import mend_interpreter
 from flexjag.ops.register import OPERATORS, interpret_kernels
 
 Found = tuple[list[Tensor], list[Tensor]]

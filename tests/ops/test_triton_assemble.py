@@ -8,10 +8,10 @@ import pytest
 import torch
 from hypothesis import settings
 
-from flexjag.codegen.measure import Usage
+from flexjag.codegen.own.ops import list_kernels
+from flexjag.codegen.read.measure import Usage
 from flexjag.codegen.targets import TARGETS, get_target
 from flexjag.codegen.worker import Worker
-from flexjag.ops.kernels import list_kernels
 from flexjag.ops.register import OPERATORS
 
 FEATURES = [64, 128]

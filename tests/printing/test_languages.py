@@ -12,8 +12,8 @@ from torch import Tensor
 from triton_normalizers import HEADS, LENGTHS, MASKS, SCORES, TOTAL
 
 import flexjag as fj
-from flexjag import mods
-from flexjag import scores as s
+from flexjag.algebra import scores as s
+from flexjag.lowering import mods
 from flexjag.printing import (
     OPERATIONS,
     Instruction,

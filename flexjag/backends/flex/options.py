@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flexjag.algebra import tree
 from flexjag.backends.flex import tuning
-from flexjag.recipe import Recipe
+from flexjag.lowering.recipe import Recipe
 
 HALF = (torch.float16, torch.bfloat16)
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from flexjag import printing
+from flexjag.algebra.normalizers import Softmax
 from flexjag.backends.base import Backend, Case, Pair, Promises
-from flexjag.normalizers import Softmax
 from flexjag.upstream import ROWS, cpu_flex_misplaces
 
 

@@ -16,7 +16,7 @@ from flexjag.backends.flex import options as flex_options
 from flexjag.errors import BackendError
 from flexjag.jagged import mark_varying
 from flexjag.lowering.outline import mark_sizes
-from flexjag.recipe import Recipe
+from flexjag.lowering.recipe import Recipe
 from flexjag.upstream import (
     ROWS,
     fence,

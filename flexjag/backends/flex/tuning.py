@@ -1,4 +1,4 @@
-"""FlexAttention's kernel options as measured on a GPU, kept in a JSON file: what :mod:`flexjag.bench.tune` writes.
+"""FlexAttention's kernel options as measured on a GPU: the JSON file that :mod:`flexjag.bench.tuning.tune` writes.
 
 An entry holds for one device, one version of PyTorch and Triton, and one kind of `Work`. Entries for others are passed
 over, so one file serves several machines. The length of segments is no part of the key: it varies from batch to batch,
@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from flexjag import caches
-from flexjag import scores as s
+from flexjag.algebra import scores as s
 from flexjag.algebra.tree import reads_pairs
-from flexjag.recipe import Recipe
+from flexjag.lowering.recipe import Recipe
 
 SCHEMA = 1
 DIMS = (16, 32, 64, 128, 256)

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flexjag import normalizers as nz
+from flexjag.algebra import normalizers as nz
 from flexjag.algebra.facts import diagonal_align
 from flexjag.backends import blocks
 from flexjag.backends.gathers import add_at
-from flexjag.layout import INT32_MAX
-from flexjag.recipe import Recipe
+from flexjag.lowering.layout import INT32_MAX
+from flexjag.lowering.recipe import Recipe
 
 ROWS = 128  # queries of a run: enough for a product, few enough that a causal mask skips keys
 RUN_SCORES = 2**22  # scores of a run at most, unless 16 queries have more

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from flexjag import normalizers as nz
+from flexjag.algebra import normalizers as nz
+from flexjag.algebra.dispatch import Interpretation
 from flexjag.backends.blocks import matmul, matmul_heads, sum_groups
 from flexjag.backends.gathers import add_tiles, look_up
-from flexjag.dispatch import Interpretation
-from flexjag.layout import Layout
+from flexjag.lowering.layout import Layout
 
 Score = Callable[..., Tensor]
 

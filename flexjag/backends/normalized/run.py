@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexjag import mods
-from flexjag import normalizers as nz
+from flexjag.algebra import normalizers as nz
 from flexjag.backends import blocks
 from flexjag.backends.base import FIRST_ORDER
 from flexjag.backends.gathers import add_tiles, look_up, take_tiles
@@ -24,8 +23,9 @@ from flexjag.backends.held import Held, differentiable_gradients
 from flexjag.backends.normalized import pointwise, stick_breaking
 from flexjag.backends.normalized.pieces import Piece, Walk, walk_runs, walk_tiles
 from flexjag.differentiation import first_order_only, needs_plain_operations
-from flexjag.layout import Layout
-from flexjag.recipe import Recipe
+from flexjag.lowering import mods
+from flexjag.lowering.layout import Layout
+from flexjag.lowering.recipe import Recipe
 from flexjag.upstream import holds_no_numbers
 
 Pair = tuple[Tensor, Tensor]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from flexjag import masks as m
-from flexjag import scores as s
+from flexjag.algebra import masks as m
+from flexjag.algebra import scores as s
 from flexjag.algebra.facts import as_window, extent
+from flexjag.algebra.normalizers import Softmax
 from flexjag.algebra.tree import is_by_position
 from flexjag.backends.base import ASSUMED_DIMS, Case
 from flexjag.backends.costs import Sizes, Work
-from flexjag.normalizers import Softmax
 
 LONG_LEARNED = 16384  # keys over which a learned bias, a gradient of all keys per call, wastes too much
 SHARED = 2**22  # numbers in a bias for all segments, if it depends on the head: 16 MB in float32

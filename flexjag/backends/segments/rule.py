@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from flexjag import scores as s
+from flexjag.algebra import scores as s
+from flexjag.algebra.normalizers import Pointwise, Softmax, StickBreaking
 from flexjag.backends.base import Backend, Case, Pair, Promises
 from flexjag.backends.segments.cost import cost, wasteful
-from flexjag.normalizers import Pointwise, Softmax, StickBreaking
 
 
 def refuse(case: Case) -> str | None:

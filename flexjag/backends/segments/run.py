@@ -25,7 +25,7 @@ from flexjag.backends.segments.cost import SDPA_WINDOWS
 from flexjag.backends.segments.runs import Pieces, Shared, bias_of, runs_of_queries
 from flexjag.backends.segments.whole import FLASH, list_calls, with_lse_gradient
 from flexjag.differentiation import first_order_only
-from flexjag.recipe import Recipe
+from flexjag.lowering.recipe import Recipe
 
 Pair = tuple[Tensor, Tensor]
 LOG2_E = math.log2(math.e)

@@ -17,9 +17,9 @@ from flexjag.algebra.tree import held_tensors, is_by_position
 from flexjag.backends.segments.batches import Range
 from flexjag.backends.segments.cost import SHARED
 from flexjag.jagged import Jagged
-from flexjag.layout import INT32_MAX
+from flexjag.lowering.layout import INT32_MAX
 from flexjag.lowering.outline import outline
-from flexjag.recipe import Recipe
+from flexjag.lowering.recipe import Recipe
 
 ROWS = 256  # queries per call where a mask tensor is needed: bounds the mask, and lets a window skip keys
 

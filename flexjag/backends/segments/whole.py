@@ -12,7 +12,7 @@ from torch import Tensor
 from flexjag.backends.base import FIRST_ORDER
 from flexjag.backends.segments.batches import Batch, Cut, Packed, Range, list_batches
 from flexjag.differentiation import first_order_only
-from flexjag.layout import Layout
+from flexjag.lowering.layout import Layout
 
 FLASH = torch._scaled_dot_product_flash_attention_for_cpu  # pyright: ignore[reportPrivateImportUsage]
 """The same as ``torch.ops.aten._scaled_dot_product_flash_attention_for_cpu``, 2.5 µs sooner."""

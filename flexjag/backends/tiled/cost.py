@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from flexjag import masks as m
+from flexjag.algebra import masks as m
 from flexjag.algebra.facts import attended
+from flexjag.algebra.normalizers import Softmax
 from flexjag.backends.base import ASSUMED_DIMS, Case
 from flexjag.backends.costs import Sizes, Work
-from flexjag.normalizers import Softmax
 
 TILE = 128
 

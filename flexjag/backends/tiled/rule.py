@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from flexjag.algebra.normalizers import Softmax
 from flexjag.backends.base import ALL, Backend, Pair, Promises
 from flexjag.backends.tiled.cost import cost
-from flexjag.normalizers import Softmax
 
 
 def _run(q: Any, k: Any, v: Any, recipe: Any, scale: float, need_rest: bool) -> Pair:

@@ -30,7 +30,7 @@ from flexjag.backends.blocks import (
 )
 from flexjag.backends.held import Held, differentiable_gradients
 from flexjag.differentiation import needs_plain_operations
-from flexjag.recipe import Recipe
+from flexjag.lowering.recipe import Recipe
 from flexjag.upstream import holds_no_numbers
 
 Pair = tuple[Tensor, Tensor]

@@ -1,6 +1,6 @@
 """Attention by a pointwise normalizer, with Triton kernels of our own.
 
-The plan's mask and score are printed (:mod:`flexjag.backends.triton_modules`), and the printed text is an argument of
+The plan's mask and score are printed (:mod:`flexjag.backends.triton.modules`), and the printed text is an argument of
 the operators: so they need no Python functions, and a traced graph holds all that they do.
 
 The gradients of q, k and v are the kernels'. Those of what a score or the normalizer's bias learns are summed in plain
@@ -17,16 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexjag import mods
-from flexjag import normalizers as nz
+from flexjag.algebra import normalizers as nz
 from flexjag.backends import blocks
 from flexjag.backends.gathers import add_at
 from flexjag.backends.normalized import pointwise
 from flexjag.backends.normalized.run import scaled
-from flexjag.backends.triton_modules import Printed, emit, load, once
+from flexjag.backends.triton.modules import Printed, emit, load, once
+from flexjag.lowering import mods
+from flexjag.lowering.recipe import Recipe
+from flexjag.lowering.tiles import TileTable
 from flexjag.printing import read
-from flexjag.recipe import Recipe
-from flexjag.tiles import TileTable
 
 NORMALIZERS: dict[str, nz.Pointwise] = {
     "silu": nz.SiLU(),

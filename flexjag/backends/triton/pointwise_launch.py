@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flexjag.backends.triton.modules import load
 from flexjag.backends.triton.pointwise_kernels import (
     ACTIVATIONS,
     pointwise_forward,
     pointwise_of_keys,
     pointwise_of_queries,
 )
-from flexjag.backends.triton_modules import load
-from flexjag.launching import ALL_REGISTERS, ceil_div, launch, power_of_2, precision
+from flexjag.kernels.launch import ALL_REGISTERS, ceil_div, launch, power_of_2, precision
 
 CAREFUL = 16
 """Queries and keys of a step where sums were not finite: rarely needed, so it must only fit."""

@@ -9,14 +9,15 @@ from typing import Any
 
 from torch import Tensor
 
-from flexjag import masks as m
-from flexjag import mods, printing
-from flexjag import scores as s
+from flexjag import printing
+from flexjag.algebra import masks as m
+from flexjag.algebra import scores as s
+from flexjag.algebra.node import Node
+from flexjag.algebra.normalizers import GELU, Identity, Pointwise, Sigmoid, SiLU, StickBreaking
 from flexjag.algebra.tree import walk
 from flexjag.backends.base import Backend, Case, Pair, Promises
-from flexjag.launching import DTYPES, HAS_TRITON
-from flexjag.nodes import Node
-from flexjag.normalizers import GELU, Identity, Pointwise, Sigmoid, SiLU, StickBreaking
+from flexjag.kernels.launch import DTYPES, HAS_TRITON
+from flexjag.lowering import mods
 
 KERNELS = (SiLU, GELU, Identity, Sigmoid, StickBreaking)
 """The normalizers that there are kernels for."""

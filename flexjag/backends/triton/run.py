@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from flexjag.algebra.normalizers import StickBreaking
 from flexjag.backends.triton import pointwise, stick_breaking
-from flexjag.normalizers import StickBreaking
-from flexjag.recipe import Recipe
+from flexjag.lowering.recipe import Recipe
 
 
 def run(q: Tensor, k: Tensor, v: Tensor, recipe: Recipe, scale: float, need_rest: bool) -> tuple[Tensor, Tensor]:

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexjag import mods
-from flexjag import normalizers as nz
+from flexjag.algebra import normalizers as nz
 from flexjag.backends.normalized.pieces import own_key, tested
 from flexjag.backends.normalized.run import own_values
-from flexjag.backends.triton_modules import Printed, emit, once
+from flexjag.backends.triton.modules import Printed, emit, once
+from flexjag.lowering import mods
+from flexjag.lowering.recipe import Recipe
 from flexjag.printing import read
-from flexjag.recipe import Recipe
 
 
 def run(q: Tensor, k: Tensor, v: Tensor, recipe: Recipe, scale: float, need_rest: bool) -> tuple[Tensor, Tensor]:

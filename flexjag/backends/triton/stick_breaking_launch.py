@@ -12,11 +12,11 @@ from torch.nn import functional
 
 from flexjag.backends.blocks import Problem, allowed_in, indices, matmul, tiles_at_once, to_blocks
 from flexjag.backends.normalized.stick_breaking import EXACT
+from flexjag.backends.triton.modules import Functions, load
 from flexjag.backends.triton.pointwise import add_up
 from flexjag.backends.triton.stick_breaking_kernels import find_spoiled, of_keys, of_queries, stick_breaking, sum_right
-from flexjag.backends.triton_modules import Functions, load
-from flexjag.launching import ALL_REGISTERS, launch, power_of_2, precision
-from flexjag.layout import blocks
+from flexjag.kernels.launch import ALL_REGISTERS, launch, power_of_2, precision
+from flexjag.lowering.layout import blocks
 
 NOTES = 2**28
 """Bytes of notes that the backward may hold at once, unless the heads of one group need more."""
@@ -33,8 +33,8 @@ class Call:
         captures: What the printed functions read.
         numbers: What else they read.
         source: The printed functions.
-        tiles: Row, column, whether full, and whether live, as in :class:`~flexjag.tiles.TileList`. FULL ones are not
-            masked.
+        tiles: Row, column, whether full, and whether live, as in :class:`~flexjag.lowering.tiles.TileList`. FULL ones are
+            not masked.
         scale: Factor on ``q·k``.
         block: Tile size.
         is_self: Whether no row has a key of a larger packed index, as in self-attention.

@@ -1,0 +1,1 @@
+"""The public functions: planning, attention, explanations and pictures of plans."""

@@ -1,0 +1,361 @@
+"""attention() and merge(): check the inputs, choose a backend, run it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from flexjag.algebra import normalizers
+from flexjag.algebra import user_functions as functions
+from flexjag.algebra.masks import Mask
+from flexjag.algebra.normalizers import Normalizer, Softmax, StickBreaking
+from flexjag.algebra.scores import Score
+from flexjag.algebra.tree import replaced
+from flexjag.api.plan import Plan
+from flexjag.backends.base import Backend, Case, Pair
+from flexjag.backends.choose import BACKENDS, pick
+from flexjag.differentiation import needs_plain_operations
+from flexjag.errors import PlanError, ShapeError, assert_on_device, explain_values
+from flexjag.jagged import Jagged, check_same_layout
+from flexjag.lowering.outline import Bounds, outline, with_tiles
+from flexjag.lowering.recipe import Recipe, made_for_heads
+from flexjag.offsets import check_computable, is_empty, same_size
+from flexjag.upstream import holds_no_numbers
+
+
+@overload
+def attention(
+    q: Jagged,
+    k: Jagged,
+    v: Jagged,
+    *,
+    mask: Mask | None = None,
+    score: Score | None = None,
+    normalizer: Normalizer | None = None,
+    plan: Plan | None = None,
+    scale: float | None = None,
+    return_lse: Literal[False] = False,
+    return_remainder: Literal[False] = False,
+    backend: str = "auto",
+    validate: bool = False,
+) -> Jagged: ...
+@overload
+def attention(
+    q: Jagged,
+    k: Jagged,
+    v: Jagged,
+    *,
+    mask: Mask | None = None,
+    score: Score | None = None,
+    normalizer: Normalizer | None = None,
+    plan: Plan | None = None,
+    scale: float | None = None,
+    return_lse: Literal[True],
+    return_remainder: Literal[False] = False,
+    backend: str = "auto",
+    validate: bool = False,
+) -> tuple[Jagged, Jagged]: ...
+@overload
+def attention(
+    q: Jagged,
+    k: Jagged,
+    v: Jagged,
+    *,
+    mask: Mask | None = None,
+    score: Score | None = None,
+    normalizer: Normalizer | None = None,
+    plan: Plan | None = None,
+    scale: float | None = None,
+    return_lse: Literal[False] = False,
+    return_remainder: Literal[True],
+    backend: str = "auto",
+    validate: bool = False,
+) -> tuple[Jagged, Jagged]: ...
+@overload
+def attention(
+    q: Jagged,
+    k: Jagged,
+    v: Jagged,
+    *,
+    mask: Mask | None = None,
+    score: Score | None = None,
+    normalizer: Normalizer | None = None,
+    plan: Plan | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+    return_remainder: bool = False,
+    backend: str = "auto",
+    validate: bool = False,
+) -> Jagged | tuple[Jagged, Jagged]: ...
+def attention(
+    q: Jagged,
+    k: Jagged,
+    v: Jagged,
+    *,
+    mask: Mask | None = None,
+    score: Score | None = None,
+    normalizer: Normalizer | None = None,
+    plan: Plan | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+    return_remainder: bool = False,
+    backend: str = "auto",
+    validate: bool = False,
+) -> Jagged | tuple[Jagged, Jagged]:
+    """Attention within each segment of a jagged batch.
+
+    Tokens never see another segment; that is not an option. Differentiable in q, k, v and in what the score holds,
+    but for backends that say otherwise. Works inside ``torch.compile(fullgraph=True)``.
+
+    Args:
+        q: Queries, values ``[T_q, H, D]``.
+        k: Keys, values ``[T_kv, G, D]``, ``H % G == 0``; query head h uses key head ``h // (H / G)``.
+        v: Values, ``[T_kv, G, E]``, with k's offsets.
+        mask: Which keys of its own segment a query attends. Default: all.
+        score: What happens to ``scale * q·k`` before the normalizer. Default: nothing.
+        normalizer: Default :class:`~flexjag.algebra.normalizers.Softmax`.
+        plan: A plan made before for this layout, instead of `mask`, `score` and `normalizer`. Make one per batch and
+            share it between layers.
+        scale: Factor on ``q·k``. Default ``1 / sqrt(D)``.
+        return_lse: Also return the natural-log sum of exponentials of each row's scores, for :func:`merge`. Only a
+            softmax has one.
+        return_remainder: Also return what is left of each row's stick, for a stick-breaking normalizer.
+        backend: ``"auto"``, ``"reference"``, ``"tiled"``, ``"segments"``, ``"flex"``, ``"varlen"`` or ``"triton"``. A
+            named backend that cannot run the plan raises; it never falls back.
+        validate: Check the contents of the offsets (one device sync; in a traced graph an assertion). Outside of
+            graphs, those on a CPU are always checked.
+
+    Returns:
+        Values ``[T_q, H, E]`` on q's offsets; with `return_lse` also the log-sum-exp ``[T_q, H]``, with
+        `return_remainder` also the remainder ``[T_q, H]``, 0 to 1. A row without an allowed key gets output 0,
+        log-sum-exp -inf, remainder 1 and no gradient.
+
+    Raises:
+        ShapeError: If shapes, dtypes or devices do not fit.
+        LayoutError: If the offsets do not fit.
+        PlanError: If `plan` was made for another layout, or comes with a mask, score or normalizer; or if the
+            normalizer has no log-sum-exp or remainder to return.
+        MaskError: If the mask is not one for the normalizer.
+        BackendError: If the named backend cannot run the plan.
+
+    >>> from flexjag.algebra.masks import Causal, Prefix, Window
+    >>> lengths = [3, 0, 5]
+    >>> q, k, v = (Jagged.from_lengths(torch.randn(8, 2, 16), lengths) for _ in range(3))
+    >>> attention(q, k, v, mask=Causal() & (Window(2, 0) | Prefix(1)))
+    Jagged(segments=3, tokens=8, values=[8, 2, 16] float32, device=cpu)
+    """
+    check_inputs(q, k, v)
+    if plan is None:
+        recipe = outline(Recipe, q, k, mask, score, normalizer, Bounds(validate=validate))
+    elif mask is not None or score is not None or normalizer is not None:
+        raise PlanError(
+            explain_values("plan", "already holds a mask, score and normalizer; pass one or the other", plan=plan)
+        )
+    else:
+        check_plan(plan, q, k, validate=validate)
+        recipe = plan
+    if isinstance(scale, Tensor):
+        raise ShapeError(
+            explain_values("scale", "must be a number; multiply q by a learned one", shape=tuple(scale.shape))
+        )
+    scale = 1.0 / math.sqrt(max(1, q.values.shape[2])) if scale is None else float(scale)
+    found = functions.learned_tensors(recipe.score, torch.float32, recipe.place)
+    learned = (*found, *normalizers.tensors(recipe.normalizer))
+    learns = torch.is_grad_enabled() and any(x.requires_grad for x in learned)
+    known = {
+        "tracing": holds_no_numbers(q.values),
+        "dtype": q.values.dtype,
+        "grad": learns
+        or (torch.is_grad_enabled() and (q.values.requires_grad or k.values.requires_grad or v.values.requires_grad)),
+        "scale": scale,
+        "lse": return_lse,
+        "dims": (q.values.shape[1], k.values.shape[1], q.values.shape[2], v.values.shape[2]),
+        "plain": needs_plain_operations(),
+    }
+    chosen = BACKENDS[_decide(recipe, backend, known, return_remainder, learns)]
+    if recipe.made_tiles is None and chosen.needs_tiles:
+        recipe = with_tiles(recipe)
+    need_rest = return_lse or return_remainder
+    if is_empty(q.values.shape[0]) or is_empty(k.values.shape[0]):
+        out, rest = _nothing(q.values, k.values, v.values, *(x for x in learned if x.dtype.is_floating_point))
+        rest = rest.exp() + 1 if return_remainder else rest
+    elif q.device.type != "meta" and torch.is_autocast_enabled(q.device.type):  # backends choose what they compute in
+        with torch.autocast(q.values.device.type, enabled=False):
+            out, rest = _execute(chosen, q.values, k.values, v.values, recipe, scale, need_rest)
+    else:
+        out, rest = _execute(chosen, q.values, k.values, v.values, recipe, scale, need_rest)
+    if not need_rest:
+        return q.with_values(out)
+    assert rest is not None
+    return q.with_values(out), q.with_values(rest)
+
+
+def _decide(recipe: Recipe, backend: str, known: dict[str, Any], return_remainder: bool, learns: bool) -> str:
+    """The backend that runs a call. Checks what is asked of the plan. Outside of graphs once for all calls alike."""
+    key = backend, return_remainder, learns, known["scale"] > 0, *(x for name, x in known.items() if name != "scale")
+    if not known["tracing"] and key in recipe.own_notes:
+        return recipe.own_notes[key]
+    normalizer, heads = recipe.normalizer, known["dims"][0]
+    if known["lse"] and not isinstance(normalizer, Softmax):
+        raise PlanError(explain_values("return_lse", "only a softmax has a log-sum-exp", normalizer=normalizer))
+    if return_remainder and not isinstance(normalizer, StickBreaking):
+        rule = "only stick-breaking leaves a remainder"
+        raise PlanError(explain_values("return_remainder", rule, normalizer=normalizer))
+    for wanted in made_for_heads(recipe.mask, recipe.score, normalizer):
+        if wanted != heads:
+            raise ShapeError(explain_values("mask, score", "must be made for q's heads", made_for=wanted, heads=heads))
+    name = pick(backend, Case.of(recipe, **known))
+    if not known["tracing"]:
+        recipe.own_notes[key] = name
+    return name
+
+
+def _execute(backend: Backend, q: Tensor, k: Tensor, v: Tensor, recipe: Recipe, scale: float, need_rest: bool) -> Pair:
+    """Run a backend. What spare rows hold goes nowhere, nor what flows back into their results."""
+    layout = recipe.layout
+    if not layout.has_spare:
+        return backend.run(q, k, v, recipe, scale, need_rest)
+    spare, spare_keys = (x >= layout.num_segments for x in (layout.q_segment, layout.kv_segment))
+    q, k, v = (x.masked_fill(at[:, None, None], 0.0) for x, at in ((q, spare), (k, spare_keys), (v, spare_keys)))
+    clear: Callable[[Tensor], Tensor] = lambda x: x.masked_fill(spare, 0.0) if x.ndim else x  # noqa: E731
+    recipe = replace(recipe, normalizer=replaced(recipe.normalizer, clear, ("query token",)))
+    out, rest = backend.run(q, k, v, recipe, scale, need_rest)
+    nothing = 1.0 if isinstance(recipe.normalizer, StickBreaking) else -torch.inf
+    rest = None if rest is None or rest.ndim != 2 else rest.masked_fill(spare[:, None], nothing)
+    return out.masked_fill(spare[:, None, None], 0.0), rest
+
+
+def _nothing(q: Tensor, k: Tensor, v: Tensor, *learned: Tensor) -> tuple[Tensor, Tensor]:
+    """The result where there is no query or no key: zeros that are still connected to all that may need gradients."""
+    link = sum(x.flatten()[:0].sum().to(q.dtype) for x in (q, k, v, *learned))
+    out = q.new_zeros(q.shape[0], q.shape[1], v.shape[2]) + link
+    return out, q.new_full(q.shape[:2], -torch.inf) + link
+
+
+def check_inputs(q: Jagged, k: Jagged, v: Jagged) -> None:
+    """Check shapes, dtypes and devices of an attention call; metadata only.
+
+    Raises:
+        ShapeError: Naming the argument, the rule and the values.
+        LayoutError: If k and v, or q and k, are not cut alike.
+    """
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Jagged):
+            raise ShapeError(explain_values(name, "must be a flexjag.Jagged", type=type(x).__name__))
+        if x.values.ndim != 3:
+            raise ShapeError(explain_values(name, "values must be [T, heads, dim]", shape=tuple(x.values.shape)))
+        if not x.values.dtype.is_floating_point:
+            raise ShapeError(explain_values(name, "values must be floating point", dtype=x.values.dtype))
+        check_computable(name, x.values)
+    if not q.values.dtype == k.values.dtype == v.values.dtype:
+        raise ShapeError(
+            explain_values("q, k, v", "must share a dtype", q=q.values.dtype, k=k.values.dtype, v=v.values.dtype)
+        )
+    if not q.values.device == k.values.device == v.values.device:
+        raise ShapeError(
+            explain_values(
+                "q, k, v", "must share a device", q=str(q.values.device), k=str(k.values.device), v=str(v.values.device)
+            )
+        )
+    heads, groups = q.values.shape[1], k.values.shape[1]
+    if heads < 1 or groups < 1 or heads % groups:
+        raise ShapeError(explain_values("k", "q's heads H must be a multiple of k's heads G", H=heads, G=groups))
+    if v.values.shape[1] != groups:
+        raise ShapeError(explain_values("v", "must have as many heads as k", v=v.values.shape[1], k=groups))
+    if q.values.shape[2] != k.values.shape[2]:
+        raise ShapeError(explain_values("k", "must have q's head dim D", q=q.values.shape[2], k=k.values.shape[2]))
+    if not same_size(v.values.shape[0], k.values.shape[0]):
+        raise ShapeError(explain_values("v", "must have as many tokens as k", v=v.values.shape[0], k=k.values.shape[0]))
+    check_same_layout(k, v, "v", "must have the offsets of k")
+
+
+def check_plan(plan: Plan, q: Jagged, k: Jagged, *, validate: bool = False) -> None:
+    """Check that `plan` was made for the layout of q and k: by shape, and by content on CPU or under `validate`.
+
+    Raises:
+        PlanError: If it was not.
+    """
+    if not isinstance(plan, Plan):
+        raise PlanError(explain_values("plan", "must come from flexjag.api.plan", type=type(plan).__name__))
+    layout = plan.layout
+    made = (layout.num_q, layout.num_kv, layout.num_segments)
+    seen = (q.values.shape[0], k.values.shape[0], q.num_segments)
+    same = made == seen and k.num_segments == q.num_segments and q.offsets.device == layout.device
+    pairs = [(q.offsets, layout.q_offsets)]
+    if q.offsets is not k.offsets or layout.q_offsets is not layout.kv_offsets:
+        pairs.append((k.offsets, layout.kv_offsets))
+    difference = None
+    if same and holds_no_numbers(q.offsets):
+        if not layout.on_gpu:
+            alike = (q.offsets == layout.q_offsets).all() & (k.offsets == layout.kv_offsets).all()
+            assert_on_device(alike, "plan: was made for another layout; make one per batch")
+    elif same and (validate or layout.device.type == "cpu"):
+        for name, (given, planned) in zip(("q", "k"), pairs, strict=False):
+            if difference is None and not torch.equal(given.to(torch.int32), planned):
+                at = int((given != planned).nonzero()[0])
+                difference = {f"{name}.offsets[{at}]": int(given[at]), f"plan's offsets[{at}]": int(planned[at])}
+    if not torch.compiler.is_compiling() and (change := plan.reading.change()) is not None:
+        raise PlanError(explain_values("plan", f"{change} that its mask's function reads; make the plan anew"))
+    if not same or difference is not None:
+        rule = "was made for another layout; make one per batch, with flexjag.plan(q, k) if their offsets differ"
+        values = {"plan_tokens": made[:2], "plan_segments": made[2], "tokens": seen[:2], "segments": seen[2]}
+        raise PlanError(explain_values("plan", rule, **(difference or values)))
+
+
+def merge(parts: Sequence[tuple[Jagged, Jagged]]) -> tuple[Jagged, Jagged]:
+    """Combine attention over disjoint key sets into attention over their union, exactly.
+
+    Args:
+        parts: Pairs ``(out, lse)`` from :func:`attention` with ``return_lse=True``: values ``[T, H, E]`` and
+            ``[T, H]``, the same queries each time.
+
+    Returns:
+        The merged ``(out, lse)``. Rows that no part has a key for stay 0 and -inf. Differentiable.
+
+    Raises:
+        ShapeError: If there is no part or the parts' shapes differ.
+
+    >>> from flexjag.algebra.masks import Causal
+    >>> x = Jagged.from_lengths(torch.randn(6, 1, 16), [2, 4])
+    >>> a = attention(x, x, x, mask=Causal(), return_lse=True)
+    >>> b = attention(x, x, x, mask=~Causal(), return_lse=True)
+    >>> whole = attention(x, x, x)
+    >>> torch.allclose(merge([a, b])[0].values, whole.values, atol=1e-6)
+    True
+    """
+    if not parts:
+        raise ShapeError(explain_values("parts", "must hold at least one (out, lse)", parts=parts))
+    for part in parts:
+        if not isinstance(part, tuple | list) or len(part) != 2:
+            rule = "must be pairs (out, lse), which attention gives with return_lse=True"
+            raise ShapeError(explain_values("parts", rule, type=type(part).__name__))
+    first = parts[0][0]
+    for out, lse in parts:
+        for part in (out, lse):
+            check_same_layout(first, part, "parts", "must all have the same offsets")
+        if out.values.shape != first.values.shape or lse.values.shape != first.values.shape[:2]:
+            raise ShapeError(
+                explain_values(
+                    "parts",
+                    "every out must be [T, H, E] and every lse [T, H]",
+                    out=tuple(out.values.shape),
+                    lse=tuple(lse.values.shape),
+                    first_out=tuple(first.values.shape),
+                )
+            )
+    lses = torch.stack([lse.values for _, lse in parts])
+    top = lses.detach().amax(0)
+    top = top.masked_fill(top == -torch.inf, 0.0)
+    weights = torch.exp(lses - top)
+    total = weights.sum(0)
+    empty = total == 0
+    total = total.masked_fill(empty, 1.0)
+    outs = torch.stack([out.values for out, _ in parts]).to(weights.dtype)
+    merged = (weights[..., None] * outs).sum(0) / total[..., None]
+    lse = (top + total.log()).masked_fill(empty, -torch.inf)
+    return first.with_values(merged.to(first.values.dtype)), first.with_values(lse)

@@ -1,0 +1,111 @@
+"""plan(): layout, mask, score and normalizer in, one immutable and reusable recipe out. Plan: its public face."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from flexjag.algebra import masks as m
+from flexjag.algebra import scores as s
+from flexjag.algebra.normalizers import Normalizer
+from flexjag.api import picture as viz
+from flexjag.api.explain import explain
+from flexjag.backends.base import Case
+from flexjag.backends.choose import choose
+from flexjag.jagged import Jagged
+from flexjag.lowering.outline import Bounds, outline, with_tiles
+from flexjag.lowering.recipe import Recipe
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["Plan", "plan"]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Plan(Recipe):
+    """A recipe that says what was decided of it. Made by :func:`plan`; its attributes are :class:`Recipe`'s."""
+
+    @property
+    def backend(self) -> str:
+        """What ``backend="auto"`` takes for the q that was planned for."""
+        return choose(self.case())[0]
+
+    def case(self, **known: object) -> Case:
+        """The plan as backends' rules see it, with what the caller knows besides."""
+        return Case.of(self, **known)
+
+    def explain(self) -> str:
+        """What was decided and why, for people: backend, tiles, FLOPs, bytes."""
+        return explain(self)
+
+    def show(self, head: int = 0) -> Figure:
+        """A picture of the tiles and segments, as a matplotlib Figure.
+
+        Its cost is bounded: a large plan is drawn down-sampled, and the title says so.
+
+        Args:
+            head: Which head to draw, if the mask depends on the head.
+
+        Raises:
+            PlanError: If the plan has no such head.
+        """
+        return viz.draw_plan(self, head)
+
+    def _repr_html_(self) -> str:
+        return viz.to_html(self)
+
+
+def plan(
+    q: Jagged,
+    k: Jagged | None = None,
+    *,
+    mask: m.Mask | None = None,
+    score: s.Score | None = None,
+    normalizer: Normalizer | None = None,
+    block_size: int = 128,
+    max_tokens: int | None = None,
+    max_length: int | None = None,
+    refine_tiles: bool | None = None,
+    validate: bool = False,
+) -> Plan:
+    """Compile a layout, a mask and a score into a recipe that every layer of a model can reuse.
+
+    Time and memory are O(K·T log T + tiles): nothing of size T×T is made. Works inside ``torch.compile``.
+
+    Args:
+        q: The query batch. Only its layout is used, so ``[T]`` token ids do as well as ``[T, H, D]``.
+        k: The key/value batch, if its offsets differ from q's (cross- and target attention).
+        mask: Default :class:`~flexjag.algebra.masks.Full`. Isolation between segments is always on.
+            A plan holds the mask as it was made: tensors in it and in its functions' closures are copied, and if one
+            that a function reads elsewhere is written to later, using the plan is an error.
+        score: Default none. Its tables are kept, not copied: a plan made once sees a parameter's later values. What it
+            holds per token or segment is copied, as the mask is.
+        normalizer: Default :class:`~flexjag.algebra.normalizers.Softmax`.
+        block_size: Tile size, a power of two of at least 16; 128 is what GPU kernels like.
+        max_tokens: The fixed number of rows of ``q.values``, of which the first ``offsets[-1]`` are used;
+            the others get zeros.
+        max_length: A bound on every segment's length. With it the plan has fixed capacity and planning never
+            waits for the device, so it fits in a CUDA graph. A batch that breaks it is an error; on a GPU, in a
+            traced graph and with `max_tokens` an assertion, which a later call reports.
+        refine_tiles: Evaluate an opaque mask on its PARTIAL tiles to prove more of them EMPTY or FULL.
+            Default: if it takes at most 2**26 evaluations, and never in a traced graph or with `max_length`.
+        validate: Check the contents of the offsets and the bounds (one device sync; in a traced graph an assertion).
+            Outside of graphs, those on a CPU are always checked, but with `max_tokens`.
+
+    Returns:
+        The plan. Pass it to :func:`flexjag.attention` with any q, k, v of the same layout.
+
+    Raises:
+        LayoutError: If q and k do not fit together, or, under `validate`, offsets are not offsets.
+        MaskError: If the mask does not fit the layout.
+        PlanError: If a bound does not hold or `block_size` is no power of two.
+
+    >>> import torch
+    >>> x = Jagged.from_lengths(torch.zeros(1000, 2, 16), [400, 0, 600])
+    >>> p = plan(x, mask=m.Causal() & m.Window(256, 0))
+    >>> p.num_tiles, p.num_full, p.grid
+    (20, 4, (8, 8))
+    """
+    bounds = Bounds(block_size, max_tokens, max_length, validate)
+    return with_tiles(outline(Plan, q, k, mask, score, normalizer, bounds), refine_tiles)

@@ -1,0 +1,1 @@
+"""Implementations that suites compare."""

@@ -1,0 +1,39 @@
+"""The masks and scores of the attention suite, as flexjag's nodes and as predicates of positions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from flexjag.algebra.masks import Causal, Full, Mask, Prefix, Window
+
+MAX_DISTANCE = 128  # of the relative bias
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A mask and a score.
+
+    Attributes:
+        mask: The mask as a flexjag node.
+        allowed: The same mask as a predicate of query and key positions i and j, which broadcast.
+        score: ``"alibi"``, ``"relative bias"`` (trained) or None.
+    """
+
+    mask: Mask
+    allowed: Callable[[Tensor, Tensor], Tensor]
+    score: str | None = None
+
+
+KINDS = {
+    "full": Kind(Full(), lambda i, j: (i >= 0) & (j >= 0)),
+    "causal": Kind(Causal(), lambda i, j: j <= i),
+    "window": Kind(Window(128, 0), lambda i, j: (i - 128 <= j) & (j <= i)),
+    "prefix-LM": Kind(Causal() | Prefix(64), lambda i, j: (j <= i) | (j < 64)),
+    "window | prefix + ALiBi": Kind(
+        Window(128, 0) | Prefix(4), lambda i, j: ((i - 128 <= j) & (j <= i)) | (j < 4), "alibi"
+    ),
+    "causal + trained relative bias": Kind(Causal(), lambda i, j: j <= i, "relative bias"),
+}

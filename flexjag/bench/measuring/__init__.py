@@ -1,0 +1,1 @@
+"""Time, memory and energy of arms, and the inputs they run on."""

@@ -1,0 +1,1 @@
+"""Autotuning of kernel options on GPUs and calibration of cost models on CPUs."""

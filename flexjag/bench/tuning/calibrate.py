@@ -1,0 +1,178 @@
+"""``python -m flexjag.bench calibrate``: fit a cost model to the CPU backends and report the regret of its choices."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flexjag.algebra.masks import Causal, Mask, Prefix, Window
+from flexjag.algebra.normalizers import Normalizer, SiLU, Softmax
+from flexjag.api.attention import attention
+from flexjag.api.plan import plan
+from flexjag.backends import costs
+from flexjag.backends.costs import Line, Sizes, Work
+from flexjag.backends.segments import cost as segments_cost
+from flexjag.backends.tiled import cost as tiled_cost
+from flexjag.bench.measuring.environment import describe
+from flexjag.bench.measuring.measure import median, run_case
+from flexjag.bench.suites.registry import Arm, Case, Options, Tell
+from flexjag.jagged import Jagged
+
+TOKENS, HEADS, DIM = 4096, 4, 64
+LENGTHS = (4, 15, 60, 250, 1000, 4000)  # not aligned with tiles, but for 4
+KINDS: tuple[tuple[str, Mask, Normalizer], ...] = (
+    ("whole", Causal(), Softmax()),
+    ("shared bias", Window(128, 0), Softmax()),
+    ("shared bias", Window(128, 0) | Prefix(4), Softmax()),
+    ("runs", Window(128, 0), Softmax()),
+    ("runs", Window(128, 0) | Prefix(4), Softmax()),
+    ("pointwise", Causal(), SiLU()),
+    ("pointwise", Window(128, 0), SiLU()),
+)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One measurement: a backend's work on one case and its median time in seconds."""
+
+    work: Work
+    grad: bool
+    kind: str
+    length: int
+    seconds: float
+
+    @property
+    def line(self) -> str:
+        """Name of the cost line that this point belongs to: way and direction."""
+        return f"{self.work.way}, {'training' if self.grad else 'forward'}"
+
+
+def ways(kind: str) -> dict[str, str]:
+    """Way of computing (the cost line's name) of each backend, for a kind of call."""
+    return {"segments": f"segments, {kind}", "tiled": "tiled, pointwise" if kind == "pointwise" else "tiled"}
+
+
+def measure(tell: Tell, rounds: int = 5) -> list[Point]:
+    """Time both backends over :data:`KINDS` and :data:`LENGTHS`, forward and with gradients."""
+    points = []
+    options = Options(rounds=rounds, memory=False, seconds_per_arm=2.0)
+    for (kind, mask, normalizer), length, grad in product(KINDS, LENGTHS, (False, True)):
+        segments = round(TOKENS / length)
+        tokens = segments * length
+        arms = [
+            Arm(backend, _call(backend, kind, mask, normalizer, length, segments, grad), lambda got: None)
+            for backend in ways(kind)
+        ]
+        name = f"{mask!r}, {segments} segments of {length}"
+        case = Case(name, {}, lambda arms=arms: arms, lambda arms=arms: arms)
+        for result in run_case("calibrate", case, options, tell):
+            if result.seconds:
+                way = ways(kind)[result.name]
+                estimate = tiled_cost.work if result.name == "tiled" else segments_cost.work
+                work = estimate(way, mask, Sizes(segments, tokens, tokens, HEADS * 2 * DIM / costs.DIMS))
+                points.append(Point(work, grad, f"{mask!r}, {kind}", length, median(result.seconds)))
+    return points
+
+
+def _call(
+    backend: str, kind: str, mask: Mask, normalizer: Normalizer, length: int, segments: int, grad: bool
+) -> Callable[[], Callable[[], Any]]:
+    def make() -> Callable[[], Any]:
+        generator = torch.Generator().manual_seed(0)
+        leaves = [
+            torch.randn(length * segments, HEADS, DIM, generator=generator).requires_grad_(grad) for _ in range(3)
+        ]
+        q, k, v = (Jagged.from_lengths(x, [length] * segments) for x in leaves)
+        k, v = q.with_values(k.values), q.with_values(v.values)
+        own = Window(torch.full((segments,), length), None)  # allows every key, but keeps segments from sharing a bias
+        made = plan(q, mask=mask & own if kind == "runs" else mask, normalizer=normalizer)
+        weights = torch.ones_like(leaves[0])
+
+        def call() -> Any:
+            out = attention(q, k, v, plan=made, backend=backend)
+            assert isinstance(out, Jagged)
+            return torch.autograd.grad(out.values, leaves, weights) if grad else out
+
+        return call
+
+    return make
+
+
+def fit(works: Sequence[Work], seconds: Sequence[float]) -> Line:
+    """Fit ``seconds = a·calls + b·scores`` with a, b ≥ 0 by least squares of the relative error.
+
+    >>> works = [Work("w", 1, 10), Work("w", 2, 10), Work("w", 1, 30)]
+    >>> [round(x, 6) for x in fit(works, [3.0, 4.0, 7.0])]
+    [1.0, 0.2]
+    """
+    y = torch.tensor(seconds, dtype=torch.float64)
+    x = torch.tensor([(w.calls, w.scores) for w in works], dtype=torch.float64) / y[:, None]
+    ones = torch.ones_like(y)
+    both = torch.linalg.lstsq(x, ones[:, None]).solution[:, 0]
+    if bool((both >= 0).all()):
+        return Line(*both.tolist())
+    alone: list[tuple[float, Line]] = []
+    for column in range(2):
+        slope = max(0.0, float(x[:, column] @ ones / (x[:, column] @ x[:, column])))
+        line = Line(slope, 0.0) if column == 0 else Line(0.0, slope)
+        alone.append((float(((x[:, column] * slope - 1) ** 2).sum()), line))
+    return min(alone)[1]
+
+
+def regret(points: Sequence[Point], lines: dict[str, Line]) -> list[dict[str, Any]]:
+    """For each case the way with the least predicted time, and its measured time over the fastest way's."""
+    cases: dict[tuple[str, int, bool], list[Point]] = {}
+    for point in points:
+        cases.setdefault((point.kind, point.length, point.grad), []).append(point)
+    found = []
+    for (kind, length, grad), here in cases.items():
+        chosen = min(here, key=lambda p: lines[p.line].seconds(p.work))
+        best = min(p.seconds for p in here)
+        measured = {p.work.way: p.seconds for p in here}
+        expected = {p.work.way: lines[p.line].seconds(p.work) for p in here}
+        fact = {"kind": kind, "length": length, "grad": grad, "chosen": chosen.work.way}
+        found.append(fact | {"measured": measured, "expected": expected, "regret": chosen.seconds / best})
+    return found
+
+
+def calibrate(path: Path, tell: Tell) -> dict[str, Any]:
+    """Measure, fit, and write the record to `path` as JSON."""
+    environment = describe("cpu")
+    points = measure(tell)
+    lines = {}
+    for name in sorted({p.line for p in points}):
+        mine = [p for p in points if p.line == name]
+        lines[name] = fit([p.work for p in mine], [p.seconds for p in mine])
+    result = {
+        "environment": environment,
+        "lines": {name: line._asdict() for name, line in lines.items()},
+        "cases": regret(points, lines),
+    }
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    costs.record.cache_clear()
+    return result
+
+
+def summary(result: dict[str, Any]) -> str:
+    """The record as text: the cost lines, then the regret of their choices.
+
+    >>> case = {"regret": 1.25, "kind": "Causal(), whole", "length": 64, "grad": True}
+    >>> print(summary({"lines": {"tiled, forward": {"per_call": 2e-5, "per_score": 3e-9}}, "cases": [case]}))
+    tiled, forward: 20.0 µs per call + 3.000 ns per score
+    chosen: 1.23x the fastest at the 90th percentile, 1.25x at worst (Causal(), whole, length 64, training)
+    """
+    out = []
+    for name, line in result["lines"].items():
+        out.append(f"{name}: {line['per_call'] * 1e6:.1f} µs per call + {line['per_score'] * 1e9:.3f} ns per score")
+    worst = max(result["cases"], key=lambda c: c["regret"])
+    regrets = torch.tensor([1.0, *(c["regret"] for c in result["cases"])])
+    what = f"{worst['kind']}, length {worst['length']}, {'training' if worst['grad'] else 'forward'}"
+    tenth = float(regrets.quantile(0.9))
+    out.append(f"chosen: {tenth:.2f}x the fastest at the 90th percentile, {worst['regret']:.2f}x at worst ({what})")
+    return "\n".join(out)

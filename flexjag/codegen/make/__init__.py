@@ -1,0 +1,1 @@
+"""Capture, lowering and assembly of kernels without a GPU."""

@@ -1,0 +1,1 @@
+"""Instances of flexjag's own Triton kernels, for assembly."""

@@ -1,0 +1,1 @@
+"""Parsers of Triton IR and machine code."""

@@ -1,0 +1,1 @@
+"""Simulation of kernels in Triton's interpreter."""

@@ -1,0 +1,321 @@
+"""Recipe: all that lowering makes of a layout, a mask, a score and a normalizer, immutable. Backends run it.
+
+:mod:`flexjag.lowering.outline` makes recipes; :class:`flexjag.Plan` is a recipe's public face.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import Tensor
+
+from flexjag.algebra import masks as m
+from flexjag.algebra import scores as s
+from flexjag.algebra import user_functions as functions
+from flexjag.algebra.facts import diagonal_align
+from flexjag.algebra.node import BATCH, Axis, Node, check_node, is_integer, saturated
+from flexjag.algebra.normalizers import Normalizer, StickBreaking, num_bias_heads
+from flexjag.algebra.tree import check_held, replaced, walk
+from flexjag.errors import MaskError, PlanError, ScoreError, ShapeError, explain_values
+from flexjag.lowering import mods
+from flexjag.lowering.layout import Layout, blocks
+from flexjag.lowering.spans import Sandwich
+from flexjag.lowering.tiles import Tiles, block_mask
+from flexjag.offsets import mark_varying
+from flexjag.upstream import holds_no_numbers
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+
+class Notes(dict[Hashable, Any]):
+    """What is derived of a plan when it is first needed. It stays behind when the plan is pickled or copied."""
+
+    def __reduce__(self) -> tuple[type[Notes], tuple[()]]:
+        return Notes, ()
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Recipe:
+    """What every layer of a model needs to attend over one batch.
+
+    Attributes:
+        layout: Where the tokens sit.
+        mask: The mask as given.
+        score: The score as given, or None.
+        normalizer: The normalizer.
+        block_size: Tile size.
+        sandwiches: The mask's spans, one entry per distinct head mask.
+        head_of: ``[H]`` int32, which entry each query head uses; None if there is one for all.
+        tables: Per-row tensors that the mods read.
+        kernel_masks: What a kernel tests, one per sandwich, padded like `tables`.
+        kernel_score: The score, padded likewise.
+        made_tiles: Tile lists and tables; None in an outline, which only some backends can run.
+        max_length: The bound that was given, or None.
+        reading: What the mask's functions read.
+        notes: What backends worked out of layout and mask, for all layers that share them.
+        own_notes: The same of the score as well, so that another score has others.
+        sample: ``(H, D, dtype, grad)`` of the q that was planned for, if it had heads.
+    """
+
+    layout: Layout
+    mask: m.Mask
+    score: s.Score | None
+    normalizer: Normalizer
+    block_size: int
+    sandwiches: tuple[Sandwich, ...]
+    head_of: Tensor | None
+    tables: mods.RowTables
+    kernel_masks: tuple[m.Mask, ...]
+    kernel_score: s.Score | None
+    made_tiles: Tiles | None
+    max_length: int | None
+    reading: functions.Reading
+    notes: Notes
+    own_notes: Notes
+    sample: tuple[int, int, torch.dtype, bool] | None
+
+    def with_score(self, score: s.Score | None) -> Self:
+        """The same plan with another score: for one learned bias per layer. Layout, mask and tiles are shared.
+
+        Args:
+            score: A score, or None for none.
+
+        Raises:
+            ScoreError: If it is no score, or does not fit the layout.
+            ShapeError: If it is made for another number of heads than the mask.
+
+        >>> from flexjag.jagged import Jagged
+        >>> from flexjag.api.plan import plan
+        >>> x = Jagged.from_lengths(torch.zeros(6, 2, 16), [2, 4])
+        >>> p = plan(x, mask=m.Causal())
+        >>> p.with_score(s.Alibi.from_heads(2)).made_tiles is p.made_tiles
+        True
+        """
+        score = None if score is None else check_node(ScoreError, s.Score, score)
+        check_heads(self.mask, score, self.normalizer)
+        check_score(score, self.layout, self.tables)
+        return self._rescored(of_this_batch(score))
+
+    def _rescored(self, score: s.Score | None) -> Self:
+        kernel_score = None if score is None else mods.rounded(score, self.tables)
+        return replace(self, score=score, kernel_score=kernel_score, own_notes=Notes())
+
+    def learning_in(self, dtype: torch.dtype) -> Self:
+        """The plan with what its score and its normalizer learn read in at least `dtype`; itself if nothing changes."""
+        score = None if self.score is None else functions.learning_in(self.score, dtype, self.place)
+        normalizer = functions.learning_in(self.normalizer, dtype, self.place)
+        if normalizer is not self.normalizer:
+            return replace(self._rescored(score), normalizer=normalizer)
+        return self if score is self.score else self._rescored(score)
+
+    def frozen(self) -> Self:
+        """The plan with the names in its functions bound to what they mean now, for a backward to call."""
+        score = None if self.score is None else functions.frozen(self.score, with_globals=True)
+        masks = tuple([functions.frozen(x, with_globals=True) for x in self.kernel_masks])
+        plan = self if score is self.score else self._rescored(score)
+        same = all(x is y for x, y in zip(masks, self.kernel_masks, strict=True))
+        return plan if same else replace(plan, kernel_masks=masks)
+
+    def place(self) -> functions.Place | None:
+        """Where users' functions may be tried; None if nowhere."""
+        return place_in(self.layout, self.tables)
+
+    @property
+    def tiles(self) -> Tiles:
+        """Tile lists and tables."""
+        assert self.made_tiles is not None, "an outline never leaves attention()"
+        return self.made_tiles
+
+    @property
+    def mask_mod(self) -> Callable[..., Tensor]:
+        """FlexAttention's ``mask_mod(b, h, q_idx, kv_idx)`` on packed indices, isolation included."""
+        return mods.mask_mod(self.kernel_masks, self.head_of, self.tables, self.layout)
+
+    @property
+    def score_mod(self) -> Callable[..., Tensor] | None:
+        """FlexAttention's ``score_mod(score, b, h, q_idx, kv_idx)`` on packed indices, or None."""
+        return mods.score_mod(self.kernel_score, self.tables)
+
+    @property
+    def block_mask(self) -> BlockMask:
+        """FlexAttention's BlockMask; with `score_mod`, all that ``flex_attention`` needs.
+
+        >>> from flexjag.jagged import Jagged
+        >>> from flexjag.api.plan import plan
+        >>> x = Jagged.from_lengths(torch.zeros(300, 1, 16), [100, 200])
+        >>> plan(x, mask=m.Causal()).block_mask.shape
+        (1, 1, 300, 300)
+        """
+        return block_mask(self.tiles, self.mask_mod, self.layout.num_q, self.layout.num_kv, self.block_size)
+
+    @property
+    def exact(self) -> bool:
+        """Whether the mask is exactly its spans, so that no predicate is left to evaluate."""
+        return all(x.exact for x in self.sandwiches)
+
+    @property
+    def num_tiles(self) -> int:
+        """Non-empty tiles, all heads' masks united. Reads the device."""
+        return int(self.tiles.all_heads.live.count_nonzero())  # sum() would copy to int64
+
+    @property
+    def num_full(self) -> int:
+        """Tiles that need no masking, all heads' masks united. Reads the device."""
+        return int(self.tiles.all_heads.full.count_nonzero())
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Tile rows and tile columns of the packed score matrix."""
+        return blocks(self.layout.num_q, self.block_size), blocks(self.layout.num_kv, self.block_size)
+
+    @property
+    def density(self) -> float:
+        """The share of the packed T_q × T_kv score matrix that lies in non-empty tiles."""
+        rows, cols = self.grid
+        return self.num_tiles / (rows * cols) if self.layout.num_q and self.layout.num_kv else 0.0
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of one forward over the non-empty tiles: ``4·tiles·block²·H·D``.
+
+        Raises:
+            PlanError: If the plan was made from values without heads ``[T, H, D]``.
+        """
+        if self.sample is None:
+            raise PlanError(
+                explain_values("q", "FLOPs need a plan made from values of shape [T, H, D], to know H and D")
+            )
+        heads, dim = self.sample[:2]
+        return 4 * self.num_tiles * self.block_size**2 * heads * dim
+
+    def to_dense(self, heads: int | None = None) -> Tensor:
+        """The mask as bool ``[T_q, T_kv]``, or ``[H, T_q, T_kv]`` if `heads` is given. For tests and pictures.
+
+        Args:
+            heads: H. Needed if the mask depends on the head.
+        """
+        device = self.layout.device
+        if heads is None and self.head_of is not None:
+            heads = self.head_of.shape[0]
+        q = torch.arange(self.layout.num_q, device=device)[:, None]
+        kv = torch.arange(self.layout.num_kv, device=device)[None]
+        h = torch.arange(heads or 1, device=device)[:, None, None]
+        if not q.numel() or not kv.numel():
+            dense = torch.zeros(heads or 1, q.shape[0], kv.shape[1], dtype=torch.bool, device=device)
+        else:
+            shape = (heads or 1, q.shape[0], kv.shape[1])
+            dense = self.mask_mod(h.new_zeros(()), h, q[None], kv[None]).expand(shape)
+        return dense if heads is not None else dense[0]
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({self.mask!r}, score={self.score!r}, segments={self.layout.num_segments}, "
+            f"tokens={self.layout.num_q}x{self.layout.num_kv}, block_size={self.block_size})"
+        )
+
+
+def place_in(layout: Layout, t: mods.RowTables) -> functions.Place | None:
+    """A query and a key that exist, None if none do; where the host may not look, the first of all if none do."""
+    if layout.num_q == 0 or layout.num_kv == 0 or holds_no_numbers(layout.q_offsets):
+        return None
+    if layout.may_look and not bool((layout.kv_end > layout.kv_start).any()):
+        return None
+    zero = t.q_pos.new_zeros(())
+    return t.segment[0], zero, t.q_pos[0], zero.clone()
+
+
+def check_fit(error: type[ValueError], node: Node | None, layout: Layout) -> None:
+    """Check that what a mask, a score or a normalizer holds fits a layout, in its lengths and its device.
+
+    Raises:
+        error: If it does not.
+    """
+    sizes: dict[Axis, int] = {
+        "query token": layout.num_q,
+        "key token": layout.num_kv,
+        "segment": layout.num_segments,
+    }
+    check_held(error, node, sizes, layout.device)
+
+
+def of_this_batch(score: s.Score | None) -> s.Score | None:
+    """A score whose tensors per token and segment are the plan's own, integers among them as int64.
+
+    They are the batch's, as the mask is; tables stay the caller's. Differences of narrower integers would wrap.
+    """
+
+    def own(x: Tensor) -> Tensor:
+        wide = saturated(x) if is_integer(x) else x
+        wide = wide.clone() if wide is x and not holds_no_numbers(x) else wide
+        mark_varying(wide, wide.ndim - 1)
+        return wide
+
+    return None if score is None else replaced(score, own, BATCH)
+
+
+def check_score(score: s.Score | None, layout: Layout, t: mods.RowTables) -> None:
+    """Check that a score fits a layout, and try its functions.
+
+    Raises:
+        ScoreError: If it does not, or a function fails.
+    """
+    if score is None:
+        return
+    check_fit(ScoreError, score, layout)
+    if not torch.compiler.is_compiling() and any(isinstance(x, s.ScoreMod) for x in walk(score)):
+        functions.check_functions(score, place_in(layout, t))
+
+
+def check_arguments(mask: object, score: object, normalizer: object, block_size: int, max_length: int | None) -> None:
+    """Check what a plan is made of without its layout.
+
+    Raises:
+        MaskError: If `mask` is no mask.
+        ScoreError: If `score` is no score.
+        PlanError: If the others are not what they must be.
+        ShapeError: If mask, score and normalizer are made for different numbers of heads.
+    """
+    mask = check_node(MaskError, m.Mask, mask)
+    score = None if score is None else check_node(ScoreError, s.Score, score)
+    if not isinstance(normalizer, Normalizer):
+        raise PlanError(explain_values("normalizer", "must be a flexjag normalizer", normalizer=normalizer))
+    if not isinstance(block_size, int) or block_size < 16 or block_size & (block_size - 1):
+        raise PlanError(explain_values("block_size", "must be a power of two of at least 16", block_size=block_size))
+    if max_length is not None and (not isinstance(max_length, int) or max_length < 0):
+        raise PlanError(explain_values("max_length", "must be an int of at least 0", max_length=max_length))
+    check_heads(mask, score, normalizer)
+
+
+def check_heads(mask: m.Mask, score: s.Score | None, normalizer: Normalizer) -> None:
+    """Check that mask, score and normalizer are made for one number of heads.
+
+    Raises:
+        ShapeError: If they are not.
+    """
+    heads = set(made_for_heads(mask, score, normalizer))
+    if len(heads) > 1:
+        raise ShapeError(explain_values("mask, score", "must agree on the number of heads", heads=sorted(heads)))
+
+
+def made_for_heads(mask: m.Mask, score: s.Score | None, normalizer: Normalizer) -> list[int]:
+    """The numbers of heads that mask, score and normalizer are made for, those of them that are."""
+    counts = m.num_mask_heads(mask), s.num_score_heads(score), num_bias_heads(normalizer)
+    return [h for h in counts if h is not None]
+
+
+def check_normalizer(layout: Layout, mask: m.Mask, normalizer: Normalizer) -> None:
+    """Check that a normalizer can take a mask and a layout; metadata only.
+
+    Raises:
+        MaskError: If the mask is not one for this normalizer.
+        PlanError: If it cannot add the remainder of these queries.
+    """
+    if isinstance(normalizer, StickBreaking):
+        diagonal_align(mask, layout.is_self)
+        if normalizer.remainder and not layout.is_self:
+            rule = "remainder=True adds each query's own value, so k and v need the very offsets of q: q.with_values"
+            raise PlanError(explain_values("normalizer", rule, normalizer=normalizer))

@@ -1,0 +1,320 @@
+"""Abstract interpretation of masks: for each query row, which spans of packed keys are allowed.
+
+Every mask lowers to a *sandwich* ``inner ⊆ mask ⊆ outer`` of span sets. Interval masks are exact. No tensor
+here is larger than ``[K, T]`` with a small static K.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from flexjag.algebra import masks as m
+from flexjag.algebra.dispatch import Interpretation
+from flexjag.algebra.node import along, node, saturated
+from flexjag.errors import MaskError, explain_values
+from flexjag.lowering.layout import INT32_MAX, Layout
+from flexjag.upstream import holds_no_numbers, running_max
+
+MAX_SPANS = 8
+
+
+@dataclass(frozen=True, eq=False)
+class Spans:
+    """K disjoint half-open intervals of packed keys for each query row.
+
+    Canonical: ``lo[k] <= hi[k] <= lo[k+1]``; an interval with ``lo == hi`` is empty; two that are not
+    empty never touch.
+
+    Attributes:
+        lo: ``[K, T_q]`` int32.
+        hi: ``[K, T_q]`` int32.
+    """
+
+    lo: Tensor
+    hi: Tensor
+
+    @property
+    def count(self) -> int:
+        """K, static."""
+        return self.lo.shape[0]
+
+
+@dataclass(frozen=True, eq=False)
+class Sandwich:
+    """``mask == outer & rest`` and ``inner ⊆ mask``.
+
+    Attributes:
+        inner: Keys that are certainly allowed.
+        outer: Keys that may be allowed; always inside the row's own segment.
+        rest: What is left to test inside `outer`; None when ``inner == outer`` exactly.
+    """
+
+    inner: Spans
+    outer: Spans
+    rest: m.Mask | None = field(default=None)
+
+    @property
+    def exact(self) -> bool:
+        """True if inner and outer spans are equal, so that nothing is left to evaluate."""
+        return self.rest is None
+
+
+@node
+class InSpans(m.Mask):
+    """A subtree folded into the spans it was lowered to, in packed key indices."""
+
+    printable = True
+    reads_pairs = False
+
+    lo: Tensor = along("query token")
+    hi: Tensor = along("query token")
+
+
+@node
+class DenseRows(m.Mask):
+    """A :class:`~flexjag.algebra.masks.Dense` as a flat bool tensor; a row's packed key `kv` is at ``base + kv``."""
+
+    printable = True
+
+    values: Tensor = along("pair")
+    base: Tensor = along("query token")
+
+
+def _clip(spans: Spans, lo: Tensor, hi: Tensor) -> Spans:
+    new_lo = spans.lo.clamp(min=lo, max=hi)
+    return Spans(new_lo, torch.maximum(spans.hi.clamp(max=hi), new_lo))
+
+
+def _canonical(lo: Tensor, hi: Tensor, *, widen: bool) -> tuple[Spans, bool]:
+    """Sort, merge and compress K arbitrary intervals per row to at most MAX_SPANS canonical ones.
+
+    Returns the spans and whether K was cut: `widen` then joins the surplus into the last span
+    (for an outer bound) and otherwise drops it (for an inner bound).
+    """
+    count = lo.shape[0]
+    lo, order = torch.where(hi > lo, lo, INT32_MAX).sort(dim=0)
+    hi = torch.where(lo < INT32_MAX, hi.gather(0, order), 0)
+    reach = running_max(hi)
+    # Integers throughout: Inductor's C++ mistypes a boolean that is concatenated or sliced into.
+    starts = torch.cat([torch.ones_like(lo[:1]), (lo[1:] > reach[:-1]).to(lo.dtype)])
+    group = starts.cumsum(dim=0) - 1
+    merged_lo = torch.full_like(lo, INT32_MAX).scatter_reduce(0, group, lo, "amin")
+    merged_hi = torch.zeros_like(hi).scatter_reduce(0, group, hi, "amax")
+    cut = count > MAX_SPANS
+    if cut:
+        if widen:
+            merged_hi[MAX_SPANS - 1] = merged_hi[MAX_SPANS - 1 :].amax(dim=0)
+        merged_lo, merged_hi = merged_lo[:MAX_SPANS], merged_hi[:MAX_SPANS]
+    end = merged_hi.amax(dim=0, keepdim=True)  # where unused slots go, to stay sorted
+    used = merged_lo < INT32_MAX
+    return Spans(torch.where(used, merged_lo, end), torch.where(used, merged_hi, end)), cut
+
+
+def _intersect(a: Spans, b: Spans, *, widen: bool) -> tuple[Spans, bool]:
+    if a.count == 1 or b.count == 1:
+        one, many = (a, b) if a.count == 1 else (b, a)
+        return _clip(many, one.lo[0], one.hi[0]), False
+    lo = torch.maximum(a.lo[:, None], b.lo[None]).flatten(0, 1)
+    hi = torch.minimum(a.hi[:, None], b.hi[None]).flatten(0, 1)
+    spans, _ = _canonical(lo, hi, widen=widen)
+    most = a.count + b.count - 1  # how many of the pairs can be non-empty at once
+    if most < spans.count:
+        spans = Spans(spans.lo[:most], spans.hi[:most])
+    return spans, most > MAX_SPANS
+
+
+def _unite(a: Spans, b: Spans, *, widen: bool) -> tuple[Spans, bool]:
+    return _canonical(torch.cat([a.lo, b.lo]), torch.cat([a.hi, b.hi]), widen=widen)
+
+
+def _complement(a: Spans, layout: Layout, *, widen: bool) -> tuple[Spans, bool]:
+    a = _clip(a, layout.kv_start, layout.kv_end)  # a row whose spans are all empty may hold them at 0
+    lo = torch.cat([layout.kv_start[None], a.hi])
+    hi = torch.cat([a.lo, layout.kv_end[None]])
+    return _canonical(lo, hi, widen=widen)  # an empty span of `a` in mid-segment leaves two that touch
+
+
+def rest_of(s: Sandwich) -> m.Mask:
+    """The mask as something to test: its spans if they are exact, else outer and rest."""
+    outer = InSpans(s.outer.lo, s.outer.hi)
+    return outer if s.rest is None else m.And(outer, s.rest)
+
+
+sandwich = Interpretation("sandwich", m.Mask)
+"""``sandwich(mask, layout) -> Sandwich``. O(K·T); the mask must not hold a PerHead (see `masks.at_head`)."""
+
+
+def _exact(layout: Layout, lo: Tensor, hi: Tensor) -> Sandwich:
+    """Exact single interval of *packed* keys, clipped to the segment."""
+    spans = _clip(Spans(lo.to(torch.int32)[None], hi.to(torch.int32)[None]), layout.kv_start, layout.kv_end)
+    return Sandwich(spans, spans)
+
+
+def _bound(value: m.Bound, layout: Layout) -> Tensor | int:
+    if isinstance(value, int):
+        return min(value, INT32_MAX)
+    return layout.per_row(saturated(value).clamp(max=INT32_MAX).to(torch.int32))
+
+
+def _diagonal(layout: Layout, align: m.Align) -> Tensor:
+    """The packed key index that each query row lines up with."""
+    at = layout.kv_start + layout.q_pos
+    if align == "end" and not layout.is_self:
+        at = at + (layout.kv_length() - layout.q_length())
+    return at
+
+
+@sandwich.register(m.Full)
+def _(mask: m.Full, layout: Layout) -> Sandwich:
+    return _exact(layout, layout.kv_start, layout.kv_end)
+
+
+@sandwich.register(m.Causal)
+def _(mask: m.Causal, layout: Layout) -> Sandwich:
+    return _exact(layout, layout.kv_start, _diagonal(layout, mask.align) + 1)
+
+
+@sandwich.register(m.Window)
+def _(mask: m.Window, layout: Layout) -> Sandwich:
+    at = _diagonal(layout, mask.align).long()  # long: a window may be as wide as int32 itself
+    lo = layout.kv_start if mask.left is None else at - _bound(mask.left, layout)
+    hi = layout.kv_end if mask.right is None else at + _bound(mask.right, layout) + 1
+    return _exact(layout, lo.clamp(min=-1), hi.clamp(max=INT32_MAX))
+
+
+@sandwich.register(m.Prefix)
+def _(mask: m.Prefix, layout: Layout) -> Sandwich:
+    hi = layout.kv_start.long() + _bound(mask.n, layout)
+    return _exact(layout, layout.kv_start, hi.clamp(max=INT32_MAX))
+
+
+@sandwich.register(m.Chunked)
+def _(mask: m.Chunked, layout: Layout) -> Sandwich:
+    size = _bound(mask.size, layout)
+    if isinstance(size, Tensor):
+        size = size.clamp(min=1).long()  # spare rows hold 0
+    first = torch.div(layout.q_pos.long(), size, rounding_mode="floor") * size + layout.kv_start
+    return _exact(layout, first.clamp(max=INT32_MAX), (first + size).clamp(max=INT32_MAX))
+
+
+@sandwich.register(m.GlobalTokens)
+def _(mask: m.GlobalTokens, layout: Layout) -> Sandwich:
+    n = _bound(mask.n, layout)
+    hi = torch.where(layout.q_pos < n, layout.kv_end.long(), layout.kv_start.long() + n)
+    return _exact(layout, layout.kv_start, hi.clamp(max=INT32_MAX))
+
+
+@sandwich.register(m.Rows)
+def _(mask: m.Rows, layout: Layout) -> Sandwich:
+    lo, hi = (x if x.ndim == 2 else x[None] for x in (mask.lo, mask.hi))
+    low, high = layout.kv_start.long(), layout.kv_end.long()
+    lo, hi = (
+        (saturated(x).clamp(-INT32_MAX, INT32_MAX) + low).clamp(min=low, max=high).to(torch.int32) for x in (lo, hi)
+    )
+    outer, cut = _canonical(lo, hi, widen=True)
+    outer = _clip(outer, layout.kv_start, layout.kv_end)
+    if not cut:
+        return Sandwich(outer, outer)
+    inner, _ = _canonical(lo, hi, widen=False)
+    return Sandwich(_clip(inner, layout.kv_start, layout.kv_end), outer, InSpans(lo, torch.maximum(lo, hi)))
+
+
+def _nothing(layout: Layout) -> Spans:
+    return Spans(layout.kv_start[None], layout.kv_start[None])
+
+
+@sandwich.register(m.MaskMod)
+def _(mask: m.MaskMod, layout: Layout) -> Sandwich:
+    return Sandwich(_nothing(layout), Spans(layout.kv_start[None], layout.kv_end[None]), mask)
+
+
+@sandwich.register(m.Dense)
+def _(mask: m.Dense, layout: Layout) -> Sandwich:
+    values, hi = mask.values, layout.kv_end
+    if values.ndim == 2:
+        rows, cols = values.shape
+        hi = torch.minimum(hi, layout.kv_start + torch.where(layout.q_pos < rows, cols, 0))
+        first = layout.q_pos.clamp(max=max(rows - 1, 0)).long() * cols
+    else:
+        areas = layout.q_offsets.diff().long() * layout.kv_offsets.diff()
+        before = areas.cumsum(0) - areas
+        first = layout.per_row(before) + layout.q_pos.long() * layout.kv_length()
+        if layout.device.type == "cpu" and not holds_no_numbers(areas) and int(areas.sum()) != values.shape[0]:
+            rule = "packed matrices must have sum(n_s * m_s) entries"
+            raise MaskError(explain_values("values", rule, entries=values.shape[0], needed=int(areas.sum())))
+    packed = torch.cat([values.flatten(), values.new_zeros(1)])  # never empty, so that every lookup can be clamped
+    outer = Spans(layout.kv_start[None], hi[None].to(torch.int32))
+    base = first - layout.kv_start
+    # 32 bits where they do: a GPU takes two instructions for each operation on 64. Overflow is behind the last entry.
+    return Sandwich(_nothing(layout), outer, DenseRows(packed, base.int() if packed.shape[0] <= INT32_MAX else base))
+
+
+def _comparable(ids: Tensor) -> Tensor:
+    """Cast ids to int32 or int64, preserving equality; uint64 is reinterpreted bitwise."""
+    if ids.dtype in (torch.int32, torch.int64):
+        return ids
+    return ids.view(torch.int64) if ids.dtype == torch.uint64 else ids.to(torch.int64)
+
+
+@sandwich.register(m.SameGroup)
+def _(mask: m.SameGroup, layout: Layout) -> Sandwich:
+    """Outer: first to last key of the group. Inner: the same where the group has no gap."""
+    ids, kv_ids = _comparable(mask.ids), _comparable(mask.ids if mask.kv_ids is None else mask.kv_ids)
+    if ids is not mask.ids or (mask.kv_ids is not None and kv_ids is not mask.kv_ids):
+        mask = m.SameGroup(ids, None if mask.kv_ids is None else kv_ids)
+    by_id = torch.argsort(kv_ids, stable=True)
+    order = by_id[torch.argsort(layout.kv_segment[by_id], stable=True)]  # by segment, then id, then index
+    # Ids are replaced by their rank so that (segment, rank) fits one sortable number.
+    values = kv_ids[by_id]
+    span = layout.num_kv + 2
+    rank = torch.searchsorted(values, kv_ids[order].contiguous())
+    key = layout.kv_segment[order].long() * span + rank
+    q_rank = torch.searchsorted(values, ids.contiguous())
+    here = values[q_rank.clamp(max=max(layout.num_kv - 1, 0))] == ids if layout.num_kv else q_rank > 0
+    q_key = layout.q_segment.long() * span + torch.where(here, q_rank, layout.num_kv + 1)
+    first = torch.searchsorted(key, q_key)
+    last = torch.searchsorted(key, q_key, right=True)
+    packed = torch.cat([order, order.new_zeros(1)])
+    found = last > first
+    lo = torch.where(found, packed[first], layout.kv_start.long())
+    hi = torch.where(found, packed[(last - 1).clamp(min=0)] + 1, layout.kv_start.long())
+    whole = hi - lo == last - first
+    outer = _clip(Spans(lo[None].to(torch.int32), hi[None].to(torch.int32)), layout.kv_start, layout.kv_end)
+    inner = Spans(outer.lo, torch.where(whole, outer.hi, outer.lo))
+    return Sandwich(inner, outer, mask)
+
+
+@sandwich.register(m.And)
+def _(mask: m.And, layout: Layout) -> Sandwich:
+    a, b = sandwich(mask.left, layout), sandwich(mask.right, layout)
+    outer, cut = _intersect(a.outer, b.outer, widen=True)
+    if a.exact and b.exact and not cut:
+        return Sandwich(outer, outer)
+    inner, _ = _intersect(a.inner, b.inner, widen=False)
+    if cut:
+        return Sandwich(inner, outer, m.And(rest_of(a), rest_of(b)))
+    rests = [x.rest for x in (a, b) if x.rest is not None]
+    return Sandwich(inner, outer, rests[0] if len(rests) == 1 else m.And(*rests))
+
+
+@sandwich.register(m.Or)
+def _(mask: m.Or, layout: Layout) -> Sandwich:
+    a, b = sandwich(mask.left, layout), sandwich(mask.right, layout)
+    outer, cut = _unite(a.outer, b.outer, widen=True)
+    if a.exact and b.exact and not cut:
+        return Sandwich(outer, outer)
+    inner, _ = _unite(a.inner, b.inner, widen=False)
+    return Sandwich(inner, outer, m.Or(rest_of(a), rest_of(b)))
+
+
+@sandwich.register(m.Not)
+def _(mask: m.Not, layout: Layout) -> Sandwich:
+    a = sandwich(mask.mask, layout)
+    outer, cut = _complement(a.inner, layout, widen=True)
+    if a.exact and not cut:
+        return Sandwich(outer, outer)
+    inner, _ = _complement(a.outer, layout, widen=False)
+    return Sandwich(inner, outer, m.Not(rest_of(a)))

@@ -1,0 +1,1 @@
+"""HSTU: layers, biases and masks of generative recommenders."""
