@@ -12,8 +12,7 @@ from cases import jagged, make_qkv
 import flexjag as fj
 from flexjag import Causal, Full, Jagged, PerHead
 from flexjag.errors import FlexjagError, LayoutError, MaskError, PlanError, ScoreError, ShapeError
-from flexjag.variants import next_times
-from flexjag.variants.hstu.layer import mask as hstu_mask
+from flexjag.variants import hstu_mask, next_times
 
 VALUES = torch.zeros(5, 2, 16)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from flexjag import caches
-from flexjag.backends import tuning
+from flexjag.backends.flex import tuning
 from flexjag.caches import CACHES
 from flexjag.errors import CacheError
 

@@ -7,7 +7,8 @@ import torch
 from cases import jagged
 
 import flexjag as fj
-from flexjag import Causal, explain
+from flexjag import Causal
+from flexjag.api import explain
 
 LEARNED = {
     "relative": lambda t: fj.RelativeBias(t),

@@ -14,7 +14,7 @@ from torch.export import Dim
 
 import flexjag as fj
 from flexjag import Jagged, ops
-from flexjag.variants.hstu.layer import mask as hstu_mask
+from flexjag.variants import hstu_mask
 
 T, U, S = Dim("T", max=4096), Dim("U", max=4096), Dim("S", max=100)
 

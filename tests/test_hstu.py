@@ -18,8 +18,7 @@ import flexjag as fj
 from flexjag.algebra.normalizers import SiLU
 from flexjag.ops.select import jagged_concat, jagged_split
 from flexjag.testing import lengths
-from flexjag.variants import HSTUBias, HSTULayer, next_times
-from flexjag.variants.hstu.layer import mask as hstu_mask
+from flexjag.variants import HSTUBias, HSTULayer, hstu_mask, next_times
 from flexjag.variants.hstu_norm import HeadNorm, LayerNorm
 
 

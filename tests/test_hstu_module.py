@@ -17,8 +17,7 @@ from flexjag.algebra.normalizers import SiLU
 from flexjag.errors import LayoutError, MaskError, PlanError, ScoreError, ShapeError
 from flexjag.ops.select import jagged_concat
 from flexjag.testing import assert_compiles, assert_no_leak
-from flexjag.variants import HSTU, HSTUBias, HSTULayer, KVCache, next_times
-from flexjag.variants.hstu.layer import mask as hstu_mask
+from flexjag.variants import HSTU, HSTUBias, HSTULayer, KVCache, hstu_mask, next_times
 
 
 def test_no_segment_leaks() -> None:

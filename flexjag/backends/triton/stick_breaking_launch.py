@@ -33,8 +33,8 @@ class Call:
         captures: What the printed functions read.
         numbers: What else they read.
         source: The printed functions.
-        tiles: Row, column, whether full, and whether live, as in :class:`~flexjag.lowering.tiles.TileList`. FULL ones are
-            not masked.
+        tiles: Row, column, whether full, and whether live, as in :class:`~flexjag.lowering.tiles.TileList`. FULL
+            ones are not masked.
         scale: Factor on ``q·k``.
         block: Tile size.
         is_self: Whether no row has a key of a larger packed index, as in self-attention.
