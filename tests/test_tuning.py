@@ -17,6 +17,7 @@ from flexjag.backends.flex import options as flex_options
 from flexjag.backends.flex import run as flex
 from flexjag.backends.flex import tuning
 from flexjag.codegen.capture import as_on_gpu
+from flexjag.lowering.outline import for_gpu
 
 HERE = tuning.Device("A GPU", "9.0", "2.13.0", "3.7.0")
 REAL_DEVICE = tuning.this_device  # the fixture hides it
@@ -250,6 +251,7 @@ def test_options_to_be_measured_go_over_the_built_in_ones_not_over_the_files(
     recorder, compile = Recorder(), torch.compile
     monkeypatch.setattr(torch, "compile", lambda fn, **kwargs: compile(fn, backend=recorder, **kwargs))
     plan, q, v = plan_and_inputs()
+    plan = for_gpu(plan)
     chosen = [{"fwd_BLOCK_N": 16}, {"fwd_BLOCK_N": 128}]
     with as_on_gpu({}):
         built_in = flex_options.built_in(plan, q, v)
