@@ -23,7 +23,7 @@ from flexjag.differentiation import needs_plain_operations
 from flexjag.errors import PlanError, ShapeError, assert_on_device, explain_values
 from flexjag.jagged import Jagged, check_same_layout
 from flexjag.lowering.outline import Bounds, outline, with_tiles
-from flexjag.lowering.recipe import Recipe, made_for_heads
+from flexjag.lowering.recipe import Recipe
 from flexjag.offsets import check_computable, is_empty, same_size
 from flexjag.upstream import holds_no_numbers
 
@@ -206,9 +206,9 @@ def _decide(recipe: Recipe, backend: str, known: dict[str, Any], return_remainde
     if return_remainder and not isinstance(normalizer, StickBreaking):
         rule = "only stick-breaking leaves a remainder"
         raise PlanError(explain_values("return_remainder", rule, normalizer=normalizer))
-    for wanted in made_for_heads(recipe.mask, recipe.score, normalizer):
-        if wanted != heads:
-            raise ShapeError(explain_values("mask, score", "must be made for q's heads", made_for=wanted, heads=heads))
+    if recipe.heads is not None and recipe.heads != heads:
+        seen = {"made_for": recipe.heads, "heads": heads}
+        raise ShapeError(explain_values("mask, score", "must be made for q's heads", **seen))
     name = pick(backend, Case.of(recipe, **known))
     if not known["tracing"]:
         recipe.own_notes[key] = name

@@ -97,7 +97,7 @@ def outline(
     block_size, max_tokens, max_length, validate = bounds
     mask = m.Full() if mask is None else mask
     normalizer = Softmax() if normalizer is None else normalizer
-    check_arguments(mask, score, normalizer, block_size, max_length)
+    heads = check_arguments(mask, score, normalizer, block_size, max_length)
     layout = build_layout(q, q if k is None else k, max_tokens=max_tokens, max_length=max_length, validate=validate)
     check_normalizer(layout, mask, normalizer)
     check_fit(MaskError, mask, layout)
@@ -113,9 +113,9 @@ def outline(
             functions.check_functions(mask, place)
             reading = functions.Reading.of(mask, lambda: place)
     head_masks, head_of = _head_masks(mask)
-    heads = None
+    entries = None
     if head_of is not None:  # filled on the device: uploading a list would wait for it
-        heads = torch.stack([torch.full((), i, dtype=torch.int32, device=layout.device) for i in head_of])
+        entries = torch.stack([torch.full((), i, dtype=torch.int32, device=layout.device) for i in head_of])
     sample = None
     if q.values.ndim == 3 and q.values.dtype.is_floating_point:
         grad = q.values.requires_grad and torch.is_grad_enabled()
@@ -126,9 +126,10 @@ def outline(
         mask=mask,
         score=score,
         normalizer=normalizer,
+        heads=heads,
         block_size=block_size,
         sandwiches=sandwiches,
-        head_of=heads,
+        head_of=entries,
         tables=tables,
         kernel_masks=tuple(mods.kernel_mask(x, tables) for x in sandwiches),
         kernel_score=None if score is None else mods.rounded(score, tables),

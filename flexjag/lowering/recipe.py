@@ -47,6 +47,7 @@ class Recipe:
         mask: The mask as given.
         score: The score as given, or None.
         normalizer: The normalizer.
+        heads: H, if mask, score or normalizer are made for a number of heads; else None.
         block_size: Tile size.
         sandwiches: The mask's spans, one entry per distinct head mask.
         head_of: ``[H]`` int32, which entry each query head uses; None if there is one for all.
@@ -65,6 +66,7 @@ class Recipe:
     mask: m.Mask
     score: s.Score | None
     normalizer: Normalizer
+    heads: int | None
     block_size: int
     sandwiches: tuple[Sandwich, ...]
     head_of: Tensor | None
@@ -96,20 +98,20 @@ class Recipe:
         True
         """
         score = None if score is None else check_node(ScoreError, s.Score, score)
-        check_heads(self.mask, score, self.normalizer)
+        heads = check_heads(self.mask, score, self.normalizer)
         check_score(score, self.layout, self.tables)
-        return self._rescored(of_this_batch(score))
+        return self._rescored(of_this_batch(score), heads=heads)
 
-    def _rescored(self, score: s.Score | None) -> Self:
+    def _rescored(self, score: s.Score | None, **changes: Any) -> Self:
         kernel_score = None if score is None else mods.rounded(score, self.tables)
-        return replace(self, score=score, kernel_score=kernel_score, own_notes=Notes())
+        return replace(self, score=score, kernel_score=kernel_score, own_notes=Notes(), **changes)
 
     def learning_in(self, dtype: torch.dtype) -> Self:
         """The plan with what its score and its normalizer learn read in at least `dtype`; itself if nothing changes."""
         score = None if self.score is None else functions.learning_in(self.score, dtype, self.place)
         normalizer = functions.learning_in(self.normalizer, dtype, self.place)
         if normalizer is not self.normalizer:
-            return replace(self._rescored(score), normalizer=normalizer)
+            return self._rescored(score, normalizer=normalizer)
         return self if score is self.score else self._rescored(score)
 
     def frozen(self) -> Self:
@@ -270,8 +272,10 @@ def check_score(score: s.Score | None, layout: Layout, t: mods.RowTables) -> Non
         functions.check_functions(score, place_in(layout, t))
 
 
-def check_arguments(mask: object, score: object, normalizer: object, block_size: int, max_length: int | None) -> None:
-    """Check what a plan is made of without its layout.
+def check_arguments(
+    mask: object, score: object, normalizer: object, block_size: int, max_length: int | None
+) -> int | None:
+    """Check what a plan is made of without its layout. Returns the number of heads, as :func:`check_heads` does.
 
     Raises:
         MaskError: If `mask` is no mask.
@@ -287,24 +291,20 @@ def check_arguments(mask: object, score: object, normalizer: object, block_size:
         raise PlanError(explain_values("block_size", "must be a power of two of at least 16", block_size=block_size))
     if max_length is not None and (not isinstance(max_length, int) or max_length < 0):
         raise PlanError(explain_values("max_length", "must be an int of at least 0", max_length=max_length))
-    check_heads(mask, score, normalizer)
+    return check_heads(mask, score, normalizer)
 
 
-def check_heads(mask: m.Mask, score: s.Score | None, normalizer: Normalizer) -> None:
-    """Check that mask, score and normalizer are made for one number of heads.
+def check_heads(mask: m.Mask, score: s.Score | None, normalizer: Normalizer) -> int | None:
+    """The number of heads that mask, score and normalizer are made for; None if they do for any.
 
     Raises:
-        ShapeError: If they are not.
+        ShapeError: If they are made for different numbers.
     """
-    heads = set(made_for_heads(mask, score, normalizer))
-    if len(heads) > 1:
-        raise ShapeError(explain_values("mask, score", "must agree on the number of heads", heads=sorted(heads)))
-
-
-def made_for_heads(mask: m.Mask, score: s.Score | None, normalizer: Normalizer) -> list[int]:
-    """The numbers of heads that mask, score and normalizer are made for, those of them that are."""
     counts = m.num_mask_heads(mask), s.num_score_heads(score), num_bias_heads(normalizer)
-    return [h for h in counts if h is not None]
+    heads = sorted({h for h in counts if h is not None})
+    if len(heads) > 1:
+        raise ShapeError(explain_values("mask, score", "must agree on the number of heads", heads=heads))
+    return heads[0] if heads else None
 
 
 def check_normalizer(layout: Layout, mask: m.Mask, normalizer: Normalizer) -> None:
