@@ -19,7 +19,7 @@ from flexjag.algebra.normalizers import SiLU
 from flexjag.ops.select import jagged_concat, jagged_split
 from flexjag.testing import lengths
 from flexjag.variants import HSTUBias, HSTULayer, hstu_mask, next_times
-from flexjag.variants.hstu_norm import HeadNorm, LayerNorm
+from flexjag.variants.hstu.norm import HeadNorm, LayerNorm
 
 
 def on(x: fj.Jagged, values: fj.Jagged) -> fj.Jagged:

@@ -16,7 +16,7 @@ from flexjag.errors import LayoutError, PlanError, ScoreError, ShapeError, expla
 from flexjag.jagged import Jagged
 from flexjag.ops.select import jagged_concat
 from flexjag.variants.hstu.bias import HSTUBias
-from flexjag.variants.hstu_norm import HeadNorm, LayerNorm
+from flexjag.variants.hstu.norm import HeadNorm, LayerNorm
 
 
 class KVCache(NamedTuple):
