@@ -10,6 +10,7 @@ from cases import make_qkv
 from torch import Tensor
 
 import flexjag as fj
+from flexjag.algebra.masks import Bound
 
 F64, NAN, INF = torch.float64, float("nan"), torch.inf
 BACKENDS = ["reference", "tiled", "segments", "auto"]
@@ -148,7 +149,7 @@ LIMITS = [2**31 - 1, 2**31, 2**63 - 1, 2**63, 2**70]
 INTEGERS = [
     torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64,
 ]  # fmt: skip
-NODES: dict[str, Callable[[fj.masks.Bound], fj.Mask]] = {
+NODES: dict[str, Callable[[Bound], fj.Mask]] = {
     "left": lambda n: fj.Window(n, 0),
     "right": lambda n: fj.Window(2, n),
     "Prefix": fj.Prefix,

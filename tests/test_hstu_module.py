@@ -162,7 +162,7 @@ def test_a_module_made_without_memory_is_reset_whole() -> None:
     assert {p.device.type for p in layer.parameters()} == {"meta"}
     layer.to_empty(device="cpu").reset_parameters()
     assert bias.boundaries is not None
-    assert torch.equal(bias.boundaries, fj.scores.TimeBias.log_boundaries(12))
+    assert torch.equal(bias.boundaries, fj.TimeBias.log_boundaries(12))
     assert layer.projection.weight.dtype == torch.float64
     reach = math.sqrt(6 / (WIDTH + 4 * HEADS * DIM))  # Glorot and Bengio's bound
     assert 0.9 * reach < float(layer.projection.weight.detach().abs().max()) <= reach

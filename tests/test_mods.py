@@ -22,6 +22,7 @@ from flexjag import (
     Window,
 )
 from flexjag.algebra import user_functions as functions
+from flexjag.algebra.scores import parts
 from flexjag.errors import MaskError
 
 LENGTHS = [3, 0, 4]
@@ -150,6 +151,6 @@ def test_learned_tensors_finds_closures() -> None:
     weight, other = torch.ones(2, requires_grad=True), torch.ones(2)
     score = fj.ScoreMod(lambda x, b, h, q, kv: x * weight[h] + other[h]) >> Alibi(torch.ones(2, requires_grad=True))
     found = functions.learned_tensors(score, torch.float32, lambda: PLACE)
-    assert {id(x) for x in found} == {id(weight), id(fj.scores.parts(score)[1].slopes)}  # type: ignore[attr-defined]
+    assert {id(x) for x in found} == {id(weight), id(parts(score)[1].slopes)}  # type: ignore[attr-defined]
     with torch.no_grad():
         assert functions.learned_tensors(score, torch.float32, lambda: PLACE) == []

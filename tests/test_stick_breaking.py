@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import flexjag as fj
+from flexjag.algebra.masks import Align
 from flexjag.algebra.normalizers import StickBreaking
 from flexjag.backends.normalized.stick_breaking import carry_over
 from flexjag.errors import MaskError, PlanError
@@ -115,7 +116,7 @@ def test_many_pieces(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("align", ["start", "end"])
 @pytest.mark.parametrize("kv_lengths", [[50, 20, 3, 1], [3, 0, 5, 40], [0, 0, 0, 0]], ids=str)
-def test_cross_attention(kv_lengths: list[int], align: fj.masks.Align) -> None:
+def test_cross_attention(kv_lengths: list[int], align: Align) -> None:
     """Queries that continue a longer history, say: row i lines up with key i, or i + m - n."""
     q, k, v = make_qkv(LENGTHS, kv_lengths, heads=4, groups=2)
     for normalizer in (StickBreaking(), StickBreaking(True)):

@@ -18,6 +18,7 @@ from cases import make_qkv, needing_gradients
 from torch import Tensor
 
 import flexjag as fj
+from flexjag.algebra.masks import Not
 from flexjag.algebra.normalizers import GELU, Identity, Pointwise, Sigmoid, SiLU
 from flexjag.backends.triton import pointwise as triton_backend
 from flexjag.backends.triton.modules import emit, load
@@ -295,7 +296,7 @@ def trace(batches: Sequence[list[int]]) -> tuple[list[int], list[int]]:
 
     def call(q: fj.Jagged, k: fj.Jagged, v: fj.Jagged, groups: Tensor, scale: Tensor) -> Tensor:
         score = fj.Alibi(slopes) >> fj.SoftCap(3.0) >> fj.RelativeBias(table)
-        mask = fj.Causal() & fj.masks.Not(fj.SameGroup(groups))
+        mask = fj.Causal() & Not(fj.SameGroup(groups))
         first = fj.attention(q, k, v, mask=mask, score=score, normalizer=Sigmoid(bias), backend="triton")
         return fj.attention(first, k, v, mask=fj.Causal(), normalizer=SiLU(scale), backend="triton").values
 
