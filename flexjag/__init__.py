@@ -1,6 +1,6 @@
 """flexjag: a compiler frontend on FlexAttention for jagged (variable-length, unpadded) batches."""
 
-from flexjag import errors, nn, ops
+from flexjag import errors, extend, nn, ops
 from flexjag.algebra.masks import (
     Causal,
     Chunked,
@@ -57,6 +57,7 @@ __all__ = [
     "attention",
     "compile_for",
     "errors",
+    "extend",
     "merge",
     "nn",
     "ops",

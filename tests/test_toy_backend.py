@@ -12,7 +12,7 @@ from cases import make_qkv
 from hypothesis import given
 from hypothesis import strategies as st
 from test_attention import LENGTHS, MASKS, SCORES
-from toy_backend import MOST, TOY
+from toys.dense_backend import MOST, TOY
 
 import flexjag as fj
 from flexjag.backends import Backend, register, unregister
@@ -41,7 +41,7 @@ def add() -> Iterator[Callable[[Backend], None]]:
 
 
 def test_it_takes_forty_lines() -> None:
-    assert len((Path(__file__).parent / "toy_backend.py").read_text(encoding="utf-8").splitlines()) <= 40
+    assert len((Path(__file__).parent / "toys" / "dense_backend.py").read_text(encoding="utf-8").splitlines()) <= 40
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)

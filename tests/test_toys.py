@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import make_qkv
+from cases import make_qkv, needing_gradients
 from toys.periodic import Periodic
 from toys.same_colour import NextColour
+from toys.sunset import Sunset, dense
 
 import flexjag as fj
 from flexjag.algebra.tree import is_by_position
@@ -62,6 +63,21 @@ def test_on_triton() -> None:
 def test_on_a_gpu_that_is_not_there() -> None:
     mask, score, qkv = problem(torch.bfloat16)
     assert_kernels_match(fj.plan(qkv[0], mask=mask & fj.Causal(), score=score), *qkv)
+
+
+def test_a_variant_equals_its_formula_and_compiles() -> None:
+    layer = Sunset(2, window=5, kept=1).double()
+    q, k, v = needing_gradients(*make_qkv(LENGTHS, heads=2, dim=16))
+    out = layer(q, k, v).values
+    pieces = zip(*(x.values.split(LENGTHS) for x in (q, k, v)), strict=True)
+    wanted = torch.cat([dense(*piece, layer.rate, 5, 1) for piece in pieces])
+    torch.testing.assert_close(out, wanted)
+    leaves, weights = [q.values, k.values, v.values, layer.rate], torch.randn_like(out)
+    grads = (torch.autograd.grad((x * weights).sum(), leaves) for x in (out, wanted))
+    for got, want in zip(*grads, strict=True):
+        torch.testing.assert_close(got, want)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(q, k, v).values, wanted)
 
 
 @pytest.mark.parametrize("toy", sorted(TOYS.glob("*.py")), ids=lambda path: path.stem)

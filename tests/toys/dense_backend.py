@@ -1,13 +1,10 @@
 """A backend from outside the package: dense attention over the whole batch, by the recipe's mods."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
 from flexjag import Softmax
-from flexjag.backends import Backend, Case, Promises
-from flexjag.lowering.recipe import Recipe
+from flexjag.extend import Backend, Case, Promises, Recipe
 
 MOST = 2**24  # scores of a head
 
