@@ -15,7 +15,7 @@ from flexjag.bench.plots import Series, find_series
 from flexjag.bench.report import Picture, to_markdown
 from flexjag.bench.suites.registry import ArmResult, CaseResult, Figure
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def case(name, facts, seconds=(2.0, 8.0), memory=(1_000_000, 4_000_000), cut=None):

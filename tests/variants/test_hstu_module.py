@@ -250,7 +250,7 @@ def test_bad_input(make, error: type[Exception], message: str) -> None:  # type:
 
 
 def test_the_page_runs() -> None:
-    path = Path(__file__).parent.parent / "docs/hstu.md"
+    path = Path(__file__).parents[2] / "docs/hstu.md"
     code = "\n".join(re.findall(r"```python\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL))
     names: dict = {"__name__": "hstu"}
     exec(compile(code, "docs/hstu.md", "exec"), names)

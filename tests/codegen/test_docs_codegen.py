@@ -12,7 +12,7 @@ import torch
 
 from flexjag.testing.oracle import Result, Trial, check_against_reference
 
-PAGE = Path(__file__).parent.parent / "docs/codegen.md"
+PAGE = Path(__file__).parents[2] / "docs/codegen.md"
 TEXT = PAGE.read_text(encoding="utf-8")
 EXAMPLE, TEST = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 
