@@ -46,7 +46,7 @@ class _Watch(TorchFunctionMode):
 
 
 @dataclass(frozen=True, eq=False)
-class Trial:
+class RecordedCall:
     """A user's function, called once and watched.
 
     Attributes:
@@ -66,21 +66,21 @@ class Trial:
     out: Any
 
     @staticmethod
-    def of(fn: Callable[..., Any], dtype: torch.dtype | None, place: Place) -> Trial:
+    def of(fn: Callable[..., Any], dtype: torch.dtype | None, place: Place) -> RecordedCall:
         """Call a function."""
         score = () if dtype is None else (torch.full((), 0.75, dtype=dtype, device=place[0].device),)
         with _Watch((*score, *place)) as watch:
             out = fn(*score, *place)
-        return Trial(fn, dtype, place, list(watch.given.values()), watch.used, out)
+        return RecordedCall(fn, dtype, place, list(watch.given.values()), watch.used, out)
 
     def has_changed(self) -> bool:
         """True if the function reads other tensors than at first, or computes other values from them."""
         known = {id(x) for x in self.given}
         with torch.no_grad():
-            now = Trial.of(self.fn, self.dtype, self.place)
+            now = RecordedCall.of(self.fn, self.dtype, self.place)
             others = [x for x in now.given if id(x) not in known]
             # What it makes at each call without torch seeing it, as by from_numpy, is another tensor each time.
-            again = {id(x) for x in Trial.of(self.fn, self.dtype, self.place).given} if others else set()
+            again = {id(x) for x in RecordedCall.of(self.fn, self.dtype, self.place).given} if others else set()
         if any(id(x) in again for x in others):
             return True
         outs = now.out, self.out
@@ -89,7 +89,7 @@ class Trial:
         return not torch.equal(*(x.detach().nan_to_num(nan=0.5) for x in outs))
 
 
-def trials(node: Node | None, dtype: torch.dtype, place: Callable[[], Place | None]) -> list[Trial]:
+def trials(node: Node | None, dtype: torch.dtype, place: Callable[[], Place | None]) -> list[RecordedCall]:
     """Each of a node's functions, called once.
 
     Args:
@@ -97,10 +97,10 @@ def trials(node: Node | None, dtype: torch.dtype, place: Callable[[], Place | No
         dtype: What scores are computed in.
         place: Where; None if nowhere. Asked if there are functions.
     """
-    found: list[Trial] = []
+    found: list[RecordedCall] = []
     for one in walk(node):
         if isinstance(one, (m.MaskMod, s.ScoreMod)) and (at := place()) is not None:
-            found.append(Trial.of(one.fn, dtype if isinstance(one, s.ScoreMod) else None, at))
+            found.append(RecordedCall.of(one.fn, dtype if isinstance(one, s.ScoreMod) else None, at))
     return found
 
 
@@ -160,7 +160,7 @@ def learning_in(node: NodeKind, dtype: torch.dtype, place: Callable[[], Place | 
         if isinstance(x, Tensor):
             return widened(x, dtype) if x.requires_grad and torch.is_grad_enabled() else x
         at = place()
-        known = at is not None and all(widened(t, dtype) is t for t in Trial.of(x, dtype, at).given)
+        known = at is not None and all(widened(t, dtype) is t for t in RecordedCall.of(x, dtype, at).given)
         return x if known else _Wide(x, dtype)
 
     return replaced(node, leaf)
@@ -270,7 +270,7 @@ class Reading:
         counts: The tensors they read, and how often each had been written to.
     """
 
-    trials: list[Trial]
+    trials: list[RecordedCall]
     counts: list[tuple[Tensor, int]]
 
     @staticmethod
@@ -289,7 +289,7 @@ class Reading:
             return "something was bound anew"
         return None
 
-    def __reduce__(self) -> tuple[type[Reading], tuple[list[Trial], list[tuple[Tensor, int]]]]:
+    def __reduce__(self) -> tuple[type[Reading], tuple[list[RecordedCall], list[tuple[Tensor, int]]]]:
         return Reading, ([], [])
 
 
@@ -297,7 +297,7 @@ def depends_on_head(mask: m.Mask, place: Place) -> bool:
     """Return True if a user's predicate in the mask reads its `h`; found by calling it once under a recorder."""
     for one in walk(mask):
         if isinstance(one, m.MaskMod):
-            if id(place[1]) in Trial.of(one.fn, None, place).used:
+            if id(place[1]) in RecordedCall.of(one.fn, None, place).used:
                 return True
         elif not type(one).__module__.startswith("flexjag."):  # a user's node may look at it
             return True

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from flexjag.bench.measuring.environment import free_memory
-from flexjag.bench.suites.registry import Arm, ArmResult, Case, CaseResult, Options, Suite, Tell, Trial
+from flexjag.bench.suites.registry import Arm, ArmResult, Case, CaseResult, Options, SelfTimedCase, Suite, Tell
 
 HALF = (torch.float16, torch.bfloat16)
 RESULTS = ("output", "dq", "dk", "dv")
@@ -56,7 +56,7 @@ def iterate(suite: Suite, options: Options, tell: Tell) -> Iterator[CaseResult]:
         cut, arms = None, []
         if left is not None and left <= 0:
             cut = "not begun"
-        elif isinstance(case, Trial):
+        elif isinstance(case, SelfTimedCase):
             arms = case.run(lambda text, name=case.name: tell(f"{suite.name}: {name}: {text}"))
             cut = "ended early" if options.over else None
         else:
