@@ -77,14 +77,14 @@ class _Token(NamedTuple):
 
 @dataclass(frozen=True)
 class _Form:
-    """How a node is written: its parameters in order with their kinds, and how many must be given."""
+    """Syntax of a node: its parameters in order with their kinds, and the number of required ones."""
 
     parameters: dict[str, str]
     required: int
     make: Callable[..., Any]
 
     def usage(self, name: str) -> str:
-        """``window(left[, right[, align]])``."""
+        """The call's syntax for messages: ``window(left[, right[, align]])``."""
         given = list(self.parameters)
         text = ", ".join(given[: self.required])
         for index, parameter in enumerate(given[self.required :], self.required):
@@ -117,7 +117,7 @@ def _score_forms(heads: int) -> dict[str, _Form]:
 
 
 def parse_mask(text: str) -> m.Mask:
-    """Read a mask.
+    """Parse a mask.
 
     The names are ``full``, ``causal``, ``window``, ``prefix``, ``chunked`` and ``global``. ``~`` binds tighter than
     ``&``, and ``&`` tighter than ``|``, as in Python. Arguments are those of the nodes, with their defaults:
@@ -143,7 +143,7 @@ def parse_mask(text: str) -> m.Mask:
 
 
 def parse_score(text: str, heads: int) -> s.Score:
-    """Read a score: ``alibi``, ``softcap(cap)`` and ``relative(max_distance)``, composed left to right by ``>>``.
+    """Parse a score: ``alibi``, ``softcap(cap)`` and ``relative(max_distance)``, composed left to right by ``>>``.
 
     Args:
         text: For instance ``alibi >> softcap(30)``.
@@ -308,7 +308,7 @@ class _Parser:
         return value
 
     def literal(self) -> Any:
-        """The next value, of any kind."""
+        """Parse the next value, of any kind."""
         token = self.next
         if token.kind == "number":
             self.at += 1
