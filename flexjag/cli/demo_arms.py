@@ -184,7 +184,7 @@ def _peak() -> int | None:
 def extra_bytes(name: str, inputs: Inputs) -> int | None:
     """Peak resident memory in bytes during one forward and backward, above that just before.
 
-    A tiny step comes first, so that code which libraries load on first use is not counted. Call it in a process of its own.
+    A tiny step comes first, so that code loaded on first use is not counted. Call it in a process of its own.
     """
     arm = ARMS[name]
     arm.prepare(inputs.like([16, 5]))()
