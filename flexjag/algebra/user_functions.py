@@ -117,7 +117,7 @@ class Substitute(TorchFunctionMode):
 
 
 class _ReadWide(TorchFunctionMode):
-    """Mode that casts the arguments of torch functions to at least `dtype`."""
+    """Mode that casts floating-point arguments of torch functions to at least `dtype`."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()

@@ -54,7 +54,10 @@ class Launch:
 
 
 ALL_REGISTERS = 255
-"""Value of `maxnreg` that avoids spills: by default NVIDIA's assembler spills a few of up to 255 registers to fit one more block on a multiprocessor."""
+"""Value of `maxnreg` that avoids spills.
+
+Without a limit, NVIDIA's assembler spills a few of up to 255 registers to fit one more block on a multiprocessor.
+"""
 
 recorded: list[Launch] = []
 """Launches on meta tensors, which are recorded here instead of made: see :func:`note_launches`."""

@@ -1,4 +1,4 @@
-"""Reverse-mode derivatives of a program, as further lines of it."""
+"""Forward-mode derivatives of a program, as further lines of it."""
 
 from __future__ import annotations
 
