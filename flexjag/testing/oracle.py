@@ -229,7 +229,8 @@ def _compare_norms(
     """Ratio of the error's Euclidean norm to its likely bound, with a message if it is over 1, else None.
 
     Roundings of random sign add up like a random walk: by the square root of the number of terms, in float32, in
-    which GPUs add. The inputs' dtype rounds a few times. A factor of 2 for the order of sums, another for a likely excess.
+    which GPUs add. The inputs' dtype rounds a few times. A factor of 2 allows for the order of sums, another for a
+    likely excess.
     """
     finite = torch.isfinite(exact)
     exact, same, got = (x.double()[finite] for x in (exact, same, got))

@@ -58,7 +58,7 @@ class Wiring:
 
 @dataclass
 class _Recorder:
-    """A Dynamo backend that keeps graphs instead of compiling them."""
+    """A Dynamo backend that records graphs instead of compiling them."""
 
     fakes: Sequence[Tensor]
     graphs: list[Graph] = field(default_factory=list)
@@ -195,7 +195,7 @@ def as_on_gpu(kernel_options: dict[str, Any]) -> Iterator[None]:
 def capture(
     structure: bytes, metas: Sequence[Meta], backward: bool, kernel_options: dict[str, Any]
 ) -> tuple[list[Graph], Wiring]:
-    """Trace ``fn(*args)``.
+    """Trace ``fn(*args)`` into its graphs and their wiring.
 
     Args:
         structure: The pickled ``(fn, args)``.
