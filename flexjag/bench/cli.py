@@ -107,7 +107,7 @@ def make_options(args: argparse.Namespace) -> Options:
     """Convert parsed arguments to the options of a run.
 
     Raises:
-        BenchError: If the machine does not support them.
+        BenchError: If the device is not available or not supported here, or the budget is not positive.
     """
     import torch
 

@@ -1,9 +1,9 @@
 """Everything that needs a GPU, in one bounded run: ``python -m flexjag.bench gpu --out DIR``.
 
 In stages: a smoke test of every way to the device, the tests (``pytest -m cuda``), a check that nothing waits for the
-device, compilation of the kernels of later stages on all cores at once, every suite, and the tuning of kernel options. Each is a process
-of its own: a crash of the device or a hang does not affect the others. The results are written after each stage, and
-each can be run alone (``--stage``).
+device, compilation of the kernels of later stages on all cores at once, every suite, and the tuning of kernel options.
+Each is a process of its own: a crash of the device or a hang does not affect the others. The results are written after
+each stage, and each can be run alone (``--stage``).
 """
 
 from __future__ import annotations

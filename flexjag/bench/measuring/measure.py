@@ -135,7 +135,7 @@ def run_case(suite: str, case: Case, options: Options, tell: Tell) -> list[ArmRe
 
 
 def _admit(arm: Arm, options: Options) -> _Live | ArmResult:
-    """Run an arm once and check it. Returns it ready for timing, or its result if it was skipped, failed or is wrong."""
+    """Run an arm once and check it. Returns it ready for timing, or its result if it is skipped, failed or wrong."""
     if arm.absent is not None:
         return ArmResult(arm.name, "skipped", arm.absent)
     free = free_memory(options.device)
@@ -181,9 +181,11 @@ def _on_host(call: Callable[[], Any], device: str) -> Callable[[], float]:
 
 
 def _on_gpu(call: Callable[[], Any]) -> Callable[[], float]:
-    """Return a function that samples the seconds of a call on a GPU: the median of about 10 ms of calls, each between two events of the device.
+    """Return a function that measures one sample, the seconds of a call on a GPU.
 
-    It is one short ``triton.testing.do_bench``, which overwrites the L2 cache before every call. So no call finds its
+    A sample is the median of about 10 ms of calls, each between two events of the device.
+
+    It is taken by one short ``triton.testing.do_bench``, which overwrites the L2 cache before every call. So no call finds its
     inputs there because the call before it was the same one: it reads them from memory, as an attention does in a
     model, where other layers ran in between. Inputs smaller than the cache (50 MB on an H100) would otherwise look
     faster than they are in use. Within a call nothing is flushed: a backward finds what its own forward left.

@@ -64,8 +64,8 @@ def resource_usage(cubin: bytes, tool_dir: Path | None = None) -> dict[str, int]
         tool_dir: As for :func:`disassemble`.
 
     Returns:
-        ``registers`` per thread; ``stack`` and ``local``, bytes per thread; ``shared``, static bytes per block, without the
-        dynamic shared memory of a launch.
+        ``registers`` per thread; ``stack`` and ``local``, bytes per thread; ``shared``, static bytes per block,
+        without the dynamic shared memory of a launch.
 
     Raises:
         CodegenError: As :func:`disassemble`, or if the binary does not hold exactly one kernel.
