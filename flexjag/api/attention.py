@@ -241,8 +241,8 @@ def check_inputs(q: Jagged, k: Jagged, v: Jagged) -> None:
     """Check shapes, dtypes and devices of an attention call; metadata only.
 
     Raises:
-        ShapeError: Naming the argument, the rule and the values.
-        LayoutError: If k and v, or q and k, are not cut alike.
+        ShapeError: If shapes, dtypes or devices do not fit, naming the argument, the rule and the values.
+        LayoutError: If k and v do not have the same offsets.
     """
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Jagged):

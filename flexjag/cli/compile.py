@@ -79,7 +79,7 @@ class Request:
 
     Attributes:
         lengths: Segment lengths.
-        kv_lengths: Those of keys and values, or None if they are the same.
+        kv_lengths: Segment lengths of keys and values; None if equal to `lengths`.
         mask: The mask.
         score: The score, or None.
         heads: Query heads H and key/value heads G.

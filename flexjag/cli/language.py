@@ -124,14 +124,14 @@ def parse_mask(text: str) -> m.Mask:
     ``window(256)`` is ``Window(256)``, that is up to 256 tokens back and none ahead.
 
     Args:
-        text: For instance ``causal & (window(256) | prefix(4))``, ``causal(end)``, ``prefix([1, 2, 3])`` or
+        text: The mask, such as ``causal & (window(256) | prefix(4))``, ``causal(end)``, ``prefix([1, 2, 3])`` or
             ``window(left=128, right=none, align=end)``.
 
     Returns:
         The mask. A list becomes a per-segment int64 tensor ``[S]``.
 
     Raises:
-        LanguageError: If the text is no mask. The message points at the column and says what was expected.
+        LanguageError: If the text is not a mask. The message points at the column and says what was expected.
 
     >>> parse_mask("causal & (window(256) | prefix(4))")
     Causal() & (Window(256, 0) | Prefix(4))
@@ -146,12 +146,12 @@ def parse_score(text: str, heads: int) -> s.Score:
     """Parse a score: ``alibi``, ``softcap(cap)`` and ``relative(max_distance)``, composed left to right by ``>>``.
 
     Args:
-        text: For instance ``alibi >> softcap(30)``.
+        text: The score, such as ``alibi >> softcap(30)``.
         heads: H, for the slopes of ``alibi`` and the table of ``relative``. The table is ``[H, 2R + 1]``, normal with
             standard deviation 0.02 from a fixed seed.
 
     Raises:
-        LanguageError: If the text is no score. The message points at the column and says what was expected.
+        LanguageError: If the text is not a score. The message points at the column and says what was expected.
 
     >>> parse_score("alibi >> softcap(30)", heads=8)
     Alibi(<float32[8]>) >> SoftCap(30.0)

@@ -185,7 +185,7 @@ def _on_gpu(call: Callable[[], Any]) -> Callable[[], float]:
 
     A sample is the median of about 10 ms of calls, each between two events of the device.
 
-    It is taken by one short ``triton.testing.do_bench``, which overwrites the L2 cache before every call. So no call finds its
+    It is one short ``triton.testing.do_bench``, which overwrites the L2 cache before every call. So no call finds its
     inputs there because the call before it was the same one: it reads them from memory, as an attention does in a
     model, where other layers ran in between. Inputs smaller than the cache (50 MB on an H100) would otherwise look
     faster than they are in use. Within a call nothing is flushed: a backward finds what its own forward left.
