@@ -1,4 +1,4 @@
-"""What flexjag keeps on disk between processes: one folder, named caches in it, and a limit on their size."""
+"""Caches on disk that outlive the process: one folder, named caches in it, and a limit on their size."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from pathlib import Path
 from flexjag.errors import CacheError, explain_values
 
 FOLDER, LIMIT = "FLEXJAG_CACHE_DIR", "FLEXJAG_CACHE_MB"
-"""The environment variables that say where the caches are, and how many MB each may take."""
+"""Environment variables of the caches' folder, and of the limit of each in MB."""
 
 DEFAULT_MB = 512.0
 
 
 @dataclass(frozen=True)
 class Cache:
-    """One kind of files.
+    """One cache: a kind of files.
 
     Attributes:
-        about: What they hold, for people.
-        pattern: Which they are, a glob from the folder of all caches.
-        limited: Each can be made again from what is asked for, so the least recently used go first where there are too
-            many. What took measuring stays until it is removed by name.
+        about: Description of their contents.
+        pattern: Glob that matches them, relative to the folder of all caches.
+        limited: True if every file can be made again on request, so that the least recently used are removed above
+            the limit. Measurements are not limited: they stay until the cache is cleared by name.
     """
 
     about: str
@@ -33,7 +33,7 @@ class Cache:
     limited: bool = True
 
     def files(self) -> list[Path]:
-        """Those there are."""
+        """Paths of the existing files."""
         return [path for path in folder().glob(self.pattern) if path.is_file()]
 
 
@@ -41,11 +41,11 @@ CACHES = {
     "kernels": Cache("results of compile_for", "kernels/*"),
     "tuning": Cache("kernel options measured on this machine's GPUs", "tuning.json", limited=False),
 }
-"""All of them, by name."""
+"""All caches by name."""
 
 
 def folder() -> Path:
-    """``$FLEXJAG_CACHE_DIR``, else ``flexjag`` where the system keeps a user's caches. It may not exist yet."""
+    """Folder of the caches: ``$FLEXJAG_CACHE_DIR``, else ``flexjag`` in the user's cache folder. It may not exist."""
     given = os.environ.get(FOLDER)
     if given:
         return Path(given)
@@ -58,7 +58,7 @@ def limit() -> float:
     """Bytes that each limited cache may take: ``$FLEXJAG_CACHE_MB`` millions, by default 512.
 
     Raises:
-        CacheError: If the variable is no number, or under 0.
+        CacheError: If the variable is not a number, or negative.
     """
     given = os.environ.get(LIMIT, "")
     try:
@@ -71,12 +71,12 @@ def limit() -> float:
 
 
 def write(name: str, file: str, data: bytes) -> None:
-    """Keep a file in a cache, replacing it at once, and bring the cache under its limit.
+    """Write a file to a cache, replacing it atomically, and trim the cache to its limit.
 
     Args:
-        name: Of the cache, one of `CACHES`.
-        file: Of the file.
-        data: What it is to hold.
+        name: Name of the cache, a key of `CACHES`.
+        file: Name of the file.
+        data: Contents.
 
     Raises:
         CacheError: As :func:`limit`.
@@ -98,10 +98,10 @@ def write(name: str, file: str, data: bytes) -> None:
 
 
 def read(name: str, file: str) -> bytes:
-    """What a file in a cache holds. It is then the most recently used.
+    """Return the contents of a file in a cache, and mark it as the most recently used.
 
     Raises:
-        OSError: If it is not there or cannot be read.
+        OSError: If it does not exist or cannot be read.
     """
     path = folder() / name / file
     data = path.read_bytes()
@@ -111,16 +111,16 @@ def read(name: str, file: str) -> bytes:
 
 
 def clear(*names: str) -> int:
-    """Remove everything in some caches.
+    """Remove all files of the named caches.
 
     Returns:
-        How many files are gone.
+        Number of files removed.
     """
     return _remove(path for name in names for path in CACHES[name].files())
 
 
 def _trim(cache: Cache, most: float) -> None:
-    """Remove the least recently used files until the others take at most so many bytes."""
+    """Remove the least recently used files until the others take at most `most` bytes."""
     found = []
     for path in cache.files():
         with contextlib.suppress(OSError):  # another process removed it

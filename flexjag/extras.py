@@ -1,4 +1,4 @@
-"""Packages that only some of flexjag needs: which extra of ``pip install`` brings each, said where one is missing."""
+"""Optional packages: an error that names the extra of ``pip install`` to install where one is missing."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from flexjag.errors import MissingExtraError
 
 
 def needs(extra: str, *modules: str) -> None:
-    """Check that what an extra brings can be imported.
+    """Check that the modules of an extra can be imported.
 
     Args:
         extra: The extra's name in ``pip install "flexjag[extra]"``.
-        modules: What is about to be imported from it.
+        modules: Names of the modules about to be imported.
 
     Raises:
         MissingExtraError: If one is not installed.

@@ -63,7 +63,7 @@ def name_of(fn: Callable[..., Tensor]) -> str:
 
 
 def _range(x: Tensor) -> str:
-    """Smallest and largest value, as text."""
+    """Smallest and largest value of a tensor, as text."""
     return f"{int(x.min())}..{int(x.max())}" if x.numel() else "none"
 
 
@@ -109,7 +109,7 @@ class _Traceable(TorchFunctionMode):
 
 
 def _is_size(x: Any) -> bool:
-    """Whether a number is a symbolic size."""
+    """True if `x` is a symbolic size."""
     if isinstance(x, bool) or not isinstance(x, (int, torch.SymInt)):
         return False
     from torch.fx.experimental.symbolic_shapes import has_static_value

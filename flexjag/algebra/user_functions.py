@@ -1,4 +1,4 @@
-"""Users' functions of scalars: called once and watched, frozen, and read in another precision."""
+"""Users' functions of scalars: recording of their calls, freezing of their closures, casts of their tensors."""
 
 from __future__ import annotations
 
@@ -46,16 +46,16 @@ class _Watch(TorchFunctionMode):
 
 
 @dataclass(frozen=True, eq=False)
-class Trial:
-    """A user's function, called once and watched.
+class RecordedCall:
+    """One call of a user's function, with the tensors it read.
 
     Attributes:
         fn: The function.
-        dtype: Of the score that it was given; None if it is a mask's.
-        place: Where it was called.
-        given: The tensors that it read, its arguments apart.
-        used: The ids of those of its arguments that it looked at.
-        out: What it returned.
+        dtype: Dtype of the score it was called on; None for a mask's function.
+        place: Segment, head and positions it was called on.
+        given: Tensors it read, other than its arguments.
+        used: Ids of the arguments it read.
+        out: Its return value.
     """
 
     fn: Callable[..., Any]
@@ -66,21 +66,21 @@ class Trial:
     out: Any
 
     @staticmethod
-    def of(fn: Callable[..., Any], dtype: torch.dtype | None, place: Place) -> Trial:
-        """Call a function."""
+    def of(fn: Callable[..., Any], dtype: torch.dtype | None, place: Place) -> RecordedCall:
+        """Call a function and record the call."""
         score = () if dtype is None else (torch.full((), 0.75, dtype=dtype, device=place[0].device),)
         with _Watch((*score, *place)) as watch:
             out = fn(*score, *place)
-        return Trial(fn, dtype, place, list(watch.given.values()), watch.used, out)
+        return RecordedCall(fn, dtype, place, list(watch.given.values()), watch.used, out)
 
     def has_changed(self) -> bool:
         """True if the function reads other tensors than at first, or computes other values from them."""
         known = {id(x) for x in self.given}
         with torch.no_grad():
-            now = Trial.of(self.fn, self.dtype, self.place)
+            now = RecordedCall.of(self.fn, self.dtype, self.place)
             others = [x for x in now.given if id(x) not in known]
             # What it makes at each call without torch seeing it, as by from_numpy, is another tensor each time.
-            again = {id(x) for x in Trial.of(self.fn, self.dtype, self.place).given} if others else set()
+            again = {id(x) for x in RecordedCall.of(self.fn, self.dtype, self.place).given} if others else set()
         if any(id(x) in again for x in others):
             return True
         outs = now.out, self.out
@@ -89,23 +89,23 @@ class Trial:
         return not torch.equal(*(x.detach().nan_to_num(nan=0.5) for x in outs))
 
 
-def trials(node: Node | None, dtype: torch.dtype, place: Callable[[], Place | None]) -> list[Trial]:
-    """Each of a node's functions, called once.
+def trials(node: Node | None, dtype: torch.dtype, place: Callable[[], Place | None]) -> list[RecordedCall]:
+    """Call each of a node's functions once, and return the recorded calls.
 
     Args:
         node: A mask, a score, or None.
-        dtype: What scores are computed in.
-        place: Where; None if nowhere. Asked if there are functions.
+        dtype: Dtype that scores are computed in.
+        place: Returns the sample arguments, or None if there are none; called only if there are functions.
     """
-    found: list[Trial] = []
+    found: list[RecordedCall] = []
     for one in walk(node):
         if isinstance(one, (m.MaskMod, s.ScoreMod)) and (at := place()) is not None:
-            found.append(Trial.of(one.fn, dtype if isinstance(one, s.ScoreMod) else None, at))
+            found.append(RecordedCall.of(one.fn, dtype if isinstance(one, s.ScoreMod) else None, at))
     return found
 
 
 class Substitute(TorchFunctionMode):
-    """Torch functions that are given one of `old` get its counterpart in `new` instead."""
+    """Mode that replaces each of the tensors `old` by its counterpart in `new` in the arguments of torch functions."""
 
     def __init__(self, old: Sequence[Tensor], new: Sequence[Tensor]) -> None:
         super().__init__()
@@ -117,7 +117,7 @@ class Substitute(TorchFunctionMode):
 
 
 class _ReadWide(TorchFunctionMode):
-    """Torch functions that are given a tensor of less precision than `dtype` get it in that."""
+    """Mode that casts floating-point arguments of torch functions to at least `dtype`."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
@@ -129,7 +129,7 @@ class _ReadWide(TorchFunctionMode):
 
 
 def widened(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """A floating-point tensor in at least `dtype`."""
+    """Cast a floating-point tensor to at least `dtype`; other tensors are returned unchanged."""
     return x.to(torch.promote_types(x.dtype, dtype)) if x.dtype.is_floating_point else x
 
 
@@ -148,19 +148,20 @@ class _Wide:
 def learning_in(node: NodeKind, dtype: torch.dtype, place: Callable[[], Place | None]) -> NodeKind:
     """Return the node with its trainable tensors cast to at least `dtype`: gradients accumulate in it and round once.
 
-    Functions read all that they close over so, whether it learns or not: what they compute is not to depend on that.
+    All tensors that functions close over are cast, trainable or not, so that results do not depend on that.
 
     Args:
         node: A score or a normalizer.
-        dtype: What scores are computed in.
-        place: Where its functions may be tried; None if nowhere, as in a graph. Asked if there are any.
+        dtype: Dtype that scores are computed in.
+        place: Returns sample arguments for its functions, or None if there are none, as in a graph; called only if it
+            has functions.
     """
 
     def leaf(x: Any) -> Any:
         if isinstance(x, Tensor):
             return widened(x, dtype) if x.requires_grad and torch.is_grad_enabled() else x
         at = place()
-        known = at is not None and all(widened(t, dtype) is t for t in Trial.of(x, dtype, at).given)
+        known = at is not None and all(widened(t, dtype) is t for t in RecordedCall.of(x, dtype, at).given)
         return x if known else _Wide(x, dtype)
 
     return replaced(node, leaf)
@@ -181,13 +182,13 @@ def learning_once(
 def frozen(node: NodeKind, tensors: Callable[[Tensor], Tensor] = lambda x: x, with_globals: bool = False) -> NodeKind:
     """Return the node with the closures, defaults and globals of its functions bound to their present values.
 
-    Otherwise a backward, which evaluates them again, would see what they mean by then, as in a loop that makes
-    ``lambda s, b, h, i, j: s * c`` for one c after the other. Attributes of objects stay what they are.
+    Otherwise a backward, which evaluates them again, would see later values, as in a loop that makes
+    ``lambda s, b, h, i, j: s * c`` for one c after the other. Attributes of objects are not bound.
 
     Args:
         node: A mask or a score.
-        tensors: What to hold in place of each tensor in its fields, closures and defaults.
-        with_globals: Bind global names as well. TorchDynamo cannot trace such functions.
+        tensors: Function applied to each tensor in its fields, closures and defaults.
+        with_globals: Bind global names, too. TorchDynamo cannot trace such functions.
     """
     memo: dict[int, Any] = {}
 
@@ -203,7 +204,7 @@ def frozen(node: NodeKind, tensors: Callable[[Tensor], Tensor] = lambda x: x, wi
 
 
 def _names(code: types.CodeType) -> Iterator[str]:
-    """The names in a function's code, and in the code of functions in it."""
+    """Names in a function's code, and in the code of nested functions."""
     yield from code.co_names
     for x in code.co_consts:
         if isinstance(x, types.CodeType):
@@ -211,7 +212,7 @@ def _names(code: types.CodeType) -> Iterator[str]:
 
 
 def _rebound(x: Any, leaf: Callable[[Any], Any], with_globals: bool) -> Any:
-    """A function, partial or container with `leaf` of all that it is bound to; anything else as it is."""
+    """Rebuild a function, partial or container with `leaf` of all that it is bound to; keep anything else."""
     if type(x) in (list, tuple):
         return type(x)(leaf(y) for y in x)
     if type(x) is dict:
@@ -245,7 +246,7 @@ def _rebound_cell(cell: types.CellType, leaf: Callable[[Any], Any]) -> types.Cel
 
 
 def captured(node: Node | None, dtype: torch.dtype, place: Callable[[], Place | None]) -> list[Tensor]:
-    """Every tensor that a mask or a score reads, its functions included, which are called once and watched."""
+    """Tensors that a mask or a score reads, including those its functions read when called once."""
     if node is None:
         return []
     read = [x for trial in trials(node, dtype, place) for x in trial.given]
@@ -255,7 +256,7 @@ def captured(node: Node | None, dtype: torch.dtype, place: Callable[[], Place | 
 
 
 def learned_tensors(score: s.Score | None, dtype: torch.dtype, place: Callable[[], Place | None]) -> list[Tensor]:
-    """The tensors of a score that need gradients, its functions' included. Empty when gradients are off."""
+    """Tensors of a score that need gradients, including those of its functions. Empty when gradients are off."""
     if not torch.is_grad_enabled():
         return []
     return [x for x in captured(score, dtype, place) if x.requires_grad]
@@ -266,16 +267,16 @@ class Reading:
     """Snapshot of the tensors that a mask's functions read at planning. Not copied or pickled: copies take a new one.
 
     Attributes:
-        trials: The functions, called once.
-        counts: The tensors they read, and how often each had been written to.
+        trials: One recorded call of each function.
+        counts: The tensors they read, each with its number of in-place writes (its version).
     """
 
-    trials: list[Trial]
+    trials: list[RecordedCall]
     counts: list[tuple[Tensor, int]]
 
     @staticmethod
     def of(mask: m.Mask, place: Callable[[], Place | None]) -> Reading:
-        """Inference tensors are left out: nothing counts their writes."""
+        """Take the snapshot. Inference tensors are left out: torch does not count their writes."""
         found = trials(mask, torch.float32, place)
         read = [x for trial in found for x in trial.given]
         return Reading(found, [(x, x._version) for x in read if not x.is_inference()])
@@ -289,7 +290,7 @@ class Reading:
             return "something was bound anew"
         return None
 
-    def __reduce__(self) -> tuple[type[Reading], tuple[list[Trial], list[tuple[Tensor, int]]]]:
+    def __reduce__(self) -> tuple[type[Reading], tuple[list[RecordedCall], list[tuple[Tensor, int]]]]:
         return Reading, ([], [])
 
 
@@ -297,7 +298,7 @@ def depends_on_head(mask: m.Mask, place: Place) -> bool:
     """Return True if a user's predicate in the mask reads its `h`; found by calling it once under a recorder."""
     for one in walk(mask):
         if isinstance(one, m.MaskMod):
-            if id(place[1]) in Trial.of(one.fn, None, place).used:
+            if id(place[1]) in RecordedCall.of(one.fn, None, place).used:
                 return True
         elif not type(one).__module__.startswith("flexjag."):  # a user's node may look at it
             return True
@@ -305,11 +306,11 @@ def depends_on_head(mask: m.Mask, place: Place) -> bool:
 
 
 def check_functions(node: m.Mask | s.Score, place: Place | None) -> None:
-    """Call every user's function in a mask or score once, as a backend will, to tell mistakes in it by its name.
+    """Call every user's function in a mask or score once, as a backend will, to report its mistakes by name.
 
     Args:
         node: The mask or the score.
-        place: Where; nothing is called without one.
+        place: Sample arguments; without them nothing is called.
 
     Raises:
         MaskError: If a mask's function fails or does not return one bool.

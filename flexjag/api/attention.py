@@ -109,22 +109,22 @@ def attention(
 ) -> Jagged | tuple[Jagged, Jagged]:
     """Attention within each segment of a jagged batch.
 
-    Tokens never see another segment; that is not an option. Differentiable in q, k, v and in what the score holds,
-    but for backends that say otherwise. Works inside ``torch.compile(fullgraph=True)``.
+    Tokens never see another segment; that is not an option. Differentiable in q, k, v and the score's tensors,
+    except where a backend says otherwise. Works inside ``torch.compile(fullgraph=True)``.
 
     Args:
         q: Queries, values ``[T_q, H, D]``.
         k: Keys, values ``[T_kv, G, D]``, ``H % G == 0``; query head h uses key head ``h // (H / G)``.
         v: Values, ``[T_kv, G, E]``, with k's offsets.
-        mask: Which keys of its own segment a query attends. Default: all.
-        score: What happens to ``scale * q·k`` before the normalizer. Default: nothing.
+        mask: Predicate of the keys of its own segment that a query attends. Default: all.
+        score: Function applied to ``scale * q·k`` before the normalizer. Default: identity.
         normalizer: Default :class:`~flexjag.algebra.normalizers.Softmax`.
         plan: A plan made before for this layout, instead of `mask`, `score` and `normalizer`. Make one per batch and
             share it between layers.
         scale: Factor on ``q·k``. Default ``1 / sqrt(D)``.
         return_lse: Also return the natural-log sum of exponentials of each row's scores, for :func:`merge`. Only a
             softmax has one.
-        return_remainder: Also return what is left of each row's stick, for a stick-breaking normalizer.
+        return_remainder: Also return the unassigned rest of each row's stick. Only a stick-breaking normalizer has one.
         backend: ``"auto"``, ``"reference"``, ``"tiled"``, ``"segments"``, ``"flex"``, ``"varlen"`` or ``"triton"``. A
             named backend that cannot run the plan raises; it never falls back.
         validate: Check the contents of the offsets (one device sync; in a traced graph an assertion). Outside of
@@ -140,7 +140,7 @@ def attention(
         LayoutError: If the offsets do not fit.
         PlanError: If `plan` was made for another layout, or comes with a mask, score or normalizer; or if the
             normalizer has no log-sum-exp or remainder to return.
-        MaskError: If the mask is not one for the normalizer.
+        MaskError: If the normalizer does not support the mask.
         BackendError: If the named backend cannot run the plan.
 
     >>> from flexjag.algebra.masks import Causal, Prefix, Window
@@ -196,7 +196,7 @@ def attention(
 
 
 def _decide(recipe: Recipe, backend: str, known: dict[str, Any], return_remainder: bool, learns: bool) -> str:
-    """The backend that runs a call. Checks what is asked of the plan. Outside of graphs once for all calls alike."""
+    """Name of the backend for a call, after checks of the call. Cached in the plan outside of traced graphs."""
     key = backend, return_remainder, learns, known["scale"] > 0, *(x for name, x in known.items() if name != "scale")
     if not known["tracing"] and key in recipe.own_notes:
         return recipe.own_notes[key]
@@ -216,7 +216,7 @@ def _decide(recipe: Recipe, backend: str, known: dict[str, Any], return_remainde
 
 
 def _execute(backend: Backend, q: Tensor, k: Tensor, v: Tensor, recipe: Recipe, scale: float, need_rest: bool) -> Pair:
-    """Run a backend. What spare rows hold goes nowhere, nor what flows back into their results."""
+    """Run a backend. Spare rows contribute nothing to results, nor gradients of their results to anything."""
     layout = recipe.layout
     if not layout.has_spare:
         return backend.run(q, k, v, recipe, scale, need_rest)
@@ -231,7 +231,7 @@ def _execute(backend: Backend, q: Tensor, k: Tensor, v: Tensor, recipe: Recipe, 
 
 
 def _nothing(q: Tensor, k: Tensor, v: Tensor, *learned: Tensor) -> tuple[Tensor, Tensor]:
-    """The result where there is no query or no key: zeros that are still connected to all that may need gradients."""
+    """Result without queries or without keys: zeros, connected to every input that may need a gradient."""
     link = sum(x.flatten()[:0].sum().to(q.dtype) for x in (q, k, v, *learned))
     out = q.new_zeros(q.shape[0], q.shape[1], v.shape[2]) + link
     return out, q.new_full(q.shape[:2], -torch.inf) + link
@@ -241,8 +241,8 @@ def check_inputs(q: Jagged, k: Jagged, v: Jagged) -> None:
     """Check shapes, dtypes and devices of an attention call; metadata only.
 
     Raises:
-        ShapeError: Naming the argument, the rule and the values.
-        LayoutError: If k and v, or q and k, are not cut alike.
+        ShapeError: If shapes, dtypes or devices do not fit, naming the argument, the rule and the values.
+        LayoutError: If k and v do not have the same offsets.
     """
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Jagged):

@@ -1,4 +1,4 @@
-"""What a plan decided and why: as facts for programs, as text for people."""
+"""Explanation of a plan's decisions: facts ready for JSON, and the same as text."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LONGEST = 1000  # characters of a mask's, a score's or a reason's text
 
 
 def facts(plan: Recipe) -> dict[str, Any]:
-    """Everything :func:`explain` says, ready for JSON. Reads the device a few times."""
+    """Return everything :func:`explain` says, ready for JSON. Syncs with the device a few times."""
     layout = plan.layout
     case = Case.of(plan)
     backend, reason = choose(case)
@@ -62,7 +62,7 @@ def _longest(offsets: torch.Tensor) -> int:
 
 
 def _bytes(plan: Recipe) -> int:
-    """What the plan keeps in memory, shared storage counted once."""
+    """Bytes of memory that the plan holds, shared storage counted once."""
     storages: dict[int, int] = {}
 
     def visit(x: object) -> None:
@@ -81,7 +81,7 @@ def _bytes(plan: Recipe) -> int:
 
 
 def counted(count: int, noun: str) -> str:
-    """A number and what it counts.
+    """A number and its noun, in the plural unless the number is 1.
 
     >>> counted(1, "token"), counted(0, "token")
     ('1 token', '0 tokens')
@@ -90,7 +90,7 @@ def counted(count: int, noun: str) -> str:
 
 
 def shortened(text: str, longest: int) -> str:
-    """The text, its middle left out if it is long.
+    """The text, with its middle replaced by an ellipsis if it is longer than `longest` characters.
 
     >>> shortened("Causal() & Window(64, 0)", 19)
     'Causal() … ow(64, 0)'
@@ -99,7 +99,7 @@ def shortened(text: str, longest: int) -> str:
 
 
 def si(value: float, unit: str) -> str:
-    """A quantity with three digits and a prefix.
+    """A quantity with three significant digits and a decimal prefix.
 
     >>> si(999, "B"), si(28_600, "B"), si(1.64e16, "FLOP")
     ('999 B', '28.6 kB', '16.4 PFLOP')
@@ -112,7 +112,7 @@ def si(value: float, unit: str) -> str:
 
 
 def share(part: float, whole: float) -> str:
-    """How much of `whole` a part is, in percent or, if it is much more, as a factor.
+    """Ratio of `part` to `whole`, in percent or, if it is much more, as a factor.
 
     >>> share(35, 100), share(16384, 1), share(5, 0)
     ('35%', '16384 times', 'all')
@@ -123,7 +123,7 @@ def share(part: float, whole: float) -> str:
 
 
 def explain(plan: Recipe) -> str:
-    """The facts as a few lines of text.
+    """Explain a plan in a few lines of text: mask, tiles, backend, costs.
 
     >>> from flexjag import Causal, Jagged, plan
     >>> x = Jagged.from_lengths(torch.zeros(300, 2, 16), [100, 200])
@@ -155,7 +155,7 @@ def explain(plan: Recipe) -> str:
 
 
 def _backends(plan: Recipe, f: dict[str, Any]) -> list[str]:
-    """The lines on backends, and on the q that they were chosen for."""
+    """Lines about the backends, and about the q that they were chosen for."""
     given = "assumed: the plan was made from values without heads" if f["assumed"] else "as in the q planned for"
     lines = [
         f"for       {counted(f['heads'], 'head')} of {f['head_dim']}, {f['dtype'] or 'any dtype'}, "
@@ -173,7 +173,7 @@ def _backends(plan: Recipe, f: dict[str, Any]) -> list[str]:
 
 
 def _slower(plan: Recipe) -> str:
-    """What a graph costs on a CPU: what was measured there, for the attention that was measured."""
+    """Slowdown of a graph on a CPU, as measured there; only for the kind of attention that was measured."""
     if plan.layout.device.type != "cpu" or not isinstance(plan.normalizer, Softmax):
         return ""
     return "; on a CPU usually slower than eager: a training step took 1.5 times as long"

@@ -46,7 +46,7 @@ def draw_plan(plan: Recipe, head: int = 0) -> Figure:
 
     Args:
         plan: The plan.
-        head: Which head, if the mask depends on it.
+        head: Index of the head to draw, if the mask depends on the head.
 
     Returns:
         A matplotlib Figure that is not registered with pyplot: show it, or call ``savefig``.
@@ -156,12 +156,12 @@ class _Squares:
     """A head's tiles by squares of ``height x width`` tiles.
 
     Attributes:
-        kinds: ``[rows, cols]`` uint8, EMPTY, PARTIAL or FULL: what all tiles of a square are, or else PARTIAL.
+        kinds: ``[rows, cols]`` uint8, EMPTY or FULL where all tiles of a square are, else PARTIAL.
         height: Tile rows of a square.
         width: Tile columns of a square.
-        step: One in how many tile rows of a square was looked at, at most `height`.
+        step: Distance between the tile rows of a square that were counted, at most `height`.
         num_tiles: Non-empty tiles of this head.
-        num_full: FULL ones.
+        num_full: FULL tiles of this head.
     """
 
     kinds: np.ndarray[Any, Any]
@@ -196,7 +196,7 @@ def _squares(plan: Recipe, head: int) -> _Squares:
 def _count(
     table: TileTable, count: Tensor, which: int, seen: Tensor, size: tuple[int, int], shape: tuple[int, int]
 ) -> Tensor:
-    """How many of the table's tiles, in the tile rows `seen`, lie in each square."""
+    """Number of the table's tiles in each square, counted in the tile rows `seen`: int64 ``[rows, cols]``."""
     found = torch.zeros(shape[0] * shape[1], dtype=torch.int64)
     counts = count[seen]
     for part in seen.split(torch.bincount(counts.cumsum(0) // HELD).tolist()):
@@ -208,7 +208,7 @@ def _count(
 
 
 def _scores(plan: Recipe, head: int, kinds: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """The tiles' kinds, score by score ``[T_q, T_kv]``; allowed ones of PARTIAL tiles are told apart."""
+    """Kind of each score's tile, uint8 ``[T_q, T_kv]``; ALLOWED for the allowed scores of PARTIAL tiles."""
     layout, block = plan.layout, plan.block_size
     which = 0 if plan.head_of is None else int(plan.head_of[head])
     mod = mods.mask_mod(plan.kernel_masks[which : which + 1], None, plan.tables, layout)
@@ -240,7 +240,7 @@ def _palette() -> np.ndarray[Any, Any]:
 
 
 def _outline(axes: Axes, plan: Recipe) -> tuple[float, float] | None:
-    """Outline the segments; if there are many, only those as large as a square, whose least sides are returned."""
+    """Outline the segments; if there are many, only those as large as a square. Returns a square's sides, or None."""
     from matplotlib.collections import PolyCollection
 
     layout = plan.layout
@@ -260,7 +260,7 @@ def _outline(axes: Axes, plan: Recipe) -> tuple[float, float] | None:
 
 
 def to_html(plan: Recipe) -> str:
-    """The explanation and the picture, for Jupyter."""
+    """The explanation and the picture as an HTML fragment, for Jupyter."""
     figure: Any = draw_plan(plan)
     picture = base64.b64encode(figure._repr_png_()).decode()
     return (

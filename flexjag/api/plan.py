@@ -1,4 +1,4 @@
-"""plan(): layout, mask, score and normalizer in, one immutable and reusable recipe out. Plan: its public face."""
+"""plan() compiles a layout, a mask, a score and a normalizer into a Plan: immutable and reusable between layers."""
 
 from __future__ import annotations
 
@@ -24,28 +24,28 @@ __all__ = ["Plan", "plan"]
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Plan(Recipe):
-    """A recipe that says what was decided of it. Made by :func:`plan`; its attributes are :class:`Recipe`'s."""
+    """A recipe that can explain and draw itself. Made by :func:`plan`; its attributes are :class:`Recipe`'s."""
 
     @property
     def backend(self) -> str:
-        """What ``backend="auto"`` takes for the q that was planned for."""
+        """Name of the backend that ``backend="auto"`` chooses for the q that was planned for."""
         return choose(self.case())[0]
 
     def case(self, **known: object) -> Case:
-        """The plan as backends' rules see it, with what the caller knows besides."""
+        """The plan as input of the backends' rules. `known` adds facts about the call: dtype, gradients, scale, ..."""
         return Case.of(self, **known)
 
     def explain(self) -> str:
-        """What was decided and why, for people: backend, tiles, FLOPs, bytes."""
+        """Explain the plan's decisions as text: backend, tiles, FLOPs, bytes."""
         return explain(self)
 
     def show(self, head: int = 0) -> Figure:
-        """A picture of the tiles and segments, as a matplotlib Figure.
+        """Draw the tiles and segments as a matplotlib Figure.
 
         Its cost is bounded: a large plan is drawn down-sampled, and the title says so.
 
         Args:
-            head: Which head to draw, if the mask depends on the head.
+            head: Index of the head to draw, if the mask depends on the head.
 
         Raises:
             PlanError: If the plan has no such head.
@@ -74,7 +74,7 @@ def plan(
     Time and memory are O(K·T log T + tiles): nothing of size T×T is made. Works inside ``torch.compile``.
 
     Args:
-        q: The query batch. Only its layout is used, so ``[T]`` token ids do as well as ``[T, H, D]``.
+        q: The query batch. Only its layout is used, so values may be ``[T]`` token ids as well as ``[T, H, D]``.
         k: The key/value batch, if its offsets differ from q's (cross- and target attention).
         mask: Default :class:`~flexjag.algebra.masks.Full`. Isolation between segments is always on.
             A plan holds the mask as it was made: tensors in it and in its functions' closures are copied, and if one

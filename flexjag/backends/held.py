@@ -29,7 +29,7 @@ class Held:
     learned: list[Tensor]
     wide: list[Tensor]
     fixed: list[Tensor]
-    trials: list[functions.Trial]
+    trials: list[functions.RecordedCall]
 
     @staticmethod
     def of(recipe: Recipe, compute: torch.dtype) -> Held:

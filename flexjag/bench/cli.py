@@ -22,7 +22,11 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are a BenchError."""
 
     def error(self, message: str) -> NoReturn:
-        """Raise what `main` tells in one line."""
+        """Raise the BenchError that `main` prints in one line.
+
+        Raises:
+            BenchError: Always, with `message`.
+        """
         raise BenchError(message)
 
 
@@ -30,10 +34,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run suites, or write a page from their results.
 
     Args:
-        argv: The arguments; default those of the process.
+        argv: The arguments. Default: those of the process.
 
     Returns:
-        The exit status: 0, 1 if a test of ``gpu`` failed, or 2 after a one-line message about what was asked for.
+        The exit status: 0, 1 if a test of ``gpu`` failed, or 2 after a one-line message about invalid arguments.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     command: Callable[[list[str]], int] = {"report": _report, "gpu": _gpu, "calibrate": _calibrate, "tune": _tune}.get(
@@ -92,7 +96,7 @@ def _calibrate(argv: list[str]) -> int:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The arguments that :func:`make_options` reads."""
+    """Add the arguments that :func:`make_options` reads."""
     parser.add_argument("--quick", action="store_true", help="small sizes: does it work, not how fast is it")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     parser.add_argument("--no-memory", action="store_true", help="leave out peak memory: on a CPU, a process per arm")
@@ -100,10 +104,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def make_options(args: argparse.Namespace) -> Options:
-    """What was asked for.
+    """Convert parsed arguments to the options of a run.
 
     Raises:
-        BenchError: If it cannot be had here.
+        BenchError: If the device is not available or not supported here, or the budget is not positive.
     """
     import torch
 

@@ -1,9 +1,9 @@
 """Everything that needs a GPU, in one bounded run: ``python -m flexjag.bench gpu --out DIR``.
 
 In stages: a smoke test of every way to the device, the tests (``pytest -m cuda``), a check that nothing waits for the
-device, compiling what comes then in all cores at once, every suite, and the tuning of kernel options. Each is a process
-of its own: one that crashes the device or hangs takes no other with it. The results are written after each, and each
-can be asked for alone (``--stage``).
+device, compilation of the kernels of later stages on all cores at once, every suite, and the tuning of kernel options.
+Each is a process of its own: a crash of the device or a hang does not affect the others. The results are written after
+each stage, and each can be run alone (``--stage``).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ WEIGHTS = {
     "smoke": 2.0, "tests": 8.0, "sync": 1.0, "warm": 4.0, "mask-build": 1.0, "attention": 6.0, "ops": 3.0,
     "normalizers": 3.0, "paper": 3.0, "step": 1.0, "tune": 6.0,
 }  # fmt: skip
-"""Shares of the time; 2 for what is not listed. What one does not use is left to those after it."""
+"""Weights by which stages share the time; default 2. Time that a stage does not use goes to those after it."""
 START = 10.0  # seconds until a process measures anything
 GRACE = 10.0  # seconds after its budget when a process is ended
 SHOWN = 1500  # characters of a fault that are printed; the log has it whole
@@ -42,12 +42,12 @@ SHOWN = 1500  # characters of a fault that are printed; the log has it whole
 
 @dataclass
 class Clock:
-    """The time that is left, and how it is shared.
+    """Remaining time of a run, and its distribution among stages.
 
     Attributes:
-        seconds: In all.
-        waiting: What is still to be run, by name.
-        start: When it began, by ``time.monotonic()``.
+        seconds: Total duration in seconds.
+        waiting: Names of the stages that have not run.
+        start: Start of the run, by ``time.monotonic()``.
     """
 
     seconds: float
@@ -56,11 +56,11 @@ class Clock:
 
     @property
     def left(self) -> float:
-        """Seconds until the end."""
+        """Remaining seconds; negative after the end."""
         return self.start + self.seconds - time.monotonic()
 
     def share(self, name: str) -> float:
-        """Seconds for `name`, which is no longer waiting afterwards."""
+        """Remove stage `name` from those waiting, and return its share of the remaining seconds."""
         weights = {other: WEIGHTS.get(other, 2.0) for other in self.waiting}
         self.waiting.remove(name)
         return max(0.0, self.left) * weights[name] / sum(weights.values())
@@ -68,12 +68,12 @@ class Clock:
 
 @dataclass(frozen=True)
 class Ended:
-    """What came of a process.
+    """Result of a process that has ended.
 
     Attributes:
-        output: What it printed, errors included.
-        seconds: How long it ran.
-        cut: Why it has no proper end, or None.
+        output: Its standard output and standard error.
+        seconds: Its duration in seconds.
+        cut: Description of an abnormal end (exit status or timeout), or None.
     """
 
     output: str
@@ -82,10 +82,10 @@ class Ended:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run it all.
+    """Run the stages.
 
     Args:
-        argv: The arguments behind ``gpu``.
+        argv: The arguments after ``gpu``.
 
     Returns:
         0, or 1 if a check or test failed or did not end, an arm was wrong, or a step waited for the device.
@@ -121,7 +121,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 class _Session:
-    """One run: its results so far, its file, its log and its clock."""
+    """State of a run: results so far, their file, the log and the clock."""
 
     def __init__(self, args: argparse.Namespace, stages: Sequence[str]) -> None:
         self.clock = Clock(60 * args.minutes, list(stages), time.monotonic())
@@ -135,7 +135,7 @@ class _Session:
         self.log.write_text("")
 
     def smoke(self, name: str) -> None:
-        """:mod:`flexjag.bench.smoke`."""
+        """Run :mod:`flexjag.bench.smoke`."""
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "smoke.json"
             ended = self._run(name, ["-m", "flexjag.bench.smoke", self.device, str(out)], self.clock.share(name))
@@ -144,7 +144,7 @@ class _Session:
         self._done(name, ended, [f"{x['name']}: {x['wrong']}" for x in checks if not x["passed"]])
 
     def tests(self, name: str) -> None:
-        """``pytest -m cuda`` on the files that have such tests, in several processes where xdist is installed."""
+        """Run ``pytest -m cuda`` on the files with such tests, in several processes if xdist is installed."""
         # Other files may import what is not installed here.
         places = [x for given in self.args.tests for x in _test_files(given.resolve())]
         files = [p for p in places if re.search("CUDA_ONLY|mark.cuda", p.read_text())]
@@ -171,7 +171,7 @@ class _Session:
 
     @property
     def went_wrong(self) -> bool:
-        """Whether a check or a test failed or did not end, an arm is wrong, or a step waited for the device."""
+        """True if a check or a test failed or did not end, an arm is wrong, or a step waited for the device."""
         tests = self.results.get("tests", {"failures": {}, "cut": None})
         smoke = self.results.get("smoke", {"checks": [], "cut": None})
         arms = [arm for suite in self.results["suites"] for case in suite["cases"] for arm in case["arms"]]
@@ -180,7 +180,7 @@ class _Session:
         return bool(tests["failures"] or tests["cut"] or smoke["cut"]) or wrong or waited
 
     def sync(self, name: str) -> None:
-        """:func:`flexjag.bench.sync.check`."""
+        """Run :func:`flexjag.bench.sync.check`."""
         ended = self._run(name, ["-m", "flexjag.bench.sync", self.device], self.clock.share(name))
         try:
             found = json.loads(ended.output.splitlines()[-1])
@@ -190,7 +190,7 @@ class _Session:
         self._done(name, ended)
 
     def warm(self, name: str) -> None:
-        """:mod:`flexjag.bench.warm` for the stages that are still to come."""
+        """Run :mod:`flexjag.bench.warm` for the stages still waiting, in several processes."""
         share = self.clock.share(name)
         stages = [x for x in warm.STAGES if x in self.clock.waiting]
         parts = max(1, (os.cpu_count() or 1) * 7 // 8)
@@ -208,7 +208,7 @@ class _Session:
         self._done(name, Ended("".join(x.output for x in ended), time.monotonic() - began, cut))
 
     def tune(self, name: str) -> None:
-        """:mod:`flexjag.bench.tuning.tune`; the winners go into the results, and nowhere else."""
+        """Run :mod:`flexjag.bench.tuning.tune`; the winners are written to the results only."""
         share = self.clock.share(name)
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "tuned.json"
@@ -222,7 +222,7 @@ class _Session:
         self._done(name, ended)
 
     def suite(self, name: str) -> None:
-        """One suite; what it had written when it ended counts, however it ended."""
+        """Run one suite; results that it had written count however it ended."""
         share = self.clock.share(name)
         budget = max(1.0, share - START)
         with tempfile.TemporaryDirectory() as folder:
@@ -244,7 +244,7 @@ class _Session:
         return run_process([sys.executable, *arguments], limit, more)
 
     def _done(self, name: str, ended: Ended, faults: Sequence[str] = ()) -> None:
-        """Keep what a stage printed, its faults whole, and say them at once."""
+        """Write a stage's output and full faults to the log, and print the faults, shortened."""
         self.results["runs"].append({"name": name, "seconds": round(ended.seconds, 1), "cut": ended.cut})
         run.write(self.results, self.path)
         title = f"== {name}: {ended.seconds:.1f} s{f', {ended.cut}' if ended.cut else ''}"
@@ -256,7 +256,7 @@ class _Session:
 
 
 def run_process(command: list[str], limit: float, more: Mapping[str, str] | None = None) -> Ended:
-    """Run a Python command in the package's own folder, for at most `limit` seconds; `more` joins its environment."""
+    """Run a Python command in the package's own folder, for at most `limit` seconds; `more` extends its environment."""
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     start = time.monotonic()
     with tempfile.TemporaryFile() as output:  # a file: what was printed is there whatever becomes of the process
@@ -287,7 +287,7 @@ def _test_files(place: Path) -> list[Path]:
 
 
 def _importance(file: Path) -> tuple[bool, str]:
-    """A sort key: what computes attention on the device comes first."""
+    """Sort key: files whose tests compute attention on the device come first."""
     return not file.name.startswith("test_cuda"), file.name
 
 

@@ -1,4 +1,4 @@
-"""``flexjag cache``: what is kept on disk, where, how much it is, and how to be rid of it."""
+"""``flexjag cache``: list the caches on disk with their sizes and limits, or clear them."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ def add_command(commands: Commands) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Remove what is to go, and print what is left.
+    """Clear the requested caches, and print those that remain.
 
     Raises:
         CacheError: If the limit in the environment is no number.
-        OSError: If something cannot be looked at or removed.
+        OSError: If a file cannot be read or removed.
     """
     removed = 0
     if args.clear is not None:

@@ -75,16 +75,16 @@ def add_command(commands: Commands) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """What is compiled.
+    """Parsed arguments of ``flexjag compile``.
 
     Attributes:
         lengths: Segment lengths.
-        kv_lengths: Those of keys and values, or None if they are the same.
+        kv_lengths: Segment lengths of keys and values; None if equal to `lengths`.
         mask: The mask.
         score: The score, or None.
-        heads: H and G.
-        dims: D and E.
-        dtype: Of q, k and v.
+        heads: Query heads H and key/value heads G.
+        dims: Head dimension D and value dimension E.
+        dtype: Dtype of q, k and v.
         options: FlexAttention's kernel options.
     """
 
@@ -136,10 +136,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def read_request(args: argparse.Namespace) -> Request:
-    """What the options ask for.
+    """Parse the command's options.
 
     Raises:
-        CommandError: If one cannot be read, or they do not fit together.
+        CommandError: If an option cannot be read, or options do not fit together.
     """
     lengths = parse_lengths(args.lengths, args.seed, "--lengths")
     kv_lengths = parse_lengths(args.kv_lengths, args.seed + 1, "--kv-lengths") if args.kv_lengths is not None else None
@@ -161,13 +161,13 @@ def read_request(args: argparse.Namespace) -> Request:
 
 
 def parse_options(texts: list[str]) -> dict[str, Any]:
-    """FlexAttention's kernel options from the command line.
+    """Parse FlexAttention's kernel options.
 
     Args:
         texts: ``NAME=VALUE`` each, the name with ``fwd_`` or ``bwd_`` before it if it is for one pass alone.
 
     Raises:
-        CommandError: If there is no such option, or its value is not of its kind.
+        CommandError: If an option is unknown, or its value has the wrong type.
 
     >>> parse_options(["BLOCK_M=64", "bwd_num_warps=8", "PRESCALE_QK=true"])
     {'BLOCK_M': 64, 'bwd_num_warps': 8, 'PRESCALE_QK': True}
@@ -203,7 +203,7 @@ def _parse_value(name: str, text: str, kind: Any) -> Any:
 
 
 def make_plan(request: Request, fill: Callable[..., torch.Tensor]) -> tuple[Plan, Jagged, Jagged, Jagged]:
-    """The plan, q, k and v. `fill` makes a tensor of a shape and dtype: ``torch.zeros``."""
+    """Return the plan, q, k and v. `fill` makes a tensor from a shape and a dtype, such as ``torch.zeros``."""
     kv_lengths = request.lengths if request.kv_lengths is None else request.kv_lengths
     q, k, v = (
         Jagged.from_lengths(fill(sum(lengths), heads, dim, dtype=request.dtype), lengths)

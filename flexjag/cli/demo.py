@@ -68,9 +68,9 @@ class Packed:
     """Files as one jagged batch.
 
     Attributes:
-        paths: Where they came from.
-        bytes: Their bytes, uint8 ``[T]``.
-        cut: How many were longer than what was taken.
+        paths: Paths of the files.
+        bytes: Bytes of the files, uint8 ``[T]``.
+        cut: Number of files that were truncated.
     """
 
     paths: list[Path]
@@ -80,14 +80,14 @@ class Packed:
 
 @dataclass(frozen=True)
 class Check:
-    """The largest error of one tensor on the sample, and the most it may be."""
+    """Largest error of one tensor on the sample, and its tolerance."""
 
     error: float
     tolerance: float
 
     @property
     def passed(self) -> bool:
-        """Whether the error is in bounds; a NaN is not."""
+        """True if the error is within the tolerance; False for NaN."""
         return self.error <= self.tolerance
 
 
@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
 
     Raises:
         CommandError: If there is nothing to read.
-        MissingExtraError: If matplotlib or rich is not installed, and the picture or the table is wanted.
+        MissingExtraError: If the picture or the table is requested, and matplotlib or rich is not installed.
         OSError: If a file cannot be read, or the picture not be written.
     """
     if args.arm is not None:
@@ -174,7 +174,7 @@ def pack(files: Iterable[Path], tokens: int, longest: int) -> Packed:
     """Pack the beginnings of `files`: `longest` bytes of each, `tokens` in all. Empty files are empty segments.
 
     Raises:
-        CommandError: If there is not a byte in them.
+        CommandError: If all files are empty.
         OSError: If one cannot be read.
     """
     paths: list[Path] = []
@@ -205,14 +205,14 @@ class Model(nn.Module):
         self.qkv = nn.Linear(HEADS * DIM, 3 * HEADS * DIM, bias=False)
 
     def forward(self, x: Jagged) -> tuple[Jagged, Jagged, Jagged]:
-        """``[T]`` bytes to three times ``[T, H, D]``."""
+        """Map bytes ``[T]`` to q, k and v, ``[T, H, D]`` each."""
         qkv = self.qkv(self.embedding(x.values.int())).view(-1, 3, HEADS, DIM)
         q, k, v = (x.with_values(part) for part in qkv.unbind(1))
         return q, k, v
 
 
 def make_inputs(x: Jagged) -> Inputs:
-    """What the attention of one layer sees for these bytes ``[T]``, and a gradient for its output."""
+    """Inputs of one layer's attention for the bytes ``[T]``, with a gradient for its output."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         q, k, v = Model()(x)
@@ -227,7 +227,7 @@ def _dense(size: int) -> Tensor:
 
 
 def attend(inputs: Inputs, made: Plan) -> list[Tensor]:
-    """Forward, and backward into the embedding, over the whole batch.
+    """Run forward, and backward into the embedding, over the whole batch.
 
     Returns:
         The output and the gradients of q, k and v, each ``[T, H, D]``.
@@ -249,7 +249,7 @@ def check(inputs: Inputs, seen: list[Tensor]) -> dict[str, Check]:
     loses in float32 against float64, and the rounding of the largest value.
 
     Returns:
-        For the output and the gradients of q, k and v.
+        A check each for the output and the gradients of q, k and v, by name.
     """
     offsets = inputs.q.offsets.tolist()
     order = sorted((n, index) for index, n in enumerate(inputs.q.lengths.tolist()) if n)
@@ -280,7 +280,7 @@ def _reference(q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> list[Tensor]:
 
 
 def _compare(x: Jagged, inputs: Inputs, budget: float, say: Say) -> list[Result]:
-    """Every arm's time and memory, but for those that would need over `budget` GB."""
+    """Measure every arm's time and memory; arms that would need over `budget` GB are skipped."""
     results = [Result(arm.name, arm.title, []) for arm in ARMS.values()]
     shape = (x.num_segments, int(x.lengths.max()), HEADS, DIM)
     with tempfile.TemporaryDirectory() as folder:

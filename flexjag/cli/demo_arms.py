@@ -31,15 +31,15 @@ ROUNDS, LEAST_ROUNDS, ENOUGH_SECONDS = 5, 3, 8.0
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """What every arm starts from.
+    """Inputs of every arm.
 
     Attributes:
         q: Queries ``[T, H, D]``.
-        k: Keys, likewise.
-        v: Values, likewise.
-        grad: The gradient of the output, ``[T, H, D]``.
-        mask: The mask, of positions alone.
-        dense: ``dense(N)``: the mask of one segment of N tokens, bool ``[N, N]``, for the padded arms.
+        k: Keys ``[T, H, D]``.
+        v: Values ``[T, H, D]``.
+        grad: Gradient of the output, ``[T, H, D]``.
+        mask: The mask, which depends on positions only.
+        dense: Function of N that returns the mask of one segment of N tokens, bool ``[N, N]``, for the padded arms.
     """
 
     q: Jagged
@@ -50,7 +50,7 @@ class Inputs:
     dense: Callable[[int], Tensor]
 
     def like(self, lengths: list[int]) -> Inputs:
-        """Zeros of other lengths, to warm up with."""
+        """Zeros of the same dimensions with other segment lengths, for warming up."""
         _, heads, dim = self.q.values.shape
         x = Jagged.from_lengths(torch.zeros(sum(lengths), heads, dim), lengths)
         return Inputs(x, x, x, x, self.mask, self.dense)
@@ -58,13 +58,13 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to run it.
+    """One implementation of the attention.
 
     Attributes:
-        name: For the command line and JSON.
-        title: For people.
+        name: Name on the command line and in JSON.
+        title: Name in the table.
         prepare: ``prepare(inputs)`` returns a step: forward and backward once, returning the output.
-        need: ``need(S, N, H, D)``: about how many bytes a step takes.
+        need: ``need(S, N, H, D)``: estimated bytes of memory for a step.
     """
 
     name: str
@@ -74,7 +74,7 @@ class Arm:
 
 
 def _jagged(inputs: Inputs) -> Step:
-    """Planning is part of every step, as it is of every batch."""
+    """Step of flexjag's attention. Every step plans anew, as every batch must."""
     q, k, v = (x.with_values(x.values.detach().clone().requires_grad_()) for x in (inputs.q, inputs.k, inputs.v))
 
     def step() -> Tensor:
@@ -89,7 +89,7 @@ def _jagged(inputs: Inputs) -> Step:
 
 
 def _padded(inputs: Inputs, run: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> Step:
-    """Padding and the mask are ready before the step, in the rivals' favour.
+    """Step of a padded attention. Padding and the mask are made before the step, in the rivals' favour.
 
     A causal mask keeps padding, which comes last, from every real token. So one [N, N] mask does for all segments.
     """
@@ -135,7 +135,7 @@ ARMS = {
 
 @dataclass
 class Result:
-    """What one arm took. None where it was not measured."""
+    """Measurements of one arm: seconds per run, and peak bytes above the inputs; None if not measured."""
 
     name: str
     title: str
@@ -145,7 +145,7 @@ class Result:
     skipped: str | None = None
 
     def to_json(self) -> dict[str, object]:
-        """Ready for JSON, times in seconds."""
+        """The measurements as a dict for JSON, times in seconds."""
         times = None
         if self.seconds:
             spread = {"median": statistics.median(self.seconds), "min": min(self.seconds), "max": max(self.seconds)}
@@ -161,7 +161,7 @@ class Result:
 
 
 def _status(field: str) -> int | None:
-    """VmRSS or VmHWM of this process in bytes, where the system tells."""
+    """VmRSS or VmHWM of this process in bytes; None if the system does not report it."""
     try:
         found = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
     except OSError:
@@ -170,7 +170,7 @@ def _status(field: str) -> int | None:
 
 
 def _peak() -> int | None:
-    """The most resident bytes so far. Linux's getrusage starts a child at its parent's peak, so /proc goes first."""
+    """Peak resident bytes so far. Linux's getrusage starts a child at its parent's peak, so /proc goes first."""
     peak = _status("VmHWM")
     if peak is not None:
         return peak
@@ -182,9 +182,9 @@ def _peak() -> int | None:
 
 
 def extra_bytes(name: str, inputs: Inputs) -> int | None:
-    """The peak of resident memory during one forward and backward, above what was resident just before.
+    """Peak resident memory in bytes during one forward and backward, above that just before.
 
-    A tiny step comes first, so that what libraries load on first use is not counted. For a process of its own.
+    A tiny step comes first, so that code loaded on first use is not counted. Call it in a process of its own.
     """
     arm = ARMS[name]
     arm.prepare(inputs.like([16, 5]))()
@@ -199,10 +199,10 @@ def extra_bytes(name: str, inputs: Inputs) -> int | None:
 
 
 def measure_memory(name: str, arguments: Sequence[str]) -> int | None:
-    """:func:`extra_bytes` in a fresh Python, which is this command line again with a hidden option.
+    """Run :func:`extra_bytes` in a fresh Python process: this command line again with a hidden option.
 
     Raises:
-        CommandError: If that process fails; the message holds the end of what it said.
+        CommandError: If that process fails; the message holds the end of its output.
     """
     command = [sys.executable, "-m", "flexjag", "demo", "--arm", name, *arguments]
     # The child must find what this process found, in the same order, installed or not.

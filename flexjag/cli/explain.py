@@ -1,4 +1,4 @@
-"""``flexjag explain``: plan a batch given by its lengths, and print what was decided."""
+"""``flexjag explain``: plan a batch given by its lengths, and print its explanation."""
 
 from __future__ import annotations
 
@@ -53,5 +53,5 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _batch(lengths: list[int], heads: int, dim: int) -> Jagged:
-    """A batch of zeros that takes the memory of one: planning reads its shape alone."""
+    """A batch of zeros that takes the memory of a single number: planning reads only its shape."""
     return Jagged.from_lengths(torch.zeros(1, 1, 1).expand(sum(lengths), heads, dim), lengths)

@@ -77,14 +77,14 @@ class _Token(NamedTuple):
 
 @dataclass(frozen=True)
 class _Form:
-    """How a node is written: its parameters in order with their kinds, and how many must be given."""
+    """Syntax of a node: its parameters in order with their kinds, and the number of required ones."""
 
     parameters: dict[str, str]
     required: int
     make: Callable[..., Any]
 
     def usage(self, name: str) -> str:
-        """``window(left[, right[, align]])``."""
+        """The call's syntax for messages: ``window(left[, right[, align]])``."""
         given = list(self.parameters)
         text = ", ".join(given[: self.required])
         for index, parameter in enumerate(given[self.required :], self.required):
@@ -117,21 +117,21 @@ def _score_forms(heads: int) -> dict[str, _Form]:
 
 
 def parse_mask(text: str) -> m.Mask:
-    """Read a mask.
+    """Parse a mask.
 
     The names are ``full``, ``causal``, ``window``, ``prefix``, ``chunked`` and ``global``. ``~`` binds tighter than
     ``&``, and ``&`` tighter than ``|``, as in Python. Arguments are those of the nodes, with their defaults:
     ``window(256)`` is ``Window(256)``, that is up to 256 tokens back and none ahead.
 
     Args:
-        text: For instance ``causal & (window(256) | prefix(4))``, ``causal(end)``, ``prefix([1, 2, 3])`` or
+        text: The mask, such as ``causal & (window(256) | prefix(4))``, ``causal(end)``, ``prefix([1, 2, 3])`` or
             ``window(left=128, right=none, align=end)``.
 
     Returns:
         The mask. A list becomes a per-segment int64 tensor ``[S]``.
 
     Raises:
-        LanguageError: If the text is no mask. The message points at the column and says what was expected.
+        LanguageError: If the text is not a mask. The message points at the column and says what was expected.
 
     >>> parse_mask("causal & (window(256) | prefix(4))")
     Causal() & (Window(256, 0) | Prefix(4))
@@ -143,15 +143,15 @@ def parse_mask(text: str) -> m.Mask:
 
 
 def parse_score(text: str, heads: int) -> s.Score:
-    """Read a score: ``alibi``, ``softcap(cap)`` and ``relative(max_distance)``, composed left to right by ``>>``.
+    """Parse a score: ``alibi``, ``softcap(cap)`` and ``relative(max_distance)``, composed left to right by ``>>``.
 
     Args:
-        text: For instance ``alibi >> softcap(30)``.
+        text: The score, such as ``alibi >> softcap(30)``.
         heads: H, for the slopes of ``alibi`` and the table of ``relative``. The table is ``[H, 2R + 1]``, normal with
             standard deviation 0.02 from a fixed seed.
 
     Raises:
-        LanguageError: If the text is no score. The message points at the column and says what was expected.
+        LanguageError: If the text is not a score. The message points at the column and says what was expected.
 
     >>> parse_score("alibi >> softcap(30)", heads=8)
     Alibi(<float32[8]>) >> SoftCap(30.0)
@@ -308,7 +308,7 @@ class _Parser:
         return value
 
     def literal(self) -> Any:
-        """The next value, of any kind."""
+        """Parse the next value, of any kind."""
         token = self.next
         if token.kind == "number":
             self.at += 1

@@ -1,4 +1,4 @@
-"""What the commands share: progress that stays quiet for quick work, argument types, and batches as text."""
+"""Helpers of all commands: progress that stays quiet for quick work, argument types, and batches as text."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ def progress(total: int, *, quiet: bool) -> Iterator[Say]:
     Without rich there are lines on a terminal, too.
 
     Args:
-        total: How many steps there will be.
-        quiet: Show nothing at all.
+        total: Number of steps.
+        quiet: Show nothing.
 
     Yields:
-        ``say(text)``: the previous step is done, and this is the next one.
+        ``say(text)``, which ends the previous step and starts the one that `text` describes.
     """
     if quiet:
         yield lambda text: None
@@ -114,7 +114,7 @@ def _bar(total: int) -> Progress | None:
 
 
 def whole(low: int, high: int = 2**31 - 1) -> Callable[[str], int]:
-    """An argparse type: a whole number from `low` to `high`.
+    """An argparse type that accepts a whole number from `low` to `high`.
 
     >>> whole(1)("8")
     8
@@ -133,7 +133,7 @@ def whole(low: int, high: int = 2**31 - 1) -> Callable[[str], int]:
 
 
 def gigabytes(text: str) -> float:
-    """An argparse type: a size in GB, 0 or more.
+    """An argparse type that accepts a size in GB, 0 or more.
 
     >>> gigabytes("4")
     4.0
@@ -148,7 +148,7 @@ def gigabytes(text: str) -> float:
 
 
 def human_bytes(count: float) -> str:
-    """Bytes for people, in powers of ten.
+    """Format a number of bytes with a unit of powers of ten.
 
     >>> human_bytes(1536), human_bytes(2.5e9)
     ('2 kB', '2.5 GB')
@@ -160,11 +160,11 @@ def human_bytes(count: float) -> str:
 
 
 def add_batch_options(parser: argparse.ArgumentParser, lengths: str | None = None) -> None:
-    """The options that say what is attended: lengths, heads, mask and score.
+    """Add the options that describe a batch: lengths, heads, mask and score.
 
     Args:
-        parser: Gets them.
-        lengths: What ``--lengths`` is by default; it must be given if this is None.
+        parser: Parser to add them to.
+        lengths: Default of ``--lengths``; None makes it required.
     """
     default = "" if lengths is None else f" (default {lengths})"
     parser.add_argument(
@@ -178,10 +178,10 @@ def add_batch_options(parser: argparse.ArgumentParser, lengths: str | None = Non
 
 
 def read_mask(args: argparse.Namespace) -> tuple[Mask, Score | None]:
-    """The mask and the score that the options say.
+    """Parse the options ``--mask`` and ``--score``.
 
     Raises:
-        CommandError: If one cannot be read; with the column.
+        CommandError: If one cannot be parsed, naming the column.
     """
     mask = _read("--mask", parse_mask, args.mask)
     return mask, None if args.score is None else _read("--score", parse_score, args.score, args.heads)
@@ -195,13 +195,13 @@ def _read(option: str, parse: Callable[..., Node], *given: object) -> Node:
 
 
 def parse_lengths(text: str, seed: int, option: str = "lengths") -> list[int]:
-    """Segment lengths from the command line.
+    """Parse segment lengths.
 
     Args:
         text: ``100,300,50``, or a generator with a count: ``constant:128x8``, ``uniform:1,512x64`` (both ends included)
             or ``lognormal:5,0.9x32`` (of the logarithm, at least 1 token).
-        seed: For the random ones.
-        option: What to call the text in errors.
+        seed: Seed of the random lengths.
+        option: Name of the option in errors.
 
     Raises:
         CommandError: If the text has none of these forms, or asks for over 2**24 tokens or 2**20 segments.

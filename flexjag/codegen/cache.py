@@ -1,4 +1,4 @@
-"""Results of ``compile_for`` kept on disk, by everything they depend on."""
+"""On-disk cache of ``compile_for``'s results, keyed by everything they depend on."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def versions() -> dict[str, str]:
 
 
 def key(*parts: object) -> str:
-    """A name for what these parts, the versions and the caller's own code determine."""
+    """Cache key: a hash of the parts, the versions and the caller's own modules."""
     text = repr((parts, versions(), _own_modules()))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 @cache
 def _source_digest() -> str:
-    """A hash of flexjag's own source, which changes between releases, too."""
+    """Hash of flexjag's own source, which also changes between releases."""
     found = hashlib.sha256()
     for path in sorted(PACKAGE.rglob("*.py")):
         found.update(path.read_bytes())
@@ -46,7 +46,7 @@ def _source_digest() -> str:
 
 
 def _own_modules() -> list[tuple[str, int, int]]:
-    """The caller's loaded modules that are installed nowhere, with time and size.
+    """The caller's loaded modules that are not installed packages, with modification time and size.
 
     Functions in them are pickled by name, so a change of their code would not show otherwise.
     """
@@ -66,10 +66,10 @@ def _own_modules() -> list[tuple[str, int, int]]:
 
 
 def load(name: str) -> Any | None:
-    """What was stored under a key, or None. An entry that cannot be read is as good as none.
+    """Return the value stored under a key; None if there is none or it cannot be read.
 
     Raises:
-        CacheError: If ``FLEXJAG_CACHE_MB`` is no number, which :func:`store` would say after the long part.
+        CacheError: If ``FLEXJAG_CACHE_MB`` is not a number. :func:`store` would raise it only after the compilation.
     """
     caches.limit()
     try:
@@ -88,6 +88,6 @@ def load(name: str) -> Any | None:
 
 
 def store(name: str, value: Any) -> None:
-    """Keep a value. A folder that cannot be written to is no error: the result is there all the same."""
+    """Store a value under a key. A folder that cannot be written to is no error: the caller has the result."""
     with contextlib.suppress(OSError):
         caches.write("kernels", f"{name}.pkl.z", zlib.compress(pickle.dumps(value)))

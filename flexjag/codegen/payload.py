@@ -1,7 +1,7 @@
-"""Python objects between processes, with their tensors apart.
+"""Serialization of Python objects for another process, with their tensors separate.
 
-What is computed (nodes, functions, modules) and what it holds (tensors) travel separately, so that making kernels needs
-no tensor data, the structure alone keys the cache, and the worker puts other tensors in the places of the caller's.
+The structure (nodes, functions, modules) and its tensors travel separately, so that making kernels needs no tensor
+data, the structure alone keys the cache, and the worker substitutes other tensors for the caller's.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from flexjag.extras import needs
 
 @dataclass(frozen=True)
 class Meta:
-    """All that a kernel may depend on of a tensor that is given to it."""
+    """Properties of a tensor on which a kernel's code may depend."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
@@ -35,7 +35,7 @@ class Meta:
 
     @staticmethod
     def of(x: Tensor) -> Meta:
-        """What is seen of `x`."""
+        """Properties of `x`."""
         varying = sorted(getattr(x, "_dynamo_weak_dynamic_indices", ()))
         is_parameter = isinstance(x, torch.nn.Parameter)
         return Meta(tuple(x.shape), x.stride(), x.dtype, x.requires_grad, is_parameter, tuple(varying))
@@ -46,8 +46,8 @@ class Payload:
     """A pickled object and the tensors it refers to.
 
     Attributes:
-        structure: The pickle, in which tensors are numbers.
-        tensors: The tensors, each once.
+        structure: The pickle, in which a tensor is its index in `tensors`.
+        tensors: The tensors, without duplicates.
     """
 
     structure: bytes
@@ -55,16 +55,16 @@ class Payload:
 
     @property
     def metas(self) -> tuple[Meta, ...]:
-        """What is seen of each tensor."""
+        """Properties of each tensor."""
         return tuple(Meta.of(x) for x in self.tensors)
 
     def digest(self) -> str:
-        """A hash of everything but the tensors' data."""
+        """Hash of the structure and of the tensors' properties, without their data."""
         return hashlib.sha256(self.structure + repr(self.metas).encode()).hexdigest()
 
 
 def same(x: Any) -> Any:
-    """What it is given: how a pickle names an object that it holds."""
+    """Return the argument: the constructor by which a pickle refers to an object that it contains."""
     return x
 
 
@@ -82,17 +82,17 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _at_home(set_state: Callable[..., None], function: Any, state: Any) -> None:
-    """Give a function of the caller's script its globals also where TorchDynamo looks for them, in ``__main__``."""
+    """Restore a function; add the globals of the caller's script to ``__main__``, where TorchDynamo looks for them."""
     set_state(function, state)
     if function.__module__ == "__main__":
         vars(sys.modules["__main__"]).update(function.__globals__)
 
 
 def pack(obj: Any) -> Payload:
-    """Take an object apart.
+    """Pickle an object, and collect its tensors separately.
 
     Raises:
-        CodegenError: If something in it cannot be sent to another process.
+        CodegenError: If a part of it cannot be pickled.
         MissingExtraError: If cloudpickle is not installed.
     """
     needs("codegen", "cloudpickle")
@@ -109,5 +109,5 @@ def pack(obj: Any) -> Payload:
 
 
 def unpack(structure: bytes, tensors: Sequence[Tensor]) -> Any:
-    """Put an object together again, with these tensors in it."""
+    """Unpickle an object, with `tensors` in place of the original ones."""
     return _Unpickler(io.BytesIO(structure), tensors.__getitem__).load()

@@ -1,4 +1,4 @@
-"""The pickler behind :func:`flexjag.codegen.payload.pack`: apart, because cloudpickle is needed only to compile."""
+"""Pickler of :func:`flexjag.codegen.payload.pack`, in its own module: only compiling needs cloudpickle."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flexjag.lowering.recipe import Recipe
 
 
 class Pickler(cloudpickle.Pickler):
-    """Takes tensors out, and rounds a plan's tables up as a GPU's kernels want them."""
+    """Pickler that extracts tensors, and rounds a plan's tables up to the sizes that GPU kernels expect."""
 
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file)
@@ -23,7 +23,7 @@ class Pickler(cloudpickle.Pickler):
         self.rounded: dict[int, Recipe] = {}  # also keeps the new tables alive while their ids are keys
 
     def persistent_id(self, obj: Any) -> int | None:
-        """The number of a tensor, which travels apart; None for anything else."""
+        """Index of a tensor, which is stored separately; None for any other object."""
         if not isinstance(obj, Tensor):
             return None
         if id(obj) not in self.index:
@@ -32,7 +32,7 @@ class Pickler(cloudpickle.Pickler):
         return self.index[id(obj)]
 
     def reducer_override(self, obj: Any) -> Any:
-        """A plan is sent as it would be if it had been made on a GPU."""
+        """Reduce a plan to the form it would have on a GPU."""
         if isinstance(obj, Recipe) and not obj.layout.on_gpu:
             return same, (self.rounded.setdefault(id(obj), for_gpu(obj)),)
         return super().reducer_override(obj)

@@ -1,1 +1,1 @@
-"""What our own Triton kernels share."""
+"""Launching and arithmetic shared by our own Triton kernels."""

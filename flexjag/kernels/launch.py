@@ -1,4 +1,4 @@
-"""How our own Triton kernels are launched, or only noted, for compilers that run without a GPU."""
+"""Launching of our own Triton kernels, and recording of launches for compilation without a GPU."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 HAS_TRITON = find_spec("triton") is not None
-"""Whether Triton is installed. Looked up once: TorchDynamo of torch 2.11 cannot trace the question."""
+"""True if Triton is installed. Looked up once: TorchDynamo of torch 2.11 cannot trace the lookup."""
 
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-"""What the kernels compute with. All else is left to plain torch."""
+"""Input dtypes that the kernels support, with their short names. Plain torch computes in the others."""
 
 NAMES = {
     **DTYPES,
@@ -27,7 +27,7 @@ NAMES = {
     torch.uint8: "u8",
     torch.float64: "fp64",
 }
-"""What Triton calls the dtypes that pointers may have."""
+"""Triton's names of the dtypes that pointers may have."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,12 +36,12 @@ class Launch:
 
     Attributes:
         kernel: The ``triton.jit`` function.
-        grid: Programs per axis.
-        arguments: By name; tensors, numbers, and tuples of them.
-        constants: The compile-time ones.
-        num_warps: Warps of a program.
+        grid: Number of programs per axis.
+        arguments: Run-time arguments by name: tensors, numbers, and tuples of them.
+        constants: Compile-time arguments by name.
+        num_warps: Warps per program.
         num_stages: Stages of the software pipeline.
-        maxnreg: Registers that a thread may have, on NVIDIA's GPUs; None leaves it to their assembler.
+        maxnreg: Limit of registers per thread, on NVIDIA's GPUs; None leaves it to their assembler.
     """
 
     kernel: Any
@@ -54,10 +54,13 @@ class Launch:
 
 
 ALL_REGISTERS = 255
-"""Left alone, NVIDIA's assembler spills a few of up to 255 registers to fit one more block on a multiprocessor."""
+"""Value of `maxnreg` that avoids spills.
+
+Without a limit, NVIDIA's assembler spills a few of up to 255 registers to fit one more block on a multiprocessor.
+"""
 
 recorded: list[Launch] = []
-"""Launches on meta tensors, which are noted here and not made: see :func:`note_launches`."""
+"""Launches on meta tensors, which are recorded here instead of made: see :func:`note_launches`."""
 
 
 def launch(kernel: Any, grid: tuple[int, ...], arguments: Mapping[str, Any], **constants: Any) -> None:
@@ -65,9 +68,9 @@ def launch(kernel: Any, grid: tuple[int, ...], arguments: Mapping[str, Any], **c
 
     Args:
         kernel: The ``triton.jit`` function.
-        grid: Programs per axis.
-        arguments: By name, a tensor first; those that may have any strides have two dimensions or more.
-        constants: The compile-time ones, and ``num_warps``, ``num_stages`` and ``maxnreg``.
+        grid: Number of programs per axis.
+        arguments: Run-time arguments by name, a tensor first; tensors of any strides have two dimensions or more.
+        constants: Compile-time arguments, and ``num_warps``, ``num_stages`` and ``maxnreg``.
     """
     if 0 in grid:
         return
@@ -90,16 +93,16 @@ def _packed(value: Any) -> Any:
 
 @dataclass(frozen=True, eq=False)
 class KernelCase:
-    """One kernel, with what decides its code.
+    """One kernel, with everything that determines its code.
 
     Attributes:
-        op: The operator that launches it and, after a comma, what is special about the example.
-        name: Of the kernel.
+        op: The operator that launches it and, after a comma, the example's special property.
+        name: Name of the kernel.
         fn: The ``triton.jit`` function.
-        signature: Argument types in Triton's words.
-        constants: The values of the compile-time arguments.
+        signature: Types of the arguments, as Triton names them.
+        constants: Values of the compile-time arguments.
         options: ``num_warps``, ``num_stages`` and, where it is set, ``maxnreg``.
-        attributes: What Triton knows of arguments, by position.
+        attributes: Properties that Triton assumes of arguments, such as divisibility by 16, by position.
     """
 
     op: str
@@ -112,13 +115,13 @@ class KernelCase:
 
     @property
     def key(self) -> tuple[object, ...]:
-        """Equal for kernels with the same code."""
+        """Key that is equal for kernels with the same code."""
         given = (self.signature, self.constants, self.options, self.attributes)
         return self.name, *(repr(sorted(x.items())) for x in given)
 
 
 def note_launches(op: str, run: Callable[[], object]) -> list[KernelCase]:
-    """The kernels that a function of meta tensors launches."""
+    """Record the kernels that a function of meta tensors launches."""
     recorded.clear()
     run()
     cases = [_case(op, made) for made in recorded]
@@ -127,7 +130,7 @@ def note_launches(op: str, run: Callable[[], object]) -> list[KernelCase]:
 
 
 def _case(op: str, made: Launch) -> KernelCase:
-    """What Triton's launcher would make of the arguments: 1 is a constant, 16 divides sizes and addresses."""
+    """Specialize a launch as Triton's launcher would: 1 becomes a constant; 16 may divide sizes and addresses."""
     signature: dict[str, Any] = {}
     constants: dict[Any, Any] = dict(made.constants)
     attributes: dict[Any, Any] = {}
@@ -158,16 +161,16 @@ def _case(op: str, made: Launch) -> KernelCase:
 
 
 def ceil_div(n: int, by: int) -> int:
-    """The quotient, rounded up."""
+    """Quotient ``n / by`` rounded up."""
     return -(-n // by)
 
 
 def power_of_2(n: int, low: int = 1, high: int = 2**30) -> int:
-    """The next power of 2, within bounds."""
+    """Smallest power of 2 that is at least `n`, clamped to `low` ... `high`."""
     return max(low, min(high, 1 << (max(n, 1) - 1).bit_length()))
 
 
 def precision(dtype: torch.dtype) -> str:
-    """How products of float32 are made: as the user chose for cuBLAS."""
+    """Input precision of matrix products, ``"tf32"`` or ``"ieee"``: for float32 the user's setting for cuBLAS."""
     is_rounded = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if is_rounded else "ieee"

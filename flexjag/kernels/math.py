@@ -1,4 +1,4 @@
-"""What the printed masks and scores call: torch's arithmetic where Triton's own is another."""
+"""Triton functions that printed masks and scores call: torch's arithmetic where Triton's own differs."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import triton
 import triton.language as tl
 
 jit: Any = triton.jit
-"""As :func:`triton.jit`, whose type says that kernels never return."""
+""":func:`triton.jit` without its type, by which kernels never return."""
 
 
 @jit
 def floor_divide(a, b):
-    """The quotient of whole numbers rounded down, as in Python."""
+    """Quotient of integers rounded down, as in Python."""
     quotient = a // b
     rest = a - quotient * b
     return quotient - ((rest != 0) & ((rest < 0) != (b < 0))).to(quotient.dtype)
@@ -21,13 +21,13 @@ def floor_divide(a, b):
 
 @jit
 def sigmoid(x):
-    """1 / (1 + exp(-x))."""
+    """Logistic function ``1 / (1 + exp(-x))``."""
     return 1 / (1 + tl.exp(-x))
 
 
 @jit
 def tanh(x):
-    """The hyperbolic tangent to a few roundings, of small arguments, too: there as a series of odd powers."""
+    """Hyperbolic tangent, accurate to a few roundings; for small arguments by a series of odd powers."""
     size = tl.abs(x)
     square = tl.minimum(size, 0.35) * tl.minimum(size, 0.35)
     series = 62 / 2835 + square * (-1382 / 155925 + square * (21844 / 6081075))
@@ -38,7 +38,7 @@ def tanh(x):
 
 @jit
 def bucketize(x, boundaries, count, steps):
-    """How many of the first `count` boundaries, ascending, are at most x; `steps` is the bits of `count`."""
+    """Number of the first `count` boundaries, ascending, that are at most x; `steps` is the bit length of `count`."""
     found = (x * 0).to(tl.int32)
     for step in range(steps):
         reach = found + (1 << (steps - 1 - step))

@@ -1,15 +1,15 @@
 """Masks and scores as straight-line programs: their functions are called once, on symbols instead of tensors.
 
-A symbol stands for one number: a head, an index, a score. What operators and torch functions make of symbols is noted
-as an instruction, so that a program can be differentiated and printed in other languages. That takes 0.5 to 2 ms, and
+A symbol stands for one number: a head, an index, a score. Operators and torch functions on symbols are recorded
+as instructions, so that a program can be differentiated and printed in other languages. That takes 0.5 to 2 ms, and
 it is plain Python on strings, which TorchDynamo can trace.
 
-    program, derivative             instructions, and more of them for a derivative
-    torch_table, tracer             what functions of torch make of symbols, and the symbols that they are called on
+    program, derivative             instructions, and those of a derivative
+    torch_table, tracer             torch's functions on symbols, and the symbols themselves
     language, triton, torch         a class per language, with a word for each of ``program.OPERATIONS``
     emit                            a mask and a score to a program, and the program to functions of a language
-    support                         why a user's function cannot be printed
-    runtime                         what is printed for torch calls this
+    support                         reasons why a user's function cannot be printed
+    runtime                         functions that code printed for torch calls
 
 One more language is one more subclass of :class:`Language`.
 """

@@ -1,4 +1,4 @@
-"""The derivative of a program, as more lines of it."""
+"""Forward-mode derivatives of a program, as further lines of it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from flexjag.printing.torch_table import cos, exp, sign, sin, where
 
 
 def _halved(wins: Value, ties: Value) -> Symbol:
-    """The slope of the larger or the smaller of two."""
+    """Derivative of a maximum or minimum by one argument: 1 where it wins, 1/2 in a tie, else 0."""
     return where(ties, 0.5, where(wins, 1.0, 0.0))
 
 
@@ -38,18 +38,18 @@ _SLOPES: dict[str, Callable[..., tuple[Value | None, ...]]] = {
     "cos": lambda y, x: (-1.0 * sin(x),),
     "erf": lambda y, x: (exp(-1.0 * x * x) * (2 / math.sqrt(math.pi)),),
 }
-"""The derivatives of a result y by each of its arguments; of an operation that is not listed they are 0."""
+"""Derivatives of an operation's result y by each of its arguments. An operation that is not listed has 0."""
 
 
 def times(a: Value, b: Value) -> Value:
-    """The product, without a line for a factor of 1."""
+    """The product ``a * b``, without a line for a factor of 1."""
     if isinstance(a, float) and a == 1.0:
         return b
     return a if isinstance(b, float) and b == 1.0 else a * b
 
 
 def derivative(program: Program, result: Symbol, by: Symbol) -> Value:
-    """The derivative of a result by an argument, as more lines of its program: a symbol or a number."""
+    """Derivative of a result by an argument, a symbol or a number; its lines are added to the program."""
     slopes: dict[str, Value] = {by.name: 1.0}
     for line in list(program.lines):
         y = line.result

@@ -1,6 +1,6 @@
-"""A plan's mask and score as one program, and the functions that are printed of it.
+"""Tracing of a plan's mask and score into one program, and printing of the program's functions.
 
-Equal structures print the same source: what changes from batch to batch (tensors, sizes, strides) are arguments.
+Equal structures print the same source: all that changes from batch to batch (tensors, sizes, strides) is an argument.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ class Traced:
     """A mask and a score as a program of a head `h`, the packed indices `q` and `kv`, and ``q·k``, called `s`.
 
     Attributes:
-        program: The program.
-        at: The symbols h, q and kv.
-        s: The symbol of ``q·k``, float32.
-        ds: The symbol of the gradient by the score, float32.
-        allowed: The mask.
-        scored: The score, float32; `s` itself if there is none.
-        by_score: The gradient by `s`, from that by the score.
-        slopes: The lookups in captures that need gradients, each with the score's derivative by what it finds.
-        captures: The tensors that all of these read, never none.
-        learned: Which of the tensors need gradients.
+        program: Program.
+        at: Symbols h, q and kv.
+        s: Symbol of ``q·k``, float32.
+        ds: Symbol of the gradient by the score, float32.
+        allowed: Result of the mask.
+        scored: Result of the score, float32; `s` itself without a score.
+        by_score: Gradient by `s`, computed from `ds`.
+        slopes: Lookups in captures that need gradients, each with the score's derivative by the entry.
+        captures: Tensors that the program reads, at least one.
+        learned: Indices of the captures that need gradients.
     """
 
     program: Program
@@ -61,25 +61,25 @@ class Traced:
 
     @property
     def numbers(self) -> list[int]:
-        """The whole numbers that the program reads, never none."""
+        """Integers that the program reads, at least one."""
         return [*self.program.numbers, 0]
 
     @property
     def is_heavy(self) -> bool:
-        """Whether something is looked up for each query and key, which takes registers."""
+        """True if a table is read for each (query, key) pair, which takes registers."""
         return looks_up_pairs(needed(self.program, [self.scored, self.allowed]), "q", "kv")
 
 
 def trace(mask: MaskFunction, score: ScoreFunction | None, is_checked: bool = False) -> Traced:
-    """Call a mask and a score on symbols. TorchDynamo can trace it.
+    """Trace a mask and a score by calling them on symbols. TorchDynamo can trace this function itself.
 
     Args:
-        mask: ``mask(b, h, q, kv)``, of packed indices; b is 0.
-        score: ``score(s, b, h, q, kv)``, likewise, or None.
-        is_checked: Lookups may be out of range, as those of a user's functions.
+        mask: Function ``mask(b, h, q, kv)`` of packed indices; b is 0.
+        score: Function ``score(s, b, h, q, kv)`` of packed indices, or None.
+        is_checked: True if lookups may be out of range, as those of a user's functions.
 
     Raises:
-        NotImplementedError: If one of them does what cannot be made a program of.
+        NotImplementedError: If one of them uses an operation that programs do not have, or no tensor is read.
     """
     program = new_program(is_checked)
     h, q, kv = (program.symbol(name, torch.int32) for name in ("h", "q", "kv"))
@@ -97,23 +97,23 @@ def trace(mask: MaskFunction, score: ScoreFunction | None, is_checked: bool = Fa
 
 
 def emit_mask(traced: Traced, language: Language, name: str) -> str:
-    """The source of ``name(h, q, kv, captures, numbers)``: whether a key may be attended."""
+    """Source of ``name(h, q, kv, captures, numbers)``, which returns the mask."""
     lines = language.lines(needed(traced.program, [traced.allowed]))
     return language.function(name, traced.at, lines, language.value(traced.allowed))
 
 
 def emit_score(traced: Traced, language: Language, name: str) -> str:
-    """The source of ``name(s, h, q, kv, captures, numbers)``: the score."""
+    """Source of ``name(s, h, q, kv, captures, numbers)``, which returns the score."""
     return _emit_tile(traced, language, name, (traced.s, *traced.at), traced.scored)
 
 
 def emit_gradient(traced: Traced, language: Language, name: str) -> str:
-    """The source of ``name(ds, s, h, q, kv, captures, numbers)``: the gradient by `s` from that by the score."""
+    """Source of ``name(ds, s, h, q, kv, captures, numbers)``, which returns the gradient by `s`."""
     return _emit_tile(traced, language, name, (traced.ds, traced.s, *traced.at), traced.by_score)
 
 
 def _emit_tile(traced: Traced, language: Language, name: str, parameters: tuple[Symbol, ...], result: Symbol) -> str:
-    """The source of a function whose result has the shape of its first parameter."""
+    """Source of a function whose result has the shape of its first parameter."""
     lines, returned = needed(traced.program, [result]), language.value(result)
     if result.name != parameters[0].name and not reads(lines, parameters[0]):  # it may be the same for a whole row
         returned = language.spread(returned, traced.s.name)
@@ -121,9 +121,9 @@ def _emit_tile(traced: Traced, language: Language, name: str, parameters: tuple[
 
 
 def emit_slopes(traced: Traced, language: Language, name: str) -> str:
-    """The source of ``name(s, h, q, kv, captures, numbers)``: what the score takes from captures that need gradients.
+    """Source of ``name(s, h, q, kv, captures, numbers)``: the score's derivatives by captures that need gradients.
 
-    For each lookup the capture's number, :meth:`Language.place`, and the score's derivative by what is found there.
+    It returns for each lookup the capture's index, :meth:`Language.place`, and the score's derivative by the entry.
     """
     wanted = [x for line, slope in traced.slopes for x in (*line.indices, slope)]
     lines = language.lines(needed(traced.program, wanted))

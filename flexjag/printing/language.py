@@ -1,4 +1,4 @@
-"""What the languages that programs are printed in have in common."""
+"""Base class of the languages that programs are printed in."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from flexjag.printing.program import OPERATIONS, Instruction, Symbol, Value, ref
 
 
 class Language(ABC):
-    """How programs are written in one language.
+    """Printer of programs in one language.
 
     A printed function takes symbols, then ``captures`` and ``numbers``: the tensors and the whole numbers that its
-    program reads. Each instruction is a line of it. What is written here is right for Python; a language overrides
-    what it writes in another way.
+    program reads. Each instruction is a line of it. The methods here print Python; a language overrides those
+    whose syntax differs.
 
     Attributes:
-        name: Of the language, for messages.
-        header: What stands before printed functions.
-        words: For each of :data:`~flexjag.printing.program.OPERATIONS` but ``load``, what is written for it: ``{0}``
-            is its first argument and so on, ``{dtype}`` the dtype of its result.
+        name: Name of the language, for messages.
+        header: Source before the printed functions, such as imports.
+        words: For each of :data:`~flexjag.printing.program.OPERATIONS` but ``load``, the template of its expression:
+            ``{0}`` is its first argument and so on, ``{dtype}`` the dtype of its result.
     """
 
     name: ClassVar[str]
@@ -31,28 +31,28 @@ class Language(ABC):
 
     @abstractmethod
     def dtype(self, dtype: torch.dtype) -> str:
-        """A dtype."""
+        """Name of a dtype in the language."""
 
     @abstractmethod
     def load(self, line: Instruction) -> str:
-        """The entry of a captured tensor at :attr:`Instruction.indices`."""
+        """Expression of a captured tensor's entry at :attr:`Instruction.indices`."""
 
     def constant(self, x: float, dtype: torch.dtype) -> str:
-        """A number that is to be of a dtype, in parentheses if it is negative."""
+        """Literal of a number in a dtype, in parentheses if it is negative."""
         if isinstance(x, float):
             return f"{x!r}" if x - x == 0.0 else f'float("{x!r}")'
         return f"{x!r}" if isinstance(x, bool) or x >= 0 else f"({x!r})"
 
     def value(self, x: Value, dtype: torch.dtype = torch.int64) -> str:
-        """A symbol, or a number that is to be of a dtype."""
+        """Name of a symbol, or literal of a number in a dtype."""
         return x.name if isinstance(x, Symbol) else self.constant(x, dtype)
 
     def capture(self, line: Instruction) -> str:
-        """The tensor that a ``load`` or a ``bucketize`` reads."""
+        """Expression of the captured tensor that a ``load`` or a ``bucketize`` reads."""
         return f"captures[{line.args[0]}]"
 
     def expression(self, line: Instruction) -> str:
-        """What an instruction makes."""
+        """Expression of an instruction's result."""
         if line.op == "load":
             return self.load(line)
         if line.op not in self.words:
@@ -64,35 +64,35 @@ class Language(ABC):
         return word.format(*args, dtype=self.dtype(line.result.dtype)) if "{dtype}" in word else word.format(*args)
 
     def line(self, line: Instruction) -> str:
-        """An instruction, as a line of a function."""
+        """Source line that assigns an instruction's result."""
         return f"    {line.result.name} = {self.expression(line)}"
 
     def lines(self, lines: Iterable[Instruction]) -> list[str]:
-        """Instructions, as lines of a function.
+        """Source lines of instructions.
 
         Raises:
-            NotImplementedError: If one of them has no word in the language.
+            NotImplementedError: If the language has no word for an operation.
         """
         return [self.line(line) for line in lines]
 
     def function(self, name: str, parameters: Sequence[Symbol], lines: Sequence[str], returned: str) -> str:
-        """A function.
+        """Source of a function.
 
         Args:
-            name: What it is called.
-            parameters: What it takes, besides captures and numbers.
-            lines: Its lines.
-            returned: What it returns.
+            name: Name of the function.
+            parameters: Its parameters, besides captures and numbers.
+            lines: Source lines of its body.
+            returned: Expression of its return value.
         """
         taken = ", ".join([*[x.name for x in parameters], "captures", "numbers"])
         return "\n".join([f"def {name}({taken}):", *lines, f"    return {returned}", ""])
 
     def spread(self, x: str, like: str) -> str:
-        """A number that may be the same for several queries or keys, repeated for each of another's."""
+        """Expression of `x`, which may be shared by several queries or keys, broadcast to the shape of `like`."""
         return x
 
     def place(self, line: Instruction) -> str:
-        """Where a ``load`` finds its entry, in some form that tells the caller."""
+        """Expression of the location that a ``load`` reads, in a form the language's caller understands."""
         indices = "".join([f"{self.value(i)}, " for i in line.indices])
         return f"({indices})"
 
@@ -115,20 +115,20 @@ OPERATORS: Mapping[str, str] = {
     "detach": "{}",
     "not": "{} == 0",
 }
-"""Words that languages share."""
+"""Templates of operators that languages share."""
 
 FUNCTIONS = ("abs", "exp", "exp2", "log", "log2", "sqrt", "rsqrt", "sin", "cos", "erf", "floor", "ceil")
-"""Operations of one argument that most languages have a function of the same name for."""
+"""Operations of one argument for which most languages have a function of the same name."""
 
 
 def with_bounds(words: Mapping[str, str]) -> dict[str, str]:
-    """Words, and those of a minimum and a maximum for what differs from them in its derivative only."""
+    """Add ``clamp_min``, ``clamp_max`` and ``relu`` to words: a maximum or minimum with another derivative."""
     low, high = words["maximum"], words["minimum"]
     return {**words, "clamp_min": low, "clamp_max": high, "relu": low}
 
 
 def _dtype_of_arguments(line: Instruction) -> torch.dtype:
-    """The dtype that the constants among an instruction's arguments are of: of a comparison, that of its symbols."""
+    """Dtype of the constants among an instruction's arguments: its result's; for a comparison that of its symbols."""
     dtype = line.result.dtype
     if dtype == torch.bool:
         return next((x.dtype for x in line.args if isinstance(x, Symbol)), dtype)

@@ -1,4 +1,4 @@
-"""Straight-line programs: numbers, and the operations that make them of other numbers."""
+"""Straight-line programs: instructions that compute numbers from other numbers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Value = Any
 """A symbol, or a Python number."""
 
 LITERAL = 64
-"""Whole numbers from here on may be sizes, which change from batch to batch: they become arguments of a program."""
+"""Bound from which integers become arguments of a program: they may be sizes, which change from batch to batch."""
 
 OPERATIONS = {
     "add": "a + b",
@@ -57,16 +57,16 @@ OPERATIONS = {
     "load": "the entry of a tensor: of the capture's number, then each index and its stride",
     "bucketize": "how many boundaries are at most x: of the capture's number, x, how many there are, the bits of that",
 }
-"""Every operation of a program and what it makes, in float32 where that is not said by the dtypes of its arguments."""
+"""Every operation of a program with its result, in float32 unless the arguments' dtypes determine another."""
 
 
 class Instruction:
     """One line of a program.
 
     Attributes:
-        op: Its operation, one of :data:`OPERATIONS`.
-        args: Symbols and Python numbers.
-        result: The symbol that it defines.
+        op: Operation, a key of :data:`OPERATIONS`.
+        args: Arguments: symbols and Python numbers.
+        result: Symbol that it defines.
     """
 
     def __init__(self, op: str, args: tuple[Value, ...], result: Symbol) -> None:
@@ -74,22 +74,22 @@ class Instruction:
 
     @property
     def indices(self) -> tuple[Value, ...]:
-        """Of a ``load``: the index of each of the tensor's dimensions."""
+        """Index into each of the tensor's dimensions, of a ``load``."""
         return self.args[1::2]
 
     @property
     def strides(self) -> tuple[Value, ...]:
-        """Of a ``load``: the stride of each of the tensor's dimensions, 1 or a symbol."""
+        """Stride of each of the tensor's dimensions, 1 or a symbol, of a ``load``."""
         return self.args[2::2]
 
 
 class Symbol:
-    """A number that is known when the program runs.
+    """A number whose value is known only when the program runs.
 
     Args:
-        program: The program that it belongs to.
-        name: What it is called there.
-        dtype: Its dtype.
+        program: Program that it belongs to.
+        name: Name in the program.
+        dtype: Dtype.
     """
 
     def __init__(self, program: Program, name: str, dtype: torch.dtype) -> None:
@@ -97,17 +97,17 @@ class Symbol:
 
 
 class Program:
-    """Instructions in order, each only once, and the tensors and whole numbers that they read.
+    """Ordered instructions without duplicates, and the tensors and integers that they read.
 
     Args:
-        kind: The class of its symbols.
-        is_checked: Whether indices that lie outside a tensor count from its end or, too far out, mean the last entry
-            there; else they must not occur.
+        kind: Class of its symbols.
+        is_checked: If true, negative indices count from a tensor's end, and indices out of range are clamped; else
+            both must not occur.
 
     Attributes:
-        lines: The instructions.
-        captures: The tensors, each only once.
-        numbers: Sizes and strides.
+        lines: Instructions.
+        captures: Tensors that are read, without duplicates.
+        numbers: Integer arguments: sizes, strides and large literals.
     """
 
     def __init__(self, kind: type[Symbol], is_checked: bool) -> None:
@@ -118,16 +118,16 @@ class Program:
         self._known: dict[str, Symbol] = {}
 
     def symbol(self, name: str, dtype: torch.dtype) -> Any:
-        """An argument of the program."""
+        """Create a symbol for an argument of the program."""
         return self.kind(self, name, dtype)
 
     def number(self, value: int) -> Any:
-        """A whole number that is an argument."""
+        """Add an integer argument with this value, and return its int32 symbol."""
         self.numbers.append(value)
         return self.kind(self, f"numbers[{len(self.numbers) - 1}]", torch.int32)
 
     def note(self, op: str, args: Sequence[Value], dtype: torch.dtype) -> Any:
-        """The result of an operation; that of an earlier line if it is the same."""
+        """Add an instruction, unless an equal one exists, and return its result."""
         assert op in OPERATIONS, op
         key = f"{op}({', '.join([x.name if isinstance(x, Symbol) else repr(x) for x in args])}) {dtype}"
         if key not in self._known:
@@ -137,7 +137,7 @@ class Program:
         return self._known[key]
 
     def capture(self, tensor: Tensor) -> int:
-        """The number of a tensor that is read."""
+        """Add a tensor to the captures, unless it is there, and return its index."""
         for i, known in enumerate(self.captures):
             if known is tensor:
                 return i
@@ -146,12 +146,16 @@ class Program:
 
 
 def refuse(why: str) -> NoReturn:
-    """Say that something cannot be made a program of, or not be printed."""
+    """Raise the error for functions that cannot be traced or printed.
+
+    Raises:
+        NotImplementedError: Always, with `why` as its message.
+    """
     raise NotImplementedError(why)
 
 
 def program_of(args: Sequence[Any]) -> Program:
-    """The program that the symbols among some arguments belong to."""
+    """Program of the symbols among some arguments."""
     for x in args:
         if isinstance(x, Symbol):
             return x.program
@@ -163,7 +167,7 @@ def program_of(args: Sequence[Any]) -> Program:
 
 
 def convert(x: Value, dtype: torch.dtype, program: Program) -> Value:
-    """`x` in a dtype; literals have any."""
+    """Convert `x` to a dtype; literals stay as they are, integers that may be sizes become arguments."""
     if not isinstance(x, Symbol):
         if isinstance(x, (bool, float)) or abs(x) < LITERAL or abs(x) >= 2**31:
             return x
@@ -174,7 +178,7 @@ def convert(x: Value, dtype: torch.dtype, program: Program) -> Value:
 
 
 def needed(program: Program, results: Sequence[Value]) -> list[Instruction]:
-    """The lines that results depend on, in order."""
+    """Instructions that results depend on, in order."""
     wanted = {x.name for x in results if isinstance(x, Symbol)}
     lines: list[Instruction] = []
     for line in reversed(program.lines):
@@ -185,12 +189,12 @@ def needed(program: Program, results: Sequence[Value]) -> list[Instruction]:
 
 
 def reads(lines: Sequence[Instruction], symbol: Symbol) -> bool:
-    """Whether some line reads a symbol."""
+    """True if an instruction has the symbol as an argument."""
     return any(isinstance(x, Symbol) and x.name == symbol.name for line in lines for x in line.args)
 
 
 def looks_up_pairs(lines: Sequence[Instruction], first: str, second: str) -> bool:
-    """Whether some lookup is at a place that depends on both of two arguments, so that a tile needs one per pair."""
+    """True if a lookup's index depends on both `first` and `second`, so that a tile needs a lookup per pair."""
     sources: dict[str, set[str]] = {first: {first}, second: {second}}
     for line in lines:
         on: set[str] = set()

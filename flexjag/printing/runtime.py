@@ -1,4 +1,4 @@
-"""What the printed masks and scores call in plain torch, of tensors that broadcast and of Python numbers."""
+"""Functions that masks and scores printed for torch call, on tensors that broadcast and on Python numbers."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import Tensor
 
 
 def cast(x: Any, dtype: torch.dtype) -> Any:
-    """A tensor in another dtype; a number fits any."""
+    """Convert a tensor to a dtype; a number is returned unchanged."""
     return x.to(dtype) if isinstance(x, Tensor) else x
 
 
 def minimum(a: Any, b: Any) -> Any:
-    """The smaller one."""
+    """Elementwise minimum of tensors or numbers."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return torch.minimum(a, b)
     if isinstance(a, Tensor):
@@ -23,7 +23,7 @@ def minimum(a: Any, b: Any) -> Any:
 
 
 def maximum(a: Any, b: Any) -> Any:
-    """The larger one."""
+    """Elementwise maximum of tensors or numbers."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return torch.maximum(a, b)
     if isinstance(a, Tensor):
@@ -32,7 +32,7 @@ def maximum(a: Any, b: Any) -> Any:
 
 
 def look_up(tensor: Tensor, *index: Any) -> Tensor:
-    """``tensor[index]``, of which no gradient is taken.
+    """``tensor[index]`` without a gradient.
 
     >>> look_up(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), 1, torch.tensor([[1], [0]]))
     tensor([[4.],
@@ -43,7 +43,7 @@ def look_up(tensor: Tensor, *index: Any) -> Tensor:
 
 
 def flat_index(tensor: Tensor, *index: Any) -> Tensor:
-    """Where a contiguous tensor holds the entry at an index."""
+    """Flat index of ``tensor[index]`` in a contiguous tensor."""
     at = torch.zeros((), dtype=torch.int64, device=tensor.device)
     for size, i in zip(tensor.shape, index, strict=True):
         at = at * size + i

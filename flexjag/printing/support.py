@@ -1,4 +1,4 @@
-"""Users' functions in masks and scores: whether there are any, and whether they can be made programs of."""
+"""Detection of users' functions in masks and scores, and of those that cannot be printed."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from flexjag.printing.tracer import as_symbol, new_program
 
 
 def functions(mask: m.Mask | None, score: s.Score | None) -> list[tuple[Callable[..., Any], bool]]:
-    """The user's functions in a mask and a score, and whether each is a score's."""
+    """Users' functions in a mask and a score, as pairs ``(function, is_score)``."""
     nodes = [*walk(mask), *walk(score)]
     return [(one.fn, isinstance(one, s.ScoreMod)) for one in nodes if isinstance(one, (m.MaskMod, s.ScoreMod))]
 
 
 def has_functions(mask: m.Mask, score: s.Score | None) -> bool:
-    """Whether a mask or a score has functions or nodes of the user's."""
+    """True if a mask or a score has functions or nodes of the user's."""
     return not all(one.printable for one in (*walk(mask), *walk(score)))
 
 
@@ -31,10 +31,10 @@ def objection(
     """Reason why functions cannot be printed; None if they can.
 
     Args:
-        fns: The functions, in FlexAttention's signatures, and whether each is a score's.
-        device: Where the kernels run.
-        tracing: TorchDynamo is tracing, which knows less of symbols than Python.
-        languages: What they are to be printed in.
+        fns: The functions, in FlexAttention's signatures, as pairs ``(function, is_score)``.
+        device: Device of the kernels.
+        tracing: True while TorchDynamo traces, which supports fewer operations on symbols than Python.
+        languages: Languages to print the functions in.
     """
     for fn, is_score in fns:
         name = getattr(fn, "__name__", type(fn).__name__)

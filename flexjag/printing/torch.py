@@ -9,7 +9,7 @@ from flexjag.printing.program import Instruction
 
 
 class Torch(Language):
-    """Functions of torch tensors, one of which is called `q`; they call :mod:`flexjag.printing.runtime`."""
+    """Prints functions of torch tensors, one of them named `q`, that call :mod:`flexjag.printing.runtime`."""
 
     name = "torch"
     header = """\
@@ -32,18 +32,18 @@ from flexjag.printing.runtime import cast, flat_index, look_up, maximum, minimum
     )
 
     def dtype(self, dtype: torch.dtype) -> str:
-        """``torch.float32`` and so on."""
+        """Name of a dtype: ``torch.float32`` and so on."""
         return f"{dtype}"
 
     def load(self, line: Instruction) -> str:
-        """A gather; a tensor without dimensions is the entry itself."""
+        """Expression of a gather; a 0-d tensor is the entry itself."""
         indices = [self.value(i) for i in line.indices]
         return f"look_up({', '.join([self.capture(line), *indices])})" if indices else self.capture(line)
 
     def spread(self, x: str, like: str) -> str:
-        """A view as large as the other tensor."""
+        """Expression of a view of `x` expanded to the shape of `like`."""
         return f"{x}.expand({like}.shape)"
 
     def place(self, line: Instruction) -> str:
-        """The flat index into a contiguous tensor."""
+        """Expression of the flat index into a contiguous tensor."""
         return f"flat_index({', '.join([self.capture(line), *[self.value(i) for i in line.indices]])})"

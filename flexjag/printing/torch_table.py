@@ -1,4 +1,4 @@
-"""What is known of torch: its functions, methods and operators on symbols, with torch's rules for dtypes."""
+"""Torch's functions, methods and operators on symbols, with torch's rules for dtypes."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor
 from flexjag.printing.program import Symbol, Value, convert, program_of, refuse
 
 POWERS = 8
-"""The highest power that is written as a product."""
+"""Highest integer power that is written as a product."""
 
 
 def _dtype(*args: Value) -> torch.dtype:
-    """The dtype of a sum of numbers without dimensions."""
+    """Result dtype of a sum of 0-d operands, by torch's type promotion."""
     found = None
     for x in args:
         if isinstance(x, Symbol):
@@ -36,7 +36,7 @@ def _floating(*args: Value) -> torch.dtype:
 
 
 def _note(op: str, args: Sequence[Value], dtype: torch.dtype, result: torch.dtype | None = None) -> Symbol:
-    """An operation on arguments of one dtype, and if it is half precision, in float32."""
+    """Note an operation on arguments converted to one dtype; half precision is computed in float32."""
     program = program_of(args)
     wide = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
     made = program.note(op, [convert(x, wide, program) for x in args], wide if result is None else result)
@@ -44,7 +44,7 @@ def _note(op: str, args: Sequence[Value], dtype: torch.dtype, result: torch.dtyp
 
 
 _OF_BOOLS = {"add": "or", "mul": "and", "minimum": "and", "maximum": "or", "and": "and", "or": "or", "xor": "xor"}
-"""What torch means by operations on two bools; sums of a GPU's single bits would carry over."""
+"""Logical operations that torch's arithmetic on two bools is; sums of a GPU's single bits would carry over."""
 
 
 def _binary(op: str) -> Callable[..., Symbol]:
@@ -81,7 +81,7 @@ def where(condition: Value, a: Value, b: Value) -> Value:
 
 
 def clamp(x: Symbol, min: Value | None = None, max: Value | None = None) -> Symbol:
-    """``torch.clamp``, whose slope at a bound is 1."""
+    """``torch.clamp``, whose derivative at a bound is 1."""
     for op, bound in (("clamp_min", min), ("clamp_max", max)):
         x = x if bound is None else _note(op, (x, bound), _dtype(x, bound))
     return x
@@ -92,7 +92,7 @@ def _relu(x: Symbol) -> Symbol:
 
 
 def _detach(x: Symbol) -> Symbol:
-    """The same number, of which no derivative is taken."""
+    """``Tensor.detach``: the same number without a derivative."""
     return _note("detach", (x,), x.dtype) if x.dtype.is_floating_point else x
 
 
@@ -254,7 +254,7 @@ def _functions() -> dict[str, Callable[..., Any]]:
 
 
 FUNCTIONS = _functions()
-"""By the names of functions, methods and operators."""
+"""Implementations on symbols, by the name of a function, method or operator."""
 
 NAMES: dict[Any, str] = {
     function: name
@@ -263,4 +263,4 @@ NAMES: dict[Any, str] = {
     for function in (getattr(holder, name, None), getattr(holder, f"__{name}__", None))
     if function is not None
 }
-"""The names of functions of torch."""
+"""Names in `FUNCTIONS` of torch's function objects."""

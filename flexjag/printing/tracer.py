@@ -1,4 +1,4 @@
-"""What users' functions are called on instead of tensors without dimensions: symbols that note what is done to them."""
+"""Tracing symbols: stand-ins for 0-d tensors that record the operations of a user's function on them."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from flexjag.printing.torch_table import FUNCTIONS, NAMES, clamp, where
 
 
 def new_program(is_checked: bool = False) -> Program:
-    """An empty program, whose symbols functions of torch tensors can be called on.
+    """Create an empty program with tracing symbols, on which functions of torch tensors can be called.
 
     Args:
-        is_checked: Whether indices that lie outside a tensor count from its end or, too far out, mean the last entry
-            there; else they must not occur.
+        is_checked: If true, negative indices count from a tensor's end, and indices out of range are clamped; else
+            both must not occur.
 
     >>> program = new_program()
     >>> x = program.symbol("x", torch.float32)
@@ -36,7 +36,7 @@ def _operator(name: str, is_swapped: bool = False) -> Callable[..., Any]:
 
 
 class Tracer(Symbol):
-    """A symbol with the operators and methods of a tensor, as far as they are known here."""
+    """A symbol with the operators and methods of a tensor that `torch_table` implements."""
 
     ndim = 0
 
@@ -57,7 +57,7 @@ class Tracer(Symbol):
 
     @property
     def shape(self) -> torch.Size:
-        """No dimensions."""
+        """``torch.Size([])``."""
         return torch.Size(())
 
     @classmethod
@@ -84,7 +84,7 @@ class Tracer(Symbol):
 
 
 class Rows:
-    """A tensor of which not all dimensions have been indexed yet."""
+    """A partially indexed tensor: fewer indices so far than dimensions."""
 
     def __init__(self, program: Program, tensor: Tensor, index: tuple[Value, ...]) -> None:
         self.program, self.tensor, self.index = program, tensor, index
@@ -94,14 +94,14 @@ class Rows:
 
 
 def apply(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What a torch function, method or operator of this name makes of symbols."""
+    """Apply a torch function, method or operator, given by name, to symbols."""
     program = program_of(args)
     given = [_argument(x, program, name) for x in args]
     return FUNCTIONS[name](*given, **{key: _argument(x, program, name) for key, x in kwargs.items()})
 
 
 def _argument(x: Any, program: Program, name: str) -> Any:
-    """An argument of a function of torch: a symbol, a Python number, or what only says how."""
+    """Convert an argument of a torch function: tensors and numpy scalars to symbols and numbers, the rest unchanged."""
     if isinstance(x, Tensor) and x.ndim == 0:
         return look_up(program, x, ())
     if isinstance(x, Rows) or (isinstance(x, Tensor) and name != "bucketize"):
@@ -112,7 +112,7 @@ def _argument(x: Any, program: Program, name: str) -> Any:
 
 
 def read(tensor: Tensor, *index: Value) -> Any:
-    """``tensor[index]``, as :attr:`flexjag.lowering.mods.RowTables.look_up` wants it."""
+    """``tensor[index]``, with the signature of :attr:`flexjag.lowering.mods.RowTables.look_up`."""
     return look_up(program_of(index), tensor, index)
 
 
@@ -142,12 +142,12 @@ def _load(program: Program, tensor: Tensor, index: Sequence[Value]) -> Symbol:
 
 
 def _inside(i: Value, size: Value) -> Symbol:
-    """An index that counts from the end if it is negative, and then at most the last."""
+    """An index in range: plus `size` if it is negative, then clamped to 0 ... ``size - 1``."""
     return clamp(where(i < 0, i + size, i), 0, size - 1)
 
 
 def as_symbol(x: Any, program: Program) -> Symbol:
-    """What a function returned, as a symbol of its program."""
+    """Convert the result of a user's function to a symbol of its program."""
     if isinstance(x, Tensor):
         x = look_up(program, x, ())
     if not isinstance(x, Symbol):

@@ -21,11 +21,11 @@ DTYPES = {
     torch.float32: "float32",
     torch.float64: "float64",
 }
-"""What Triton calls the dtypes."""
+"""Triton's names of the dtypes."""
 
 
 class Triton(Language):
-    """Triton functions, of which captures are pointers."""
+    """Prints Triton functions, whose captures are pointers."""
 
     name = "Triton"
     header = """\
@@ -50,13 +50,13 @@ from flexjag.kernels.math import bucketize, floor_divide, jit, sigmoid, tanh
     )
 
     def dtype(self, dtype: torch.dtype) -> str:
-        """``tl.float32`` and so on."""
+        """Name of a dtype: ``tl.float32`` and so on."""
         if dtype not in DTYPES:
             refuse(f"it makes {dtype}, which {self.name} does not have")
         return f"tl.{DTYPES[dtype]}"
 
     def load(self, line: Instruction) -> str:
-        """A load at the tensor's address and each index times its stride, in 64 bits."""
+        """Expression of a load from the tensor's address plus each index times its stride, in 64 bits."""
         at = self.capture(line)
         for i, stride in zip(line.indices, line.strides, strict=True):
             x = self.value(i)
@@ -64,9 +64,9 @@ from flexjag.kernels.math import bucketize, floor_divide, jit, sigmoid, tanh
         return f"tl.load({at})"
 
     def function(self, name: str, parameters: Sequence[Symbol], lines: Sequence[str], returned: str) -> str:
-        """A function that kernels can call."""
+        """Source of a function that kernels can call."""
         return f"@jit\n{super().function(name, parameters, lines, returned)}"
 
     def spread(self, x: str, like: str) -> str:
-        """A tile: kernels want one, also where a row has one number."""
+        """Expression of `x` broadcast to a tile, which kernels expect even where a row has one number."""
         return f"tl.broadcast_to({x}, {like}.shape)"

@@ -22,14 +22,14 @@ from flexjag.jagged import Jagged
 from flexjag.testing.rounding.bounds import rounding_bounds
 
 REST: dict[type[Normalizer], str] = {Softmax: "return_lse", StickBreaking: "return_remainder"}
-"""What a normalizer returns besides the output, if anything."""
+"""Argument of :func:`~flexjag.api.attention.attention` that requests a normalizer's second result, if it has one."""
 
 _Row = tuple[str, Tensor, Tensor, Tensor, Tensor | float]
 
 
 @dataclass(frozen=True, eq=False)
 class Trial:
-    """What every run has in common."""
+    """Inputs of an attention call and its loss, shared by the tested computation and the reference."""
 
     q: Jagged
     k: Jagged
@@ -55,7 +55,7 @@ class Trial:
         backward: bool,
         seed: int,
     ) -> Trial:
-        """Fill in the defaults, and draw the weights of the loss."""
+        """Create a trial: fill in defaults, and draw the weights of the loss from `seed`."""
         dtype, device = q.values.dtype, q.values.device
         scale = 1.0 / math.sqrt(max(1, q.values.shape[2])) if scale is None else scale
         learned = functions.learned_tensors(plan.score, dtype, plan.place) if learned is None else learned
@@ -67,7 +67,7 @@ class Trial:
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """What a run returns and its gradients, of q, k, v and what is learned."""
+    """Results of a run: the output, the log-sum-exp or remainder, and gradients of q, k, v and learned tensors."""
 
     out: Tensor
     lse: Tensor
@@ -75,7 +75,7 @@ class Result:
 
 
 def _run(backend: str, dtype: torch.dtype, trial: Trial) -> Result:
-    """Run one backend in one precision, and differentiate a loss that weighs all that it returns."""
+    """Run one backend in one precision, and differentiate a weighted sum of its results."""
     inputs = (trial.q, trial.k, trial.v)
     leaves = [x.values.detach().to(dtype).requires_grad_(trial.backward) for x in inputs]
     q, k, v = (x.with_values(t) for x, t in zip(inputs, leaves, strict=True))
@@ -129,19 +129,19 @@ def assert_matches_reference(
         mask: The mask. Default: all.
         score: The score. Default: none.
         plan: A plan made before, instead of mask and score.
-        backend: What to test.
+        backend: Name of the backend to test.
         scale: Factor on ``q·k``. Default ``1 / sqrt(D)``.
-        learned: The tensors in the score whose gradients are compared. Default: those found in it.
+        learned: Tensors in the score whose gradients are compared. Default: all that require gradients.
         lse: Compare the log-sum-exp, too, or the remainder, if the normalizer has one.
         backward: Compare the gradients of q, k, v and `learned`, too.
-        seed: For the weights of the loss.
+        seed: Seed of the weights of the loss.
         norms: Bound each tensor's error as a whole, too: tighter than its entries' worst case in half precision.
 
     Returns:
         The largest ratio of error to allowed error for each tensor compared: ``out``, ``lse``, ``grad_q``, ...
 
     Raises:
-        AssertionError: Naming every tensor that is off, the error, what was allowed and where.
+        AssertionError: If an error exceeds its bound, naming each such tensor, the error, the bound and the index.
 
     >>> x = Jagged.from_lengths(torch.randn(8, 2, 16, dtype=torch.float64), [3, 0, 5])
     >>> sorted(assert_matches_reference(x, x, x, mask=m.Causal(), backend="tiled"))
@@ -163,13 +163,13 @@ def assert_matches_reference(
 def check_against_reference(
     trial: Trial, run: Callable[[Result], Result], name: str, compute: torch.dtype, *, norms: bool = False
 ) -> dict[str, float]:
-    """Compare one way to compute a trial with the reference.
+    """Compare a computation of a trial with the reference.
 
     Args:
         trial: The trial.
-        run: The way. It is told what is right.
-        name: What to call it.
-        compute: The dtype of its intermediates.
+        run: The computation. It is passed the reference's result in float64.
+        name: Name of the computation, for messages.
+        compute: Dtype of its intermediates.
         norms: Bound each tensor's error as a whole, too. The bounds of single entries are for the worst case, which in
             half precision, and for what is learned from all scores, may be larger than the entries.
 
@@ -177,7 +177,7 @@ def check_against_reference(
         The largest ratio of error to allowed error for each tensor compared.
 
     Raises:
-        AssertionError: If one is over 1.
+        AssertionError: If a ratio is over 1.
     """
     q, k, v, plan = trial.q, trial.k, trial.v, trial.plan
     dtype = q.values.dtype
@@ -226,10 +226,11 @@ def check_against_reference(
 def _compare_norms(
     name: str, exact: Tensor, same: Tensor, got: Tensor, dtype: torch.dtype, terms: int
 ) -> tuple[float, str | None]:
-    """The Euclidean norm of the error against what is likely, and what is wrong if it is over that.
+    """Ratio of the error's Euclidean norm to its likely bound, with a message if it is over 1, else None.
 
-    Roundings that fall either way add up like a random walk: by the square root of the number of terms, in float32, in
-    which GPUs add. The inputs' dtype rounds a few times. Twice for the order of things, twice for a likely excess.
+    Roundings of random sign add up like a random walk: by the square root of the number of terms, in float32, in
+    which GPUs add. The inputs' dtype rounds a few times. A factor of 2 allows for the order of sums, another for a
+    likely excess.
     """
     finite = torch.isfinite(exact)
     exact, same, got = (x.double()[finite] for x in (exact, same, got))
@@ -242,7 +243,7 @@ def _compare_norms(
 
 
 def _compute(backend: str, trial: Trial) -> torch.dtype:
-    """The dtype of a backend's intermediates."""
+    """Dtype of a backend's intermediates."""
     q, k, v, plan = trial.q.values, trial.k.values, trial.v.values, trial.plan
     if backend == "auto":
         dims = q.shape[1], k.shape[1], q.shape[2], v.shape[2]
@@ -254,7 +255,7 @@ def _compute(backend: str, trial: Trial) -> torch.dtype:
 
 
 def _compare(name: str, exact: Tensor, same: Tensor, got: Tensor, rounding: Tensor | float) -> tuple[float, str | None]:
-    """The worst ratio of error to allowed error, and what is wrong if it is over 1."""
+    """Largest ratio of error to allowed error, with a message if it is over 1, else None."""
     if got.shape != exact.shape:
         return torch.inf, f"{name} has shape {list(got.shape)} instead of {list(exact.shape)}"
     if not exact.numel():

@@ -19,7 +19,7 @@ EMPTY, PARTIAL, FULL = 0, 1, 2
 
 
 def dense_mask(mask: m.Mask, q: Jagged, k: Jagged, heads: int) -> Tensor:
-    """What the reference makes of a mask: bool ``[H, T_q, T_kv]``, isolation included."""
+    """Dense mask of the reference, bool ``[H, T_q, T_kv]``, including the isolation of segments."""
     layout = build_layout(q, k)
     allowed = torch.zeros(heads, layout.num_q, layout.num_kv, dtype=torch.bool, device=layout.device)
     for seg in segments_of(layout, heads):
@@ -29,7 +29,7 @@ def dense_mask(mask: m.Mask, q: Jagged, k: Jagged, heads: int) -> Tensor:
 
 
 _spans_needed = Interpretation("bound on its spans", m.Mask, otherwise=lambda mask: None)
-"""``_spans_needed(mask) -> int | None``: the most spans a row can have; None if the mask is not made of intervals."""
+"""``_spans_needed(mask) -> int | None``: maximum spans per row; None if the mask is not made of intervals."""
 
 
 @_spans_needed.register(m.Full, m.Causal, m.Window, m.Prefix, m.Chunked, m.GlobalTokens)
@@ -55,7 +55,7 @@ def _(mask: m.And | m.Or) -> int | None:
 
 
 def span_bound(mask: m.Mask) -> int | None:
-    """The most spans a row of this mask can have; None if it is not made of intervals or may need over MAX_SPANS."""
+    """Maximum spans per row of this mask; None if it is not made of intervals or may need over MAX_SPANS."""
     bound = _spans_needed(mask)
     return bound if bound is None or bound <= MAX_SPANS else None
 
@@ -74,22 +74,22 @@ def _check_canonical(name: str, spans: Spans) -> None:
 def assert_sandwich(
     mask: m.Mask, q: Jagged, k: Jagged | None = None, *, heads: int | None = None, block_size: int = 16
 ) -> Plan:
-    """Assert that a mask's spans bound it, ``inner ⊆ mask ⊆ outer`` on every head, and that its plan's mask is it.
+    """Assert ``inner spans ⊆ mask ⊆ outer spans`` on every head, and that the plan's mask equals the mask.
 
-    A mask made of interval nodes alone must be exactly its spans.
+    A mask made only of interval nodes must equal its spans.
 
     Args:
         mask: The mask.
         q: The query batch.
         k: The key batch. Default: q.
-        heads: H. Default: q's, if its values are ``[T, H, D]``, else 1.
-        block_size: Of the plan.
+        heads: Number of heads H. Default: q's, if its values are ``[T, H, D]``, else 1.
+        block_size: Tile size of the plan.
 
     Returns:
         The plan, for further checks.
 
     Raises:
-        AssertionError: Naming the mask, the head and the first pair of tokens that is wrong.
+        AssertionError: If a bound is violated, naming the mask, the head and the first wrong pair of tokens.
 
     >>> assert_sandwich(m.Causal() & ~m.Window(2, 0), Jagged.from_lengths(torch.zeros(9), [4, 5])).exact
     True
@@ -138,7 +138,7 @@ def _grid(count: Tensor, index: Tensor) -> Tensor:
 
 
 def tile_kinds(block_mask: object, rows: int, cols: int) -> Tensor:
-    """EMPTY, PARTIAL or FULL for every tile of a FlexAttention BlockMask, ``[H, rows, cols]``.
+    """Kind (EMPTY, PARTIAL or FULL) of every tile of a FlexAttention BlockMask, ``[H, rows, cols]``.
 
     Raises:
         AssertionError: If its tables contradict each other, or name a tile outside the grid.
@@ -165,21 +165,21 @@ def assert_tiles(
 ) -> Plan:
     """Assert that a plan's tiles are those that ``create_block_mask`` finds in the dense mask.
 
-    Exactly those, on both sides of the BlockMask, for masks made of interval nodes. For others, whose tiles may be
-    unproven: no tile called EMPTY holds an allowed pair and none called FULL lacks one.
+    For masks made of interval nodes they must be equal, on both sides of the BlockMask. Tiles of other masks may be
+    unproven, so there no EMPTY tile may hold an allowed pair, and no FULL tile may lack one.
 
     Args:
         mask: The mask.
         q: The query batch.
         k: The key batch. Default: q.
-        heads: H. Default: as in :func:`assert_sandwich`.
+        heads: Number of heads H. Default: as in :func:`assert_sandwich`.
         block_size: Tile size.
 
     Returns:
         The plan.
 
     Raises:
-        AssertionError: Naming the mask and the first tile that is wrong.
+        AssertionError: If a tile is wrong, naming the mask and the first such tile.
 
     >>> assert_tiles(m.Causal(), Jagged.from_lengths(torch.zeros(40), [9, 31])).num_tiles
     6

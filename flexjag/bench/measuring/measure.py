@@ -1,4 +1,4 @@
-"""Time and memory of a case's arms, after a check that each of them is right."""
+"""Measurement of time and memory of a case's arms, after a check of their results."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from flexjag.bench.measuring.environment import free_memory
-from flexjag.bench.suites.registry import Arm, ArmResult, Case, CaseResult, Options, Suite, Tell, Trial
+from flexjag.bench.suites.registry import Arm, ArmResult, Case, CaseResult, Options, SelfTimedCase, Suite, Tell
 
 HALF = (torch.float16, torch.bfloat16)
 RESULTS = ("output", "dq", "dk", "dv")
@@ -36,17 +36,17 @@ def run_suite(suite: Suite, options: Options, tell: Tell) -> list[CaseResult]:
     """Measure every case of a suite; with a budget, as much of it as fits.
 
     Args:
-        suite: Which.
-        options: How.
-        tell: Called with what is being measured now.
+        suite: The suite.
+        options: Options of the run.
+        tell: Called with a description of each measurement as it begins.
     """
     return list(iterate(suite, options, tell))
 
 
 def iterate(suite: Suite, options: Options, tell: Tell) -> Iterator[CaseResult]:
-    """What :func:`run_suite` returns, case by case as they are done.
+    """Yield the results of :func:`run_suite`, case by case as each is done.
 
-    Each case gets an equal share of what is left of the budget, so that a slow one cannot starve the others.
+    Each case gets an equal share of the remaining budget, so that a slow one cannot starve the others.
     """
     deadline = None if options.budget is None else time.monotonic() + options.budget
     options = replace(options, deadline=deadline)
@@ -56,7 +56,7 @@ def iterate(suite: Suite, options: Options, tell: Tell) -> Iterator[CaseResult]:
         cut, arms = None, []
         if left is not None and left <= 0:
             cut = "not begun"
-        elif isinstance(case, Trial):
+        elif isinstance(case, SelfTimedCase):
             arms = case.run(lambda text, name=case.name: tell(f"{suite.name}: {name}: {text}"))
             cut = "ended early" if options.over else None
         else:
@@ -86,7 +86,7 @@ class _Live:
 
 
 def run_case(suite: str, case: Case, options: Options, tell: Tell) -> list[ArmResult]:
-    """Check all arms, time those that are right, interleaved, and measure their memory.
+    """Check all arms; of those whose results are right, measure the time, interleaved, and the memory.
 
     Each round times every arm once, in an order that is shuffled from a fixed seed, so that a slow minute of the
     machine or the cache of a neighbour falls on all arms alike.
@@ -135,7 +135,7 @@ def run_case(suite: str, case: Case, options: Options, tell: Tell) -> list[ArmRe
 
 
 def _admit(arm: Arm, options: Options) -> _Live | ArmResult:
-    """Run an arm for the first time: is it possible, does it work, is it right?"""
+    """Run an arm once and check it. Returns it ready for timing, or its result if it is skipped, failed or wrong."""
     if arm.absent is not None:
         return ArmResult(arm.name, "skipped", arm.absent)
     free = free_memory(options.device)
@@ -166,7 +166,7 @@ def describe_error(error: BaseException) -> str:
 
 
 def _timed(call: Callable[[], Any], device: str) -> tuple[float, Any]:
-    """Seconds of one call by the host's clock, the device's work included, and what the call returned."""
+    """Seconds of one call by the host's clock, including the device's work, and the call's return value."""
     if device == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -181,7 +181,9 @@ def _on_host(call: Callable[[], Any], device: str) -> Callable[[], float]:
 
 
 def _on_gpu(call: Callable[[], Any]) -> Callable[[], float]:
-    """A sample of a call on a GPU: the median of about 10 ms of calls, each between two events of the device.
+    """Return a function that measures one sample, the seconds of a call on a GPU.
+
+    A sample is the median of about 10 ms of calls, each between two events of the device.
 
     It is one short ``triton.testing.do_bench``, which overwrites the L2 cache before every call. So no call finds its
     inputs there because the call before it was the same one: it reads them from memory, as an attention does in a
@@ -191,7 +193,7 @@ def _on_gpu(call: Callable[[], Any]) -> Callable[[], float]:
     The flush itself is not timed, but takes about 0.1 ms, in which the host already launches the call's first kernels.
     Between the events the device still waits for a host that is slower than its kernels, but by that much less than in
     a loop of bare calls: a call of few, short kernels is timed as one whose launches something else hides.
-    :func:`_kernels` tells what the kernels alone take.
+    :func:`_kernels` measures the kernels alone.
     """
     from triton.testing import do_bench
 
@@ -203,10 +205,11 @@ def _on_gpu(call: Callable[[], Any]) -> Callable[[], float]:
 
 
 def _kernels(call: Callable[[], Any], steps: int) -> dict[str, Any]:
-    """What the device itself did during one step of a call, by PyTorch's profiler; why it is not known, if so.
+    """Time of the device's kernels during one step of a call, measured by PyTorch's profiler.
 
     Returns:
-        ``kernel_seconds`` of all kernels and copies together, their number, and the longest by name.
+        ``kernel_seconds`` of all kernels and copies together, their number, and the longest by name; or the reason why
+        they could not be measured.
     """
     from torch.profiler import ProfilerActivity, profile
 
@@ -289,7 +292,7 @@ def disagreement(
     names: Sequence[str] = RESULTS,
     terms: int = 1,
 ) -> str | None:
-    """What is wrong with `got`, or None.
+    """Description of the first mismatch between `got` and the reference, or None.
 
     The tolerance is derived, not chosen: the largest error against the float64 result may be twice that of a plain
     computation in the same precision and a rounding of the largest value. Where a value sums many terms in an order
@@ -297,10 +300,10 @@ def disagreement(
 
     Args:
         got: An arm's output and gradients.
-        exact: The same in float64.
-        rounded: The same from a plain computation in `got`'s precision.
-        names: What the tensors are called.
-        terms: How many terms a value sums in free order, such as a bias's gradient over all tokens.
+        exact: The same tensors in float64.
+        rounded: The same tensors from a plain computation in `got`'s precision.
+        names: Names of the tensors.
+        terms: Number of terms that a value sums in free order, such as a bias's gradient over all tokens.
     """
     if len(got) != len(exact):
         return f"{len(got)} results instead of {len(exact)}"
@@ -321,7 +324,7 @@ def _largest(x: Tensor) -> float:
 
 
 def median(seconds: Sequence[float]) -> float:
-    """The middle sample."""
+    """Median of the samples."""
     return statistics.median(seconds)
 
 
@@ -344,7 +347,7 @@ class Results:
         self._arms = {(case.name, arm.name): arm for case in cases for arm in case.arms}
 
     def seconds(self, case: str, arm: str) -> float | None:
-        """An arm's median, or None if it has no samples."""
+        """Median seconds of an arm, or None if it has no samples."""
         found = self._arms.get((case, arm))
         return median(found.seconds) if found is not None and found.seconds else None
 
@@ -354,7 +357,7 @@ class Results:
         return None if found is None or found.memory_bytes is None else float(found.memory_bytes)
 
     def kernel_seconds(self, case: str, arm: str) -> float | None:
-        """What an arm's kernels took on a GPU, without the host's part, or None if it was not measured."""
+        """Seconds of an arm's kernels on a GPU, without the host's part, or None if not measured."""
         return self.extra(case, arm, "kernel_seconds")
 
     def extra(self, case: str, arm: str, key: str) -> Any:

@@ -1,4 +1,4 @@
-"""The few questions that only NVIDIA's management library answers, asked through ``nvidia-ml-py`` (extra ``bench``)."""
+"""Driver version, energy and power from NVIDIA's management library, by ``nvidia-ml-py`` (extra ``bench``)."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from flexjag.extras import needs
 
 
 class NvmlError(RuntimeError):
-    """The library or its bindings are not there, or it does not answer."""
+    """NVML or its Python bindings are not installed, or a query failed."""
 
 
 @contextmanager
 def _nvml() -> Iterator[Any]:
-    """The bindings; whatever keeps NVML from answering is an NvmlError."""
+    """Yield the bindings; their errors are re-raised as NvmlError."""
     try:
         needs("bench", "pynvml")
     except MissingExtraError as absent:
@@ -33,7 +33,7 @@ def _nvml() -> Iterator[Any]:
 
 
 def driver_version() -> str | None:
-    """The driver's version; None if it cannot be asked.
+    """Version of the driver; None if it cannot be queried.
 
     >>> driver_version() is None or "." in driver_version()
     True
@@ -46,10 +46,10 @@ def driver_version() -> str | None:
 
 
 class Device:
-    """The GPU that torch uses now.
+    """The current GPU of torch.
 
     Raises:
-        NvmlError: If NVML does not know it, or cannot be asked.
+        NvmlError: If NVML does not know it, or cannot be queried.
     """
 
     def __init__(self) -> None:
@@ -59,11 +59,11 @@ class Device:
             self._handle = pynvml.nvmlDeviceGetHandleByUUID(name)
 
     def joules(self) -> float:
-        """What the device has used since its driver was loaded."""
+        """Energy in joules that the device has used since its driver was loaded."""
         with _nvml() as pynvml:
             return pynvml.nvmlDeviceGetTotalEnergyConsumption(self._handle) / 1e3
 
     def watts(self) -> float:
-        """What it draws now, or on average over the last second, which depends on the device."""
+        """Power in watts: now, or averaged over the last second, depending on the device."""
         with _nvml() as pynvml:
             return pynvml.nvmlDeviceGetPowerUsage(self._handle) / 1e3

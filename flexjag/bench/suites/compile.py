@@ -17,7 +17,7 @@ from flexjag.algebra.scores import Alibi
 from flexjag.api.attention import attention
 from flexjag.api.plan import Plan, plan
 from flexjag.bench.measuring.measure import Results, describe_error, disagreement, ratio
-from flexjag.bench.suites.registry import ArmResult, CaseResult, Figure, Options, Tell, Trial, suite
+from flexjag.bench.suites.registry import ArmResult, CaseResult, Figure, Options, SelfTimedCase, Tell, suite
 from flexjag.jagged import Jagged
 
 HEADS, DIM = 4, 32
@@ -263,7 +263,7 @@ def _figures(options: Options, cases: list[CaseResult]) -> list[Figure]:
     "50 random batches, planning included, through a two-layer model under torch.compile(fullgraph=True).",
     _figures,
 )
-def cases(options: Options) -> list[Trial]:
+def cases(options: Options) -> list[SelfTimedCase]:
     """Training by the backend that auto chooses while tracing, inference by flex. A quick run generates no code."""
     count, layers = (QUICK_BATCHES, QUICK_LAYERS) if options.quick else (BATCHES, LAYERS)
     lengths = batch_lengths(count, options.seed)
@@ -273,6 +273,6 @@ def cases(options: Options) -> list[Trial]:
     if options.deadline is not None:
         half = replace(options, deadline=(time.monotonic() + options.deadline) / 2)
     return [
-        Trial(TRAINING, facts, _trial(count, layers, True, half)),
-        Trial(INFERENCE, facts, _trial(count, layers, False, options)),
+        SelfTimedCase(TRAINING, facts, _trial(count, layers, True, half)),
+        SelfTimedCase(INFERENCE, facts, _trial(count, layers, False, options)),
     ]

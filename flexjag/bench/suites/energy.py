@@ -17,7 +17,7 @@ from flexjag.bench.measuring import energy
 from flexjag.bench.measuring.lengths import lognormal_lengths
 from flexjag.bench.measuring.measure import Results, describe_error, median, ratio
 from flexjag.bench.measuring.padded import Expected, Padding, Tensors, with_gradients
-from flexjag.bench.suites.registry import ArmResult, CaseResult, Figure, Options, Tell, Trial, suite
+from flexjag.bench.suites.registry import ArmResult, CaseResult, Figure, Options, SelfTimedCase, Tell, suite
 from flexjag.jagged import Jagged
 
 WINDOW, QUICK_WINDOW = 10.0, 0.2  # seconds of repeated calls
@@ -133,11 +133,11 @@ def _figures(options: Options, cases: list[CaseResult]) -> list[Figure]:
     "included; no figure where there is no counter.",
     _figures,
 )
-def cases(options: Options) -> Sequence[Trial]:
+def cases(options: Options) -> Sequence[SelfTimedCase]:
     """One batch. Each arm has one sample, the median over all calls within the window."""
     sizes = QUICK_SIZES if options.quick else SIZES[options.device]
     lengths = lognormal_lengths(sizes.segments, sizes.longest, options.seed)
     facts: dict[str, Any] = {"segments": sizes.segments, "tokens": sum(lengths), "longest": max(lengths)}
     facts |= {"fill": sum(lengths) / (len(lengths) * max(lengths)), "heads": sizes.heads, "dim": sizes.dim}
     facts |= {"dtype": "bfloat16" if options.device == "cuda" else "float32", "seed": options.seed}
-    return [Trial(CASE, facts, lambda tell: _measure(EnergyBatch(sizes, options), options, tell))]
+    return [SelfTimedCase(CASE, facts, lambda tell: _measure(EnergyBatch(sizes, options), options, tell))]

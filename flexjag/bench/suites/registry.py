@@ -107,7 +107,7 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Trial:
+class SelfTimedCase:
     """A case that measures its arms itself, because they cannot be interleaved: compile time, or an energy counter.
 
     Attributes:
@@ -205,7 +205,7 @@ class Suite:
 
     name: str
     about: str
-    cases: Callable[[Options], Sequence[Case | Trial]]
+    cases: Callable[[Options], Sequence[Case | SelfTimedCase]]
     figures: Callable[[Options, list[CaseResult]], list[Figure]]
 
 
@@ -214,7 +214,9 @@ SUITES: dict[str, Suite] = {}
 
 def suite(
     name: str, about: str, figures: Callable[[Options, list[CaseResult]], list[Figure]]
-) -> Callable[[Callable[[Options], Sequence[Case | Trial]]], Callable[[Options], Sequence[Case | Trial]]]:
+) -> Callable[
+    [Callable[[Options], Sequence[Case | SelfTimedCase]]], Callable[[Options], Sequence[Case | SelfTimedCase]]
+]:
     """Decorator that registers a suite. The decorated function returns the suite's cases.
 
     Args:
@@ -223,7 +225,9 @@ def suite(
         figures: Function of options and results that returns the key figures.
     """
 
-    def decorate(cases: Callable[[Options], Sequence[Case | Trial]]) -> Callable[[Options], Sequence[Case | Trial]]:
+    def decorate(
+        cases: Callable[[Options], Sequence[Case | SelfTimedCase]],
+    ) -> Callable[[Options], Sequence[Case | SelfTimedCase]]:
         SUITES[name] = Suite(name, about, cases, figures)
         return cases
 

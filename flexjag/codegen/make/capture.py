@@ -1,4 +1,4 @@
-"""A function and its tensors to the FX graphs that Inductor would get, forward and backward. For the worker only.
+"""Capture of the FX graphs that Inductor would compile for a function, forward and backward. For the worker only.
 
 Nothing is computed: the tensors are fake ones on the CPU, so a batch of a million tokens is captured as fast as one of
 a hundred. FlexAttention refuses gradients and the log-sum-exp on the CPU; those two checks are lifted.
@@ -35,16 +35,16 @@ class Graph:
 
 @dataclass(frozen=True)
 class Wiring:
-    """How values flow between the caller, the forward graph and the backward graph, by position and name.
+    """Mapping of values between the caller, the forward graph and the backward graph, by position and name.
 
     Attributes:
-        inputs: For each forward input the number of the payload's tensor, or an int for a size.
-        output_names: The names of the forward graph's outputs.
-        num_outputs: How many of them the function returns; the others are saved for the backward.
-        backward_inputs: The names of the backward graph's inputs. Those that are no forward output are tangents.
-        structure: The function's result, pickled; its tensors are numbers, see `result`.
-        result: For each tensor in `structure`: ``("output", i)`` or ``("input", tensor number)``.
-        needs_grad: Which outputs have a tangent.
+        inputs: For each forward input ``("tensor", index in the payload)`` or ``("size", value)``.
+        output_names: Names of the forward graph's outputs.
+        num_outputs: Number of outputs that the function returns; the others are saved for the backward.
+        backward_inputs: Names of the backward graph's inputs. Those that are no forward output are tangents.
+        structure: The function's result, pickled, with tensors as indices into `result`.
+        result: For each tensor in `structure`: ``("output", i)`` or ``("input", index in the payload)``.
+        needs_grad: True for each output that has a tangent.
     """
 
     inputs: tuple[tuple[str, int], ...]
@@ -58,7 +58,7 @@ class Wiring:
 
 @dataclass
 class _Recorder:
-    """A Dynamo backend that keeps graphs instead of compiling them."""
+    """A Dynamo backend that records graphs instead of compiling them."""
 
     fakes: Sequence[Tensor]
     graphs: list[Graph] = field(default_factory=list)
@@ -95,7 +95,11 @@ class _Recorder:
         return run
 
     def keep(self, phase: str, is_whole: bool = False) -> Callable[..., Any]:
-        """Inductor's lowering counts on its passes over the joint graph, which its partitioner runs before it cuts."""
+        """Compiler that records a graph of this phase.
+
+        If `is_whole`, it first runs Inductor's passes over the joint graph: lowering relies on them, and the
+        partitioner, which otherwise runs them before it partitions, is not used.
+        """
         from torch._inductor.compile_fx import _recursive_joint_graph_passes
 
         def compiler(module: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
@@ -122,7 +126,7 @@ class _Recorder:
 
 
 def fake(meta: Meta, mode: FakeTensorMode) -> Tensor:
-    """A tensor without data that looks like the caller's."""
+    """Fake tensor with the properties of the caller's."""
     with mode:
         x = torch.empty_strided(meta.shape, meta.stride, dtype=meta.dtype)
     if meta.is_parameter:
@@ -135,9 +139,9 @@ def fake(meta: Meta, mode: FakeTensorMode) -> Tensor:
 
 
 def _problem(num_outputs: int) -> str | None:
-    """What the wiring does not follow, if anything: inputs that are changed in place, and outputs that are views.
+    """Reason why the wiring cannot represent the graphs: mutated inputs, or outputs that are views; else None.
 
-    AOTAutograd returns and differentiates other tensors for these, and puts things right around the graphs.
+    AOTAutograd returns and differentiates other tensors for these, and corrects the results outside the graphs.
     """
     context = TracingContext.try_get()
     meta = None if context is None else context.fw_metadata
@@ -151,11 +155,11 @@ def _problem(num_outputs: int) -> str | None:
 
 
 def _accept(*_: Any) -> None:
-    """No objection. A plain function, for Dynamo to trace."""
+    """Accept anything, in place of a check. A plain function, which Dynamo can trace."""
 
 
 def merged(own: dict[str, Any], callers: dict[str, Any]) -> dict[str, Any]:
-    """Kernel options, the caller's first: without a prefix they are for forward and backward.
+    """Merge kernel options; the caller's take precedence, and those without a prefix apply to forward and backward.
 
     >>> merged({"fwd_num_warps": 8, "bwd_num_warps": 8}, {"num_warps": 4, "bwd_num_warps": 2})
     {'num_warps': 4, 'bwd_num_warps': 2}
@@ -166,7 +170,7 @@ def merged(own: dict[str, Any], callers: dict[str, Any]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def as_on_gpu(kernel_options: dict[str, Any]) -> Iterator[None]:
-    """FlexAttention and flexjag behave as they would for tensors on a GPU."""
+    """Make FlexAttention and flexjag behave as for tensors on a GPU, within the context."""
     flex = importlib.import_module("torch.nn.attention.flex_attention")
     backend = importlib.import_module("flexjag.backends.flex.options")
     apply, options = flex._apply_kernel_options, backend.kernel_options
@@ -191,13 +195,13 @@ def as_on_gpu(kernel_options: dict[str, Any]) -> Iterator[None]:
 def capture(
     structure: bytes, metas: Sequence[Meta], backward: bool, kernel_options: dict[str, Any]
 ) -> tuple[list[Graph], Wiring]:
-    """Trace ``fn(*args)``.
+    """Trace ``fn(*args)`` into its graphs and their wiring.
 
     Args:
         structure: The pickled ``(fn, args)``.
-        metas: What its tensors look like.
+        metas: Properties of its tensors.
         backward: Capture the backward graph, too.
-        kernel_options: FlexAttention's, added to the plan's own.
+        kernel_options: Kernel options of FlexAttention, added to the plan's own.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fakes = [fake(meta, mode) for meta in metas]

@@ -1,4 +1,4 @@
-"""FX graphs to the source of Inductor's wrappers, Triton kernels included. For the worker only, after `pretend`."""
+"""Lowering of FX graphs to Inductor's wrappers with their Triton kernels. For the worker only, after `pretend`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CUDA = "cuda:0"
 
 
 def lower(graphs: Sequence[Graph]) -> dict[str, str]:
-    """The Python source of each graph's wrapper, by phase."""
+    """Return the Python source of each graph's wrapper, by phase."""
     return {graph.phase: _lower(graph) for graph in graphs}
 
 

@@ -1,4 +1,4 @@
-"""Machine code back to instructions, with the tools that Triton brings."""
+"""Disassembly of machine code with the tools in the Triton package."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ _TIMEOUT_S = 300
 
 
 def disassemble(cubin: bytes, tool_dir: Path | None = None) -> str:
-    """Machine code as text, for people.
+    """Disassemble machine code to text.
 
     Args:
         cubin: A CUDA binary.
-        tool_dir: Where ``cuobjdump`` and ``nvdisasm`` are. Default: those in the Triton package, else those on PATH.
+        tool_dir: Folder of ``cuobjdump`` and ``nvdisasm``. Default: those in the Triton package, else those on PATH.
 
     Returns:
-        What ``cuobjdump -sass`` prints: a ``Function : NAME`` line per kernel, its instructions by address.
+        Output of ``cuobjdump -sass``: a ``Function : NAME`` line per kernel, its instructions by address.
 
     Raises:
-        CodegenError: If there is no such tool, or it does not understand the binary.
+        CodegenError: If the tool is not found, or rejects the binary.
 
     >>> from flexjag.errors import CodegenError
     >>> try:
@@ -38,17 +38,17 @@ def disassemble(cubin: bytes, tool_dir: Path | None = None) -> str:
 
 
 def list_instructions(cubin: bytes, tool_dir: Path | None = None) -> str:
-    """Machine code as JSON, for :func:`flexjag.codegen.read.sass.parse`.
+    """Disassemble machine code to JSON, for :func:`flexjag.codegen.read.sass.parse`.
 
-    It is no replacement of the text: the operands of some instructions come in another order (``LDGSTS``) or lose a
-    comma (``LDS``), and a set of predicates that ``P2R`` reads is called its own.
+    It does not replace the text: the operands of some instructions come in another order (``LDGSTS``) or lose a
+    comma (``LDS``), and a set of predicates that ``P2R`` reads appears as its guard.
 
     Args:
         cubin: A CUDA binary.
         tool_dir: As for :func:`disassemble`.
 
     Returns:
-        What ``nvdisasm -json`` prints. Those of CUDA 12.8 (in Triton 3.6) and 13.1 (in 3.7 and 3.8) agree.
+        Output of ``nvdisasm -json``. The versions of CUDA 12.8 (in Triton 3.6) and 13.1 (in 3.7 and 3.8) agree.
 
     Raises:
         CodegenError: As :func:`disassemble`.
@@ -57,15 +57,15 @@ def list_instructions(cubin: bytes, tool_dir: Path | None = None) -> str:
 
 
 def resource_usage(cubin: bytes, tool_dir: Path | None = None) -> dict[str, int]:
-    """What one thread, and statically one block, of a kernel takes.
+    """Registers and memory of a kernel: per thread, and static shared memory per block.
 
     Args:
         cubin: A CUDA binary with one kernel.
         tool_dir: As for :func:`disassemble`.
 
     Returns:
-        ``registers`` per thread; ``stack`` and ``local``, bytes per thread; ``shared``, bytes per block without what a
-        launch asks for on top.
+        ``registers`` per thread; ``stack`` and ``local``, bytes per thread; ``shared``, static bytes per block,
+        without the dynamic shared memory of a launch.
 
     Raises:
         CodegenError: As :func:`disassemble`, or if the binary does not hold exactly one kernel.
@@ -74,10 +74,10 @@ def resource_usage(cubin: bytes, tool_dir: Path | None = None) -> dict[str, int]
 
 
 def read_usage(text: str) -> dict[str, int]:
-    r"""The numbers in what ``cuobjdump --dump-resource-usage`` prints.
+    r"""Parse the output of ``cuobjdump --dump-resource-usage``.
 
     Raises:
-        CodegenError: If it does not tell of exactly one kernel.
+        CodegenError: If it does not describe exactly one kernel.
 
     >>> read_usage(" Function f:\n  REG:255 STACK:8 SHARED:1024 LOCAL:0 CONSTANT[0]:632 TEXTURE:0")
     {'registers': 255, 'stack': 8, 'local': 0, 'shared': 1024}
@@ -98,11 +98,11 @@ _FAMILIES = {
 
 
 def tensor_core_instructions(ptx: str, sass: str) -> tuple[str, ...]:
-    """Which families of tensor-core instruction a kernel uses.
+    """Families of tensor-core instructions that a kernel uses.
 
     Args:
-        ptx: Its PTX; may be empty.
-        sass: Its machine code; may be empty.
+        ptx: PTX of the kernel; may be empty.
+        sass: Machine code of the kernel, as text; may be empty.
 
     Returns:
         Those of ``"mma"`` (a warp's), ``"wgmma"`` (four warps', Hopper) and ``"tcgen05"`` (a block's, Blackwell) that
@@ -117,7 +117,7 @@ def tensor_core_instructions(ptx: str, sass: str) -> tuple[str, ...]:
 
 
 def _tool(name: str, tool_dir: Path | None) -> Path:
-    """The path of an executable."""
+    """Path of an executable."""
     if tool_dir is not None:
         found = shutil.which(name, path=str(tool_dir))
     else:
@@ -131,7 +131,7 @@ def _tool(name: str, tool_dir: Path | None) -> Path:
 
 
 def _run(name: str, cubin: bytes, tool_dir: Path | None, option: str) -> str:
-    """What a tool prints about a binary; it takes files only."""
+    """Run a tool on a binary, by way of a file, and return its output."""
     tool = _tool(name, tool_dir)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "kernel.cubin")

@@ -1,4 +1,4 @@
-"""NVIDIA machine code, cut into loops and counted by what its instructions do."""
+"""Analysis of NVIDIA machine code: instruction counts by kind, and loops."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ CLASSES: dict[str, str] = {
     "CCTLL UTCBAR UTMACMDFLUSH UTMACCTL ELECT NANOSLEEP ACQBULK CGAERRBAR UCGABAR_ARV UCGABAR_WAIT UVIRTCOUNT",
     "control": "BRA BRX BRXU JMP JMX EXIT RET CALL BSSY BSYNC BREAK BMOV NOP BPT YIELD KILL PREEXIT",
 }
-"""What kinds of instruction there are, and the names of each; ``mma`` and ``other`` come on top."""
+"""Kinds of instructions with the opcodes of each; two further kinds are ``mma`` and ``other``."""
 
 _CLASS = {name: kind for kind, names in CLASSES.items() for name in names.split()}
 
@@ -42,10 +42,10 @@ class Instruction:
     """One machine instruction.
 
     Attributes:
-        address: Where it lies, bytes from the function's beginning.
-        predicate: ``P0``, ``!UP1``, or empty.
-        opcode: With its modifiers: ``HMMA.16816.F32.BF16``.
-        arguments: Its operands.
+        address: Offset from the function's beginning, in bytes.
+        predicate: Guard, such as ``P0`` or ``!UP1``, or empty.
+        opcode: Opcode with its modifiers, such as ``HMMA.16816.F32.BF16``.
+        arguments: Operands, as text.
     """
 
     address: int
@@ -60,31 +60,31 @@ class Instruction:
 
     @property
     def kind(self) -> str:
-        """What it does: ``mma``, a key of :data:`CLASSES`, or ``other``."""
+        """Kind of the instruction: ``mma``, a key of :data:`CLASSES`, or ``other``."""
         return "mma" if _TENSOR_CORE.match(self.name) else _CLASS.get(self.name, "other")
 
     @property
     def is_conditional(self) -> bool:
-        """Whether a branch may also fall through."""
+        """True if the instruction, a branch, may also fall through."""
         guarded = bool(self.predicate) and self.predicate not in ("PT", "UPT")
         return guarded or "," in self.arguments  # BRA.U UP1, 0x2b0; BRA.DIV UR4, 0x2b0
 
     @property
     def target(self) -> int | None:
-        """Where a branch, or what it prepares, goes."""
+        """Target address of a branch, or of the branch that the instruction prepares; None if it has none."""
         found = re.search(r"(?:^|[\s,])(?:`\()?0x([0-9a-f]+)\)?\s*$", self.arguments)
         return int(found[1], 16) if found else None
 
 
 def parse(listing: str, name: str | None = None) -> tuple[Instruction, ...]:
-    """The instructions of one kernel, its own subroutines included, which are listed behind it.
+    """Parse the instructions of one kernel, including its own subroutines, which are listed after it.
 
     Args:
         listing: Output of ``nvdisasm -json`` (:func:`flexjag.codegen.read.disassemble.list_instructions`), or empty.
-        name: The kernel; by default the first.
+        name: Name of the kernel; by default the first.
 
     Returns:
-        Its instructions by address; none if there is no such kernel.
+        The instructions by address; empty if there is no such kernel.
 
     >>> code = '[{"predicate": "@!P0", "opcode": "BRA", "operands": "0x20"}, {"opcode": "EXIT"}]'
     >>> parse('[{}, [{"function-name": "f", "start": 0, "sass-instructions": %s}]]' % code)[0]
@@ -105,7 +105,7 @@ def parse(listing: str, name: str | None = None) -> tuple[Instruction, ...]:
 
 
 def count(instructions: Iterable[Instruction]) -> dict[str, int]:
-    """How many instructions there are of each kind, the most frequent first.
+    """Number of instructions of each kind, the most frequent first.
 
     >>> count([Instruction(16 * i, "", name, "") for i, name in enumerate(("LDG.E", "LDL", "LDL.64"))])
     {'local load': 2, 'global load': 1}
@@ -114,7 +114,7 @@ def count(instructions: Iterable[Instruction]) -> dict[str, int]:
 
 
 def size(instructions: Iterable[Instruction]) -> int:
-    """How many instructions there are, the padding behind the last one not counted.
+    """Number of instructions, without the padding after the last one.
 
     >>> size([Instruction(16 * i, "", name, "") for i, name in enumerate(("MOV", "EXIT", "BRA", "NOP"))])
     2
@@ -126,16 +126,16 @@ def size(instructions: Iterable[Instruction]) -> int:
 
 
 def product_loops(instructions: Sequence[Instruction], *, fma: int = 0) -> list[tuple[Instruction, ...]]:
-    """The innermost loops with matrix products in them.
+    """Find the innermost loops that contain matrix products.
 
-    A loop is a natural loop of the control flow: an edge back to a block that every way into the loop's blocks leads
+    A loop is a natural loop of the control flow: an edge back to a block that every path into the loop's blocks leads
     through, and all blocks that reach that edge. Blocks laid out far away (waits that were not over at once) belong to
     it, loops that merely wait within it do too.
 
     Args:
         instructions: A function.
-        fma: The matrix products are on tensor cores if 0; otherwise they are fused multiply-adds, and this is how many
-            of them the smallest one takes in each thread.
+        fma: The matrix products are on tensor cores if 0; otherwise they are fused multiply-adds, and this is their
+            number per thread in the smallest product.
 
     Returns:
         The instructions of each loop by address, in the order of the loops' heads.
@@ -156,7 +156,7 @@ def product_loops(instructions: Sequence[Instruction], *, fma: int = 0) -> list[
 
 
 def _natural_loops(instructions: Sequence[Instruction]) -> list[_Members]:
-    """Each loop's instructions by index; loops that share a head are one."""
+    """Indices of each loop's instructions; loops that share a head are merged."""
     starts, follows = _blocks(instructions)
     before: list[list[int]] = [[] for _ in starts]
     for block, targets in enumerate(follows):
@@ -187,7 +187,7 @@ class _Members(tuple[int, ...]):
 
 
 def _blocks(instructions: Sequence[Instruction]) -> tuple[list[int], list[list[int]]]:
-    """Where basic blocks start, and the blocks that may follow each."""
+    """Start indices of the basic blocks, and the successors of each."""
     index = {x.address: i for i, x in enumerate(instructions)}
     joins: dict[str, int] = {}
     exits: dict[int, list[int]] = {}
@@ -214,7 +214,7 @@ def _blocks(instructions: Sequence[Instruction]) -> tuple[list[int], list[list[i
 
 
 def _dominators(follows: list[list[int]], before: list[list[int]]) -> list[set[int]]:
-    """For each block those that every way from the entry leads through, itself included; none if it is unreachable."""
+    """Dominators of each block, itself included: blocks on every path from the entry. Empty if it is unreachable."""
     order, seen, todo = [], {0}, [(0, iter(follows[0]))] if follows else []
     while todo:
         block, targets = todo[-1]

@@ -1,4 +1,4 @@
-"""What a target's kernels are made of, for Jupyter."""
+"""HTML report of a target's kernels, for Jupyter."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from flexjag.codegen.report import Kernel, Listing
 
 MOST_CODE = 200_000
-"""Characters of one kind of code of one kernel that are shown."""
+"""Maximum number of characters shown of each kind of a kernel's code."""
 
 TITLES = {"triton": "Triton", "ttgir": "TTGIR", "ptx": "PTX", "sass": "SASS", "amdgcn": "AMD GCN"}
 HINTS = {
@@ -32,7 +32,7 @@ BAR = "display:inline-block;height:0.7em;background:currentColor;opacity:0.5"
 
 
 def to_html(listing: Listing) -> str:
-    """A listing as one HTML fragment without scripts or anything from elsewhere, for light and dark themes.
+    """Render a listing as one HTML fragment without scripts or external resources, for light and dark themes.
 
     Args:
         listing: The kernels.
@@ -66,7 +66,7 @@ def _code(value: object) -> str:
 
 
 def _table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table of cells that are HTML already."""
+    """Table of cells, which are already HTML."""
     head = "".join(titles)
     body = "".join(f"<tr>{''.join(row)}</tr>" for row in rows)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
@@ -86,7 +86,7 @@ def _title(text: str, side: str = "right") -> str:
 
 
 def _summary(kernels: Sequence[Kernel]) -> str:
-    """The table that `print` shows, spills in red."""
+    """Table of the same facts as the printed report, with spills in red."""
     rows = []
     for kernel in kernels:
         row = headline(kernel)
@@ -111,7 +111,7 @@ def _kernel(kernel: Kernel) -> Iterable[str]:
 
 
 def _loop(loop: Loop) -> tuple[str, str, str]:
-    """What it runs over, its instructions as bars, its loads."""
+    """Cells of a main loop: its range, its instructions as bars, and its loads of global memory."""
     tiles = {True: "<br/>PARTIAL tiles", False: "<br/>FULL tiles", None: ""}[loop.masked]
     loads = "".join(f"<div>{x.count} &times; {escape(x.kind)}: {_code(x.source)}</div>" for x in loop.loads)
     return f"over {escape(loop.over)}{tiles}", _bars(loop), loads or "none"
@@ -130,7 +130,7 @@ def _bars(loop: Loop) -> str:
 
 
 def _listing(title: str, text: str) -> str:
-    """Code behind a fold; of very long code the first part, and where the rest is."""
+    """Collapsible code. Long code is truncated, with a note that ``.save(directory)`` writes all of it."""
     shown = text if len(text) <= MOST_CODE else text[: text.rfind("\n", 0, MOST_CODE) + 1 or MOST_CODE]
     size, rest = f"{len(text):,} characters", ""
     if len(shown) < len(text):
