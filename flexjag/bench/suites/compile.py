@@ -130,7 +130,7 @@ class _Step:
         return out.detach(), *(torch.zeros_like(a) if g is None else g for a, g in zip(parameters, grads, strict=True))
 
 
-def _trial(count: int, layers: int, training: bool, options: Options) -> Callable[[Tell], list[ArmResult]]:
+def _self_timed(count: int, layers: int, training: bool, options: Options) -> Callable[[Tell], list[ArmResult]]:
     def run(tell: Tell) -> list[ArmResult]:
         from torch._inductor.utils import fresh_cache
 
@@ -273,6 +273,6 @@ def cases(options: Options) -> list[SelfTimedCase]:
     if options.deadline is not None:
         half = replace(options, deadline=(time.monotonic() + options.deadline) / 2)
     return [
-        SelfTimedCase(TRAINING, facts, _trial(count, layers, True, half)),
-        SelfTimedCase(INFERENCE, facts, _trial(count, layers, False, options)),
+        SelfTimedCase(TRAINING, facts, _self_timed(count, layers, True, half)),
+        SelfTimedCase(INFERENCE, facts, _self_timed(count, layers, False, options)),
     ]
