@@ -16,7 +16,7 @@ CHUNK_SCORES_GPU = 2**24  # 64 MB of float32: fills a GPU, where smaller operati
 
 
 @dataclass(frozen=True, eq=False)
-class Problem:
+class TiledCall:
     """One attention call in block form.
 
     Attributes:
@@ -89,7 +89,7 @@ def sum_groups(x: Tensor, groups: int) -> Tensor:
     return x if x.shape[1] == groups else x.unflatten(1, (groups, -1)).sum(2)
 
 
-def indices(p: Problem, row: Tensor, col: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def indices(p: TiledCall, row: Tensor, col: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The b, h, q and kv of every score of these tiles, shaped to broadcast to [N, H, B, B]."""
     step = torch.arange(p.block, device=row.device)
     q = (row[:, None] * p.block + step).clamp(max=p.num_q - 1)[:, None, :, None]
@@ -98,7 +98,7 @@ def indices(p: Problem, row: Tensor, col: Tensor, heads: int) -> tuple[Tensor, T
     return h.new_zeros(()), h, q, kv.clamp(max=p.num_kv - 1)
 
 
-def allowed_in(p: Problem, row: Tensor, col: Tensor, at: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
+def allowed_in(p: TiledCall, row: Tensor, col: Tensor, at: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
     """The mask of every score of these tiles, False outside the batch."""
     step = torch.arange(p.block, device=row.device)
     q, kv = row[:, None] * p.block + step, col[:, None] * p.block + step
@@ -117,7 +117,7 @@ def tiles_at_once(device: torch.device, heads: int, block: int) -> int:
     return max(1, (CHUNK_SCORES if device.type == "cpu" else CHUNK_SCORES_GPU) // (heads * block**2))
 
 
-def chunks(p: Problem, heads: int) -> list[tuple[int, int]]:
+def chunks(p: TiledCall, heads: int) -> list[tuple[int, int]]:
     """Slices of the tile list, each of whole tile rows and of about as many scores as are held at once."""
     most = tiles_at_once(p.row.device, heads, p.block)
     counts = torch.bincount(p.row[p.col < p.cols], minlength=p.rows).tolist()

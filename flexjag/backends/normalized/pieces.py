@@ -104,7 +104,7 @@ def walk_tiles(recipe: Recipe, whole: bool = False) -> Walk:
     tiles, block = recipe.tiles.all_heads, recipe.block_size
     num_q, num_kv = recipe.layout.num_q, recipe.layout.num_kv
     test = tested(recipe, own_key(recipe))
-    p = blocks.Problem(tiles.row, tiles.col, block, num_q, num_kv, 1.0, test, None)
+    p = blocks.TiledCall(tiles.row, tiles.col, block, num_q, num_kv, 1.0, test, None)
     # A spare one, so that no size of a graph can be 1: Dynamo would compile that case anew.
     rows = p.rows + 1 if whole else p.rows
 

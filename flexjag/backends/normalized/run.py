@@ -107,7 +107,7 @@ def _run(
         job = _Job(
             walk(recipe), *_weigh(recipe), _score(recipe), held, None if whole is None else partial(whole, recipe)
         )
-        out, left = _Pieces.apply(job, *held.wide, q, k, v)  # type: ignore[misc]
+        out, left = _PieceByPiece.apply(job, *held.wide, q, k, v)  # type: ignore[misc]
     if isinstance(normalizer, nz.StickBreaking):
         left = torch.exp(left)
         if normalizer.remainder:
@@ -158,7 +158,7 @@ def _all_at_once(q: Tensor, k: Tensor, v: Tensor, job: _Job) -> tuple[Tensor, Te
     return out, out if left is None else walk.close(left, q.shape[0])
 
 
-class _Pieces(torch.autograd.Function):
+class _PieceByPiece(torch.autograd.Function):
     """The eager path: piece by piece, computed again in the backward."""
 
     @staticmethod

@@ -38,15 +38,15 @@ class Packed:
 
     def __init__(self, tokens: Tensor, cut: Cut) -> None:
         self.tokens, self._number = tokens, cut.number
-        self._pieces = tokens.transpose(0, 1)[None].split_with_sizes(cut.sizes, 2)
+        self._views = tokens.transpose(0, 1)[None].split_with_sizes(cut.sizes, 2)
 
-    def piece(self, at: Range) -> Tensor:
+    def view(self, at: Range) -> Tensor:
         """One of the ranges."""
-        return self._pieces[self._number[at[0]]]
+        return self._views[self._number[at[0]]]
 
 
 @dataclass(frozen=True, eq=False)
-class Batch:
+class SegmentBatch:
     """Segments that go through one call, each of `n` queries and `m` keys.
 
     Attributes:
@@ -77,11 +77,11 @@ class Batch:
         at, tokens = (self.q, self.n) if is_query else (self.kv, self.m)
         if isinstance(at, Tensor):
             return self._by_head(x.tokens.index_select(0, at), tokens, groups)
-        piece = x.piece(at)
+        view = x.view(at)
         if self.count == 1:
-            return _grouped(piece, groups)
-        piece = piece[0].unflatten(1, (self.count, tokens)).transpose(0, 1)
-        return piece if groups is None else piece.reshape(self.count * groups, -1, *piece.shape[2:])
+            return _grouped(view, groups)
+        view = view[0].unflatten(1, (self.count, tokens)).transpose(0, 1)
+        return view if groups is None else view.reshape(self.count * groups, -1, *view.shape[2:])
 
     def take_gradient(self, x: Packed, groups: int | None) -> Tensor:
         """As :meth:`take` of a gradient of the queries' outputs, 0 in padding."""
@@ -108,12 +108,12 @@ class Batch:
         """Write ``[..., tokens, ...]``, with the batch and the heads in front, to the packed tokens."""
         at, tokens, own = (self.q, self.n, self.own_q) if is_query else (self.kv, self.m, self.own_kv)
         if isinstance(at, tuple):
-            piece = out.piece(at)
+            view = out.view(at)
             if self.count == 1:
-                _grouped(piece, x.shape[0]).copy_(x)
+                _grouped(view, x.shape[0]).copy_(x)
             else:
-                piece = piece[0].unflatten(1, (self.count, tokens))
-                piece.copy_(x.reshape(self.count, -1, *x.shape[2:]).transpose(0, 1))
+                view = view[0].unflatten(1, (self.count, tokens))
+                view.copy_(x.reshape(self.count, -1, *x.shape[2:]).transpose(0, 1))
             return
         x = x.reshape(self.count, -1, *x.shape[2:]).transpose(1, 2).reshape(self.count * tokens, *out.tokens.shape[1:])
         out.tokens.index_copy_(0, *((at, x) if own is None else (at[own], x.index_select(0, own))))
@@ -126,7 +126,7 @@ def _grouped(x: Tensor, groups: int | None) -> Tensor:
 
 def list_batches(
     q_ends: list[int], kv_ends: list[int], width: int, pad_keys: bool
-) -> tuple[list[Batch], list[Range], list[Range]]:
+) -> tuple[list[SegmentBatch], list[Range], list[Range]]:
     """Cut a batch of segments into calls.
 
     Args:
@@ -134,12 +134,12 @@ def list_batches(
         kv_ends: The keys' offsets.
         width: Numbers of a query: heads times features, at least 1.
         pad_keys: Whether keys behind a segment's last may be padded. They must be ruled out then: by a causal mask over
-            as many keys as queries, or by :meth:`Batch.bias`.
+            as many keys as queries, or by :meth:`SegmentBatch.bias`.
 
     Returns:
         The calls, and the packed queries and keys that are in none: their segment has no key, or no query.
     """
-    batches: list[Batch] = []
+    batches: list[SegmentBatch] = []
     short: dict[tuple[int, int], list[int]] = {}
     alone_q: list[Range] = []
     alone_kv: list[Range] = []
@@ -167,14 +167,14 @@ def list_batches(
             short.setdefault(padded, []).extend(range(first, index))
             continue
         at = (q_ends[first], q_ends[index]), (kv_ends[first], kv_ends[index])
-        batches.append(Batch(index - first, n, m, *at))
+        batches.append(SegmentBatch(index - first, n, m, *at))
     for (n, m), members in short.items():
         each = max(1, GATHERED // width // max(n, m))
         for start in range(0, len(members), each):
             chunk = members[start : start + each]
             if len(chunk) < FEWEST:
                 pairs = [((q_ends[s], q_ends[s + 1]), (kv_ends[s], kv_ends[s + 1])) for s in chunk]
-                batches += [Batch(1, q[1] - q[0], kv[1] - kv[0], q, kv) for q, kv in pairs]
+                batches += [SegmentBatch(1, q[1] - q[0], kv[1] - kv[0], q, kv) for q, kv in pairs]
             else:
                 batches.append(_gathered(n, m, chunk, q_ends, kv_ends))
     return batches, alone_q, alone_kv
@@ -184,14 +184,14 @@ def _rounded(tokens: int) -> int:
     return -(-tokens // ROUND) * ROUND
 
 
-def _gathered(n: int, m: int, members: list[int], q_ends: list[int], kv_ends: list[int]) -> Batch:
+def _gathered(n: int, m: int, members: list[int], q_ends: list[int], kv_ends: list[int]) -> SegmentBatch:
     q, own_q = _indices(n, members, q_ends)
     kv, own_kv = (q, own_q) if kv_ends is q_ends and m == n else _indices(m, members, kv_ends)
     bias = None
     if own_kv is not None:
         bias = torch.full((len(members), 1, 1, m), -torch.inf, device="cpu")
         bias.view(-1)[own_kv] = 0.0
-    return Batch(len(members), n, m, q, kv, own_q, own_kv, bias)
+    return SegmentBatch(len(members), n, m, q, kv, own_q, own_kv, bias)
 
 
 def _indices(tokens: int, members: list[int], ends: list[int]) -> tuple[Tensor, Tensor | None]:

@@ -53,7 +53,7 @@ class Runs:
 
 
 @dataclass(frozen=True, eq=False)
-class Pieces:
+class SdpaCalls:
     """The calls of SDPA for a plan.
 
     Attributes:
@@ -82,17 +82,17 @@ class Pieces:
         return self.runs.kv_ranges
 
 
-def whole_segments(recipe: Recipe, scale: float, causal: bool) -> Pieces:
+def whole_segments(recipe: Recipe, scale: float, causal: bool) -> SdpaCalls:
     """A call per segment."""
     layout = recipe.layout
     q, kv = layout.q_offsets.tolist(), layout.kv_offsets.tolist()
-    # The spare rows of either side are pieces of their own, which meet nothing.
+    # The spare rows of either side are calls of their own, which meet nothing.
     q_ranges = [*itertools.pairwise(q), (q[-1], layout.num_q), (layout.num_q, layout.num_q)]
     kv_ranges = [*itertools.pairwise(kv), (kv[-1], kv[-1]), (kv[-1], layout.num_kv)]
-    return Pieces(recipe, scale, Runs(q_ranges, kv_ranges, [(0, 0)] * len(q_ranges)), causal)
+    return SdpaCalls(recipe, scale, Runs(q_ranges, kv_ranges, [(0, 0)] * len(q_ranges)), causal)
 
 
-def runs_of_queries(recipe: Recipe, scale: float, heads: int, acc: torch.dtype, may_share: bool) -> Pieces:
+def runs_of_queries(recipe: Recipe, scale: float, heads: int, acc: torch.dtype, may_share: bool) -> SdpaCalls:
     """Calls of at most ROWS queries of one segment, each with the keys between its first and its last allowed one.
 
     Args:
@@ -106,17 +106,17 @@ def runs_of_queries(recipe: Recipe, scale: float, heads: int, acc: torch.dtype, 
         recipe.notes["runs"] = _list_runs(recipe)
     runs: Runs = recipe.notes["runs"]
     if not may_share or not is_by_position(recipe.mask, recipe.score, recipe.layout.is_self):
-        return Pieces(recipe, scale, runs, None)
+        return SdpaCalls(recipe, scale, runs, None)
     held = [] if recipe.score is None else held_tensors(recipe.score)
     if torch.is_grad_enabled() and any(t.requires_grad for t in held):
-        return Pieces(recipe, scale, runs, None, _share(recipe, runs, heads, acc))
+        return SdpaCalls(recipe, scale, runs, None, _share(recipe, runs, heads, acc))
     key = "bias", heads, acc
     copies, shared = recipe.own_notes.get(key, (None, None))
     # The values decide: tensors are written to in ways that their version does not tell.
     if copies is None or not all(torch.equal(x, y) for x, y in zip(copies, held, strict=True)):
         shared = _share(recipe, runs, heads, acc)
         recipe.own_notes[key] = [t.detach().clone() for t in held], shared
-    return Pieces(recipe, scale, runs, None, shared)
+    return SdpaCalls(recipe, scale, runs, None, shared)
 
 
 def _list_runs(recipe: Recipe) -> Runs:
@@ -177,20 +177,20 @@ def _evaluate(recipe: Recipe, rows: Range, keys: Range, heads: int, acc: torch.d
     return bias, allowed
 
 
-def bias_of(pieces: Pieces, index: int, heads: int, acc: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+def bias_of(calls: SdpaCalls, index: int, heads: int, acc: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
     """The additive bias ``[1, H or 1, n, m]``, -inf where masked, and ``[1, H or 1, n]`` which rows have no key.
 
     A row without keys attends everything for the kernel's sake; the caller zeroes it. None for the second if all
     rows have one.
     """
-    if pieces.causal is not None:
+    if calls.causal is not None:
         return None, None
-    (a, b), (c, d) = pieces.q_ranges[index], pieces.kv_ranges[index]
-    if pieces.shared is not None:
-        i, j = pieces.runs.places[index]
-        bias, no_key = pieces.shared.bias[..., i : i + b - a, j : j + d - c], pieces.shared.keyless[index]
+    (a, b), (c, d) = calls.q_ranges[index], calls.kv_ranges[index]
+    if calls.shared is not None:
+        i, j = calls.runs.places[index]
+        bias, no_key = calls.shared.bias[..., i : i + b - a, j : j + d - c], calls.shared.keyless[index]
         return (bias, None) if no_key is None else (bias.masked_fill(no_key[..., None], 0.0), no_key)
-    bias, allowed = _evaluate(pieces.recipe, (a, b), (c, d), heads, acc)
+    bias, allowed = _evaluate(calls.recipe, (a, b), (c, d), heads, acc)
     none = ~allowed.any(2)
     some = bool(none.any())
     bias = torch.where(allowed, bias, -torch.inf)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flexjag.backends.base import FIRST_ORDER
-from flexjag.backends.segments.batches import Batch, Cut, Packed, Range, list_batches
+from flexjag.backends.segments.batches import Cut, Packed, Range, SegmentBatch, list_batches
 from flexjag.differentiation import first_order_only
 from flexjag.lowering.layout import Layout
 
@@ -32,7 +32,7 @@ class Calls:
         scale: Factor on ``q·k``.
     """
 
-    batches: list[Batch]
+    batches: list[SegmentBatch]
     q_cut: Cut
     kv_cut: Cut
     unmet_q: list[Range]

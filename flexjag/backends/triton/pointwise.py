@@ -197,7 +197,7 @@ def differentiate_learned(
     def allowed(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return functions.plain_mask(h, i, j, captures, numbers)
 
-    p = blocks.Problem(tiles[0], tiles[1], block, q.shape[0], k.shape[0], scale, allowed, None)
+    p = blocks.TiledCall(tiles[0], tiles[1], block, q.shape[0], k.shape[0], scale, allowed, None)
     heads = q.shape[1]
     totals = [torch.zeros(captures[i].numel(), dtype=torch.float32, device=q.device) for i in learned]
     with torch.autocast(q.device.type, enabled=False):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from flexjag.backends.blocks import Problem, allowed_in, indices, matmul, tiles_at_once, to_blocks
+from flexjag.backends.blocks import TiledCall, allowed_in, indices, matmul, tiles_at_once, to_blocks
 from flexjag.backends.normalized.stick_breaking import EXACT
 from flexjag.backends.triton.modules import Functions, load
 from flexjag.backends.triton.pointwise import add_up
@@ -222,7 +222,7 @@ def _add_learned(
     def allowed(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return functions.plain_mask(h + head, i, j, *given)
 
-    p = Problem(row, col, block, call.q.shape[0], call.k.shape[0], call.scale, allowed, None)
+    p = TiledCall(row, col, block, call.q.shape[0], call.k.shape[0], call.scale, allowed, None)
     x, g, y, z = (
         to_blocks(t.float(), n, block)
         for t, n in (
