@@ -75,7 +75,7 @@ def refusal(backend: str, case: Case) -> str | None:
 def choose(case: Case) -> tuple[str, str]:
     """The backend that ``auto`` selects, and the reason.
 
-    It is the first that can run the case; on a CPU, the one with the least expected time among those with a `cost`.
+    It is the first that can run the case; off CUDA, those with a `cost` are compared by expected time.
     """
     name, expected, passed = _choose(case)
     why = WHY.get(name, BACKENDS[name].title)
@@ -123,7 +123,7 @@ def expected_seconds(case: Case, names: list[str]) -> dict[str, float]:
 
 
 def pick(backend: str, case: Case) -> str:
-    """The name of the backend for a request: the selected one for ``"auto"``, else the named one if it can run the case.
+    """Resolve a requested backend: the selected one for ``"auto"``, else the named one if it can run the case.
 
     Raises:
         BackendError: If the named backend cannot run it; the message names one that can.

@@ -1,4 +1,4 @@
-"""Tensors and functions that a call reads besides q, k and v: their gradients, and checks that they have not changed."""
+"""Tensors and functions that a call reads besides q, k and v: their gradients, and checks for changes."""
 
 from __future__ import annotations
 

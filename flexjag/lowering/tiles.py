@@ -129,7 +129,7 @@ def _list_tiles(
 
 
 def _is_full(row: Tensor, col: Tensor, lo: Tensor, hi: Tensor, rows: int, cols: int, block: int) -> Tensor:
-    """Bool ``[N]``: each of the `block` rows has an inner span that covers the tile: starts at or before it minus ends."""
+    """Bool ``[N]``: all `block` rows have an inner span that covers the tile. Counts starts up to it minus ends."""
     lo, hi = _by_row(lo, rows, block), _by_row(hi, rows, block)
     first, last = (lo + block - 1) // block, hi // block
     covers = last > first

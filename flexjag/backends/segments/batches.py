@@ -1,7 +1,7 @@
-"""Whole segments in few calls: those of one shape that lie side by side as they are, short ones gathered and padded.
+"""Batching of whole segments into few calls: adjacent ones of one shape as views, short ones gathered and padded.
 
 A call costs tens of microseconds before it computes anything, more with gradients; so segments of up to SHORT numbers,
-be it many tokens of one head or few of many, share calls. They are padded to a multiple of ROUND by copies of their own
+many tokens of one head or few tokens of many heads, share calls. They are padded to a multiple of ROUND by copies of their own
 last token: a causal mask or a bias rules the copies out as keys, and what they compute as queries is dropped. So no
 segment reads another's values. (An infinite number in a segment's last value turns into NaN by it, as 0 · inf.)
 """
@@ -25,7 +25,7 @@ ADJACENT = 8192  # tokens of adjacent segments at once: bounds what the kernel a
 
 
 class Cut:
-    """The ranges of one side, which do not overlap, as pieces of one split: cheaper than an operation for each."""
+    """One split of the packed tokens at the bounds of disjoint ranges: cheaper than a slice per range."""
 
     def __init__(self, ranges: list[Range], total: int) -> None:
         bounds = sorted({0, total, *itertools.chain.from_iterable(ranges)})
@@ -41,23 +41,23 @@ class Packed:
         self._views = tokens.transpose(0, 1)[None].split_with_sizes(cut.sizes, 2)
 
     def view(self, at: Range) -> Tensor:
-        """One of the ranges."""
+        """The view ``[1, heads, tokens, ...]`` of one of the cut's ranges."""
         return self._views[self._number[at[0]]]
 
 
 @dataclass(frozen=True, eq=False)
 class SegmentBatch:
-    """Segments that go through one call, each of `n` queries and `m` keys.
+    """Segments that share one call of the kernel, each of `n` queries and `m` keys.
 
     Attributes:
-        count: How many.
-        n: Queries of each.
-        m: Keys of each.
-        q: Packed queries: a range if they lie side by side, else ``[count * n]`` indices.
-        kv: Packed keys, likewise.
-        own_q: Which of the gathered queries are no padding; None if all are.
-        own_kv: Which of the gathered keys are no padding; None if all are.
-        key_bias: ``[count, 1, 1, m]`` float32 that rules out the others: -inf for them; None if there are none.
+        count: Number of segments.
+        n: Queries per segment, padding included.
+        m: Keys per segment, padding included.
+        q: Packed queries: a range if they are adjacent, else ``[count * n]`` indices.
+        kv: Packed keys: a range if they are adjacent, else ``[count * m]`` indices.
+        own_q: Indices of the gathered queries that are not padding; None without padding.
+        own_kv: Indices of the gathered keys that are not padding; None without padding.
+        key_bias: ``[count, 1, 1, m]`` float32, -inf for padding keys, else 0; None without padding.
     """
 
     count: int
@@ -70,9 +70,10 @@ class SegmentBatch:
     key_bias: Tensor | None = None
 
     def take(self, x: Packed, is_query: bool, groups: int | None) -> Tensor:
-        """To ``[count * groups, heads / groups, tokens, ...]``, without `groups` to ``[count, heads, tokens, ...]``.
+        """The tokens as ``[count * groups, heads / groups, tokens, ...]``, or ``[count, heads, tokens, ...]`` without
+        `groups`.
 
-        A view where tokens are a range and `groups` is None or `count` is 1.
+        A view if the tokens are a range and `groups` is None or `count` is 1.
         """
         at, tokens = (self.q, self.n) if is_query else (self.kv, self.m)
         if isinstance(at, Tensor):
@@ -84,7 +85,7 @@ class SegmentBatch:
         return view if groups is None else view.reshape(self.count * groups, -1, *view.shape[2:])
 
     def take_gradient(self, x: Packed, groups: int | None) -> Tensor:
-        """As :meth:`take` of a gradient of the queries' outputs, 0 in padding."""
+        """Like :meth:`take`, of a gradient of the queries' outputs: 0 in padding."""
         if self.own_q is None:
             return self.take(x, True, groups)
         assert isinstance(self.q, Tensor)
@@ -93,19 +94,19 @@ class SegmentBatch:
         return self._by_head(flat, self.n, groups)
 
     def bias(self, dtype: torch.dtype, groups: int | None) -> Tensor | None:
-        """`key_bias` as the kernel wants it beside operands of `dtype`, ``[count * groups, 1, 1, m]``."""
+        """`key_bias` as ``[count * groups, 1, 1, m]``, in float32 or, for operands of that `dtype`, float64."""
         if self.key_bias is None:
             return None
         bias = self.key_bias.to(torch.promote_types(dtype, torch.float32))
         return bias if groups is None else bias.repeat_interleave(groups, 0)
 
     def _by_head(self, x: Tensor, tokens: int, groups: int | None) -> Tensor:
-        """From gathered tokens ``[count * tokens, heads, ...]``."""
+        """Convert gathered tokens ``[count * tokens, heads, ...]`` to the shape of :meth:`take`."""
         x = x.view(self.count, tokens, *x.shape[1:]).transpose(1, 2)
         return x if groups is None else x.reshape(self.count * groups, -1, *x.shape[2:])
 
     def put(self, out: Packed, x: Tensor, is_query: bool) -> None:
-        """Write ``[..., tokens, ...]``, with the batch and the heads in front, to the packed tokens."""
+        """Write a result of :meth:`take`'s shape to the packed tokens, without its padding."""
         at, tokens, own = (self.q, self.n, self.own_q) if is_query else (self.kv, self.m, self.own_kv)
         if isinstance(at, tuple):
             view = out.view(at)
@@ -120,24 +121,24 @@ class SegmentBatch:
 
 
 def _grouped(x: Tensor, groups: int | None) -> Tensor:
-    """A segment's ``[1, heads, tokens, ...]`` as ``[groups, heads / groups, tokens, ...]``."""
+    """View a segment's ``[1, heads, tokens, ...]`` as ``[groups, heads / groups, tokens, ...]``."""
     return x if groups is None or groups == 1 else x[0].unflatten(0, (groups, -1))
 
 
 def list_batches(
     q_ends: list[int], kv_ends: list[int], width: int, pad_keys: bool
 ) -> tuple[list[SegmentBatch], list[Range], list[Range]]:
-    """Cut a batch of segments into calls.
+    """Group segments into calls of the kernel.
 
     Args:
-        q_ends: The queries' offsets.
-        kv_ends: The keys' offsets.
-        width: Numbers of a query: heads times features, at least 1.
-        pad_keys: Whether keys behind a segment's last may be padded. They must be ruled out then: by a causal mask over
-            as many keys as queries, or by :meth:`SegmentBatch.bias`.
+        q_ends: The queries' offsets ``[S+1]``.
+        kv_ends: The keys' offsets ``[S+1]``.
+        width: Numbers per query: heads times features, at least 1.
+        pad_keys: Allow padding keys. They must be masked then: by a causal mask over as many keys as queries, or by
+            :meth:`SegmentBatch.bias`.
 
     Returns:
-        The calls, and the packed queries and keys that are in none: their segment has no key, or no query.
+        The batches, and the ranges of packed queries and keys in none of them: their segment has no key, or no query.
     """
     batches: list[SegmentBatch] = []
     short: dict[tuple[int, int], list[int]] = {}
@@ -195,7 +196,10 @@ def _gathered(n: int, m: int, members: list[int], q_ends: list[int], kv_ends: li
 
 
 def _indices(tokens: int, members: list[int], ends: list[int]) -> tuple[Tensor, Tensor | None]:
-    """``[count * tokens]``: the members' packed tokens, the last of each repeated; and which are not repeated."""
+    """Packed indices ``[count * tokens]``, padded by each member's last token, and the places that are no padding.
+
+    The second is None without padding.
+    """
     bounds = torch.tensor([(ends[s], ends[s + 1]) for s in members], device="cpu")
     at = bounds[:, :1] + torch.arange(tokens, device="cpu")
     own = (at < bounds[:, 1:]).flatten()
