@@ -79,7 +79,7 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _owned_bmm(a: Tensor, b: Tensor) -> Tensor:
-    """`torch.bmm`, cloned if a dispatch mode may hold the result (selective checkpointing does), so safe to overwrite."""
+    """`torch.bmm`, cloned if a dispatch mode may hold the result, as selective checkpointing does: safe to overwrite."""
     out = torch.bmm(a, b)
     return out.clone() if not holds_no_numbers(out) and is_watched() else out
 
@@ -118,7 +118,7 @@ def tiles_at_once(device: torch.device, heads: int, block: int) -> int:
 
 
 def chunks(p: TiledCall, heads: int) -> list[tuple[int, int]]:
-    """Slices ``(start, end)`` of the tile list: whole tile rows, of at most :func:`tiles_at_once` tiles if more than one."""
+    """Slices ``(start, end)`` of the tile list: whole tile rows, several only up to :func:`tiles_at_once` tiles."""
     most = tiles_at_once(p.row.device, heads, p.block)
     counts = torch.bincount(p.row[p.col < p.cols], minlength=p.rows).tolist()
     out, start, size = [], 0, 0

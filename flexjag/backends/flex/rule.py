@@ -1,4 +1,4 @@
-"""What FlexAttention can run, by rule."""
+"""Rule and record of the backend ``flex``."""
 
 from __future__ import annotations
 

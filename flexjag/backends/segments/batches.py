@@ -1,9 +1,9 @@
 """Batching of whole segments into few calls: adjacent ones of one shape as views, short ones gathered and padded.
 
 A call costs tens of microseconds before it computes anything, more with gradients; so segments of up to SHORT numbers,
-many tokens of one head or few tokens of many heads, share calls. They are padded to a multiple of ROUND by copies of their own
-last token: a causal mask or a bias rules the copies out as keys, and what they compute as queries is dropped. So no
-segment reads another's values. (An infinite number in a segment's last value turns into NaN by it, as 0 · inf.)
+many tokens of one head or few tokens of many heads, share calls. They are padded to a multiple of ROUND by copies of
+their own last token: a causal mask or a bias masks the copies as keys, and their results as queries are dropped. So no
+segment reads another's values. (An infinite number in a segment's last value becomes NaN by this, as 0 · inf.)
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """``scaled_dot_product_attention`` per segment, or per run of a segment's queries and the keys they can reach.
 
-On CPU it calls ATen's flash kernel itself, forward and backward, straight into the packed outputs. That saves the
-copies and the autograd nodes of a loop in user code, and gives the log-sum-exp that SDPA keeps to itself.
+On CPU it calls ATen's flash kernel directly, forward and backward, into the packed outputs. That saves the copies and
+the autograd nodes of a loop in user code, and returns the log-sum-exp, which SDPA does not.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def run(q: Tensor, k: Tensor, v: Tensor, recipe: Recipe, scale: float, need_lse:
 
 
 def _calls(recipe: Recipe, width: int, causal: bool, scale: float) -> whole_segments.Calls:
-    """The calls of a plan, listed once for all layers that share it."""
+    """The kernel's calls for a plan, computed once for all layers that share it."""
     key = "calls", width, causal, scale
     if key not in recipe.notes:
         recipe.notes[key] = list_calls(recipe.layout, width, causal, scale)
@@ -74,7 +74,7 @@ def _calls(recipe: Recipe, width: int, causal: bool, scale: float) -> whole_segm
 
 
 def _cut(x: Tensor, ranges: list[Range], shape: tuple[int, int], in_order: bool) -> tuple[Tensor, ...]:
-    """[T, H, ...] as one view per range, [*shape, n, ...]; `shape` is (1, H), or (G, H / G) to share keys."""
+    """Split [T, H, ...] into one view per range, [*shape, n, ...]; `shape` is (1, H), or (G, H / G) to share keys."""
     heads = x.shape[1]
     x = x.transpose(0, 1)
     x = x.unflatten(0, (shape[0], -1)) if heads == shape[0] * shape[1] else x[:, None].expand(*shape, *x.shape[1:])
@@ -82,14 +82,14 @@ def _cut(x: Tensor, ranges: list[Range], shape: tuple[int, int], in_order: bool)
 
 
 def _grouped(x: Tensor, shape: tuple[int, int]) -> Tensor:
-    """[1, H or 1, ...] as [*shape, ...], or something that broadcasts to it."""
+    """View [1, H or 1, ...] as a tensor that broadcasts to [*shape, ...]."""
     return x if shape[0] == 1 or x.shape[1] == 1 else x[0].unflatten(0, shape)
 
 
 class _Flash(torch.autograd.Function):
     """ATen's CPU flash kernel per run of queries, with the mask and the score as a bias.
 
-    `bias` is that of all segments where it needs a gradient, which ATen's backward does not give; else None.
+    `bias` is the shared bias if it requires a gradient, which ATen's backward does not compute; else None.
     """
 
     @staticmethod
@@ -189,7 +189,7 @@ def _differentiate(
 
 
 def _composite(calls: SdpaCalls, q: Tensor, k: Tensor, v: Tensor, need_lse: bool) -> Pair:
-    """SDPA by its public door: any device, and gradients for a learned bias that segments do not share."""
+    """SDPA by its public function: any device, and gradients of a learned bias that segments do not share."""
     dtype, heads, repeats = q.dtype, q.shape[1], q.shape[1] // k.shape[1]
     acc = torch.float64 if dtype == torch.float64 else torch.float32
     if calls.causal is None:  # SDPA wants the bias in q's dtype, and half precision is too coarse for one

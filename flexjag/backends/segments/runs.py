@@ -180,8 +180,8 @@ def _evaluate(recipe: Recipe, rows: Range, keys: Range, heads: int, acc: torch.d
 def bias_of(calls: SdpaCalls, index: int, heads: int, acc: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
     """The additive bias ``[1, H or 1, n, m]``, -inf where masked, and bool ``[1, H or 1, n]``: rows without a key.
 
-    A row without keys gets an unmasked bias, which the kernel needs; the caller zeroes its output. The second is None if
-    all rows have a key; both are None if SDPA masks by itself.
+    A row without keys gets an unmasked bias, which the kernel needs; the caller zeroes its output. The second is None
+    if all rows have a key; both are None if SDPA masks by itself.
     """
     if calls.causal is not None:
         return None, None

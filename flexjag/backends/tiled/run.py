@@ -3,7 +3,7 @@
 The algorithm is flash attention's with the tiles as the unit: gather the q, k and v blocks of each tile, multiply,
 mask, and combine each row's tiles by their running maximum. Every gather is by tile, so nothing is T×T.
 
-Traced, all tiles go through at once and autograd differentiates the graph. In eager mode tiles go through in chunks of
+In a graph all tiles are computed at once and autograd differentiates them. In eager mode they are computed in chunks of
 whole tile rows and the backward recomputes the scores, so memory beyond the inputs stays at a few chunks.
 """
 
@@ -68,7 +68,7 @@ def run(q: Tensor, k: Tensor, v: Tensor, recipe: Recipe, scale: float, need_lse:
 
 
 def all_at_once(q: Tensor, k: Tensor, v: Tensor, p: TiledCall) -> Pair:
-    """Attention over all tiles together, in plain operations that autograd and graphs see through."""
+    """Attention over all tiles at once, in plain operations that autograd and graph capture support."""
     # One spare row of blocks, so that no size can be 1: Dynamo would compile that case anew.
     qb, kb, vb = (to_blocks(x, n + 1, p.block) for x, n in ((q, p.rows), (k, p.cols), (v, p.cols)))
     b, h, q_index, kv_index = indices(p, p.row, p.col, q.shape[1])
