@@ -79,7 +79,7 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _owned_bmm(a: Tensor, b: Tensor) -> Tensor:
-    """`torch.bmm`, cloned if a dispatch mode may hold the result, as selective checkpointing does: safe to overwrite."""
+    """`torch.bmm`, cloned if a dispatch mode may keep it, as selective checkpointing does. So safe to overwrite."""
     out = torch.bmm(a, b)
     return out.clone() if not holds_no_numbers(out) and is_watched() else out
 

@@ -1,7 +1,7 @@
 """Division of an attention call into pieces: some query rows with all keys that they attend.
 
-A piece is either a list of whole tile rows (backend ``tiled``), or a run of one segment's queries with the keys from the
-first to the last that they may attend (backend ``segments``): few large products, which are fast on a CPU.
+A piece is either a list of whole tile rows (backend ``tiled``), or a run of one segment's queries with the keys from
+the first to the last that they may attend (backend ``segments``): few large products, which are fast on a CPU.
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ def attend(s: Tensor, allowed: Tensor | None, z: Tensor, local: Tensor | None, r
         s: Scores ``[N, H, B, C]``.
         allowed: The mask, which broadcasts; None if all keys are allowed.
         z: Values ``[N, G, C, E]``.
-        local: ``[N]`` ascending, row block of each tile, 0 to ``rows - 1``; None if there is one tile and one row block.
+        local: ``[N]`` ascending, row block of each tile, below `rows`; None if there is one tile and one row block.
         rows: Number of row blocks.
 
     Returns:
