@@ -132,7 +132,7 @@ def _gather(offsets: Tensor, index: Tensor) -> Tensor:
 def _are_offsets(x: Jagged, has_spare: bool) -> Tensor:
     """Bool scalar: x's offsets start at 0, never decrease and end at its number of rows, or before spare rows.
 
-    Without a slice: one of S differences would make S = 1 a graph of its own.
+    It slices nothing: a slice to S differences would make S = 1 a separate graph.
     """
     rows = x.values.shape[0]
     end = x.offsets[-1] <= rows if has_spare else x.offsets[-1] == rows

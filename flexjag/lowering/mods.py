@@ -1,4 +1,4 @@
-"""Nodes to FlexAttention's ``mask_mod`` and ``score_mod`` on packed indices.
+"""Lowering of nodes to FlexAttention's ``mask_mod`` and ``score_mod`` on packed indices.
 
 Everything a mod reads is indexed by the query row alone, so that nothing is gathered by key in a kernel's inner
 loop: a span test is ``(kv >= lo[q]) & (kv < hi[q])``, and because a key is only ever tested inside the row's own

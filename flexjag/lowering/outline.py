@@ -1,4 +1,4 @@
-"""From nodes to a recipe: layout, spans, tables and kernel masks, and then the tiles."""
+"""Lowering of nodes to a recipe: layout, spans, tables and kernel masks, then the tiles."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ def _head_masks(mask: m.Mask) -> tuple[list[m.Mask], list[int] | None]:
 def _capacity(layout: Layout, block: int, max_length: int | None) -> tuple[int, int] | None:
     """Upper bounds on the tiles of a row or column and on all tiles, from `max_length`; None without a bound.
 
-    In self-attention a tile row meets one stretch of keys: its own tokens and at most a segment to either side.
-    In cross-attention it may meet many segments, each in a stretch of its own, so only the grid bounds it.
+    In self-attention the keys of a tile row are one range: its own tokens and at most a segment to either side.
+    In cross-attention it may meet many segments with separate key ranges, so only the grid bounds it.
     """
     if max_length is None:
         return None

@@ -144,7 +144,7 @@ def rest_of(s: Sandwich) -> m.Mask:
 
 
 sandwich = Interpretation("sandwich", m.Mask)
-"""``sandwich(mask, layout) -> Sandwich``. O(K·T); the mask must not hold a PerHead (see `masks.at_head`)."""
+"""``sandwich(mask, layout) -> Sandwich``, in O(K·T). The mask must not contain a PerHead (see `masks.at_head`)."""
 
 
 def _exact(layout: Layout, lo: Tensor, hi: Tensor) -> Sandwich:

@@ -36,8 +36,8 @@ _SIZES: dict[tuple[str, bool, bool], dict[int, tuple[int, int, int]]] = {
     ("keys", False, True): {64: (16, 16, 4), 128: (16, 16, 8), 256: (16, 16, 8)},
 }
 """Queries and keys per step, and warps; keyed by kernel, `has_cores`, `is_heavy` (a read per query-key pair) and number
-of features. The largest tried with which registers do not run out on sm_80, sm_90, sm_100 and gfx942, up to 128 features;
-exact products of float32 go through registers."""
+of features. The largest tried with which registers do not run out on sm_80, sm_90, sm_100 and gfx942, up to 128
+features; exact products of float32 go through registers."""
 
 
 def block_sizes(kernel: str, dtype: torch.dtype, width: int, is_heavy: bool) -> tuple[int, int, int]:
