@@ -1,6 +1,6 @@
-"""Spans to tiles, tiles to a BlockMask. O(K·T log T + tiles) time and memory; nothing is T×T.
+"""Lowering of spans to tiles, and of tiles to a BlockMask. O(K·T log T + tiles) time and memory; nothing is T×T.
 
-A tile is one ``block × block`` piece of the packed score matrix. No outer span touches an EMPTY tile; the inner
+A tile is one ``block × block`` part of the packed score matrix. No outer span touches an EMPTY tile; the inner
 spans cover a FULL one on every row; the rest are PARTIAL. Tiles that extend beyond the matrix are never FULL,
 as in ``create_block_mask``: their padding rows and columns are masked out.
 """

@@ -2,8 +2,8 @@
 
 FlexAttention's defaults are tuned for plain kernels. With a mask of bounds, a score and varying sizes, they exceed the
 registers (a forward of head dimension 64 on an H200 spills 1.7 to 10.4 kB per thread), and a relative bias needs more
-shared memory than the GPU has. These were chosen from the compiled code (``docs/kernels.md``, before and after), not yet
-from time on a GPU. Options measured on the GPU at hand (:mod:`flexjag.backends.flex.tuning`) override them.
+shared memory than the GPU has. These were chosen from the compiled code (``docs/kernels.md``, before and after), not
+yet from time on a GPU. Options measured on the GPU at hand (:mod:`flexjag.backends.flex.tuning`) override them.
 """
 
 from __future__ import annotations

@@ -70,10 +70,9 @@ class SegmentBatch:
     key_bias: Tensor | None = None
 
     def take(self, x: Packed, is_query: bool, groups: int | None) -> Tensor:
-        """The tokens as ``[count * groups, heads / groups, tokens, ...]``, or ``[count, heads, tokens, ...]`` without
-        `groups`.
+        """The tokens as ``[count * groups, heads / groups, tokens, ...]``.
 
-        A view if the tokens are a range and `groups` is None or `count` is 1.
+        Without `groups`, as ``[count, heads, tokens, ...]``. A view if the tokens are a range and `groups` is None or `count` is 1.
         """
         at, tokens = (self.q, self.n) if is_query else (self.kv, self.m)
         if isinstance(at, Tensor):
