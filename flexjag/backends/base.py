@@ -108,7 +108,8 @@ class Case:
 
         Args:
             asked: The recipe.
-            known: Other attributes, from the call's inputs. Without any, they are taken from the recipe's `sample`.
+            known: Other attributes, from the call's inputs. Without any, they are taken from the recipe's `sample` and
+                learned tensors.
         """
         if not known:
             learned = functions.learned_tensors(asked.score, torch.float32, asked.place)

@@ -86,7 +86,7 @@ def choose(case: Case) -> tuple[str, str]:
 
 
 def _choose(case: Case) -> tuple[str, dict[str, float], str]:
-    """The selected backend, expected seconds by backend if compared, and the reason why the last skipped one was."""
+    """The selected backend, expected seconds by backend if compared, and the reason for the last skipped one."""
     able: list[str] = []
     passed, on_cuda = "", case.on_cuda
     for name in ON_CUDA if on_cuda else ELSEWHERE:

@@ -72,7 +72,8 @@ class SegmentBatch:
     def take(self, x: Packed, is_query: bool, groups: int | None) -> Tensor:
         """The tokens as ``[count * groups, heads / groups, tokens, ...]``.
 
-        Without `groups`, as ``[count, heads, tokens, ...]``. A view if the tokens are a range and `groups` is None or `count` is 1.
+        Without `groups`, as ``[count, heads, tokens, ...]``. A view if the tokens are a range and `groups` is None or
+        `count` is 1.
         """
         at, tokens = (self.q, self.n) if is_query else (self.kv, self.m)
         if isinstance(at, Tensor):
