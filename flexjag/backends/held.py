@@ -22,7 +22,7 @@ class Held:
     Attributes:
         learned: The tensors that require gradients, as the score holds them.
         wide: The same tensors in the precision of the scores, in which the gradients are summed.
-        fixed: The other tensors but inference tensors. They are saved for the backward, so that autograd notices writes.
+        fixed: The other tensors but inference tensors, saved for the backward so that autograd notices writes.
         trials: The users' functions, each called once.
     """
 
