@@ -1,4 +1,4 @@
-"""What executes a plan: a record per backend, all with the same ``run`` signature. `register` adds one of your own."""
+"""Backends, which execute plans: a record each, all with the same ``run`` signature. `register` adds a user's own."""
 
 from flexjag.backends.base import Backend as Backend
 from flexjag.backends.base import Case as Case

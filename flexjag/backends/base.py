@@ -1,4 +1,4 @@
-"""What a backend is: one record of its name, its rule, its cost, how it runs and what callers may count on."""
+"""The record of a backend: its name, rule, cost, `run` function and promises to callers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from flexjag.backends.costs import Work
 from flexjag.lowering.layout import Layout
 
 Pair = tuple[Tensor, Tensor | None]
-"""The output ``[T_q, H, E]``, and the rest ``[T_q, H]``: a softmax's log-sum-exp, or stick-breaking's remainder."""
+"""The output ``[T_q, H, E]`` and the rest ``[T_q, H]``: a softmax's log-sum-exp, or stick-breaking's remainder."""
 
 Where = Literal["everywhere", "on CUDA", "nowhere"]
 
@@ -29,11 +29,11 @@ ASSUMED_DIMS = (1, 1, 64, 64)  # H, G, D and E where nothing says them
 
 
 class Asked(Protocol):
-    """What rules and the reference see of a recipe: what was asked for, and nothing that lowering made of it."""
+    """The part of a recipe that rules and the reference may read: the plan's arguments, no result of lowering."""
 
     @property
     def layout(self) -> Layout:
-        """Where the tokens sit."""
+        """Segment, local position and key range of each token."""
         ...
 
     @property
@@ -53,40 +53,40 @@ class Asked(Protocol):
 
     @property
     def block_size(self) -> int:
-        """Tile size."""
+        """Tile size, in tokens."""
         ...
 
     @property
     def sample(self) -> tuple[int, int, torch.dtype, bool] | None:
-        """``(H, D, dtype, grad)`` of the q that was planned for, if it had heads."""
+        """``(H, D, dtype, requires_grad)`` of the q given to the plan, if it had heads; else None."""
         ...
 
     def learning_in(self, dtype: torch.dtype) -> Self:
-        """With what score and normalizer learn read in at least `dtype`."""
+        """Widen the learned tensors of score and normalizer to at least `dtype`."""
         ...
 
     def place(self) -> functions.Place | None:
-        """Where users' functions may be tried; None if nowhere."""
+        """Indices ``(b, h, q, kv)`` at which users' functions can be tried; None if there are none."""
         ...
 
 
 @dataclass(frozen=True)
 class Case:
-    """What a backend must cope with. None means not known yet.
+    """The requirements of one attention call, which backends' rules check. None means not known yet.
 
     Attributes:
-        layout: Where the tokens sit.
+        layout: Segment, local position and key range of each token.
         mask: The mask.
         score: The score, or None.
         normalizer: The normalizer.
-        tracing: A graph is being traced.
-        dtype: Of q, k and v.
-        grad: Some input needs a gradient.
-        lse: The log-sum-exp is wanted.
+        tracing: True while a graph is traced.
+        dtype: Dtype of q, k and v.
+        grad: True if an input requires a gradient.
+        lse: True if the log-sum-exp is requested.
         dims: ``(H, G, D, E)``.
         scale: Factor on ``q·k``.
-        block_size: Tile size.
-        plain: A ``torch.func`` transform or forward-mode AD is at work, which know plain torch operations only.
+        block_size: Tile size, in tokens.
+        plain: True under a ``torch.func`` transform or forward-mode AD, which support plain torch operations only.
     """
 
     layout: Layout
@@ -104,11 +104,12 @@ class Case:
 
     @classmethod
     def of(cls, asked: Asked, **known: Any) -> Self:
-        """A recipe's case.
+        """Build the case of a recipe.
 
         Args:
             asked: The recipe.
-            known: What the caller knows besides. Nothing: as for the q that was planned for.
+            known: Other attributes, from the call's inputs. Without any, they are taken from the recipe's `sample` and
+                learned tensors.
         """
         if not known:
             learned = functions.learned_tensors(asked.score, torch.float32, asked.place)
@@ -120,33 +121,33 @@ class Case:
 
     @property
     def on_cuda(self) -> bool:
-        """Whether a CUDA (or ROCm) device's kernels will run."""
+        """True if kernels of a CUDA (or ROCm) device will run."""
         return self.layout.on_gpu and self.layout.device.type in ("cuda", "cpu")
 
     def has(self, where: Where) -> bool:
-        """Whether something that is promised there is promised here."""
+        """True if a promise for `where` covers this case's device."""
         return where == "everywhere" or (where == "on CUDA" and self.on_cuda)
 
     def unlike(self, where: Where) -> str:
-        """Where this is, if what is not promised here is promised somewhere, for the end of a sentence."""
+        """The end of a refusal: " on" and this device if the promise holds on others, else empty."""
         device = self.layout.device.type
         return "" if where == "nowhere" else f" on {'CPU' if device == 'cpu' else device}"
 
 
 @dataclass(frozen=True)
 class Promises:
-    """What callers may count on wherever a backend's rule lets them through.
+    """A backend's guarantees for every case that its rule accepts.
 
     Attributes:
-        normalizers: The kinds of normalizers it has.
-        gradients: Where it has a backward.
+        normalizers: The supported kinds of normalizers.
+        gradients: Devices with a backward.
         second_order: Its gradients can be differentiated again, and ``torch.func`` transforms and forward-mode AD go
             through it.
-        lse: Where it returns the log-sum-exp of a softmax.
-        lse_gradient: That has a gradient.
-        untraceable: Why it cannot be part of a graph; None if it can.
-        contains_nan: NaN or inf in one segment reaches no other.
-        unmixed: Which other segments are in the batch changes no bit of a segment's output.
+        lse: Devices where it returns the log-sum-exp of a softmax.
+        lse_gradient: The log-sum-exp is differentiable.
+        untraceable: The reason why it cannot be part of a traced graph; None if it can.
+        contains_nan: NaN or inf in one segment does not reach other segments.
+        unmixed: A segment's output is bitwise independent of the other segments in the batch.
         wide: The normalizers for which half precision is computed in float32.
     """
 
@@ -161,7 +162,7 @@ class Promises:
     wide: tuple[type[Normalizer], ...] = ()
 
     def refuse(self, case: Case) -> str | None:
-        """Why the promises do not cover a case, or None if they do."""
+        """The reason why the promises do not cover a case, as a sentence; None if they do."""
         if case.plain and not self.second_order:
             return "torch.func transforms and forward-mode AD know plain torch operations only"
         if not isinstance(case.normalizer, ALL):
@@ -184,23 +185,23 @@ class Promises:
 
 @dataclass(frozen=True)
 class Backend:
-    """One way to run a recipe.
+    """An implementation of attention that runs recipes.
 
     Attributes:
-        name: What ``attention(backend=...)`` calls it.
-        title: What it is, in a few words.
-        takes: Which masks and scores it takes, in a few words.
+        name: Its name for ``attention(backend=...)``.
+        title: A short description.
+        takes: The supported masks and scores, in a few words.
         run: ``run(q, k, v, recipe, scale, need_rest)`` of packed ``q [T_q, H, D]``, ``k [T_kv, G, D]`` and
-            ``v [T_kv, G, E]`` to a :data:`Pair`, whose second may be None if the rest is not needed. It imports what
-            is heavy when it is called.
-        refuse: Why it cannot run a case that its promises cover, in one sentence, or None if it can. It reads
-            structure and metadata only.
-        promises: What callers may count on.
-        needs_tiles: It reads the recipe's tiles.
-        cost: What a case takes, to choose among those that can run it on a CPU; None if nobody has measured it.
-        wasteful: Why ``auto`` should pass it over for a case that it can run, or None.
-        before: The backend before which ``auto`` asks this one, for one that :func:`flexjag.backends.choose.register`
-            adds; None if it has to be named.
+            ``v [T_kv, G, E]`` to a :data:`Pair`, whose second may be None if the rest is not needed. Heavy modules
+            are imported when it is called.
+        refuse: The rule: the reason why it cannot run a case that its promises cover, in one sentence, or None if it
+            can. It reads structure and metadata only.
+        promises: Its guarantees for the cases that it accepts.
+        needs_tiles: True if it reads the recipe's tiles.
+        cost: Estimated work of a case, by which ``auto`` compares backends on a CPU; None if it was never measured.
+        wasteful: The reason why ``auto`` should skip it for a case that it can run, or None.
+        before: The backend before which ``auto`` tries this one, if :func:`flexjag.backends.choose.register` adds it;
+            None if only its name selects it.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Packed tensors in blocks of tokens, and products and masks of a list of tiles: for all that goes by tiles."""
+"""Packed tensors in blocks of tokens, and products and masks of a list of tiles; shared by all tiled computations."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ CHUNK_SCORES_GPU = 2**24  # 64 MB of float32: fills a GPU, where smaller operati
 
 
 @dataclass(frozen=True, eq=False)
-class Problem:
-    """One attention call in block form.
+class TiledCall:
+    """The tiles, mask and score of one attention call over a list of tiles.
 
     Attributes:
         row: ``[N]`` tile rows, ascending.
         col: ``[N]`` tile columns.
-        block: Tile size B.
+        block: Tile size B, in tokens.
         num_q: T_q.
         num_kv: T_kv.
         scale: Factor on ``q·k``.
-        allowed: The mask, on packed indices that broadcast.
-        score: The score, likewise, or None.
+        allowed: The mask ``allowed(b, h, q, kv)``, on packed indices that broadcast.
+        score: The score ``score(s, b, h, q, kv)``, likewise, or None.
     """
 
     row: Tensor
@@ -46,17 +46,17 @@ class Problem:
 
     @property
     def cols(self) -> int:
-        """Number of tile columns; one more block, all zeros, stands behind them for unused tiles."""
+        """Number of tile columns, not counting the block of zeros behind them that unused tiles point to."""
         return blocks(self.num_kv, self.block)
 
 
 def in_dtype(score: Callable[..., Tensor] | None) -> Callable[..., Tensor] | None:
-    """The score, kept in the dtype it is given: its tensors may be wider than the inputs."""
+    """The score function with its result cast to the dtype of its input: its tensors may be wider than that."""
     return None if score is None else lambda s, *at: score(s, *at).to(s.dtype)
 
 
 def to_blocks(x: Tensor, count: int, block: int) -> Tensor:
-    """[T, H, D] to [count, H, B, D], padded with zeros."""
+    """Convert [T, H, D] to [count, H, B, D], padded with zeros."""
     x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, count * block - x.shape[0]))
     # From one dimension to two, and on: splitting one of several guards on N % count, which torch.export cannot prove.
     flat = x.flatten().view(count, block * x.shape[1] * x.shape[2])
@@ -64,7 +64,7 @@ def to_blocks(x: Tensor, count: int, block: int) -> Tensor:
 
 
 def from_blocks(x: Tensor, tokens: int) -> Tensor:
-    """[count, H, B, D] to [T, H, D]."""
+    """Convert [count, H, B, D] to [T, H, D]."""
     x = x.transpose(1, 2).flatten(0, 1)
     if torch.compiler.is_exporting():  # a slice guards on the tokens being no more than the rows
         return x.index_select(0, torch.arange(tokens, device=x.device))
@@ -72,25 +72,25 @@ def from_blocks(x: Tensor, tokens: int) -> Tensor:
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """[N, H, i, j] @ [N, G, j, k] to [N, H, i, k], each of the G shared by H / G heads. May be overwritten."""
+    """Product [N, H, i, j] @ [N, G, j, k] -> [N, H, i, k], each of G shared by H / G heads. Safe to overwrite."""
     n, h, i, j = a.shape
     g = b.shape[1]
     return _owned_bmm(a.reshape(n * g, h // g * i, j), b.reshape(n * g, j, b.shape[3])).view(n, h, i, b.shape[3])
 
 
 def _owned_bmm(a: Tensor, b: Tensor) -> Tensor:
-    """A product that nobody else holds. A dispatch mode may: selective checkpointing keeps what it is told to save."""
+    """`torch.bmm`, cloned if a dispatch mode may keep it, as selective checkpointing does. So safe to overwrite."""
     out = torch.bmm(a, b)
     return out.clone() if not holds_no_numbers(out) and is_watched() else out
 
 
 def sum_groups(x: Tensor, groups: int) -> Tensor:
-    """[N, H, ...] to [N, G, ...], the sum over the heads that share a group."""
+    """Sum [N, H, ...] over the heads of each group, to [N, G, ...]."""
     return x if x.shape[1] == groups else x.unflatten(1, (groups, -1)).sum(2)
 
 
-def indices(p: Problem, row: Tensor, col: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The b, h, q and kv of every score of these tiles, shaped to broadcast to [N, H, B, B]."""
+def indices(p: TiledCall, row: Tensor, col: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Packed indices b, h, q and kv of all scores of these tiles; they broadcast to [N, H, B, B]."""
     step = torch.arange(p.block, device=row.device)
     q = (row[:, None] * p.block + step).clamp(max=p.num_q - 1)[:, None, :, None]
     kv = (col[:, None] * p.block + step)[:, None, None, :]
@@ -98,8 +98,8 @@ def indices(p: Problem, row: Tensor, col: Tensor, heads: int) -> tuple[Tensor, T
     return h.new_zeros(()), h, q, kv.clamp(max=p.num_kv - 1)
 
 
-def allowed_in(p: Problem, row: Tensor, col: Tensor, at: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
-    """The mask of every score of these tiles, False outside the batch."""
+def allowed_in(p: TiledCall, row: Tensor, col: Tensor, at: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
+    """The mask of these tiles, which broadcasts to [N, H, B, B]; False beyond T_q and T_kv."""
     step = torch.arange(p.block, device=row.device)
     q, kv = row[:, None] * p.block + step, col[:, None] * p.block + step
     inside = (q < p.num_q)[:, None, :, None] & (kv < p.num_kv)[:, None, None, :]
@@ -107,18 +107,18 @@ def allowed_in(p: Problem, row: Tensor, col: Tensor, at: tuple[Tensor, Tensor, T
 
 
 def matmul_heads(a: Tensor, b: Tensor) -> Tensor:
-    """[N, H, i, j]ᵀ @ [N, H, i, k] to [N, H, j, k]. May be overwritten."""
+    """Product [N, H, i, j]ᵀ @ [N, H, i, k] -> [N, H, j, k]. Safe to overwrite."""
     n, h, i, j = a.shape
     return _owned_bmm(a.reshape(n * h, i, j).transpose(1, 2), b.reshape(n * h, i, b.shape[3])).view(n, h, j, b.shape[3])
 
 
 def tiles_at_once(device: torch.device, heads: int, block: int) -> int:
-    """Tiles of `heads` heads whose scores are held at once."""
+    """Number of tiles, each of `heads` heads, whose scores are held at once; at least 1."""
     return max(1, (CHUNK_SCORES if device.type == "cpu" else CHUNK_SCORES_GPU) // (heads * block**2))
 
 
-def chunks(p: Problem, heads: int) -> list[tuple[int, int]]:
-    """Slices of the tile list, each of whole tile rows and of about as many scores as are held at once."""
+def chunks(p: TiledCall, heads: int) -> list[tuple[int, int]]:
+    """Slices ``(start, end)`` of the tile list: whole tile rows, several only up to :func:`tiles_at_once` tiles."""
     most = tiles_at_once(p.row.device, heads, p.block)
     counts = torch.bincount(p.row[p.col < p.cols], minlength=p.rows).tolist()
     out, start, size = [], 0, 0

@@ -1,7 +1,7 @@
-"""Which backend runs what: the list of backends, the order in which ``auto`` asks them, and what is said of it.
+"""Backend selection: the registry, the order in which ``auto`` tries backends, and the explanation of its choice.
 
-What a backend can do is in its record (:mod:`flexjag.backends.base`). The rules read structure and metadata only, so
-the same ones explain a plan, choose a backend and reject an impossible request.
+A backend's capabilities are in its record (:mod:`flexjag.backends.base`). The rules read structure and metadata only,
+so the same ones explain a plan, choose a backend and reject an impossible request.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ BACKENDS = {x.name: x for x in (REFERENCE, TILED, SEGMENTS, FLEX, VARLEN, TRITON
 """All backends by name."""
 
 ON_CUDA, ELSEWHERE = ["triton", "varlen", "flex", "tiled"], ["segments", "tiled"]
-"""Whom ``auto`` asks, in order. On CUDA by what the kernels are built for, not yet by a measurement of ours; elsewhere
-no compiler is started unasked. The last one runs everything."""
+"""The backends that ``auto`` tries, in order. On CUDA the order is by the kernels' purpose, not yet by a measurement of
+ours; elsewhere no compiler is started unasked. The last one runs everything."""
 
 WHY = {
     "triton": "fused Triton kernels for normalizers that are not a softmax",
@@ -33,10 +33,10 @@ WHY = {
 
 
 def register(backend: Backend) -> None:
-    """Add a backend of your own, for ``attention(backend=...)`` and, if it says before whom, for ``auto``.
+    """Register a backend for ``attention(backend=...)`` and, if `before` is set, for ``auto``.
 
     Raises:
-        BackendError: If its name is taken, or it is to be asked before one that ``auto`` does not ask.
+        BackendError: If its name is taken, or `before` is no backend that ``auto`` tries.
 
     >>> register(Backend("mine", "the reference again", "all", run=BACKENDS["reference"].run))
     >>> list(BACKENDS)[-1]
@@ -54,17 +54,17 @@ def register(backend: Backend) -> None:
 
 
 def unregister(name: str) -> None:
-    """Take a backend out again that :func:`register` added."""
+    """Remove a backend that :func:`register` added."""
     del BACKENDS[name]
     for order in (ON_CUDA, ELSEWHERE):
         order[:] = [x for x in order if x != name]
 
 
 def refusal(backend: str, case: Case) -> str | None:
-    """Why `backend` cannot run the case, or None if it can.
+    """The reason why `backend` cannot run the case, or None if it can.
 
     Raises:
-        BackendError: If there is no such backend.
+        BackendError: If there is no backend of that name.
     """
     if backend not in BACKENDS:
         raise BackendError(f"backend: must be 'auto' or one of {', '.join(BACKENDS)}; got backend={backend!r}")
@@ -73,9 +73,9 @@ def refusal(backend: str, case: Case) -> str | None:
 
 
 def choose(case: Case) -> tuple[str, str]:
-    """The backend ``auto`` takes, and why: the first that can run the case, or on a CPU the fastest, if it is measured.
+    """The backend that ``auto`` selects, and the reason.
 
-    Measured are those with a cost.
+    It is the first that can run the case; off CUDA, those with a `cost` are compared by expected time.
     """
     name, expected, passed = _choose(case)
     why = WHY.get(name, BACKENDS[name].title)
@@ -86,7 +86,7 @@ def choose(case: Case) -> tuple[str, str]:
 
 
 def _choose(case: Case) -> tuple[str, dict[str, float], str]:
-    """The backend, the seconds that it and others are expected to take, and why the last of the others cannot."""
+    """The selected backend, expected seconds by backend if compared, and the reason for the last skipped one."""
     able: list[str] = []
     passed, on_cuda = "", case.on_cuda
     for name in ON_CUDA if on_cuda else ELSEWHERE:
@@ -108,7 +108,7 @@ def _choose(case: Case) -> tuple[str, dict[str, float], str]:
 
 
 def _about(seconds: float) -> str:
-    """Milliseconds to one digit, which is what the estimate is worth.
+    """Format seconds as milliseconds with one significant digit, the precision of the estimate.
 
     >>> _about(0.0432), _about(0.00016)
     ('40', '0.2')
@@ -117,13 +117,13 @@ def _about(seconds: float) -> str:
 
 
 def expected_seconds(case: Case, names: list[str]) -> dict[str, float]:
-    """What measured backends are expected to take on a CPU, on the machine where ``costs.json`` was recorded."""
+    """Expected CPU seconds of backends with a `cost`, on the machine where ``costs.json`` was recorded."""
     costs = [(name, BACKENDS[name].cost) for name in names]
     return {name: seconds(cost(case), bool(case.grad)) for name, cost in costs if cost is not None}
 
 
 def pick(backend: str, case: Case) -> str:
-    """Resolve a requested backend: ``"auto"`` by rule, a name only if it can run the case.
+    """Resolve a requested backend: the selected one for ``"auto"``, else the named one if it can run the case.
 
     Raises:
         BackendError: If the named backend cannot run it; the message names one that can.

@@ -1,7 +1,7 @@
-"""What a call takes on a CPU: a line per way to compute it, fitted to measurements and recorded in ``costs.json``.
+"""Cost model of a call on a CPU: a line per way to compute it, fitted to measurements and recorded in ``costs.json``.
 
-A call's time is taken to be ``per_call · calls + per_score · scores``. Both counts are estimated from the number of
-segments and tokens, as if all segments were alike, because that needs nothing from the offsets. ``python -m
+A call's time is modelled as ``per_call · calls + per_score · scores``. Both counts are estimated from the number of
+segments and tokens, as if all segments had the same length, because that reads no offsets. ``python -m
 flexjag.bench calibrate`` measures and fits the lines; the record says where, and how well they chose there.
 """
 
@@ -19,12 +19,12 @@ DIMS = 128  # D + E of the measurements, to which a score's time is in proportio
 
 
 class Work(NamedTuple):
-    """How much there is to do.
+    """The estimated work of a call.
 
     Attributes:
-        way: Which line of the record applies.
-        calls: Segments, runs of queries, or rows of tiles.
-        scores: Scores that are computed, for all heads, scaled to D + E = 128.
+        way: Name of the way to compute it, which selects a line of the record.
+        calls: Number of segments, runs of queries, or rows of tiles.
+        scores: Number of computed scores, of all heads, scaled to D + E = 128.
     """
 
     way: str
@@ -33,18 +33,18 @@ class Work(NamedTuple):
 
 
 class Line(NamedTuple):
-    """Seconds per call and per score."""
+    """A fitted line: seconds per call and per score."""
 
     per_call: float
     per_score: float
 
     def seconds(self, work: Work) -> float:
-        """What `work` takes."""
+        """Expected seconds of `work`."""
         return self.per_call * work.calls + self.per_score * work.scores
 
 
 class Sizes(NamedTuple):
-    """What an estimate knows of a batch.
+    """The sizes of a batch that the cost model reads.
 
     Attributes:
         segments: S, at least 1.
@@ -60,7 +60,7 @@ class Sizes(NamedTuple):
 
     @staticmethod
     def of(layout: Layout, dims: tuple[int, int, int, int]) -> Sizes:
-        """Those of a layout and of ``(H, G, D, E)``."""
+        """The sizes of a layout and of `dims` ``(H, G, D, E)``."""
         heads, _, d, e = dims
         return Sizes(max(1, layout.num_segments), layout.num_q, layout.num_kv, heads * (d + e) / DIMS)
 
@@ -83,5 +83,5 @@ def record() -> dict[str, Line]:
 
 
 def seconds(work: Work, grad: bool) -> float:
-    """What `work` is expected to take, forward or forward and backward."""
+    """Expected seconds of `work`: forward, or forward and backward if `grad`."""
     return record()[f"{work.way}, {'training' if grad else 'forward'}"].seconds(work)

@@ -15,7 +15,7 @@ from flexjag.differentiation import needs_plain_operations
 
 
 def add_at(out: Tensor, index: Tensor, x: Tensor) -> Tensor:
-    """Add each x[n] to out[index[n]], in place and in order."""
+    """Add each x[n] to out[index[n]], in place and in the order of n."""
     if x.device.type == "cpu":
         return out.index_add_(0, index, x) if x.ndim > 1 else out.scatter_add_(0, index, x)
     return out.index_put_((index,), x, accumulate=True)  # which sorts; index_add_ and scatter_add_ are atomic there
@@ -27,7 +27,7 @@ def take_tiles(x: Tensor, index: Tensor) -> Tensor:
 
 
 def add_tiles(x: Tensor, index: Tensor, count: int) -> Tensor:
-    """``[count, ...]``: the sum of the ``x[n]`` with each index; its backward is :func:`take_tiles`."""
+    """Sum the ``x[n]`` by their index, to ``[count, ...]``; its backward is :func:`take_tiles`."""
     if needs_plain_operations():
         return x.new_zeros(count, *x.shape[1:]).index_add(0, index, x)
     return _add_tiles(x, index, count)
@@ -54,7 +54,7 @@ def _sum_looked_up(x: Tensor, index: Tensor, size: int) -> Tensor:
 
 
 def look_up(table: Tensor, *index: Tensor) -> Tensor:
-    """``table[index]``, as :attr:`flexjag.lowering.mods.RowTables.look_up` wants it.
+    """``table[index]`` with a deterministic gradient, for :attr:`flexjag.lowering.mods.RowTables.look_up`.
 
     >>> look_up(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([0, 1]), torch.tensor([1, 0]))
     tensor([2., 3.])

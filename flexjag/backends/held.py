@@ -1,4 +1,4 @@
-"""What a call reads besides q, k and v, and a backward reads again: whether it learns, and whether it is the same."""
+"""Tensors and functions that a call reads besides q, k and v: their gradients, and checks for changes."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from flexjag.lowering.recipe import Recipe
 
 @dataclass(frozen=True, eq=False)
 class Held:
-    """What mask, score and normalizer of a call read.
+    """Tensors and functions that mask, score and normalizer of a call hold; the backward reads them again.
 
     Attributes:
-        learned: What needs gradients, as the score knows it.
-        wide: The same in the precision of the scores, in which the gradients add up.
-        fixed: What needs none. A backward reads it again, so autograd has to hear of writes to it.
-        trials: The users' functions.
+        learned: The tensors that require gradients, as the score holds them.
+        wide: The same tensors in the precision of the scores, in which the gradients are summed.
+        fixed: The other tensors but inference tensors, saved for the backward so that autograd notices writes.
+        trials: The users' functions, each called once.
     """
 
     learned: list[Tensor]
@@ -33,7 +33,7 @@ class Held:
 
     @staticmethod
     def of(recipe: Recipe, compute: torch.dtype) -> Held:
-        """That of a plan, whose names are frozen. Functions are called once."""
+        """Collect the tensors and functions of a frozen recipe; calls each function once."""
         nodes = (*recipe.kernel_masks, *(() if recipe.score is None else (recipe.score,)), recipe.normalizer)
         tried = [x for node in nodes for x in functions.trials(node, compute, recipe.place)]
         held = [x for node in nodes[len(recipe.kernel_masks) :] for x in functions.held_tensors(node)]
@@ -43,10 +43,10 @@ class Held:
         return Held(learned, [functions.widened(x, compute) for x in learned], fixed, tried)
 
     def check(self) -> None:
-        """Check that the functions mean what they meant.
+        """Check that the functions have not changed since the forward.
 
         Raises:
-            DifferentiationError: If one does not: its attributes, say, have changed.
+            DifferentiationError: If one reads other values, such as a changed attribute.
         """
         for trial in self.trials:
             if trial.has_changed():
@@ -55,7 +55,7 @@ class Held:
                 raise DifferentiationError(f"fn: {name} {rule}; bind what it reads to names of its own, or to closures")
 
     def read_as(self, others: Sequence[Tensor]) -> AbstractContextManager[Any]:
-        """Let the score read `others` instead of what is learned."""
+        """Context manager under which the score reads `others` in place of `learned`."""
         return functions.Substitute(self.learned, others) if self.learned else nullcontext()
 
 
@@ -68,13 +68,13 @@ def differentiable_gradients(
     """Gradients that can be differentiated again, for ``create_graph=True``.
 
     Args:
-        attend: Of q, k and v in plain operations.
-        held: What the score reads.
-        tensors: What it learns, then q, k and v.
-        grads: Of what `attend` returns.
+        attend: Attention of q, k and v in plain operations.
+        held: The score's tensors and functions.
+        tensors: The learned tensors, then q, k and v.
+        grads: Gradients of the results of `attend`; None for zeros.
 
     Returns:
-        The gradients of `tensors`.
+        The gradients of `tensors`; None where none is required.
     """
     tensors = [x.view_as(x) for x in tensors]  # nodes of their own: one may have been computed from another
     with held.read_as(tensors[:-3]):

@@ -28,7 +28,7 @@ class Segment:
     """One segment's coordinates.
 
     Attributes:
-        index: Which segment.
+        index: The segment's number, 0 to S - 1.
         heads: H.
         i: ``[n, 1]`` local query positions.
         j: ``[1, m]`` local key positions.
@@ -57,7 +57,7 @@ class Segment:
 
 
 dense = Interpretation("dense mask", m.Mask)
-"""``dense(mask, segment) -> bool``, something that broadcasts to ``[H, n, m]``."""
+"""``dense(mask, segment)``: the mask as a bool tensor that broadcasts to ``[H, n, m]``."""
 
 
 def _at(bound: m.Bound, seg: Segment) -> int:
@@ -159,7 +159,7 @@ def _(mask: m.Not, seg: Segment) -> Tensor:
 
 
 def _over_heads_and_positions(fn, scores: int):  # type: ignore[no-untyped-def]
-    """A function of scalars as a function of [H], [n] and [m] (and of [H, n, m] scores), as FlexAttention does."""
+    """Vectorize a function of scalars over [H], [n] and [m] (and [H, n, m] scores) by `vmap`, as FlexAttention does."""
     for axis in (3, 2, 1):  # kv, q, h, innermost first
         fn = torch.vmap(fn, in_dims=(0,) * scores + tuple(0 if d == axis else None for d in range(4)))
     return fn
@@ -270,7 +270,7 @@ def _(normalizer: nz.StickBreaking, x: Tensor, allowed: Tensor, seg: Segment) ->
 
 
 def dense_allowed(mask: m.Mask, normalizer: nz.Normalizer, seg: Segment, is_self: bool) -> Tensor:
-    """The mask ``[H, n, m]``, without the key that each query lines up with if the normalizer leaves it out."""
+    """The mask ``[H, n, m]``, without each query's own (aligned) key if the normalizer excludes it."""
     if isinstance(normalizer, nz.StickBreaking) and not normalizer.attend_current:
         mask = m.And(mask, m.Not(m.Window(0, 0, diagonal_align(mask, is_self))))
     return dense(mask, seg).expand(seg.heads, seg.n, seg.m)
@@ -280,8 +280,8 @@ def run(q: Tensor, k: Tensor, v: Tensor, asked: Asked, scale: float, need_rest: 
     """Dense attention of ``q [T_q, H, D]``, ``k [T_kv, G, D]``, ``v [T_kv, G, E]``, segment by segment.
 
     Returns:
-        ``[T_q, H, E]`` in q's dtype, and in float32 or float64 ``[T_q, H]``: the log-sum-exp of a softmax, the
-        remainder of stick-breaking, something of no meaning otherwise. Half precision is computed in float32.
+        ``[T_q, H, E]`` in q's dtype, and ``[T_q, H]`` in float32 or float64: the log-sum-exp of a softmax, the
+        remainder of stick-breaking, unspecified values otherwise. Half precision is computed in float32.
     """
     compute = torch.promote_types(q.dtype, torch.float32)
     asked = asked.learning_in(compute)

@@ -1,4 +1,4 @@
-"""``torch.nn.attention.varlen``: the flash-attention kernel for packed batches, when the mask is one it has."""
+"""``torch.nn.attention.varlen``: the flash-attention kernel for packed batches, for masks that it supports."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def window_size(mask: m.Mask, layout: Layout) -> tuple[int, int] | None:
 
 
 def has_gqa() -> bool:
-    """Whether this torch's ``varlen_attn`` takes ``enable_gqa`` (2.11 does not)."""
+    """True if this torch's ``varlen_attn`` has the argument ``enable_gqa`` (2.11 does not)."""
     import inspect
 
     from torch.nn.attention.varlen import varlen_attn
@@ -36,7 +36,7 @@ def has_gqa() -> bool:
 
 
 def refuse(case: Case) -> str | None:
-    """Why ``varlen_attn`` cannot run a case."""
+    """The reason why ``varlen_attn`` cannot run a case; None if it can."""
     if not case.on_cuda:
         return "torch.nn.attention.varlen runs on CUDA only"
     if case.score is not None:
@@ -85,7 +85,7 @@ def run(q: Tensor, k: Tensor, v: Tensor, recipe: Recipe, scale: float, need_lse:
 
 
 def _longest(recipe: Recipe) -> tuple[int, int]:
-    """The most queries and keys of a segment, or a bound on them."""
+    """The largest query and key length of a segment, or `max_length` for both."""
     if recipe.max_length is not None:
         return recipe.max_length, recipe.max_length
     if "longest" not in recipe.notes:

@@ -1,1 +1,1 @@
-"""From nodes to what kernels read."""
+"""Lowering of nodes to the tables that kernels read."""

@@ -22,13 +22,13 @@ _stands_in = False
 
 
 def runs_on_gpu(device: torch.device) -> bool:
-    """Whether a GPU's kernels will read what lies on a device."""
+    """True if tensors on a device are read by GPU kernels: off the CPU, or under :func:`cpu_stands_in_for_gpu`."""
     return _stands_in or device.type != "cpu"
 
 
 @contextlib.contextmanager
 def cpu_stands_in_for_gpu() -> Iterator[None]:
-    """Layouts are made as for a GPU's kernels, wherever they lie: to make those kernels without a GPU."""
+    """Context manager: layouts on a CPU are built as for GPU kernels, so that those can be compiled without a GPU."""
     global _stands_in
     before, _stands_in = _stands_in, True
     try:
@@ -38,7 +38,7 @@ def cpu_stands_in_for_gpu() -> Iterator[None]:
 
 
 def blocks(tokens: int, block: int) -> int:
-    """Number of tiles that cover this many tokens; at least 1."""
+    """Number of tiles of `block` tokens that cover so many tokens; at least 1."""
     count = (tokens + block - 1) // block
     if surely(count == 0):
         return 1
@@ -63,7 +63,7 @@ class Layout:
         kv_end: ``[T_q]`` int32, one past its last.
         is_self: Queries and keys share their offsets.
         has_spare: T_q may exceed ``q_offsets[-1]``.
-        on_gpu: A GPU's kernels will read this, which round the rows up to a tile. See :func:`runs_on_gpu`.
+        on_gpu: GPU kernels will read this, which round the rows up to a tile. See :func:`runs_on_gpu`.
     """
 
     q_offsets: Tensor
@@ -89,7 +89,7 @@ class Layout:
 
     @property
     def num_segments(self) -> int:
-        """S."""
+        """S, the number of segments."""
         return self.q_offsets.shape[0] - 1
 
     @property
@@ -99,16 +99,16 @@ class Layout:
 
     @property
     def may_look(self) -> bool:
-        """Whether the coordinates may be read on the host: on a CPU outside of graphs, unless capacity is fixed.
+        """True if the coordinates may be read on the host: on a CPU outside of graphs, unless capacity is fixed.
 
         Plans of fixed capacity promise to read nothing, on a GPU as well as here.
         """
         return not self.on_gpu and not self.has_spare and not holds_no_numbers(self.q_offsets)
 
     def in_whole_tiles(self, block: int) -> bool:
-        """Whether T_q and T_kv are fixed at multiples of a tile, so that kernels need not look where tokens end.
+        """True if T_q and T_kv are fixed at multiples of a tile, so that kernels need no bounds checks.
 
-        Asked only of batches of fixed capacity: if T varies, it must not decide which graph is taken.
+        Always False without fixed capacity: if T varies, its divisibility must not decide which graph is taken.
         """
         return self.has_spare and self.num_q % block == 0 and self.num_kv % block == 0
 
@@ -130,9 +130,9 @@ def _gather(offsets: Tensor, index: Tensor) -> Tensor:
 
 
 def _are_offsets(x: Jagged, has_spare: bool) -> Tensor:
-    """Boolean scalar: whether x's offsets start at 0, never decrease and end at its rows, or before spare ones.
+    """Bool scalar: x's offsets start at 0, never decrease and end at its number of rows, or before spare rows.
 
-    Without a slice: one of S differences would make S = 1 a graph of its own.
+    It slices nothing: a slice to S differences would make S = 1 a separate graph.
     """
     rows = x.values.shape[0]
     end = x.offsets[-1] <= rows if has_spare else x.offsets[-1] == rows
@@ -140,7 +140,7 @@ def _are_offsets(x: Jagged, has_spare: bool) -> Tensor:
 
 
 def _looks_right(x: Jagged, max_length: int | None) -> bool:
-    """Whether x's offsets are offsets, and no segment passes `max_length`. Reads the device."""
+    """True if x's offsets are valid and no segment is longer than `max_length`. Reads the device."""
     right = bool(_are_offsets(x, has_spare=False))
     return right and (max_length is None or bool((x.offsets.diff() <= max_length).all()))
 
@@ -160,9 +160,9 @@ def build_layout(
             of graphs, those on a CPU are always checked, but with `max_tokens`.
 
     Raises:
-        LayoutError: If the numbers of segments or the devices differ, T is over int32, or, under
-            `validate`, the offsets are not offsets.
-        PlanError: If the bounds do not hold.
+        LayoutError: If an argument is no Jagged, the numbers of segments or the devices differ, T exceeds int32,
+            `torch.vmap` maps the offsets, or checked offsets do not start at 0, decrease, or end at another number.
+        PlanError: If `max_tokens` is not the number of rows, or a checked segment is longer than `max_length`.
     """
     for name, x in (("q", q), ("k", k)):
         if not isinstance(x, Jagged):

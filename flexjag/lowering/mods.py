@@ -1,4 +1,4 @@
-"""Nodes to FlexAttention's ``mask_mod`` and ``score_mod`` on packed indices.
+"""Lowering of nodes to FlexAttention's ``mask_mod`` and ``score_mod`` on packed indices.
 
 Everything a mod reads is indexed by the query row alone, so that nothing is gathered by key in a kernel's inner
 loop: a span test is ``(kv >= lo[q]) & (kv < hi[q])``, and because a key is only ever tested inside the row's own
@@ -40,14 +40,14 @@ class RowTables:
     """The per-query-row tensors that mods read, padded to a tile multiple where kernels round up.
 
     Attributes:
-        segment: ``[T']`` int32, the batch index `b` that user functions see; of a row without keys, another row's.
-        q_pos: ``[T']`` int32, likewise.
-        kv_start: ``[T']`` int32.
+        segment: ``[T']`` int32, the batch index `b` that user functions see; a row without keys has another row's.
+        q_pos: ``[T']`` int32, local query position; a row without keys has another row's.
+        kv_start: ``[T']`` int32, first packed key of the segment.
         kv_last: ``[T']`` int32, local position of the segment's last key (at least 0).
         shift: ``[T']`` int32, ``kv_start + q_pos``: ``kv - shift[q]`` is the relative position.
-        rounded: Whether T' is T rounded up to a tile.
-        look_up: ``look_up(table, *index)``, how the built-in scores read a table that may need gradients. A backend
-            whose gradients must not depend on the order of threads puts its own here.
+        rounded: True if T' is T rounded up to a tile, False if T' is T.
+        look_up: ``look_up(table, *index)``, by which built-in scores read a table that may need gradients. A backend
+            whose gradients must not depend on the order of threads replaces it.
     """
 
     segment: Tensor
@@ -61,20 +61,20 @@ class RowTables:
     def padded(self, x: Tensor) -> Tensor:
         """Pad the last dimension of a per-row tensor like the tables here.
 
-        If rounded even by nothing: whether the padding is 0 would else be a property of the compiled graph.
+        It pads even by 0 rows if `rounded`: a padding of 0 would otherwise be a property of the compiled graph.
         """
         return _pad_rows(x, self.segment.shape[0]) if self.rounded else x
 
     def padded_keys(self, x: Tensor) -> Tensor:
-        """Pad a per-key tensor ``[T_kv]`` likewise."""
+        """Pad a per-key tensor ``[T_kv]`` to a multiple of 128, if `rounded`."""
         return _pad_rows(x, -(-x.shape[0] // 128) * 128) if self.rounded else x
 
 
 def row_tables(layout: Layout, block: int) -> RowTables:
-    """The tables of a layout.
+    """Build the tables of a layout.
 
-    Rows without keys, the spare ones among them, are given the segment and position of one that has some: what users'
-    functions are told must exist.
+    Rows without keys, spare ones included, get the segment and position of a row that has keys: users' functions must
+    only see indices that exist.
 
     A GPU's kernels round the query rows up to a tile, so everything per row is padded to one. FlexAttention's CPU
     kernels never read past T, so there nothing is padded and one size symbol serves all.
@@ -104,7 +104,7 @@ def one_row() -> RowTables:
 
 
 def _pad_rows(x: Tensor, rows: int) -> Tensor:
-    """Pad the last dimension with zeros to this many rows."""
+    """Pad the last dimension with zeros to `rows`."""
     return fence(torch.nn.functional.pad(x, (0, rows - x.shape[-1])))
 
 
@@ -116,7 +116,7 @@ def rounded(node: NodeKind, t: RowTables) -> NodeKind:
 
 
 def kernel_mask(sandwich: Sandwich, t: RowTables) -> m.Mask:
-    """The mask that a kernel evaluates for one sandwich: its outer spans and the rest."""
+    """The mask that a kernel evaluates for one sandwich: ``outer & rest``, padded like the tables."""
     inside = InSpans(sandwich.outer.lo, sandwich.outer.hi)
     return rounded(inside if sandwich.rest is None else m.And(inside, sandwich.rest), t)
 
@@ -197,11 +197,11 @@ def _(mask: m.Not, t: RowTables, layout: Layout) -> MaskMod:
 
 
 def mask_mod(masks: tuple[m.Mask, ...], head_of: Tensor | None, t: RowTables, layout: Layout) -> MaskMod:
-    """The whole mask, in interval form where it is exact.
+    """The mask as FlexAttention's ``mask_mod`` on packed indices, in interval form where it is exact.
 
     Args:
         masks: One :func:`kernel_mask`, or one per distinct head mask.
-        head_of: ``[H]`` which of them each query head uses; None if there is one.
+        head_of: ``[H]`` int32, index into `masks` for each query head; None if there is one mask.
         t: The tables to read.
         layout: The layout they were made from.
     """
@@ -286,5 +286,5 @@ def _(score: s.Then, t: RowTables) -> ScoreMod:
 
 
 def score_mod(score: s.Score | None, t: RowTables) -> ScoreMod | None:
-    """The whole score chain, or None."""
+    """The score as FlexAttention's ``score_mod`` on packed indices; None without a score."""
     return None if score is None else score_case(score, t)

@@ -1,4 +1,4 @@
-"""From nodes to a recipe: layout, spans, tables and kernel masks, and then the tiles."""
+"""Lowering of nodes to a recipe: layout, spans, tables and kernel masks, then the tiles."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ REFINE_LIMIT = 2**26  # predicate evaluations that refining may cost when nobody
 
 
 def _head_masks(mask: m.Mask) -> tuple[list[m.Mask], list[int] | None]:
-    """The distinct masks of the heads, and which one each head uses."""
+    """The distinct masks of the heads, and each head's index into them; None for the latter if one serves all heads."""
     heads = m.num_mask_heads(mask)
     if heads is None:
         return [mask], None
@@ -53,10 +53,10 @@ def _head_masks(mask: m.Mask) -> tuple[list[m.Mask], list[int] | None]:
 
 
 def _capacity(layout: Layout, block: int, max_length: int | None) -> tuple[int, int] | None:
-    """Most tiles in a row or column, and most in all, for segments of at most `max_length`; None without a bound.
+    """Upper bounds on the tiles of a row or column and on all tiles, from `max_length`; None without a bound.
 
-    In self-attention a tile row meets one stretch of keys: its own tokens and at most a segment to either side.
-    In cross-attention it may meet many segments, each in a stretch of its own, so only the grid bounds it.
+    In self-attention the keys of a tile row are one range: its own tokens and at most a segment to either side.
+    In cross-attention it may meet many segments with separate key ranges, so only the grid bounds it.
     """
     if max_length is None:
         return None
@@ -66,7 +66,7 @@ def _capacity(layout: Layout, block: int, max_length: int | None) -> tuple[int, 
 
 
 class Bounds(NamedTuple):
-    """Tile size and bounds, and whether to check the offsets' contents; as :func:`flexjag.plan` takes them."""
+    """Tile size, bounds, and `validate` to check the offsets' contents; the arguments of :func:`flexjag.plan`."""
 
     block_size: int = 128
     max_tokens: int | None = None
@@ -83,12 +83,12 @@ def outline(
     normalizer: Normalizer | None,
     bounds: Bounds = Bounds(),  # noqa: B008, immutable
 ) -> R:
-    """The part of lowering that is linear in the tokens: everything but the tiles.
+    """Lower everything but the tiles, in time linear in the tokens.
 
     Args:
-        kind: What to make: :class:`Recipe` or a subclass of it.
-        q: As :func:`flexjag.plan` takes it, and so the others.
-        k: Keys.
+        kind: Class of the result: :class:`Recipe` or a subclass of it.
+        q: Query batch, as in :func:`flexjag.plan`; so the others.
+        k: Key batch; None for self-attention.
         mask: The mask.
         score: The score.
         normalizer: The normalizer.
@@ -143,7 +143,7 @@ def outline(
 
 
 def with_tiles(recipe: R, refine_tiles: bool | None = None) -> R:
-    """An outlined recipe with its tiles; `refine_tiles` as in :func:`flexjag.plan`."""
+    """Add the tiles to an outlined recipe; `refine_tiles` as in :func:`flexjag.plan`."""
     layout, block, sandwiches, max_length = recipe.layout, recipe.block_size, recipe.sandwiches, recipe.max_length
     if max_length is not None:
         for offsets in (layout.q_offsets, layout.kv_offsets):
@@ -168,7 +168,7 @@ def with_tiles(recipe: R, refine_tiles: bool | None = None) -> R:
 
 
 def for_gpu(recipe: R) -> R:
-    """The recipe as it would be if it had been made on a GPU, to be sent to a process that makes a GPU's kernels."""
+    """Rebuild a recipe as if made on a GPU, to be sent to a process that compiles GPU kernels."""
     layout = replace(recipe.layout, on_gpu=True)
     tables = mods.row_tables(layout, recipe.block_size)
     masks = tuple(mods.kernel_mask(x, tables) for x in recipe.sandwiches)
@@ -180,7 +180,7 @@ def for_gpu(recipe: R) -> R:
 
 
 def mark_sizes(recipe: Recipe) -> None:
-    """Tell TorchDynamo, if it is in use, which sizes of the recipe's tensors change from batch to batch."""
+    """Mark the sizes of the recipe's tensors that vary from batch to batch as dynamic, if TorchDynamo is in use."""
     if torch.compiler.is_compiling() or "torch._dynamo" not in sys.modules:
         return
     _mark(recipe.layout, 0)

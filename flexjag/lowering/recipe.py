@@ -1,4 +1,4 @@
-"""Recipe: all that lowering makes of a layout, a mask, a score and a normalizer, immutable. Backends run it.
+"""Recipe: the immutable result of lowering a layout, a mask, a score and a normalizer. Backends run it.
 
 :mod:`flexjag.lowering.outline` makes recipes; :class:`flexjag.Plan` is a recipe's public face.
 """
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 class Notes(dict[Hashable, Any]):
-    """What is derived of a plan when it is first needed. It stays behind when the plan is pickled or copied."""
+    """A plan's cache of lazily derived values; empty in pickles and copies of the plan."""
 
     def __reduce__(self) -> tuple[type[Notes], tuple[()]]:
         return Notes, ()
@@ -40,26 +40,26 @@ class Notes(dict[Hashable, Any]):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Recipe:
-    """What every layer of a model needs to attend over one batch.
+    """A lowered attention call, shared by all layers of a model for one batch.
 
     Attributes:
-        layout: Where the tokens sit.
+        layout: Segment, local position and key range of each token.
         mask: The mask as given.
         score: The score as given, or None.
         normalizer: The normalizer.
-        heads: H, if mask, score or normalizer are made for a number of heads; else None.
-        block_size: Tile size.
+        heads: H if mask, score or normalizer hold tensors per head; else None.
+        block_size: Tile size, in tokens.
         sandwiches: The mask's spans, one entry per distinct head mask.
-        head_of: ``[H]`` int32, which entry each query head uses; None if there is one for all.
+        head_of: ``[H]`` int32, index into `sandwiches` for each query head; None if one serves all heads.
         tables: Per-row tensors that the mods read.
-        kernel_masks: What a kernel tests, one per sandwich, padded like `tables`.
-        kernel_score: The score, padded likewise.
-        made_tiles: Tile lists and tables; None in an outline, which only some backends can run.
-        max_length: The bound that was given, or None.
-        reading: What the mask's functions read.
-        notes: What backends worked out of layout and mask, for all layers that share them.
-        own_notes: The same of the score as well, so that another score has others.
-        sample: ``(H, D, dtype, grad)`` of the q that was planned for, if it had heads.
+        kernel_masks: The masks that kernels evaluate, one per sandwich, padded like `tables`.
+        kernel_score: The score, padded like `tables`.
+        made_tiles: Tile lists and tables; None in an outline, which only backends without `needs_tiles` can run.
+        max_length: The given bound on segment lengths, in tokens, or None.
+        reading: The tensors and values that the mask's functions read.
+        notes: Backends' cache of values derived from layout and mask, shared by all layers.
+        own_notes: Backends' cache of values derived from the score as well; new for each score.
+        sample: ``(H, D, dtype, requires_grad)`` of the q given to the plan, if it had heads; else None.
     """
 
     layout: Layout
@@ -84,11 +84,11 @@ class Recipe:
         """The same plan with another score: for one learned bias per layer. Layout, mask and tiles are shared.
 
         Args:
-            score: A score, or None for none.
+            score: The new score; None for none.
 
         Raises:
-            ScoreError: If it is no score, or does not fit the layout.
-            ShapeError: If it is made for another number of heads than the mask.
+            ScoreError: If `score` is no score, or does not fit the layout.
+            ShapeError: If its number of heads differs from the mask's or the normalizer's.
 
         >>> from flexjag.jagged import Jagged
         >>> from flexjag.api.plan import plan
@@ -107,7 +107,7 @@ class Recipe:
         return replace(self, score=score, kernel_score=kernel_score, own_notes=Notes(), **changes)
 
     def learning_in(self, dtype: torch.dtype) -> Self:
-        """The plan with what its score and its normalizer learn read in at least `dtype`; itself if nothing changes."""
+        """Widen the learned tensors of score and normalizer to at least `dtype`. Returns itself if nothing changes."""
         score = None if self.score is None else functions.learning_in(self.score, dtype, self.place)
         normalizer = functions.learning_in(self.normalizer, dtype, self.place)
         if normalizer is not self.normalizer:
@@ -115,7 +115,7 @@ class Recipe:
         return self if score is self.score else self._rescored(score)
 
     def frozen(self) -> Self:
-        """The plan with the names in its functions bound to what they mean now, for a backward to call."""
+        """Bind global names in the plan's functions to their current values, for a backward that calls them again."""
         score = None if self.score is None else functions.frozen(self.score, with_globals=True)
         masks = tuple([functions.frozen(x, with_globals=True) for x in self.kernel_masks])
         plan = self if score is self.score else self._rescored(score)
@@ -123,7 +123,7 @@ class Recipe:
         return plan if same else replace(plan, kernel_masks=masks)
 
     def place(self) -> functions.Place | None:
-        """Where users' functions may be tried; None if nowhere."""
+        """Indices ``(b, h, q, kv)`` at which users' functions can be tried; None if there are none."""
         return place_in(self.layout, self.tables)
 
     @property
@@ -156,27 +156,27 @@ class Recipe:
 
     @property
     def exact(self) -> bool:
-        """Whether the mask is exactly its spans, so that no predicate is left to evaluate."""
+        """True if every head's mask equals its spans, so that no predicate is left to evaluate."""
         return all(x.exact for x in self.sandwiches)
 
     @property
     def num_tiles(self) -> int:
-        """Non-empty tiles, all heads' masks united. Reads the device."""
+        """Number of non-empty tiles of the union of all heads' masks. Reads the device."""
         return int(self.tiles.all_heads.live.count_nonzero())  # sum() would copy to int64
 
     @property
     def num_full(self) -> int:
-        """Tiles that need no masking, all heads' masks united. Reads the device."""
+        """Number of tiles that need no masking, of the union of all heads' masks. Reads the device."""
         return int(self.tiles.all_heads.full.count_nonzero())
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Tile rows and tile columns of the packed score matrix."""
+        """Numbers of tile rows and tile columns of the packed score matrix."""
         return blocks(self.layout.num_q, self.block_size), blocks(self.layout.num_kv, self.block_size)
 
     @property
     def density(self) -> float:
-        """The share of the packed T_q × T_kv score matrix that lies in non-empty tiles."""
+        """Fraction of the packed T_q × T_kv score matrix that lies in non-empty tiles."""
         rows, cols = self.grid
         return self.num_tiles / (rows * cols) if self.layout.num_q and self.layout.num_kv else 0.0
 
@@ -195,7 +195,7 @@ class Recipe:
         return 4 * self.num_tiles * self.block_size**2 * heads * dim
 
     def to_dense(self, heads: int | None = None) -> Tensor:
-        """The mask as bool ``[T_q, T_kv]``, or ``[H, T_q, T_kv]`` if `heads` is given. For tests and pictures.
+        """The mask as bool ``[T_q, T_kv]``, or ``[H, T_q, T_kv]`` if `heads` is given. For tests and plots.
 
         Args:
             heads: H. Needed if the mask depends on the head.
@@ -221,7 +221,10 @@ class Recipe:
 
 
 def place_in(layout: Layout, t: mods.RowTables) -> functions.Place | None:
-    """A query and a key that exist, None if none do; where the host may not look, the first of all if none do."""
+    """Indices ``(b, h, q, kv)`` of an existing pair, at which users' functions can be tried.
+
+    None if no pair exists, or in a graph. Where the host may not read the offsets and no pair exists, all are 0.
+    """
     if layout.num_q == 0 or layout.num_kv == 0 or holds_no_numbers(layout.q_offsets):
         return None
     if layout.may_look and not bool((layout.kv_end > layout.kv_start).any()):
@@ -231,10 +234,10 @@ def place_in(layout: Layout, t: mods.RowTables) -> functions.Place | None:
 
 
 def check_fit(error: type[ValueError], node: Node | None, layout: Layout) -> None:
-    """Check that what a mask, a score or a normalizer holds fits a layout, in its lengths and its device.
+    """Check that the tensors of a mask, score or normalizer fit a layout's sizes and device; metadata only.
 
     Raises:
-        error: If it does not.
+        error: If one has another length or lies on another device.
     """
     sizes: dict[Axis, int] = {
         "query token": layout.num_q,
@@ -245,9 +248,9 @@ def check_fit(error: type[ValueError], node: Node | None, layout: Layout) -> Non
 
 
 def of_this_batch(score: s.Score | None) -> s.Score | None:
-    """A score whose tensors per token and segment are the plan's own, integers among them as int64.
+    """Copy a score's tensors per token and per segment into the plan; integers become int64.
 
-    They are the batch's, as the mask is; tables stay the caller's. Differences of narrower integers would wrap.
+    These belong to the batch, as the mask does; tables stay the caller's. Differences of narrower integers would wrap.
     """
 
     def own(x: Tensor) -> Tensor:
@@ -260,10 +263,10 @@ def of_this_batch(score: s.Score | None) -> s.Score | None:
 
 
 def check_score(score: s.Score | None, layout: Layout, t: mods.RowTables) -> None:
-    """Check that a score fits a layout, and try its functions.
+    """Check that a score's tensors fit a layout, and call its functions once.
 
     Raises:
-        ScoreError: If it does not, or a function fails.
+        ScoreError: If a tensor does not fit, or a function fails.
     """
     if score is None:
         return
@@ -275,13 +278,14 @@ def check_score(score: s.Score | None, layout: Layout, t: mods.RowTables) -> Non
 def check_arguments(
     mask: object, score: object, normalizer: object, block_size: int, max_length: int | None
 ) -> int | None:
-    """Check what a plan is made of without its layout. Returns the number of heads, as :func:`check_heads` does.
+    """Check the arguments of a plan that need no layout. Returns the number of heads, as :func:`check_heads` does.
 
     Raises:
         MaskError: If `mask` is no mask.
         ScoreError: If `score` is no score.
-        PlanError: If the others are not what they must be.
-        ShapeError: If mask, score and normalizer are made for different numbers of heads.
+        PlanError: If `normalizer` is no normalizer, `block_size` is no power of two of at least 16, or `max_length` is
+            neither None nor an int of at least 0.
+        ShapeError: If mask, score and normalizer are for different numbers of heads.
     """
     mask = check_node(MaskError, m.Mask, mask)
     score = None if score is None else check_node(ScoreError, s.Score, score)
@@ -295,10 +299,10 @@ def check_arguments(
 
 
 def check_heads(mask: m.Mask, score: s.Score | None, normalizer: Normalizer) -> int | None:
-    """The number of heads that mask, score and normalizer are made for; None if they do for any.
+    """The number of heads for which mask, score and normalizer hold tensors; None if they work for any number.
 
     Raises:
-        ShapeError: If they are made for different numbers.
+        ShapeError: If their numbers of heads differ.
     """
     counts = m.num_mask_heads(mask), s.num_score_heads(score), num_bias_heads(normalizer)
     heads = sorted({h for h in counts if h is not None})
@@ -308,11 +312,12 @@ def check_heads(mask: m.Mask, score: s.Score | None, normalizer: Normalizer) -> 
 
 
 def check_normalizer(layout: Layout, mask: m.Mask, normalizer: Normalizer) -> None:
-    """Check that a normalizer can take a mask and a layout; metadata only.
+    """Check that a normalizer supports a mask and a layout; metadata only.
 
     Raises:
-        MaskError: If the mask is not one for this normalizer.
-        PlanError: If it cannot add the remainder of these queries.
+        MaskError: If stick-breaking meets a mask that may allow later keys or, in cross-attention, has diagonals of
+            both alignments.
+        PlanError: If ``remainder=True`` in cross-attention, where a query has no value of its own.
     """
     if isinstance(normalizer, StickBreaking):
         diagonal_align(mask, layout.is_self)

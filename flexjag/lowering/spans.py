@@ -1,4 +1,4 @@
-"""Abstract interpretation of masks: for each query row, which spans of packed keys are allowed.
+"""Abstract interpretation of masks: the spans of allowed packed keys of each query row.
 
 Every mask lowers to a *sandwich* ``inner ⊆ mask ⊆ outer`` of span sets. Interval masks are exact. No tensor
 here is larger than ``[K, T]`` with a small static K.
@@ -29,8 +29,8 @@ class Spans:
     empty never touch.
 
     Attributes:
-        lo: ``[K, T_q]`` int32.
-        hi: ``[K, T_q]`` int32.
+        lo: ``[K, T_q]`` int32, first packed key of each interval.
+        hi: ``[K, T_q]`` int32, one past the last.
     """
 
     lo: Tensor
@@ -49,7 +49,7 @@ class Sandwich:
     Attributes:
         inner: Keys that are certainly allowed.
         outer: Keys that may be allowed; always inside the row's own segment.
-        rest: What is left to test inside `outer`; None when ``inner == outer`` exactly.
+        rest: The predicate still to be evaluated inside `outer`; None if ``inner == outer``.
     """
 
     inner: Spans
@@ -64,7 +64,7 @@ class Sandwich:
 
 @node
 class InSpans(m.Mask):
-    """A subtree folded into the spans it was lowered to, in packed key indices."""
+    """A mask of spans ``[K, T_q]`` in packed key indices, in place of the subtree that was lowered to them."""
 
     printable = True
     reads_pairs = False
@@ -91,7 +91,7 @@ def _clip(spans: Spans, lo: Tensor, hi: Tensor) -> Spans:
 def _canonical(lo: Tensor, hi: Tensor, *, widen: bool) -> tuple[Spans, bool]:
     """Sort, merge and compress K arbitrary intervals per row to at most MAX_SPANS canonical ones.
 
-    Returns the spans and whether K was cut: `widen` then joins the surplus into the last span
+    Returns the spans, and True if there were more than MAX_SPANS: `widen` then joins the surplus into the last span
     (for an outer bound) and otherwise drops it (for an inner bound).
     """
     count = lo.shape[0]
@@ -138,13 +138,13 @@ def _complement(a: Spans, layout: Layout, *, widen: bool) -> tuple[Spans, bool]:
 
 
 def rest_of(s: Sandwich) -> m.Mask:
-    """The mask as something to test: its spans if they are exact, else outer and rest."""
+    """The sandwich's mask as a node: its spans if they are exact, else ``outer & rest``."""
     outer = InSpans(s.outer.lo, s.outer.hi)
     return outer if s.rest is None else m.And(outer, s.rest)
 
 
 sandwich = Interpretation("sandwich", m.Mask)
-"""``sandwich(mask, layout) -> Sandwich``. O(K·T); the mask must not hold a PerHead (see `masks.at_head`)."""
+"""``sandwich(mask, layout) -> Sandwich``, in O(K·T). The mask must not contain a PerHead (see `masks.at_head`)."""
 
 
 def _exact(layout: Layout, lo: Tensor, hi: Tensor) -> Sandwich:
@@ -160,7 +160,7 @@ def _bound(value: m.Bound, layout: Layout) -> Tensor | int:
 
 
 def _diagonal(layout: Layout, align: m.Align) -> Tensor:
-    """The packed key index that each query row lines up with."""
+    """Packed index ``[T_q]`` of the key on the diagonal of each query row."""
     at = layout.kv_start + layout.q_pos
     if align == "end" and not layout.is_self:
         at = at + (layout.kv_length() - layout.q_length())

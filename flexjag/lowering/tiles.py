@@ -1,7 +1,7 @@
-"""Spans to tiles, tiles to a BlockMask. O(K·T log T + tiles) time and memory; nothing is T×T.
+"""Lowering of spans to tiles, and of tiles to a BlockMask. O(K·T log T + tiles) time and memory; nothing is T×T.
 
-A tile is one ``block × block`` piece of the packed score matrix. No outer span touches an EMPTY tile; the inner
-spans cover a FULL one on every row; the rest are PARTIAL. Tiles that stick out of the matrix are never FULL,
+A tile is one ``block × block`` part of the packed score matrix. No outer span touches an EMPTY tile; the inner
+spans cover a FULL one on every row; the rest are PARTIAL. Tiles that extend beyond the matrix are never FULL,
 as in ``create_block_mask``: their padding rows and columns are masked out.
 """
 
@@ -35,7 +35,7 @@ class TileList:
         row: ``[N]`` int64, tile row. Unused entries (at least two follow a list of fewer, so that no size
             is 0 or 1) hold the last row.
         col: ``[N]`` int64, tile column. Unused entries hold `num_cols`, one past the end.
-        full: ``[N]`` bool.
+        full: ``[N]`` bool, True for FULL tiles.
         live: ``[N]`` bool, False for unused entries.
     """
 
@@ -47,12 +47,12 @@ class TileList:
 
 @dataclass(frozen=True, eq=False)
 class TileTable:
-    """For each tile row the tile columns, in BlockMask's form.
+    """The tile columns of each tile row, in BlockMask's form.
 
     Attributes:
-        count: ``[1, heads, rows]`` int32.
-        index: ``[1, heads, rows, cols]`` int32. Entries past `count` are meaningless. Only the widest row's
-            width is stored: rows overlap in memory (`as_strided`), so that 8192 × 8192 tiles do not take 268 MB.
+        count: ``[1, heads, rows]`` int32, number of tiles in the row.
+        index: ``[1, heads, rows, cols]`` int32, their columns. Entries past `count` are meaningless. Only the widest
+            row's width is stored: rows overlap in memory (`as_strided`), so that 8192 × 8192 tiles do not take 268 MB.
 
     A grid of one tile has two rows and columns here, the second ones empty: Dynamo would compile size 1 anew.
     """
@@ -68,7 +68,7 @@ def _by_row(x: Tensor, rows: int, block: int) -> Tensor:
 
 
 def list_tiles(outer: Spans, inner: Spans, num_kv: int, block: int, capacity: int | None = None) -> TileList:
-    """List the tiles that `outer` touches and say which of them `inner` covers.
+    """List the tiles that `outer` touches, and mark those that `inner` covers as full.
 
     Args:
         outer: Spans that bound the mask from above, ``[K, T_q]``.
@@ -129,7 +129,7 @@ def _list_tiles(
 
 
 def _is_full(row: Tensor, col: Tensor, lo: Tensor, hi: Tensor, rows: int, cols: int, block: int) -> Tensor:
-    """Whether `block` rows have an inner span that covers the tile: starts at or before it minus ends."""
+    """Bool ``[N]``: all `block` rows have an inner span that covers the tile. Counts starts up to it minus ends."""
     lo, hi = _by_row(lo, rows, block), _by_row(hi, rows, block)
     first, last = (lo + block - 1) // block, hi // block
     covers = last > first
@@ -166,7 +166,7 @@ def refine(
     """Classify PARTIAL tiles exactly by evaluating the mask on those tiles alone, in chunks.
 
     Args:
-        tiles: What the spans could prove.
+        tiles: The classification by spans alone.
         allowed: The mask on packed indices ``[n, block, 1]`` and ``[n, 1, block]``.
         num_q: T_q.
         num_kv: T_kv.
@@ -191,7 +191,7 @@ def refine(
 
 @dataclass(frozen=True, eq=False)
 class _Counted:
-    """The FULL or the other tiles of each row, counted: half of a table."""
+    """The FULL (or the PARTIAL) tiles counted per row: the first step of a table."""
 
     lists: list[TileList]
     major: list[Tensor]
@@ -228,8 +228,8 @@ class Tiles:
 
     Attributes:
         all_heads: The tiles of the union of all heads' masks.
-        kv_partial: Key tiles of each query tile, to be masked.
-        kv_full: Key tiles of each query tile, not to be masked.
+        kv_partial: PARTIAL key tiles of each query tile, which kernels mask.
+        kv_full: FULL key tiles of each query tile, which they do not.
         q_partial: The transpose of `kv_partial`, for the backward.
         q_full: The transpose of `kv_full`.
     """

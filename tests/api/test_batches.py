@@ -13,7 +13,16 @@ from torch import Tensor
 import flexjag as fj
 from flexjag.backends.segments import runs
 from flexjag.backends.segments import whole as whole_segments
-from flexjag.backends.segments.batches import ADJACENT, GATHERED, LONGEST, SHORT, Batch, Cut, Packed, list_batches
+from flexjag.backends.segments.batches import (
+    ADJACENT,
+    GATHERED,
+    LONGEST,
+    SHORT,
+    Cut,
+    Packed,
+    SegmentBatch,
+    list_batches,
+)
 
 WIDTH = 256
 FEW = SHORT // WIDTH  # tokens that share calls
@@ -24,7 +33,7 @@ def ends(lengths: list[int]) -> list[int]:
     return [0, *itertools.accumulate(lengths)]
 
 
-def tokens(batch: Batch, is_query: bool) -> list[int]:
+def tokens(batch: SegmentBatch, is_query: bool) -> list[int]:
     """The packed tokens that a batch writes."""
     at, own = (batch.q, batch.own_q) if is_query else (batch.kv, batch.own_kv)
     if isinstance(at, tuple):
@@ -128,7 +137,7 @@ def test_gathered_tokens_are_bounded_on_both_sides() -> None:
 def test_the_plan_of_two_widths_is_cut_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, bool, int]] = []
 
-    def spy(q: list[int], kv: list[int], width: int, pad_keys: bool) -> tuple[list[Batch], list[Any], list[Any]]:
+    def spy(q: list[int], kv: list[int], width: int, pad_keys: bool) -> tuple[list[SegmentBatch], list[Any], list[Any]]:
         found = list_batches(q, kv, width, pad_keys)
         seen.append((width, pad_keys, len(found[0])))
         return found

@@ -1,1 +1,1 @@
-"""Compiled ``flex_attention``, its kernel options and what was measured of them."""
+"""Compiled ``flex_attention``, its kernel options and their measurements."""

@@ -1,9 +1,9 @@
 """FlexAttention's kernel options for a GPU: the largest blocks whose registers do not spill.
 
-FlexAttention's defaults are tuned for plain kernels. With a mask of bounds, a score and totals that vary, they run out
-of registers (a forward of head dimension 64 on an H200 stores 1.7 to 10.4 kB per thread), and a relative bias asks for
-more shared memory than the GPU has. These were chosen from the compiled code (``docs/kernels.md``, before and after),
-not yet from time on a GPU. What was measured on the GPU at hand (:mod:`flexjag.backends.flex.tuning`) goes over them.
+FlexAttention's defaults are tuned for plain kernels. With a mask of bounds, a score and varying sizes, they exceed the
+registers (a forward of head dimension 64 on an H200 spills 1.7 to 10.4 kB per thread), and a relative bias needs more
+shared memory than the GPU has. These were chosen from the compiled code (``docs/kernels.md``, before and after), not
+yet from time on a GPU. Options measured on the GPU at hand (:mod:`flexjag.backends.flex.tuning`) override them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def kernel_options(recipe: Recipe, q: Tensor, v: Tensor, need_lse: bool = False)
 
 
 def built_in(recipe: Recipe, q: Tensor, v: Tensor) -> dict[str, Any]:
-    """The options as they are without measurements."""
+    """The built-in options, without measurements."""
     # Fewer than 128 queries would else go to another kernel, by a guard: a second graph (see mend_flex_short_queries).
     options: dict[str, Any] = {"BACKEND": "TRITON"}
     if recipe.layout.in_whole_tiles(recipe.block_size):
@@ -38,12 +38,12 @@ def built_in(recipe: Recipe, q: Tensor, v: Tensor) -> dict[str, Any]:
 
 
 def _blocks(capability: tuple[int, int], dim: int, by_key: bool) -> dict[str, Any]:
-    """Blocks and warps for 16-bit inputs; FlexAttention's own on GPUs that were not looked at.
+    """Blocks and warps for 16-bit inputs; empty (FlexAttention's defaults) on GPUs that were not examined.
 
     Args:
         capability: Compute capability.
         dim: The larger of D and E.
-        by_key: Whether something is looked up for each query and key.
+        by_key: The mask or the score reads a tensor for each query-key pair.
     """
     if capability not in ((8, 0), (9, 0), (10, 0), (10, 3)):
         return {}
@@ -57,7 +57,7 @@ def _blocks(capability: tuple[int, int], dim: int, by_key: bool) -> dict[str, An
 
 
 def reads_by_key(recipe: Recipe) -> bool:
-    """Whether the mask or the score looks something up for each query and key, which takes registers to do."""
+    """True if the mask or the score reads a tensor for each query-key pair, which takes registers."""
     return tuning.score_kind(recipe.score) == "lookup" or any(map(tree.reads_pairs, recipe.kernel_masks))
 
 

@@ -1,4 +1,4 @@
-"""What FlexAttention can run, by rule."""
+"""Rule and record of the backend ``flex``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flexjag.upstream import ROWS, cpu_flex_misplaces
 
 
 def refuse(case: Case) -> str | None:
-    """Why FlexAttention cannot run a case."""
+    """The reason why FlexAttention cannot run a case; None if it can."""
     if not case.on_cuda:
         if case.layout.device.type != "cpu":
             return f"FlexAttention is not tested on {case.layout.device.type}"

@@ -45,7 +45,7 @@ def run(q: Tensor, k: Tensor, v: Tensor, recipe: Recipe, scale: float, need_lse:
         ``[T_q, H, E]`` and, if wanted, the log-sum-exp ``[T_q, H]`` in float32.
 
     Raises:
-        BackendError: If the CPU's kernel would compute something else than the user's functions.
+        BackendError: If the CPU kernel would not compute the user's functions as written.
     """
     if torch.compiler.is_compiling():
         return _attend(q, k, v, recipe, scale, need_lse)
@@ -60,10 +60,10 @@ def run(q: Tensor, k: Tensor, v: Tensor, recipe: Recipe, scale: float, need_lse:
 
 
 def with_options(options: Mapping[str, Any]) -> Callable[..., Pair]:
-    """A compiled function like :func:`run`, with these kernel options over those built in: to measure them.
+    """A compiled function like :func:`run` in which `options` override the built-in ones, to measure them.
 
     Args:
-        options: FlexAttention's. On a CPU they have no meaning and are left out.
+        options: FlexAttention's kernel options; ignored on a CPU.
     """
     compiled = _compile(f"attend_with_options_{next(_numbers)}")
 
@@ -75,7 +75,7 @@ def with_options(options: Mapping[str, Any]) -> Callable[..., Pair]:
 
 
 def _mark(q: Tensor, k: Tensor, v: Tensor, recipe: Recipe) -> None:
-    """Let sizes vary from batch to batch."""
+    """Mark the sizes that vary from batch to batch as dynamic."""
     mark_sizes(recipe)
     for x in (q, k, v):
         mark_varying(x, 0)
@@ -121,7 +121,7 @@ def _attend(
 
 @cache
 def _compiled(structure: Hashable) -> Callable[..., Pair]:
-    """A compiled `_attend` of its own for each structure.
+    """A separately compiled `_attend` for each structure.
 
     Dynamo keeps its graphs by code object and gives up after a few, so structures must not share one: the ninth mask of
     a session would otherwise be an error.
@@ -130,14 +130,14 @@ def _compiled(structure: Hashable) -> Callable[..., Pair]:
 
 
 def _compile(name: str) -> Callable[..., Pair]:
-    """`_attend` by another name, which has to be new."""
+    """Compile a copy of `_attend` under a new name."""
     code = _attend.__code__.replace(co_name=name)
     own = types.FunctionType(code, _attend.__globals__, name, _attend.__defaults__)
     return torch.compile(own, fullgraph=True)
 
 
 def _structure(recipe: Recipe, *tensors: Tensor) -> Hashable:
-    """What decides the kernel: nodes, span counts, block size, and the tensors' heads, dims and dtypes."""
+    """The key of a compiled kernel: nodes, span counts, block size, and the tensors' heads, dims and dtypes."""
     spans = tuple((x.outer.count, x.exact) for x in recipe.sandwiches)
     score = None if recipe.score is None else recipe.score.structure()
     shapes = tuple((x.shape[1:], x.dtype, x.device.type, x.requires_grad) for x in tensors)

@@ -1,8 +1,8 @@
 """FlexAttention's kernel options as measured on a GPU: the JSON file that :mod:`flexjag.bench.tuning.tune` writes.
 
-An entry holds for one device, one version of PyTorch and Triton, and one kind of `Work`. Entries for others are passed
-over, so one file serves several machines. The length of segments is no part of the key: it varies from batch to batch,
-and the options are constants of a graph.
+An entry is keyed by device, versions of PyTorch and Triton, and kind of `Work`. Entries with another key are ignored,
+so one file serves several machines. Segment lengths are not part of the key: they vary from batch to batch, and the
+options are constants of a graph.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from flexjag.lowering.recipe import Recipe
 
 SCHEMA = 1
 DIMS = (16, 32, 64, 128, 256)
-"""What head dimensions are rounded up to, as the kernels do."""
+"""Head dimensions of the file's keys; others are rounded up to them, as the kernels do."""
 
 Options = dict[str, int | bool | str]
 ScoreKind = Literal["none", "formula", "lookup"]
@@ -40,13 +40,13 @@ BACKWARD = ("BLOCK_M1", "BLOCK_N1", "BLOCK_M2", "BLOCK_N2")
 
 @dataclass(frozen=True)
 class Device:
-    """A GPU and the compilers that make its kernels.
+    """A GPU and the versions of the compilers that build its kernels.
 
     Attributes:
-        name: As the driver says it.
-        capability: Such as ``"9.0"``.
-        torch: Version.
-        triton: Version.
+        name: The driver's name for the GPU.
+        capability: Compute capability, such as ``"9.0"``.
+        torch: PyTorch's version.
+        triton: Triton's version.
     """
 
     name: str
@@ -57,16 +57,16 @@ class Device:
 
 @dataclass(frozen=True)
 class Work:
-    """A kind of plans and inputs that share their best options.
+    """A class of plans and inputs that share their best options.
 
     Attributes:
         dtype: Of q, k and v, such as ``"bfloat16"``.
         dim: D, rounded up to one of `DIMS`.
-        value_dim: E, likewise.
-        score: Whether there is a score, and whether it looks something up for each query and key.
-        exact: Whether the mask is nothing but spans.
-        phase: ``"forward"`` and ``"backward"`` of training; ``"inference"`` is a forward without gradients, where FLASH
-            may be taken. Where it may not, after all, what holds for ``"forward"`` does.
+        value_dim: E, rounded up to one of `DIMS`.
+        score: ``"none"``, ``"formula"`` of positions, or ``"lookup"``: a read for each query-key pair.
+        exact: The mask equals its spans: no predicate is evaluated.
+        phase: ``"forward"`` and ``"backward"`` of training; ``"inference"`` is a forward without gradients, where the
+            FLASH backend is possible. If FLASH is tuned but unavailable, the options for ``"forward"`` are used.
     """
 
     dtype: str
@@ -79,13 +79,13 @@ class Work:
 
 @dataclass(frozen=True)
 class Entry:
-    """What was found for one device and kind of work.
+    """The best options measured for one device and kind of work.
 
     Attributes:
         device: The device.
         work: The kind of work.
-        options: FlexAttention's kernel options; none if those built in are the best.
-        measured: What was seen, for people.
+        options: FlexAttention's kernel options; empty if the built-in ones are the fastest.
+        measured: The measurements, for human readers.
     """
 
     device: Device
@@ -95,17 +95,17 @@ class Entry:
 
 
 def lookup(recipe: Recipe, q: Tensor, v: Tensor, need_lse: bool = False) -> Options:
-    """The options in the file for a plan and q ``[T_q, H, D]``, v ``[T_kv, G, E]``; called while a graph is traced.
+    """The file's options for a plan and q ``[T_q, H, D]``, v ``[T_kv, G, E]``; called while a graph is traced.
 
     Args:
         recipe: The recipe.
-        q: Its dtype, device and D count.
-        v: Its E counts.
-        need_lse: Whether the log-sum-exp is wanted, which was not measured with FLASH.
+        q: Only its dtype, device and D are used.
+        v: Only its E is used.
+        need_lse: Return the log-sum-exp, too, which rules out FLASH: it was not measured with it.
 
     Returns:
-        The options, empty if nothing is known. They are constants: the same for every batch of a structure, and until
-        the process ends, whatever happens to the file.
+        The options; empty without an entry. They are constants: the same for every batch of a structure, and until
+        the process ends, even if the file changes.
     """
     dim, value_dim = rounded(q.shape[2]), rounded(v.shape[2])
     if dim is None or value_dim is None:
@@ -115,7 +115,7 @@ def lookup(recipe: Recipe, q: Tensor, v: Tensor, need_lse: bool = False) -> Opti
 
 
 def rounded(dim: int) -> int | None:
-    """The least of `DIMS` that holds a head dimension; None over all of them.
+    """Round a head dimension up to one of `DIMS`; None if it exceeds all of them.
 
     >>> rounded(48), rounded(64), rounded(512)
     (64, 64, None)
@@ -127,7 +127,7 @@ def rounded(dim: int) -> int | None:
 
 
 def score_kind(score: s.Score | None) -> ScoreKind:
-    """How much a score costs a kernel: nothing, a formula of positions, or reads for each query and key.
+    """Cost class of a score in a kernel: ``"none"``, ``"formula"`` of positions, or ``"lookup"`` per query-key pair.
 
     >>> score_kind(s.SoftCap(30.0)), score_kind(s.RelativeBias(torch.zeros(1, 3)) >> s.SoftCap(30.0))
     ('formula', 'lookup')
@@ -148,7 +148,7 @@ def _constants(
     grad: bool,
     flash: bool,
 ) -> tuple[tuple[str, int | bool | str], ...]:
-    """What a graph takes as given, as pairs: Dynamo takes no dict from a function that it does not trace."""
+    """The options that a graph holds as constants, as pairs: Dynamo takes no dict from a function it does not trace."""
     here = this_device(device)
     if here is None:
         return ()
@@ -166,7 +166,7 @@ def _constants(
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """A dtype as files have it.
+    """A dtype's name in the file, without ``torch.``.
 
     >>> dtype_name(torch.bfloat16)
     'bfloat16'
@@ -176,7 +176,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 @cache
 def this_device(device: torch.device) -> Device | None:
-    """What a tensor's device is called in the file; None if it is no GPU."""
+    """The file's key for a torch device; None unless it is a CUDA (or ROCm) GPU and Triton is installed."""
     if device.type != "cuda" or importlib.util.find_spec("triton") is None:
         return None
     major, minor = torch.cuda.get_device_capability(device)
@@ -185,7 +185,7 @@ def this_device(device: torch.device) -> Device | None:
 
 
 def flash_is_installed() -> bool:
-    """Whether ``BACKEND="FLASH"`` can be had: FlexAttention takes it from the package ``flash_attn.cute``."""
+    """True if ``BACKEND="FLASH"`` is available: FlexAttention imports it from the package ``flash_attn.cute``."""
     try:
         return importlib.util.find_spec("flash_attn.cute") is not None
     except ImportError:  # of flash_attn itself
@@ -193,7 +193,7 @@ def flash_is_installed() -> bool:
 
 
 def path() -> Path | None:
-    """The file: ``$FLEXJAG_TUNING``, else ``tuning.json`` in the folder of all caches (:mod:`flexjag.caches`).
+    """The file's path: ``$FLEXJAG_TUNING``, else ``tuning.json`` in the cache folder (:mod:`flexjag.caches`).
 
     None if ``$FLEXJAG_TUNING`` is set and empty, which switches tuning off.
     """
@@ -205,7 +205,7 @@ def path() -> Path | None:
 
 @cache
 def entries() -> Mapping[tuple[Device, Work], Options]:
-    """The file's options, read once per process. What cannot be used is left out, with a warning."""
+    """The file's options by key, read once per process. Unusable entries are skipped with a warning."""
     file = path()
     if file is None:
         return {}
@@ -233,10 +233,10 @@ def _warn(file: Path, what: str) -> None:
 
 
 def read(file: Path) -> list[Entry]:
-    """The entries of a file.
+    """Read the entries of a file.
 
     Raises:
-        ValueError: If it is not such a file.
+        ValueError: If it is not JSON of schema SCHEMA, or an entry has missing or unknown fields.
         OSError: If it cannot be read.
     """
     found = json.loads(file.read_text())
@@ -251,10 +251,10 @@ def read(file: Path) -> list[Entry]:
 
 
 def write(file: Path, new: Iterable[Entry]) -> None:
-    """Put entries into a file, in the place of those for the same device and work; the others stay.
+    """Merge entries into a file; an entry replaces the one for the same device and work.
 
     Raises:
-        ValueError: If there is another kind of file.
+        ValueError: If the file exists and is not a tuning file.
         OSError: If it cannot be read or written.
     """
     kept = {(x.device, x.work): x for x in (read(file) if file.exists() else [])}
@@ -267,7 +267,7 @@ def write(file: Path, new: Iterable[Entry]) -> None:
 
 
 def objection(entry: Entry) -> str | None:
-    """Why FlexAttention's lowering would not take an entry's options, or None.
+    """The reason why FlexAttention's lowering would reject an entry's options, or None.
 
     Blocks are powers of two that divide a tile of 128, the backward's loops need one side to divide the other, and
     FLASH takes a mask of spans alone, without gradients.
@@ -295,7 +295,7 @@ def objection(entry: Entry) -> str | None:
 
 
 def _misfit(key: Device | Work) -> str | None:
-    """What is no such thing as a file has in its keys, or None."""
+    """The first field of a key with a wrong type or an unknown phase, as a message; None if all are right."""
     types = {"dim": int, "value_dim": int, "exact": bool}
     for name, value in asdict(key).items():
         if type(value) is not types.get(name, str):
@@ -306,7 +306,7 @@ def _misfit(key: Device | Work) -> str | None:
 
 
 def _values(phase: Phase) -> Mapping[str, tuple[int | bool | str, ...]]:
-    """What each option of a phase may be."""
+    """The allowed values of each option of a phase."""
     prefix, blocks = ("bwd_", BACKWARD) if phase == "backward" else ("fwd_", FORWARD)
     ours: dict[str, tuple[int | bool | str, ...]] = {
         **dict.fromkeys(blocks, (16, 32, 64, 128)),

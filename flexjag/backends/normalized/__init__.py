@@ -1,1 +1,1 @@
-"""Attention by any normalizer but a softmax, in plain torch: what `tiled` and `segments` share."""
+"""Attention by any normalizer but a softmax, in plain torch; shared by the backends ``tiled`` and ``segments``."""

@@ -1,7 +1,7 @@
-"""An attention call in pieces, each of them all that some query rows attend.
+"""Division of an attention call into pieces: some query rows with all keys that they attend.
 
-A piece is either a batch of tiles (backend ``tiled``), or a run of one segment's queries with the keys between the
-first and the last that they may attend (backend ``segments``): few large products, which a CPU likes.
+A piece is either a list of whole tile rows (backend ``tiled``), or a run of one segment's queries with the keys from
+the first to the last that they may attend (backend ``segments``): few large products, which are fast on a CPU.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ At = tuple[Tensor, Tensor, Tensor, Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Piece:
-    """All that the rows `start` to `end` attend, rows being packed queries or tile rows.
+    """The rows `start` to `end`, packed queries or tile rows, with all keys that they attend.
 
     Attributes:
         start: First row.
         end: One past the last row.
         keys: ``(first, end)`` packed keys, or ``[N]`` tile columns.
         local: ``[N]`` tile rows counted from `start`; None for a run.
-        at: The b, h, q and kv of every score.
-        allowed: The mask of every score; None if all are allowed.
+        at: Packed indices b, h, q and kv of the scores, which broadcast.
+        allowed: The mask of the scores; None if all are allowed.
     """
 
     start: int
@@ -49,14 +49,14 @@ class Piece:
 
 @dataclass(frozen=True, eq=False)
 class Walk:
-    """How a call is cut into pieces.
+    """The division of a call into pieces.
 
     Attributes:
-        pieces: The pieces, for H heads.
-        open: From packed ``[T, heads, D]`` to what pieces are cut from, ``[1, heads, T, D]`` or ``[C, heads, B, D]``,
-            given whether it belongs to the queries.
-        close: Back, given T.
-        dim: The dimension along which pieces are cut.
+        pieces: ``pieces(heads)`` iterates over the pieces.
+        open: ``open(x, is_query)`` converts packed ``[T, heads, D]`` to the form from which pieces are sliced,
+            ``[1, heads, T, D]`` or ``[C, heads, B, D]``.
+        close: ``close(x, T)`` converts back.
+        dim: The dimension of that form along which rows are sliced.
     """
 
     pieces: Callable[[int], Iterator[Piece]]
@@ -65,17 +65,17 @@ class Walk:
     dim: int
 
     def rows(self, x: Tensor, piece: Piece) -> Tensor:
-        """The piece's rows of something opened."""
+        """The piece's rows of a tensor in the form of `open`; a view."""
         return x.narrow(self.dim, piece.start, piece.end - piece.start)
 
     def keys(self, x: Tensor, piece: Piece) -> Tensor:
-        """The piece's keys or values."""
+        """The piece's keys or values, of a tensor in the form of `open`."""
         if isinstance(piece.keys, Tensor):
             return x.index_select(0, piece.keys)
         return x.narrow(self.dim, piece.keys[0], piece.keys[1] - piece.keys[0])
 
     def add_keys(self, total: Tensor, piece: Piece, part: Tensor) -> None:
-        """Add to the piece's keys."""
+        """Add `part` to the piece's keys or values in `total`, in place."""
         if isinstance(piece.keys, Tensor):
             add_at(total, piece.keys, part)
         else:
@@ -83,7 +83,7 @@ class Walk:
 
 
 def own_key(recipe: Recipe) -> Tensor | None:
-    """``[T_q]``, the packed key that each row lines up with, if the normalizer leaves it out."""
+    """Packed index ``[T_q]`` of each row's own (aligned) key if the normalizer excludes it, else None."""
     normalizer, layout = recipe.normalizer, recipe.layout
     if not isinstance(normalizer, nz.StickBreaking) or normalizer.attend_current:
         return None
@@ -94,17 +94,17 @@ def own_key(recipe: Recipe) -> Tensor | None:
 
 
 def tested(recipe: Recipe, own: Tensor | None) -> Callable[..., Tensor]:
-    """The plan's mask on packed indices, without each row's `own` key if there is one to leave out."""
+    """The plan's ``mask_mod`` on packed indices, without each row's `own` key unless that is None."""
     mask = recipe.mask_mod
     return mask if own is None else lambda b, h, q, kv: mask(b, h, q, kv) & (kv != own[q])
 
 
 def walk_tiles(recipe: Recipe, whole: bool = False) -> Walk:
-    """Batches of tiles, or all of them at once."""
+    """Division into lists of whole tile rows, or, if `whole`, into one piece of all tiles."""
     tiles, block = recipe.tiles.all_heads, recipe.block_size
     num_q, num_kv = recipe.layout.num_q, recipe.layout.num_kv
     test = tested(recipe, own_key(recipe))
-    p = blocks.Problem(tiles.row, tiles.col, block, num_q, num_kv, 1.0, test, None)
+    p = blocks.TiledCall(tiles.row, tiles.col, block, num_q, num_kv, 1.0, test, None)
     # A spare one, so that no size of a graph can be 1: Dynamo would compile that case anew.
     rows = p.rows + 1 if whole else p.rows
 
@@ -125,7 +125,7 @@ def walk_tiles(recipe: Recipe, whole: bool = False) -> Walk:
 
 
 def walk_runs(recipe: Recipe, heads: int) -> Walk:
-    """Runs of one segment's queries. Reads the offsets and spans on the host."""
+    """Division into runs of one segment's queries. Reads the offsets and spans on the host."""
     own = own_key(recipe)
     test = tested(recipe, own)
     q_ranges, kv_ranges, full = _runs(recipe, heads, own)
@@ -148,7 +148,7 @@ def walk_runs(recipe: Recipe, heads: int) -> Walk:
 def _runs(
     recipe: Recipe, heads: int, own: Tensor | None
 ) -> tuple[list[tuple[int, int]], list[tuple[int, int]], list[bool]]:
-    """Runs of queries of one segment, the keys between their first and last allowed one, and whether all are."""
+    """Query ranges of the runs, their key ranges from first to last allowed, and True for runs without masked pairs."""
     layout = recipe.layout
     q_ranges: list[tuple[int, int]] = []
     ends = zip(itertools.pairwise(layout.q_offsets.tolist()), layout.kv_offsets.diff().tolist(), strict=True)

@@ -19,12 +19,12 @@ Score = Callable[..., Tensor]
 
 
 class Activation(NamedTuple):
-    """What a pointwise normalizer does to a score, but for its scale.
+    """The elementwise function of a pointwise normalizer, without its scale.
 
     Attributes:
         fn: The elementwise function, differentiable.
         backward: ``backward(grad, score, fn(score))``, the gradient of the score. Default: by autograd.
-        neutral: A score whose weight is exactly 0, which the scores of keys that are not allowed are set to.
+        neutral: A score whose weight is exactly 0, to which masked scores are set.
     """
 
     fn: Callable[[Tensor], Tensor]
@@ -63,10 +63,9 @@ def _(normalizer: nz.Sigmoid) -> Activation:
 def weighed(
     normalizer: nz.Pointwise, score: Score | None, layout: Layout, look_up: Callable[..., Tensor] = look_up
 ) -> Score | None:
-    """What the normalizer's function is applied to, of a score on packed indices; None for plain products.
+    """The score function plus the normalizer's bias, on packed indices; None if there is neither.
 
-    That is the score and the normalizer's bias, read by `look_up`. A key that a score of -inf rules out weighs
-    nothing, as a key that is not allowed does.
+    The bias is read by `look_up`. A score of -inf gives weight 0, as the mask does.
     """
     add = _bias(normalizer, layout, look_up)
     if score is None:
@@ -101,19 +100,19 @@ def _masked(act: Activation, in_place: bool, s: Tensor, banned: Tensor) -> Tenso
 def attend(
     act: Activation, in_place: bool, s: Tensor, allowed: Tensor | None, z: Tensor, local: Tensor | None, rows: int
 ) -> tuple[Tensor, None]:
-    """The weighted sums of the values of one batch of tiles.
+    """Attention of a list of tiles: the values' sums, weighted by the function of the scores.
 
     Args:
-        act: What to do with the scores.
+        act: The normalizer's function.
         in_place: The scores may be overwritten.
         s: Scores ``[N, H, B, C]``.
         allowed: The mask, which broadcasts; None if all keys are allowed.
         z: Values ``[N, G, C, E]``.
-        local: ``[N]``, which of `rows` row blocks each tile is of; None if it is the one.
+        local: ``[N]``, row block of each tile, 0 to ``rows - 1``; None if there is one tile and one row block.
         rows: Number of row blocks.
 
     Returns:
-        ``[rows, H, B, E]``, and None: nothing is left over.
+        ``[rows, H, B, E]``, and None in place of a remainder.
     """
     if allowed is not None:
         s = _masked(act, in_place, s, ~allowed)
@@ -124,15 +123,15 @@ def attend(
 def differentiate(
     act: Activation, in_place: bool, s: Tensor, allowed: Tensor | None, z: Tensor, grad: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of :func:`attend`, of tiles that all are rows of their own.
+    """The gradients of :func:`attend`, given the output's gradient per tile.
 
     Args:
-        act: What to do with the scores.
+        act: The normalizer's function.
         in_place: The scores may be overwritten.
         s: Scores ``[N, H, B, C]``.
         allowed: The mask, which broadcasts; None if all keys are allowed.
         z: Values ``[N, G, C, E]``.
-        grad: Of the output, ``[N, H, B, E]``.
+        grad: Gradient of the output ``[N, H, B, E]``, of each tile's row block.
 
     Returns:
         The gradients of the scores and of the values.

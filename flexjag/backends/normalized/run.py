@@ -1,7 +1,7 @@
 """Attention by any normalizer but a softmax, in plain torch: over the plan's tiles, or over runs of queries.
 
-Traced, all tiles go through at once and autograd differentiates the graph. In eager mode they go through in pieces,
-each of them all that some rows attend, and the backward computes a piece again and differentiates it by autograd. So
+In a graph all tiles are computed at once and autograd differentiates them. In eager mode they are computed in pieces
+(all keys of some rows), and the backward recomputes a piece and differentiates it by autograd. So
 memory beyond the inputs stays at a few pieces, and every gradient is summed in the order of the pieces.
 """
 
@@ -38,12 +38,12 @@ class _Job:
     """One attention call.
 
     Attributes:
-        walk: How it is cut into pieces.
-        attend: What the normalizer does with the scores of a piece.
-        differentiate: Its gradient by hand; None if autograd is to find it.
+        walk: The division into pieces.
+        attend: The normalizer's attention of a piece, from its scores.
+        differentiate: Analytic gradient of `attend`; None to use autograd.
         score: The score on packed indices, or None.
-        held: What score and normalizer read.
-        whole: How the call is cut into one piece, where it can be.
+        held: Tensors and functions of score and normalizer.
+        whole: Makes the division into a single piece; None if there is none.
     """
 
     walk: Walk
@@ -54,11 +54,11 @@ class _Job:
     whole: Callable[[], Walk] | None
 
     def score_of(self, piece: Piece, s: Tensor) -> Tensor:
-        """The modified scores."""
+        """The scores after the score function."""
         return s if self.score is None else self.score(s, *piece.at)
 
     def run(self, piece: Piece, x: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Attention of one piece, differentiable."""
+        """Differentiable attention of one piece."""
         rows = x.shape[0]
         s = blocks.matmul(x if piece.local is None else take_tiles(x, piece.local), y.transpose(2, 3))
         return self.attend(self.score_of(piece, s), piece.allowed, z, piece.local, rows)
@@ -68,8 +68,8 @@ def run_tiled(q: Tensor, k: Tensor, v: Tensor, recipe: Recipe, scale: float, nee
     """The backend ``tiled`` for any normalizer but a softmax.
 
     Returns:
-        ``[T_q, H, E]`` in q's dtype, and for stick-breaking the remainder ``[T_q, H]`` in float32 or float64 (else
-        something of no meaning). Half precision is computed in float32.
+        ``[T_q, H, E]`` in q's dtype, and ``[T_q, H]`` in float32 or float64: the remainder of stick-breaking,
+        unspecified values otherwise. Half precision is computed in float32.
     """
     plain = holds_no_numbers(q) or needs_plain_operations()
     return _run(q, k, v, recipe, scale, walk_tiles, partial(walk_tiles, whole=True), plain)
@@ -107,7 +107,7 @@ def _run(
         job = _Job(
             walk(recipe), *_weigh(recipe), _score(recipe), held, None if whole is None else partial(whole, recipe)
         )
-        out, left = _Pieces.apply(job, *held.wide, q, k, v)  # type: ignore[misc]
+        out, left = _PieceByPiece.apply(job, *held.wide, q, k, v)  # type: ignore[misc]
     if isinstance(normalizer, nz.StickBreaking):
         left = torch.exp(left)
         if normalizer.remainder:
@@ -119,7 +119,7 @@ def _run(
 
 
 def scaled(out: Tensor, scale: float | Tensor, compute: torch.dtype) -> Tensor:
-    """The factors of a row's weights, taken out of its sum."""
+    """Multiply the output ``[T_q, H, E]`` by the normalizer's scale, a number or ``[T_q]``."""
     if not isinstance(scale, Tensor):
         return out if scale == 1 else out * float(scale)
     return out * (scale.to(compute)[:, None, None] if scale.ndim else scale.to(compute))
@@ -132,7 +132,7 @@ def own_values(v: Tensor, heads: int, layout: Layout) -> Tensor:
 
 
 def _weigh(recipe: Recipe) -> tuple[Attend, Differentiate | None]:
-    """What the normalizer does with scores, and its gradient by hand, if there is one."""
+    """The normalizer's attention of a piece and its analytic gradient, or None."""
     if isinstance(recipe.normalizer, nz.Pointwise):
         act = pointwise.activation(recipe.normalizer)
         own = recipe.score is None  # a user's function may return what it keeps
@@ -148,7 +148,7 @@ def _score(recipe: Recipe) -> Callable[..., Tensor] | None:
 
 
 def _all_at_once(q: Tensor, k: Tensor, v: Tensor, job: _Job) -> tuple[Tensor, Tensor]:
-    """Attention in one piece, in plain operations that autograd and graphs see through."""
+    """Attention in one piece, in plain operations that autograd and graph capture support."""
     walk = job.walk
     x, y, z = (walk.open(t, is_query) for t, is_query in ((q, True), (k, False), (v, False)))
     (piece,) = walk.pieces(q.shape[1])
@@ -158,8 +158,8 @@ def _all_at_once(q: Tensor, k: Tensor, v: Tensor, job: _Job) -> tuple[Tensor, Te
     return out, out if left is None else walk.close(left, q.shape[0])
 
 
-class _Pieces(torch.autograd.Function):
-    """The eager path: piece by piece, computed again in the backward."""
+class _PieceByPiece(torch.autograd.Function):
+    """The eager path: piece by piece, recomputed in the backward."""
 
     @staticmethod
     def forward(ctx: Any, job: _Job, *tensors: Tensor) -> tuple[Tensor, Tensor]:
@@ -250,7 +250,7 @@ def _by_hand(
     flowing: Sequence[Tensor | None],
     learned: Sequence[Tensor],
 ) -> Sequence[Tensor | None]:
-    """The same of a pointwise normalizer, where autograd has only the score to differentiate."""
+    """The gradients of :func:`_by_autograd` for a pointwise normalizer, where only the score needs autograd."""
     assert job.differentiate is not None
     x, y, z = tensors
     rows, grad = x.shape[0], flowing[0]

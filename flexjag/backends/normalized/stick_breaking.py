@@ -1,6 +1,6 @@
 """Stick-breaking attention over tiles or runs: ``log w_ij = s_ij - sum_{j <= k < i} softplus(s_ik)``.
 
-The sum over later keys is a suffix sum inside each tile, plus what the row's later tiles carry over.
+The sum over later keys is a suffix sum inside each tile, plus the totals of the row's later tiles.
 (Stick-breaking Attention, arXiv 2410.17980; the order of the sums is this file's own.)
 """
 
@@ -20,17 +20,17 @@ EXACT = 40.0  # softplus(s) is s from here on, to float64's precision
 
 
 def carry_over(totals: Tensor, row: Tensor, from_right: bool) -> Tensor:
-    """Sum the totals of the tiles to the right of each tile in its row (or to the left), nearest last.
+    """Exclusive sum of tiles' totals along each tile row, from the right or from the left: the nearest tile last.
 
     Added tile by tile and never across rows, so that rows cannot disturb each other by a rounding.
 
     Args:
         totals: ``[N, ...]``, of tiles that are sorted by row, then column.
         row: ``[N]``, ascending.
-        from_right: Whether to sum those to the right.
+        from_right: Sum the tiles to the right of each tile; else those to the left.
 
     Returns:
-        ``[N, ...]``. The backward is the same from the other side.
+        ``[N, ...]``. The backward is the same sum from the other side.
     """
     if not needs_plain_operations():
         return _carry_over(totals, row, from_right)
@@ -72,17 +72,17 @@ _carry_over.register_autograd(
 
 
 def attend(s: Tensor, allowed: Tensor | None, z: Tensor, local: Tensor | None, rows: int) -> tuple[Tensor, Tensor]:
-    """The weighted sums of the values, and the logarithm of what is left of each stick.
+    """Attention of a list of tiles: the weighted sums of values, and the log of each row's remainder.
 
     Args:
         s: Scores ``[N, H, B, C]``.
         allowed: The mask, which broadcasts; None if all keys are allowed.
         z: Values ``[N, G, C, E]``.
-        local: ``[N]``, ascending, which of `rows` row blocks each tile is of; None if it is the one.
+        local: ``[N]`` ascending, row block of each tile, below `rows`; None if there is one tile and one row block.
         rows: Number of row blocks.
 
     Returns:
-        ``[rows, H, B, E]`` and ``[rows, H, B, 1]``.
+        The output ``[rows, H, B, E]`` and the log-remainder ``[rows, H, B, 1]``.
     """
     if allowed is not None:
         s = s.masked_fill(~allowed, -torch.inf)

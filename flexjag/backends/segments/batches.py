@@ -1,9 +1,9 @@
-"""Whole segments in few calls: those of one shape that lie side by side as they are, short ones gathered and padded.
+"""Batching of whole segments into few calls: adjacent ones of one shape as views, short ones gathered and padded.
 
 A call costs tens of microseconds before it computes anything, more with gradients; so segments of up to SHORT numbers,
-be it many tokens of one head or few of many, share calls. They are padded to a multiple of ROUND by copies of their own
-last token: a causal mask or a bias rules the copies out as keys, and what they compute as queries is dropped. So no
-segment reads another's values. (An infinite number in a segment's last value turns into NaN by it, as 0 · inf.)
+many tokens of one head or few tokens of many heads, share calls. They are padded to a multiple of ROUND by copies of
+their own last token: a causal mask or a bias masks the copies as keys, and their results as queries are dropped. So no
+segment reads another's values. (An infinite number in a segment's last value becomes NaN by this, as 0 · inf.)
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ADJACENT = 8192  # tokens of adjacent segments at once: bounds what the kernel a
 
 
 class Cut:
-    """The ranges of one side, which do not overlap, as pieces of one split: cheaper than an operation for each."""
+    """One split of the packed tokens at the bounds of disjoint ranges: cheaper than a slice per range."""
 
     def __init__(self, ranges: list[Range], total: int) -> None:
         bounds = sorted({0, total, *itertools.chain.from_iterable(ranges)})
@@ -38,26 +38,26 @@ class Packed:
 
     def __init__(self, tokens: Tensor, cut: Cut) -> None:
         self.tokens, self._number = tokens, cut.number
-        self._pieces = tokens.transpose(0, 1)[None].split_with_sizes(cut.sizes, 2)
+        self._views = tokens.transpose(0, 1)[None].split_with_sizes(cut.sizes, 2)
 
-    def piece(self, at: Range) -> Tensor:
-        """One of the ranges."""
-        return self._pieces[self._number[at[0]]]
+    def view(self, at: Range) -> Tensor:
+        """The view ``[1, heads, tokens, ...]`` of one of the cut's ranges."""
+        return self._views[self._number[at[0]]]
 
 
 @dataclass(frozen=True, eq=False)
-class Batch:
-    """Segments that go through one call, each of `n` queries and `m` keys.
+class SegmentBatch:
+    """Segments that share one call of the kernel, each of `n` queries and `m` keys.
 
     Attributes:
-        count: How many.
-        n: Queries of each.
-        m: Keys of each.
-        q: Packed queries: a range if they lie side by side, else ``[count * n]`` indices.
-        kv: Packed keys, likewise.
-        own_q: Which of the gathered queries are no padding; None if all are.
-        own_kv: Which of the gathered keys are no padding; None if all are.
-        key_bias: ``[count, 1, 1, m]`` float32 that rules out the others: -inf for them; None if there are none.
+        count: Number of segments.
+        n: Queries per segment, padding included.
+        m: Keys per segment, padding included.
+        q: Packed queries: a range if they are adjacent, else ``[count * n]`` indices.
+        kv: Packed keys: a range if they are adjacent, else ``[count * m]`` indices.
+        own_q: Indices of the gathered queries that are not padding; None without padding.
+        own_kv: Indices of the gathered keys that are not padding; None without padding.
+        key_bias: ``[count, 1, 1, m]`` float32, -inf for padding keys, else 0; None without padding.
     """
 
     count: int
@@ -70,21 +70,22 @@ class Batch:
     key_bias: Tensor | None = None
 
     def take(self, x: Packed, is_query: bool, groups: int | None) -> Tensor:
-        """To ``[count * groups, heads / groups, tokens, ...]``, without `groups` to ``[count, heads, tokens, ...]``.
+        """The tokens as ``[count * groups, heads / groups, tokens, ...]``.
 
-        A view where tokens are a range and `groups` is None or `count` is 1.
+        Without `groups`, as ``[count, heads, tokens, ...]``. A view if the tokens are a range and `groups` is None or
+        `count` is 1.
         """
         at, tokens = (self.q, self.n) if is_query else (self.kv, self.m)
         if isinstance(at, Tensor):
             return self._by_head(x.tokens.index_select(0, at), tokens, groups)
-        piece = x.piece(at)
+        view = x.view(at)
         if self.count == 1:
-            return _grouped(piece, groups)
-        piece = piece[0].unflatten(1, (self.count, tokens)).transpose(0, 1)
-        return piece if groups is None else piece.reshape(self.count * groups, -1, *piece.shape[2:])
+            return _grouped(view, groups)
+        view = view[0].unflatten(1, (self.count, tokens)).transpose(0, 1)
+        return view if groups is None else view.reshape(self.count * groups, -1, *view.shape[2:])
 
     def take_gradient(self, x: Packed, groups: int | None) -> Tensor:
-        """As :meth:`take` of a gradient of the queries' outputs, 0 in padding."""
+        """Like :meth:`take`, of a gradient of the queries' outputs: 0 in padding."""
         if self.own_q is None:
             return self.take(x, True, groups)
         assert isinstance(self.q, Tensor)
@@ -93,53 +94,53 @@ class Batch:
         return self._by_head(flat, self.n, groups)
 
     def bias(self, dtype: torch.dtype, groups: int | None) -> Tensor | None:
-        """`key_bias` as the kernel wants it beside operands of `dtype`, ``[count * groups, 1, 1, m]``."""
+        """`key_bias` as ``[count * groups, 1, 1, m]``, in float32 or, for operands of that `dtype`, float64."""
         if self.key_bias is None:
             return None
         bias = self.key_bias.to(torch.promote_types(dtype, torch.float32))
         return bias if groups is None else bias.repeat_interleave(groups, 0)
 
     def _by_head(self, x: Tensor, tokens: int, groups: int | None) -> Tensor:
-        """From gathered tokens ``[count * tokens, heads, ...]``."""
+        """Convert gathered tokens ``[count * tokens, heads, ...]`` to the shape of :meth:`take`."""
         x = x.view(self.count, tokens, *x.shape[1:]).transpose(1, 2)
         return x if groups is None else x.reshape(self.count * groups, -1, *x.shape[2:])
 
     def put(self, out: Packed, x: Tensor, is_query: bool) -> None:
-        """Write ``[..., tokens, ...]``, with the batch and the heads in front, to the packed tokens."""
+        """Write a result of :meth:`take`'s shape to the packed tokens, without its padding."""
         at, tokens, own = (self.q, self.n, self.own_q) if is_query else (self.kv, self.m, self.own_kv)
         if isinstance(at, tuple):
-            piece = out.piece(at)
+            view = out.view(at)
             if self.count == 1:
-                _grouped(piece, x.shape[0]).copy_(x)
+                _grouped(view, x.shape[0]).copy_(x)
             else:
-                piece = piece[0].unflatten(1, (self.count, tokens))
-                piece.copy_(x.reshape(self.count, -1, *x.shape[2:]).transpose(0, 1))
+                view = view[0].unflatten(1, (self.count, tokens))
+                view.copy_(x.reshape(self.count, -1, *x.shape[2:]).transpose(0, 1))
             return
         x = x.reshape(self.count, -1, *x.shape[2:]).transpose(1, 2).reshape(self.count * tokens, *out.tokens.shape[1:])
         out.tokens.index_copy_(0, *((at, x) if own is None else (at[own], x.index_select(0, own))))
 
 
 def _grouped(x: Tensor, groups: int | None) -> Tensor:
-    """A segment's ``[1, heads, tokens, ...]`` as ``[groups, heads / groups, tokens, ...]``."""
+    """View a segment's ``[1, heads, tokens, ...]`` as ``[groups, heads / groups, tokens, ...]``."""
     return x if groups is None or groups == 1 else x[0].unflatten(0, (groups, -1))
 
 
 def list_batches(
     q_ends: list[int], kv_ends: list[int], width: int, pad_keys: bool
-) -> tuple[list[Batch], list[Range], list[Range]]:
-    """Cut a batch of segments into calls.
+) -> tuple[list[SegmentBatch], list[Range], list[Range]]:
+    """Group segments into calls of the kernel.
 
     Args:
-        q_ends: The queries' offsets.
-        kv_ends: The keys' offsets.
-        width: Numbers of a query: heads times features, at least 1.
-        pad_keys: Whether keys behind a segment's last may be padded. They must be ruled out then: by a causal mask over
-            as many keys as queries, or by :meth:`Batch.bias`.
+        q_ends: The queries' offsets ``[S+1]``.
+        kv_ends: The keys' offsets ``[S+1]``.
+        width: Numbers per query: heads times features, at least 1.
+        pad_keys: Allow padding keys. They must be masked then: by a causal mask over as many keys as queries, or by
+            :meth:`SegmentBatch.bias`.
 
     Returns:
-        The calls, and the packed queries and keys that are in none: their segment has no key, or no query.
+        The batches, and the ranges of packed queries and keys in none of them: their segment has no key, or no query.
     """
-    batches: list[Batch] = []
+    batches: list[SegmentBatch] = []
     short: dict[tuple[int, int], list[int]] = {}
     alone_q: list[Range] = []
     alone_kv: list[Range] = []
@@ -167,14 +168,14 @@ def list_batches(
             short.setdefault(padded, []).extend(range(first, index))
             continue
         at = (q_ends[first], q_ends[index]), (kv_ends[first], kv_ends[index])
-        batches.append(Batch(index - first, n, m, *at))
+        batches.append(SegmentBatch(index - first, n, m, *at))
     for (n, m), members in short.items():
         each = max(1, GATHERED // width // max(n, m))
         for start in range(0, len(members), each):
             chunk = members[start : start + each]
             if len(chunk) < FEWEST:
                 pairs = [((q_ends[s], q_ends[s + 1]), (kv_ends[s], kv_ends[s + 1])) for s in chunk]
-                batches += [Batch(1, q[1] - q[0], kv[1] - kv[0], q, kv) for q, kv in pairs]
+                batches += [SegmentBatch(1, q[1] - q[0], kv[1] - kv[0], q, kv) for q, kv in pairs]
             else:
                 batches.append(_gathered(n, m, chunk, q_ends, kv_ends))
     return batches, alone_q, alone_kv
@@ -184,18 +185,21 @@ def _rounded(tokens: int) -> int:
     return -(-tokens // ROUND) * ROUND
 
 
-def _gathered(n: int, m: int, members: list[int], q_ends: list[int], kv_ends: list[int]) -> Batch:
+def _gathered(n: int, m: int, members: list[int], q_ends: list[int], kv_ends: list[int]) -> SegmentBatch:
     q, own_q = _indices(n, members, q_ends)
     kv, own_kv = (q, own_q) if kv_ends is q_ends and m == n else _indices(m, members, kv_ends)
     bias = None
     if own_kv is not None:
         bias = torch.full((len(members), 1, 1, m), -torch.inf, device="cpu")
         bias.view(-1)[own_kv] = 0.0
-    return Batch(len(members), n, m, q, kv, own_q, own_kv, bias)
+    return SegmentBatch(len(members), n, m, q, kv, own_q, own_kv, bias)
 
 
 def _indices(tokens: int, members: list[int], ends: list[int]) -> tuple[Tensor, Tensor | None]:
-    """``[count * tokens]``: the members' packed tokens, the last of each repeated; and which are not repeated."""
+    """Packed indices ``[count * tokens]``, padded by each member's last token, and the places that are no padding.
+
+    The second is None without padding.
+    """
     bounds = torch.tensor([(ends[s], ends[s + 1]) for s in members], device="cpu")
     at = bounds[:, :1] + torch.arange(tokens, device="cpu")
     own = (at < bounds[:, 1:]).flatten()

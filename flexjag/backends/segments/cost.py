@@ -1,4 +1,4 @@
-"""How much there is to do for the backend ``segments``, and when it is not worth it."""
+"""Cost estimate of the backend ``segments``, and the cases that ``auto`` should not give it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from flexjag.backends.costs import Sizes, Work
 LONG_LEARNED = 16384  # keys over which a learned bias, a gradient of all keys per call, wastes too much
 SHARED = 2**22  # numbers in a bias for all segments, if it depends on the head: 16 MB in float32
 SDPA_WINDOWS = ((None, None, "start"), (None, None, "end"), (None, 0, "start"))
-"""What ``scaled_dot_product_attention`` does without a mask tensor: all keys, or ``is_causal`` (top-left)."""
+"""The masks of ``scaled_dot_product_attention`` without a mask tensor: full, or ``is_causal`` (top-left)."""
 ROWS = {
     "segments, runs": 256,
     "segments, shared bias": 256,
@@ -24,7 +24,7 @@ ROWS = {
 
 
 def cost(case: Case) -> Work:
-    """What a case takes."""
+    """Estimated work of a case."""
     sizes = Sizes.of(case.layout, case.dims or ASSUMED_DIMS)
     if not isinstance(case.normalizer, Softmax):
         way = "segments, pointwise"
@@ -38,7 +38,7 @@ def cost(case: Case) -> Work:
 
 
 def wasteful(case: Case) -> str | None:
-    """Why `auto` passes it over for a case."""
+    """The reason why ``auto`` should skip it for a case, or None."""
     if case.layout.num_kv <= LONG_LEARNED or case.score is None or not torch.is_grad_enabled():
         return None
     learned = any(t.requires_grad for t in s.tensors(case.score))
@@ -48,12 +48,12 @@ def wasteful(case: Case) -> str | None:
 
 
 def work(way: str, mask: m.Mask, sizes: Sizes) -> Work:
-    """Calls, and scores.
+    """Estimated numbers of calls and of scores.
 
     Args:
         way: ``"segments, whole"``, ``"segments, runs"``, ``"segments, shared bias"`` or ``"segments, pointwise"``.
         mask: The mask.
-        sizes: Of the batch.
+        sizes: Sizes of the batch.
     """
     n, keys = sizes.queries, sizes.keys
     if way == "segments, whole":
@@ -65,7 +65,7 @@ def work(way: str, mask: m.Mask, sizes: Sizes) -> Work:
 
 
 def _shares_bias(case: Case, sizes: Sizes) -> bool:
-    """Whether one bias is evaluated for all segments; as far as their mean length tells."""
+    """True if one bias is evaluated for all segments, as estimated from their mean length."""
     runs = work("segments, runs", case.mask, Sizes(sizes.segments, sizes.num_q, sizes.num_kv, 1.0))
     small = sizes.queries * sizes.keys <= min(2 * runs.scores, SHARED / (case.dims or (1,))[0])
     return small and is_by_position(case.mask, case.score, case.layout.is_self)

@@ -1,4 +1,4 @@
-"""What ``scaled_dot_product_attention`` per segment can run, by rule."""
+"""Rule and record of the backend ``segments``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from flexjag.backends.segments.cost import cost, wasteful
 
 
 def refuse(case: Case) -> str | None:
-    """Why it cannot run a case. Without a softmax there is no SDPA, and any score will do."""
+    """The reason why it cannot run a case, or None. Other normalizers than a softmax use no SDPA and take any score."""
     if isinstance(case.normalizer, Softmax) and not s.is_additive(case.score):
         return f"scaled_dot_product_attention only adds a bias, and {case.score!r} is more than that"
     return None

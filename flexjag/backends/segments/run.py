@@ -1,7 +1,7 @@
 """``scaled_dot_product_attention`` per segment, or per run of a segment's queries and the keys they can reach.
 
-On CPU it calls ATen's flash kernel itself, forward and backward, straight into the packed outputs. That saves the
-copies and the autograd nodes of a loop in user code, and gives the log-sum-exp that SDPA keeps to itself.
+On CPU it calls ATen's flash kernel directly, forward and backward, into the packed outputs. That saves the copies and
+the autograd nodes of a loop in user code, and returns the log-sum-exp, which SDPA does not.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from flexjag.backends.segments import runs
 from flexjag.backends.segments import whole as whole_segments
 from flexjag.backends.segments.batches import Range
 from flexjag.backends.segments.cost import SDPA_WINDOWS
-from flexjag.backends.segments.runs import Pieces, Shared, bias_of, runs_of_queries
+from flexjag.backends.segments.runs import SdpaCalls, Shared, bias_of, runs_of_queries
 from flexjag.backends.segments.whole import FLASH, list_calls, with_lse_gradient
 from flexjag.differentiation import first_order_only
 from flexjag.lowering.recipe import Recipe
@@ -51,22 +51,22 @@ def run(q: Tensor, k: Tensor, v: Tensor, recipe: Recipe, scale: float, need_lse:
         out, lse = whole_segments.attend(_calls(recipe, q.shape[1] * wide, causal, scale), q, k, v, need_lse)
         return out if e == wide else out[..., :e], lse
     if causal is not None:
-        pieces = runs.whole_segments(recipe, scale, causal)
+        calls = runs.whole_segments(recipe, scale, causal)
     else:
         recipe = recipe.frozen()
-        pieces = runs_of_queries(recipe, scale, q.shape[1], acc, may_share=on_cpu)
+        calls = runs_of_queries(recipe, scale, q.shape[1], acc, may_share=on_cpu)
     held = [] if recipe.score is None else held_tensors(recipe.score)
     learned = torch.is_grad_enabled() and any(x.requires_grad for x in held)
-    if on_cpu and (pieces.shared is not None or not learned):
-        bias = pieces.shared.bias if pieces.shared is not None and learned else None
-        out, lse = _Flash.apply(pieces, bias, q, k, v)  # type: ignore[misc]
+    if on_cpu and (calls.shared is not None or not learned):
+        bias = calls.shared.bias if calls.shared is not None and learned else None
+        out, lse = _Flash.apply(calls, bias, q, k, v)  # type: ignore[misc]
     else:
-        out, lse = _composite(pieces, q, k, v, need_lse)
+        out, lse = _composite(calls, q, k, v, need_lse)
     return out[..., :e], lse
 
 
 def _calls(recipe: Recipe, width: int, causal: bool, scale: float) -> whole_segments.Calls:
-    """The calls of a plan, listed once for all layers that share it."""
+    """The kernel's calls for a plan, computed once for all layers that share it."""
     key = "calls", width, causal, scale
     if key not in recipe.notes:
         recipe.notes[key] = list_calls(recipe.layout, width, causal, scale)
@@ -74,7 +74,7 @@ def _calls(recipe: Recipe, width: int, causal: bool, scale: float) -> whole_segm
 
 
 def _cut(x: Tensor, ranges: list[Range], shape: tuple[int, int], in_order: bool) -> tuple[Tensor, ...]:
-    """[T, H, ...] as one view per range, [*shape, n, ...]; `shape` is (1, H), or (G, H / G) to share keys."""
+    """Split [T, H, ...] into one view per range, [*shape, n, ...]; `shape` is (1, H), or (G, H / G) to share keys."""
     heads = x.shape[1]
     x = x.transpose(0, 1)
     x = x.unflatten(0, (shape[0], -1)) if heads == shape[0] * shape[1] else x[:, None].expand(*shape, *x.shape[1:])
@@ -82,45 +82,45 @@ def _cut(x: Tensor, ranges: list[Range], shape: tuple[int, int], in_order: bool)
 
 
 def _grouped(x: Tensor, shape: tuple[int, int]) -> Tensor:
-    """[1, H or 1, ...] as [*shape, ...], or something that broadcasts to it."""
+    """View [1, H or 1, ...] as a tensor that broadcasts to [*shape, ...]."""
     return x if shape[0] == 1 or x.shape[1] == 1 else x[0].unflatten(0, shape)
 
 
 class _Flash(torch.autograd.Function):
     """ATen's CPU flash kernel per run of queries, with the mask and the score as a bias.
 
-    `bias` is that of all segments where it needs a gradient, which ATen's backward does not give; else None.
+    `bias` is the shared bias if it requires a gradient, which ATen's backward does not compute; else None.
     """
 
     @staticmethod
-    def forward(ctx: Any, pieces: Pieces, bias: Tensor | None, q: Tensor, k: Tensor, v: Tensor) -> Pair:
+    def forward(ctx: Any, calls: SdpaCalls, bias: Tensor | None, q: Tensor, k: Tensor, v: Tensor) -> Pair:
         heads, groups = q.shape[1], k.shape[1]
         shape = (1, heads) if heads == groups else (groups, heads // groups)
         acc = torch.float64 if q.dtype == torch.float64 else torch.float32
         out, lse = torch.empty_like(q), q.new_empty((heads, q.shape[0]), dtype=acc)
-        queries = [_cut(t, pieces.q_ranges, shape, True) for t in (q, out, lse.t())]
-        keys = [_cut(t, pieces.kv_ranges, shape, False) for t in (k, v)]
+        queries = [_cut(t, calls.q_ranges, shape, True) for t in (q, out, lse.t())]
+        keys = [_cut(t, calls.kv_ranges, shape, False) for t in (k, v)]
         for index, (x, o, log_sum, y, z) in enumerate(zip(*queries, *keys, strict=True)):
             if x.shape[2] == 0 or y.shape[2] == 0:
                 o.zero_()
                 log_sum.fill_(-torch.inf)
                 continue
-            own, no_key = bias_of(pieces, index, heads, acc)
+            own, no_key = bias_of(calls, index, heads, acc)
             assert own is not None
-            part, log = FLASH(x, y, z, 0.0, False, attn_mask=_grouped(own, shape), scale=pieces.scale)
+            part, log = FLASH(x, y, z, 0.0, False, attn_mask=_grouped(own, shape), scale=calls.scale)
             o.copy_(part)
             log_sum.copy_(log.view(log_sum.shape))
             if no_key is not None:
                 o.masked_fill_(_grouped(no_key, shape)[..., None], 0.0)
                 log_sum.masked_fill_(_grouped(no_key, shape), -torch.inf)
-        ctx.pieces, ctx.shape = pieces, shape
-        if bias is not None and pieces.shared is not None:  # held by the graph only, which lets go of it
-            ctx.pieces, ctx.keyless = replace(pieces, shared=None), pieces.shared.keyless
+        ctx.calls, ctx.shape = calls, shape
+        if bias is not None and calls.shared is not None:  # held by the graph only, which lets go of it
+            ctx.calls, ctx.keyless = replace(calls, shared=None), calls.shared.keyless
         ctx.set_materialize_grads(False)
         lse = lse.t()
         # What the backward evaluates again.
-        again = pieces.shared is None and any(ctx.needs_input_grad)
-        ctx.held = Held.of(pieces.recipe, acc) if again else Held([], [], [], [])
+        again = calls.shared is None and any(ctx.needs_input_grad)
+        ctx.held = Held.of(calls.recipe, acc) if again else Held([], [], [], [])
         ctx.save_for_backward(q, k, v, out, lse, bias, *ctx.held.fixed)
         return out, lse
 
@@ -129,11 +129,11 @@ class _Flash(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, saved: Sequence[Tensor], grad_out: Tensor | None, grad_lse: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        pieces, shape = ctx.pieces, ctx.shape
+        calls, shape = ctx.calls, ctx.shape
         ctx.held.check()
         q, k, v, out, lse, bias = saved[:6]
         if bias is not None:
-            pieces = replace(pieces, shared=Shared(bias, ctx.keyless))
+            calls = replace(calls, shared=Shared(bias, ctx.keyless))
         heads, groups, dim = q.shape[1], k.shape[1], q.shape[2]
         acc = lse.dtype
         no_keys = lse == -torch.inf  # what flows back into those rows may be NaN, as 0 · -inf
@@ -144,14 +144,14 @@ class _Flash(torch.autograd.Function):
             q, k, v, out, grad_out = with_lse_gradient(q, k, v, out, grad_out, grad_lse.masked_fill(no_keys, 0.0))
         grads = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         grad_bias = None if bias is None else torch.zeros_like(bias)
-        queries = [_cut(t, pieces.q_ranges, shape, True) for t in (q, grad_out, out, grads[0], lse)]
-        keys = [_cut(t, pieces.kv_ranges, shape, False) for t in (k, v)]
-        key_grads = [_cut(t, pieces.kv_ranges, (1, groups), False) for t in grads[1:]]
+        queries = [_cut(t, calls.q_ranges, shape, True) for t in (q, grad_out, out, grads[0], lse)]
+        keys = [_cut(t, calls.kv_ranges, shape, False) for t in (k, v)]
+        key_grads = [_cut(t, calls.kv_ranges, (1, groups), False) for t in grads[1:]]
         for index, (x, g, o, dx, log_sum, y, z, dy, dz) in enumerate(zip(*queries, *keys, *key_grads, strict=True)):
             if x.shape[2] == 0 or y.shape[2] == 0:
                 dx.zero_()
                 continue
-            own, no_key = bias_of(pieces, index, heads, acc)
+            own, no_key = bias_of(calls, index, heads, acc)
             assert own is not None
             if no_key is not None:
                 g = g.masked_fill(_grouped(no_key, shape)[..., None], 0.0)
@@ -160,11 +160,11 @@ class _Flash(torch.autograd.Function):
             own = _grouped(own, shape)
             if grad_bias is None:
                 parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                    g, x, y, z, o, log_sum.contiguous(), 0.0, False, attn_mask=own, scale=pieces.scale
+                    g, x, y, z, o, log_sum.contiguous(), 0.0, False, attn_mask=own, scale=calls.scale
                 )
             else:
-                *parts, ds = _differentiate(g, x, y, z, o, log_sum, own, pieces.scale)
-                i, j = pieces.runs.places[index]
+                *parts, ds = _differentiate(g, x, y, z, o, log_sum, own, calls.scale)
+                i, j = calls.runs.places[index]
                 target = grad_bias[..., i : i + x.shape[2], j : j + y.shape[2]]
                 ds = ds.reshape(1, heads, *ds.shape[2:])
                 target.add_(ds if target.shape[1] == heads else ds.sum(1, keepdim=True))
@@ -188,31 +188,31 @@ def _differentiate(
         return dq, dk, torch.matmul(p.transpose(-1, -2), g), ds
 
 
-def _composite(pieces: Pieces, q: Tensor, k: Tensor, v: Tensor, need_lse: bool) -> Pair:
-    """SDPA by its public door: any device, and gradients for a learned bias that segments do not share."""
+def _composite(calls: SdpaCalls, q: Tensor, k: Tensor, v: Tensor, need_lse: bool) -> Pair:
+    """SDPA by its public function: any device, and gradients of a learned bias that segments do not share."""
     dtype, heads, repeats = q.dtype, q.shape[1], q.shape[1] // k.shape[1]
     acc = torch.float64 if dtype == torch.float64 else torch.float32
-    if pieces.causal is None:  # SDPA wants the bias in q's dtype, and half precision is too coarse for one
+    if calls.causal is None:  # SDPA wants the bias in q's dtype, and half precision is too coarse for one
         q, k, v = q.to(acc), k.to(acc), v.to(acc)
     outs, lses = [], []
     link = sum(t.flatten()[:0].sum() for t in (q, k, v))  # 0, and keeps a result without keys differentiable
-    queries = q.split([b - a for a, b in pieces.q_ranges])
-    keys = [[t[a:b] for a, b in pieces.kv_ranges] for t in (k, v)]
+    queries = q.split([b - a for a, b in calls.q_ranges])
+    keys = [[t[a:b] for a, b in calls.kv_ranges] for t in (k, v)]
     for index, (x, y, z) in enumerate(zip(queries, *keys, strict=True)):
         if x.shape[0] == 0 or y.shape[0] == 0:
             outs.append(q.new_zeros(x.shape) + link)
             lses.append(q.new_full(x.shape[:2], -torch.inf, dtype=acc) + link)
             continue
-        bias, no_key = bias_of(pieces, index, heads, acc)
+        bias, no_key = bias_of(calls, index, heads, acc)
         x = x.transpose(0, 1)[None]
         y, z = (t.transpose(0, 1)[None].repeat_interleave(repeats, 1) for t in (y, z))
-        causal = bool(pieces.causal)
+        causal = bool(calls.causal)
         o = torch.nn.functional.scaled_dot_product_attention(
-            x, y, z, attn_mask=bias, is_causal=causal, scale=pieces.scale
+            x, y, z, attn_mask=bias, is_causal=causal, scale=calls.scale
         )
         outs.append((o if no_key is None else o.masked_fill(no_key[..., None], 0.0))[0].transpose(0, 1))
         if need_lse:
-            scores = (x @ y.transpose(2, 3)).to(acc) * pieces.scale
+            scores = (x @ y.transpose(2, 3)).to(acc) * calls.scale
             if causal:
                 later = torch.ones(scores.shape[2:], dtype=torch.bool, device=q.device).triu(1)
                 scores = scores.masked_fill(later, -torch.inf)

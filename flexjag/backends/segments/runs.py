@@ -1,7 +1,7 @@
-"""What a call of SDPA gets: whole segments, or runs of a segment's queries with the keys between the allowed ones.
+"""SDPA's calls and their biases: whole segments, or runs of a segment's queries with the range of their allowed keys.
 
-Where mask and score see nothing but positions within a segment, one bias serves all segments: it is evaluated for the
-longest one, and each run takes its rows and columns. Otherwise every run's is evaluated for itself.
+If mask and score depend on positions within a segment only, one bias serves all segments: it is evaluated for the
+longest one, and each run slices its rows and columns. Otherwise a bias is evaluated per run.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ ROWS = 256  # queries per call where a mask tensor is needed: bounds the mask, a
 
 @dataclass(frozen=True, eq=False)
 class Shared:
-    """One bias for all segments.
+    """A bias shared by all segments.
 
     Attributes:
         bias: ``[1, H or 1, N, M]`` for the longest segment, -inf where masked.
-        keyless: For each run, which of its rows have no key, ``[1, H or 1, n]``; None if all have one.
+        keyless: Per run, bool ``[1, H or 1, n]`` of its rows without a key; None if all rows have one.
     """
 
     bias: Tensor
@@ -43,8 +43,8 @@ class Runs:
 
     Attributes:
         q_ranges: Packed query rows of each call: all rows, in order, the spare ones last.
-        kv_ranges: Packed keys of each call; empty if its rows attend nothing.
-        places: Of each call, its first query and its first key, counted from their segment's start.
+        kv_ranges: Packed keys of each call; empty if its rows have no key.
+        places: Local positions of each call's first query and first key.
     """
 
     q_ranges: list[Range]
@@ -53,16 +53,16 @@ class Runs:
 
 
 @dataclass(frozen=True, eq=False)
-class Pieces:
+class SdpaCalls:
     """The calls of SDPA for a plan.
 
     Attributes:
         recipe: The recipe.
         scale: Factor on ``q·k``.
-        runs: What each call covers.
-        causal: SDPA's own causal flag does the mask, a call is a whole segment, and all keys come in order;
+        runs: Query and key ranges of each call.
+        causal: SDPA's ``is_causal``, where that is the mask, each call is a whole segment, and all keys come in order;
             None if the calls take a mask tensor.
-        shared: The bias of all calls; None if each has its own.
+        shared: The shared bias; None if each call has its own.
     """
 
     recipe: Recipe
@@ -82,41 +82,41 @@ class Pieces:
         return self.runs.kv_ranges
 
 
-def whole_segments(recipe: Recipe, scale: float, causal: bool) -> Pieces:
-    """A call per segment."""
+def whole_segments(recipe: Recipe, scale: float, causal: bool) -> SdpaCalls:
+    """One call per segment, without a mask tensor."""
     layout = recipe.layout
     q, kv = layout.q_offsets.tolist(), layout.kv_offsets.tolist()
-    # The spare rows of either side are pieces of their own, which meet nothing.
+    # The spare rows of either side are calls of their own, which meet nothing.
     q_ranges = [*itertools.pairwise(q), (q[-1], layout.num_q), (layout.num_q, layout.num_q)]
     kv_ranges = [*itertools.pairwise(kv), (kv[-1], kv[-1]), (kv[-1], layout.num_kv)]
-    return Pieces(recipe, scale, Runs(q_ranges, kv_ranges, [(0, 0)] * len(q_ranges)), causal)
+    return SdpaCalls(recipe, scale, Runs(q_ranges, kv_ranges, [(0, 0)] * len(q_ranges)), causal)
 
 
-def runs_of_queries(recipe: Recipe, scale: float, heads: int, acc: torch.dtype, may_share: bool) -> Pieces:
-    """Calls of at most ROWS queries of one segment, each with the keys between its first and its last allowed one.
+def runs_of_queries(recipe: Recipe, scale: float, heads: int, acc: torch.dtype, may_share: bool) -> SdpaCalls:
+    """Calls of at most ROWS queries of one segment, each with the keys from its first to its last allowed one.
 
     Args:
         recipe: The recipe.
         scale: Factor on ``q·k``.
         heads: H.
-        acc: Of the bias.
-        may_share: Whether one bias may serve all calls; gradients flow into it.
+        acc: Dtype of the bias.
+        may_share: Allow one bias for all calls, into which gradients flow.
     """
     if "runs" not in recipe.notes:
         recipe.notes["runs"] = _list_runs(recipe)
     runs: Runs = recipe.notes["runs"]
     if not may_share or not is_by_position(recipe.mask, recipe.score, recipe.layout.is_self):
-        return Pieces(recipe, scale, runs, None)
+        return SdpaCalls(recipe, scale, runs, None)
     held = [] if recipe.score is None else held_tensors(recipe.score)
     if torch.is_grad_enabled() and any(t.requires_grad for t in held):
-        return Pieces(recipe, scale, runs, None, _share(recipe, runs, heads, acc))
+        return SdpaCalls(recipe, scale, runs, None, _share(recipe, runs, heads, acc))
     key = "bias", heads, acc
     copies, shared = recipe.own_notes.get(key, (None, None))
     # The values decide: tensors are written to in ways that their version does not tell.
     if copies is None or not all(torch.equal(x, y) for x, y in zip(copies, held, strict=True)):
         shared = _share(recipe, runs, heads, acc)
         recipe.own_notes[key] = [t.detach().clone() for t in held], shared
-    return Pieces(recipe, scale, runs, None, shared)
+    return SdpaCalls(recipe, scale, runs, None, shared)
 
 
 def _list_runs(recipe: Recipe) -> Runs:
@@ -136,9 +136,9 @@ def _list_runs(recipe: Recipe) -> Runs:
 
 
 def _share(recipe: Recipe, runs: Runs, heads: int, acc: torch.dtype) -> Shared | None:
-    """The bias of the longest segment; None if that is large, or more to compute than the runs' own biases are.
+    """The bias of the longest segment; None if it exceeds SHARED numbers or costs more than one bias per run.
 
-    Those are computed twice, as the backward needs them again.
+    A run's own bias is computed twice, once more in the backward.
     """
     layout = recipe.layout
     if layout.num_segments == 0:
@@ -162,9 +162,9 @@ def _one_segment(tokens: int, device: torch.device) -> Jagged:
 
 
 def _evaluate(recipe: Recipe, rows: Range, keys: Range, heads: int, acc: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Score and mask of a range of packed queries and one of keys, ``[H or 1, n, m]``.
+    """Score (of a product of 0) and mask of a range of packed queries and keys, ``[H or 1, n, m]``.
 
-    The score is not in half precision: a bias may be hundreds.
+    The score is in `acc`, not in half precision: a bias may be hundreds.
     """
     device = recipe.layout.device
     h = torch.arange(heads, device=device)[:, None, None]
@@ -177,20 +177,20 @@ def _evaluate(recipe: Recipe, rows: Range, keys: Range, heads: int, acc: torch.d
     return bias, allowed
 
 
-def bias_of(pieces: Pieces, index: int, heads: int, acc: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
-    """The additive bias ``[1, H or 1, n, m]``, -inf where masked, and ``[1, H or 1, n]`` which rows have no key.
+def bias_of(calls: SdpaCalls, index: int, heads: int, acc: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+    """The additive bias ``[1, H or 1, n, m]``, -inf where masked, and bool ``[1, H or 1, n]``: rows without a key.
 
-    A row without keys attends everything for the kernel's sake; the caller zeroes it. None for the second if all
-    rows have one.
+    A row without keys gets an unmasked bias, which the kernel needs; the caller zeroes its output. The second is None
+    if all rows have a key; both are None if SDPA masks by itself.
     """
-    if pieces.causal is not None:
+    if calls.causal is not None:
         return None, None
-    (a, b), (c, d) = pieces.q_ranges[index], pieces.kv_ranges[index]
-    if pieces.shared is not None:
-        i, j = pieces.runs.places[index]
-        bias, no_key = pieces.shared.bias[..., i : i + b - a, j : j + d - c], pieces.shared.keyless[index]
+    (a, b), (c, d) = calls.q_ranges[index], calls.kv_ranges[index]
+    if calls.shared is not None:
+        i, j = calls.runs.places[index]
+        bias, no_key = calls.shared.bias[..., i : i + b - a, j : j + d - c], calls.shared.keyless[index]
         return (bias, None) if no_key is None else (bias.masked_fill(no_key[..., None], 0.0), no_key)
-    bias, allowed = _evaluate(pieces.recipe, (a, b), (c, d), heads, acc)
+    bias, allowed = _evaluate(calls.recipe, (a, b), (c, d), heads, acc)
     none = ~allowed.any(2)
     some = bool(none.any())
     bias = torch.where(allowed, bias, -torch.inf)

@@ -1,4 +1,4 @@
-"""ATen's CPU flash kernel over whole segments, where the mask is the kernel's own: all keys, or causal."""
+"""ATen's CPU flash kernel over whole segments, for the masks that the kernel itself has: full or causal."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ import torch
 from torch import Tensor
 
 from flexjag.backends.base import FIRST_ORDER
-from flexjag.backends.segments.batches import Batch, Cut, Packed, Range, list_batches
+from flexjag.backends.segments.batches import Cut, Packed, Range, SegmentBatch, list_batches
 from flexjag.differentiation import first_order_only
 from flexjag.lowering.layout import Layout
 
 FLASH = torch._scaled_dot_product_flash_attention_for_cpu  # pyright: ignore[reportPrivateImportUsage]
-"""The same as ``torch.ops.aten._scaled_dot_product_flash_attention_for_cpu``, 2.5 µs sooner."""
+"""``torch.ops.aten._scaled_dot_product_flash_attention_for_cpu`` by an entry with 2.5 µs less overhead."""
 
 
 @dataclass(frozen=True, eq=False)
 class Calls:
-    """How a batch is cut into calls of the kernel.
+    """The kernel's calls for all segments.
 
     Attributes:
-        batches: The calls.
-        q_cut: Where they cut the packed queries.
-        kv_cut: Where they cut the packed keys.
-        unmet_q: Packed queries without a key.
-        unmet_kv: Packed keys without a query.
-        causal: Whether the mask is causal; else it is full.
+        batches: The segments of each call.
+        q_cut: The split of the packed queries at the calls' ranges.
+        kv_cut: The split of the packed keys at the calls' ranges.
+        unmet_q: Ranges of packed queries without a key.
+        unmet_kv: Ranges of packed keys without a query.
+        causal: True for a causal mask, False for a full one.
         scale: Factor on ``q·k``.
     """
 
-    batches: list[Batch]
+    batches: list[SegmentBatch]
     q_cut: Cut
     kv_cut: Cut
     unmet_q: list[Range]
@@ -42,7 +42,7 @@ class Calls:
 
 
 def list_calls(layout: Layout, width: int, causal: bool, scale: float) -> Calls:
-    """Cut a batch into calls, where a query is `width` numbers. Reads the offsets on the host."""
+    """Group a layout's segments into calls, for queries of `width` numbers. Reads the offsets on the host."""
     q = layout.q_offsets.tolist()
     kv = q if layout.is_self else layout.kv_offsets.tolist()
     batches, unmet_q, unmet_kv = list_batches(q, kv, width, pad_keys=layout.is_self or not causal)
@@ -55,17 +55,17 @@ def list_calls(layout: Layout, width: int, causal: bool, scale: float) -> Calls:
 
 
 def _groups(q: Tensor, k: Tensor) -> int | None:
-    """In how many groups the heads are split: G, or None if no key is shared, as nothing needs a copy then."""
+    """G, the number of groups of heads; None if heads share no keys, so that nothing needs a copy."""
     return None if q.shape[1] == k.shape[1] else k.shape[1]
 
 
 def with_lse_gradient(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, grad_out: Tensor, grad_lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Inputs of the kernel's backward, such that it also carries the gradient of the log-sum-exp.
+    """Extend the inputs of the kernel's backward so that it also propagates the gradient of the log-sum-exp.
 
     The kernel subtracts ``delta = sum(grad_out * out)`` from each score's gradient; d lse has to be added. One more
-    feature, 0 in q, k and v, 1 in grad_out and -grad_lse in out, makes delta do both.
+    feature, 0 in q, k and v, 1 in grad_out and -grad_lse in out, includes it in delta.
     """
     q, k, v = (torch.nn.functional.pad(x, (0, 1)) for x in (q, k, v))
     out = torch.cat([out, -grad_lse.to(out.dtype)[..., None]], 2)
@@ -73,9 +73,9 @@ def with_lse_gradient(
 
 
 def attend(calls: Calls, q: Tensor, k: Tensor, v: Tensor, need_lse: bool) -> tuple[Tensor, Tensor | None]:
-    """``[T_q, H, D]`` and the log-sum-exp ``[T_q, H]`` of packed ``q [T_q, H, D]``, k and v ``[T_kv, G, D]``.
+    """The output ``[T_q, H, D]`` and log-sum-exp ``[T_q, H]`` of packed ``q [T_q, H, D]``, k and v ``[T_kv, G, D]``.
 
-    The latter may be None if it is not needed.
+    The log-sum-exp may be None if it is not needed.
     """
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return _Whole.apply(calls, q, k, v)  # type: ignore[misc]
@@ -103,7 +103,7 @@ def _run(calls: Calls, need_lse: bool, q: Tensor, k: Tensor, v: Tensor) -> tuple
 
 
 class _Whole(torch.autograd.Function):
-    """:func:`attend`, forward and backward."""
+    """:func:`attend` with gradients."""
 
     @staticmethod
     def forward(ctx: Any, calls: Calls, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -155,6 +155,6 @@ class _Whole(torch.autograd.Function):
 
 
 def _shared(y: Tensor, z: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values with the queries' number of heads, a group's head seen as many times as it is shared."""
+    """Expand keys and values to the queries' number of heads, without a copy."""
     heads = x.shape[1]
     return (y, z) if y.shape[1] == heads else (y.expand(-1, heads, -1, -1), z.expand(-1, heads, -1, -1))

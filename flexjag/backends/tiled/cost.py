@@ -1,4 +1,4 @@
-"""How much there is to do for the backend ``tiled``."""
+"""Cost estimate of the backend ``tiled``."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ TILE = 128
 
 
 def cost(case: Case) -> Work:
-    """What a case takes."""
+    """Estimated work of a case."""
     way = "tiled" if isinstance(case.normalizer, Softmax) else "tiled, pointwise"
     return work(way, case.mask, Sizes.of(case.layout, case.dims or ASSUMED_DIMS))
 
 
 def work(way: str, mask: m.Mask, sizes: Sizes) -> Work:
-    """Rows of tiles, and scores."""
+    """Estimated numbers of tile rows and of scores."""
     n, keys = sizes.queries, sizes.keys
     rows = max(1.0, sizes.num_q / TILE)
     # A row of tiles meets the keys of its own tokens' segments, or of one segment what its tokens reach.

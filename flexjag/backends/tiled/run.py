@@ -3,7 +3,7 @@
 The algorithm is flash attention's with the tiles as the unit: gather the q, k and v blocks of each tile, multiply,
 mask, and combine each row's tiles by their running maximum. Every gather is by tile, so nothing is T×T.
 
-Traced, all tiles go through at once and autograd differentiates the graph. In eager mode tiles go through in chunks of
+In a graph all tiles are computed at once and autograd differentiates them. In eager mode they are computed in chunks of
 whole tile rows and the backward recomputes the scores, so memory beyond the inputs stays at a few chunks.
 """
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from flexjag.backends.blocks import (
-    Problem,
+    TiledCall,
     allowed_in,
     chunks,
     from_blocks,
@@ -48,7 +48,7 @@ def run(q: Tensor, k: Tensor, v: Tensor, recipe: Recipe, scale: float, need_lse:
     tiles = recipe.tiles.all_heads
     plain = holds_no_numbers(q) or needs_plain_operations()
     recipe = (recipe if plain else recipe.frozen()).learning_in(compute)
-    p = Problem(
+    p = TiledCall(
         tiles.row,
         tiles.col,
         recipe.block_size,
@@ -67,8 +67,8 @@ def run(q: Tensor, k: Tensor, v: Tensor, recipe: Recipe, scale: float, need_lse:
     return out.to(dtype), lse
 
 
-def all_at_once(q: Tensor, k: Tensor, v: Tensor, p: Problem) -> Pair:
-    """Attention over all tiles together, in plain operations that autograd and graphs see through."""
+def all_at_once(q: Tensor, k: Tensor, v: Tensor, p: TiledCall) -> Pair:
+    """Attention over all tiles at once, in plain operations that autograd and graph capture support."""
     # One spare row of blocks, so that no size can be 1: Dynamo would compile that case anew.
     qb, kb, vb = (to_blocks(x, n + 1, p.block) for x, n in ((q, p.rows), (k, p.cols), (v, p.cols)))
     b, h, q_index, kv_index = indices(p, p.row, p.col, q.shape[1])
@@ -97,7 +97,7 @@ class _Chunked(torch.autograd.Function):
     """The eager path: chunks of tile rows, scores recomputed in the backward."""
 
     @staticmethod
-    def forward(ctx: Any, p: Problem, held: Held, *tensors: Tensor) -> Pair:
+    def forward(ctx: Any, p: TiledCall, held: Held, *tensors: Tensor) -> Pair:
         q, k, v = tensors[len(held.wide) :]
         qb, kb, vb = (to_blocks(x, n, p.block) for x, n in ((q, p.rows), (k, p.cols + 1), (v, p.cols + 1)))
         out = qb.new_zeros(*qb.shape[:3], v.shape[2])
@@ -139,7 +139,7 @@ class _Chunked(torch.autograd.Function):
 
 
 def _backward(
-    p: Problem, held: Held, saved: Sequence[Tensor], grad_out: Tensor, grad_lse: Tensor
+    p: TiledCall, held: Held, saved: Sequence[Tensor], grad_out: Tensor, grad_lse: Tensor
 ) -> tuple[Tensor | None, ...]:
     # Leaves of their own: one learned tensor may have been computed from another.
     learned = [x.detach().requires_grad_() for x in saved[: len(held.wide)]]

@@ -1,1 +1,1 @@
-"""Triton kernels of our own for normalizers that are no softmax."""
+"""Our own Triton kernels for normalizers other than a softmax."""

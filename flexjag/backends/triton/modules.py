@@ -1,4 +1,4 @@
-"""A plan's mask and score as a printed module: functions of Triton tiles for kernels, of torch tensors for what learns.
+"""A plan's mask and score as printed source: Triton functions for kernels, torch functions for learned gradients.
 
 The text is an argument of this backend's operators, which load it where they run.
 """
@@ -35,13 +35,13 @@ from flexjag.printing import (
 
 @dataclass(frozen=True, eq=False)
 class Printed:
-    """A mask and a score, printed.
+    """A mask and a score as source, with the values that they read.
 
     Attributes:
-        source: Of a module, see :func:`load`.
-        captures: The tensors that the functions read, never none.
-        numbers: The whole numbers that they read, never none.
-        learned: Which of the tensors need gradients.
+        source: Source of a module, for :func:`load`.
+        captures: The tensors that the functions read, at least one.
+        numbers: The integers that they read, at least one.
+        learned: Indices of the captures that need gradients.
     """
 
     source: str
@@ -52,17 +52,17 @@ class Printed:
 
 @dataclass(frozen=True, eq=False)
 class Functions:
-    """What a printed module defines. `h`, `q`, `kv` and `s` may be anything that broadcasts.
+    """The functions of a printed module. `h`, `q`, `kv` and `s` are numbers or tensors that broadcast.
 
     Attributes:
         mask: ``mask(h, q, kv, captures, numbers)``, a Triton function.
-        score: ``score(s, h, q, kv, captures, numbers)``, likewise; `s` itself if there is no score.
-        dscore: ``dscore(ds, s, h, q, kv, captures, numbers)``, likewise: the gradient by `s` from that by the score.
-        plain_mask: As `mask`, of torch tensors.
-        plain_score: As `score`, of torch tensors.
-        plain_slopes: Of torch tensors ``(s, h, q, kv, captures, numbers)``, what the score takes from captures that
-            need gradients: for each lookup the capture's number, the flat indices, and the score's derivative by it.
-        is_heavy: Something is looked up for each query and key, which takes registers.
+        score: ``score(s, h, q, kv, captures, numbers)``, a Triton function; `s` itself without a score.
+        dscore: ``dscore(ds, s, h, q, kv, captures, numbers)``, a Triton function: the gradient of `s` from the score's.
+        plain_mask: `mask` for torch tensors.
+        plain_score: `score` for torch tensors.
+        plain_slopes: ``(s, h, q, kv, captures, numbers)`` of torch tensors: for each lookup in a capture that needs a
+            gradient, the capture's index, the flat indices, and the score's derivative by the value.
+        is_heavy: A tensor is read for each query-key pair, which takes registers.
     """
 
     mask: Any
@@ -78,13 +78,13 @@ _known: WeakKeyDictionary[Recipe, dict[tuple[bool, ...], Printed]] = WeakKeyDict
 
 
 def once(plan: Recipe, write: Callable[[bool], Printed]) -> Printed:
-    """What `write` prints of a plan, printed once for all layers.
+    """The printed source of a plan, cached for all layers that share it.
 
-    But a user's function may close over what changes, and is printed anew each time.
+    A plan with users' functions is printed on each call: they may close over values that change.
 
     Args:
         plan: The plan, whose kernels' source `write` prints.
-        write: Told whether the plan has users' functions, whose lookups may be out of range.
+        write: ``write(is_checked)``; True if the plan has users' functions, whose lookups may be out of range.
     """
     is_checked = has_functions(plan.mask, plan.score)
     if is_checked or torch.compiler.is_compiling():
@@ -102,10 +102,10 @@ def emit(mask: MaskFunction, score: ScoreFunction | None, is_checked: bool = Fal
     Args:
         mask: ``mask(b, h, q, kv)``, called on symbols.
         score: ``score(s, b, h, q, kv)``, likewise, or None.
-        is_checked: Lookups may be out of range, as those of a user's functions.
+        is_checked: Lookups may be out of range, as in users' functions.
 
     Raises:
-        NotImplementedError: If one of them does what cannot be printed.
+        NotImplementedError: If one of them uses an operation that cannot be printed.
     """
     traced, triton, plain = trace(mask, score, is_checked), Triton(), Torch()
     parts = [
@@ -123,7 +123,7 @@ def emit(mask: MaskFunction, score: ScoreFunction | None, is_checked: bool = Fal
 
 @lru_cache(maxsize=1024)
 def load(source: str) -> Functions:
-    """The functions of a printed module. Triton reads their source from the cache of Python's tracebacks."""
+    """Execute a printed module. Triton reads the functions' source from `linecache`."""
     name = f"flexjag_mods_{hashlib.sha256(source.encode()).hexdigest()[:16]}"
     file = f"{name}.py"
     linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)

@@ -1,10 +1,10 @@
-"""Attention by a pointwise normalizer, with Triton kernels of our own.
+"""Attention by a pointwise normalizer, with our own Triton kernels.
 
-The plan's mask and score are printed (:mod:`flexjag.backends.triton.modules`), and the printed text is an argument of
-the operators: so they need no Python functions, and a traced graph holds all that they do.
+The plan's mask and score are printed (:mod:`flexjag.backends.triton.modules`), and the source is an argument of the
+operators: they need no Python functions, and a traced graph holds the whole computation.
 
-The gradients of q, k and v are the kernels'. Those of what a score or the normalizer's bias learns are summed in plain
-torch over batches of tiles, each of them computed again: deterministic, on any device, but slower than the kernels.
+The kernels compute the gradients of q, k and v. Those of learned tensors of a score or the normalizer's bias are summed
+in plain torch over chunks of recomputed tiles: deterministic, on any device, but slower than the kernels.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ NORMALIZERS: dict[str, nz.Pointwise] = {
     "identity": nz.Identity(),
     "sigmoid": nz.Sigmoid(0.0),
 }
-"""The functions that there are kernels for, by the kernels' names for them."""
+"""The normalizers with kernels, by the kernels' names for their functions."""
 
 
 def name_of(normalizer: nz.Normalizer) -> str:
-    """What the kernels call a pointwise normalizer's function."""
+    """The kernels' name for a pointwise normalizer's function."""
     if isinstance(normalizer, nz.GELU):
         return "gelu" if normalizer.approximate == "none" else "gelu_tanh"
     return {nz.SiLU: "silu", nz.Identity: "identity", nz.Sigmoid: "sigmoid"}[type(normalizer)]
@@ -49,7 +49,7 @@ def run(q: Tensor, k: Tensor, v: Tensor, recipe: Recipe, scale: float, need_rest
     """Attention of packed ``q [T_q, H, D]``, ``k [T_kv, G, D]``, ``v [T_kv, G, E]``; T_q and T_kv not 0.
 
     Returns:
-        ``[T_q, H, E]`` in q's dtype, and something of no meaning.
+        ``[T_q, H, E]`` in q's dtype, and an unspecified tensor.
     """
     text = printed(recipe)
     tables, transposed = tables_of(recipe)
@@ -66,7 +66,7 @@ def run(q: Tensor, k: Tensor, v: Tensor, recipe: Recipe, scale: float, need_rest
 
 
 def printed(recipe: Recipe) -> Printed:
-    """The plan's mask and score, and the bias of its normalizer, as source."""
+    """The source of the plan's mask and score, the normalizer's bias included."""
 
     def write(is_checked: bool) -> Printed:
         score = mods.score_mod(recipe.kernel_score, replace(recipe.tables, look_up=read))
@@ -108,24 +108,24 @@ def attend(
     block: int,
     is_wide: bool,
 ) -> Tensor:
-    """Attention by a pointwise normalizer without its factors.
+    """Attention by a pointwise normalizer, without its scales per row.
 
     Args:
         q: ``[T_q, H, D]``.
         k: ``[T_kv, G, D]``.
         v: ``[T_kv, G, E]``.
-        captures: What the printed functions read.
-        learned: Which of the captures need gradients.
-        numbers: What else they read.
+        captures: Tensors that the printed functions read.
+        learned: Indices of the captures that need gradients.
+        numbers: Integers that they read.
         source: The printed functions.
         tables: Counts and indices of the PARTIAL tiles of each row, then of the FULL ones.
-        transposed: The same of each column.
-        tiles: Rows and columns of all tiles, any head's.
-        name: Of the normalizer's function.
+        transposed: The same tables by column.
+        tiles: Rows and columns of the tiles of all heads' union.
+        name: Name of the normalizer's function, as in `NORMALIZERS`.
         scale: Factor on ``q·k``.
         factor: Factor on the output.
-        block: Tile size.
-        is_wide: The output is to be in float32.
+        block: Tile size, in tokens.
+        is_wide: Return the output in float32.
 
     Returns:
         ``[T_q, H, E]``.
@@ -190,14 +190,14 @@ def differentiate_learned(
     factor: float,
     block: int,
 ) -> list[Tensor]:
-    """The gradients of the captures that need them, of :func:`attend`, in plain torch."""
+    """The gradients of the `learned` captures of :func:`attend`, in plain torch."""
     functions, act = load(source), pointwise.activation(NORMALIZERS[name])
     assert act.backward is not None
 
     def allowed(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return functions.plain_mask(h, i, j, captures, numbers)
 
-    p = blocks.Problem(tiles[0], tiles[1], block, q.shape[0], k.shape[0], scale, allowed, None)
+    p = blocks.TiledCall(tiles[0], tiles[1], block, q.shape[0], k.shape[0], scale, allowed, None)
     heads = q.shape[1]
     totals = [torch.zeros(captures[i].numel(), dtype=torch.float32, device=q.device) for i in learned]
     with torch.autocast(q.device.type, enabled=False):

@@ -4,8 +4,8 @@ A program has some rows of one head and goes through the tiles that the plan lis
 where scores are masked, then the FULL ones, where they are not. Nothing is added by two programs, and every sum is in
 the order of the lists, so results are bitwise the same every time.
 
-A key that is not allowed gets weight 0, but 0 · NaN is NaN: what is not finite in one segment could reach others in a
-tile that they share. Programs whose sums are not finite say so, and are run again, with care (:func:`spread`).
+A masked key gets weight 0, but 0 · NaN is NaN: a non-finite value of one segment could reach other segments in a tile
+that they share. Programs whose sums are not finite flag their rows and are run again with CAREFUL (:func:`spread`).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from flexjag.kernels.math import jit, sigmoid, tanh
 VARYING = [
     "num_q", "num_kv", "numbers", "partial_row", "partial_head", "full_row", "full_head", "count_head",
 ]  # fmt: skip
-"""Arguments that change from batch to batch: Triton is not to compile anew if one is 1 or divisible by 16. Of a tuple
-(`numbers`) Triton 3.7 does so all the same: at most three kernels for each size that a mask or score reads."""
+"""Arguments that vary from batch to batch, which Triton must not specialize on 1 or on divisibility by 16. Triton 3.7
+still specializes on the entries of a tuple (`numbers`): at most three kernels per size that a mask or score reads."""
 
 
 @jit
@@ -87,12 +87,12 @@ ACTIVATIONS: dict[str, tuple[Any, Any]] = {
     "identity": (identity, didentity),
     "sigmoid": (sigmoid, dsigmoid),
 }
-"""Each normalizer's function and its gradient."""
+"""Each normalizer's function and its gradient, by name."""
 
 
 @jit
 def rows_of(x, row, count, step, SIZE: tl.constexpr, BLOCK: tl.constexpr, INSIDE: tl.constexpr):
-    """Rows of a matrix of SIZE columns, zeros where there is none; INSIDE says that all rows exist."""
+    """Load rows of a matrix of SIZE columns, zeros outside of it; INSIDE: all rows exist."""
     column = tl.arange(0, BLOCK)
     place = x + row.to(tl.int64)[:, None] * step + column[None, :]
     if INSIDE and BLOCK == SIZE:
@@ -106,7 +106,7 @@ def rows_of(x, row, count, step, SIZE: tl.constexpr, BLOCK: tl.constexpr, INSIDE
 
 @jit
 def put_rows(x, tile, row, count, step, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """The reverse of `rows_of`."""
+    """Store rows to a matrix of SIZE columns; the reverse of `rows_of`."""
     column = tl.arange(0, BLOCK)
     place = x + row.to(tl.int64)[:, None] * step + column[None, :]
     tl.store(place, tile.to(x.dtype.element_ty), mask=(row < count)[:, None] & (column < SIZE)[None, :])
@@ -114,7 +114,7 @@ def put_rows(x, tile, row, count, step, SIZE: tl.constexpr, BLOCK: tl.constexpr)
 
 @jit
 def spread(weights, allowed, x, total, CAREFUL: tl.constexpr, PRECISION: tl.constexpr):
-    """``total + weights @ x``; with care, rows of x that are not finite reach only sums that they are allowed in."""
+    """``total + weights @ x``; if CAREFUL, non-finite rows of x reach only the sums of rows that may attend them."""
     if CAREFUL:
         is_finite = tl.abs(x.to(tl.float32)) < float("inf")
         spoiled = tl.min(is_finite.to(tl.int32), 1) == 0
@@ -126,26 +126,26 @@ def spread(weights, allowed, x, total, CAREFUL: tl.constexpr, PRECISION: tl.cons
 
 @jit
 def needs_run(spoiled, row, count, CAREFUL: tl.constexpr):
-    """Whether a program has something to do: with care, only where sums were not finite."""
+    """True if a program has to run: always, or, if CAREFUL, only if one of its rows had a sum that is not finite."""
     return tl.max(tl.load(spoiled + row, mask=row < count, other=0), 0) != 0 if CAREFUL else True
 
 
 @jit
 def is_spoiled(total):
-    """Of each row, 1 if some entry is not finite, else 0."""
+    """Per row int32: 1 if an entry is not finite, else 0."""
     return tl.max(tl.where(tl.abs(total) < float("inf"), 0, 1), 1)
 
 
 @jit
 def places(index, i, TILE: tl.constexpr, BLOCK: tl.constexpr):
-    """The packed indices of the i-th block of a list of tiles."""
+    """Packed indices ``[BLOCK]`` of the i-th block of a list of tiles."""
     parts: tl.constexpr = TILE // BLOCK
     return tl.load(index + i // parts) * TILE + (i % parts) * BLOCK + tl.arange(0, BLOCK)
 
 
 @jit
 def allowed_in(row, col, h, i, j, num_q, num_kv, captures, numbers, MASK: tl.constexpr):
-    """The mask of queries and keys, False outside the batch."""
+    """The mask of a block of queries and keys; False beyond num_q and num_kv."""
     return MASK(h, i, j, captures, numbers) & ((row < num_q)[:, None] & (col < num_kv)[None, :])
 
 
@@ -156,7 +156,7 @@ def attend(
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, TILE: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr, MASKED: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
-    """Add the weighted values of a list of tiles."""
+    """Accumulate the weighted sums of values over a list of tiles."""
     i = tl.minimum(row, num_q - 1)[:, None]
     for block in range(count * (TILE // BLOCK_N)):
         col = places(index, block, TILE, BLOCK_N)
@@ -181,7 +181,7 @@ def pointwise_forward(
     E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, TILE: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
-    """The output of some rows of one head."""
+    """Forward kernel: the output of BLOCK_M rows of one head."""
     h = tl.program_id(1)
     first = tl.program_id(0) * BLOCK_M
     row = first + tl.arange(0, BLOCK_M)
@@ -214,7 +214,7 @@ def add_query_gradient(
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, TILE: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr, MASKED: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
-    """Add what a list of tiles contributes to the gradient of some queries, but for the scale."""
+    """Accumulate dQ of some queries over a list of tiles, before the factor `scale`."""
     i = tl.minimum(row, num_q - 1)[:, None]
     for block in range(count * (TILE // BLOCK_N)):
         col = places(index, block, TILE, BLOCK_N)
@@ -241,7 +241,7 @@ def pointwise_of_queries(
     TILE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
     CAREFUL: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of some queries of one head."""
+    """Backward kernel: dQ of BLOCK_M queries of one head."""
     h = tl.program_id(1)
     first = tl.program_id(0) * BLOCK_M
     row = first + tl.arange(0, BLOCK_M)
@@ -275,7 +275,7 @@ def add_key_gradients(
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, TILE: tl.constexpr,
     BLOCK_M: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
-    """Add what a list of tiles contributes to the gradients of some keys, but for the scale, and of their values."""
+    """Accumulate dK, before the factor `scale`, and dV of some keys over a list of tiles."""
     j = tl.minimum(col, num_kv - 1)[:, None]
     for block in range(count * (TILE // BLOCK_M)):
         row = places(index, block, TILE, BLOCK_M)
@@ -307,7 +307,7 @@ def pointwise_of_keys(
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, TILE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of some keys and values of one group, summed over the group's heads one after the other."""
+    """Backward kernel: dK and dV of BLOCK_N keys of one group, summed over the group's heads in order."""
     group = tl.program_id(1)
     first = tl.program_id(0) * BLOCK_N
     col = first + tl.arange(0, BLOCK_N)

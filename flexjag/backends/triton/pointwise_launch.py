@@ -1,4 +1,4 @@
-"""How the kernels of the backend ``triton`` are launched: which rows a program has, and what it is given."""
+"""Launches of the pointwise kernels of the backend ``triton``: grids, step sizes and arguments."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from flexjag.backends.triton.pointwise_kernels import (
 from flexjag.kernels.launch import ALL_REGISTERS, ceil_div, launch, power_of_2, precision
 
 CAREFUL = 16
-"""Queries and keys of a step where sums were not finite: rarely needed, so it must only fit."""
+"""Queries and keys per step of the CAREFUL kernels, which rarely run: small enough to fit, not tuned for speed."""
 
 
 _SIZES: dict[tuple[str, bool, bool], dict[int, tuple[int, int, int]]] = {
@@ -35,30 +35,30 @@ _SIZES: dict[tuple[str, bool, bool], dict[int, tuple[int, int, int]]] = {
     ("keys", False, False): {64: (32, 16, 8), 128: (16, 32, 8), 256: (16, 16, 8)},
     ("keys", False, True): {64: (16, 16, 4), 128: (16, 16, 8), 256: (16, 16, 8)},
 }
-"""Queries and keys of a step and the warps that share it: by kernel, whether tensor cores multiply, whether something
-is looked up for each pair, and features. The largest tried with which no registers run out on sm_80, sm_90, sm_100 and
-gfx942, up to 128 features; exact products of float32 go through registers."""
+"""Queries and keys per step, and warps; keyed by kernel, `has_cores`, `is_heavy` (a read per query-key pair) and number
+of features. The largest tried with which registers do not run out on sm_80, sm_90, sm_100 and gfx942, up to 128
+features; exact products of float32 go through registers."""
 
 
 def block_sizes(kernel: str, dtype: torch.dtype, width: int, is_heavy: bool) -> tuple[int, int, int]:
-    """Queries and keys of a step, and the warps that share it.
+    """Queries and keys per step, and number of warps.
 
     Args:
         kernel: ``"forward"``, ``"queries"`` or ``"keys"``.
         dtype: Of q, k and v.
         width: The larger of D and E.
-        is_heavy: Something is looked up for each pair of a query and a key.
+        is_heavy: A tensor is read for each query-key pair.
     """
     return _SIZES[kernel, has_cores(dtype), is_heavy][power_of_2(width, 64, 256)]
 
 
 def has_cores(dtype: torch.dtype) -> bool:
-    """Whether tensor cores multiply numbers of a dtype."""
+    """True if tensor cores multiply numbers of a dtype."""
     return dtype != torch.float32 or precision(dtype) != "ieee"
 
 
 def _common(q: Tensor, k: Tensor, v: Tensor, captures: Any, numbers: Any, tables: Sequence[Tensor]) -> dict[str, Any]:
-    """The arguments that all kernels take."""
+    """The arguments common to all kernels."""
     count, partial, full_count, full = tables
     heads = 0 if count.shape[0] == 1 else 1
     return {
@@ -83,12 +83,12 @@ def _common(q: Tensor, k: Tensor, v: Tensor, captures: Any, numbers: Any, tables
 
 
 def strides(**tensors: Tensor) -> dict[str, int]:
-    """From token to token and from head to head."""
+    """Strides of each tensor's tokens and heads, in elements."""
     return {f"{name}_{axis}": x.stride(dim) for name, x in tensors.items() for dim, axis in enumerate("th")}
 
 
 def packed(x: Tensor) -> Tensor:
-    """The tensor, each head's features next to each other."""
+    """The tensor with contiguous features; itself if they are."""
     return x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()
 
 
@@ -103,7 +103,7 @@ def _run(
     arguments: dict[str, Any],
     **functions: Any,
 ) -> None:
-    """Launch a kernel, and once more with care for the programs whose sums are not finite."""
+    """Launch a kernel, and again with CAREFUL for the programs whose sums are not finite."""
     d, e = q.shape[2], v.shape[2]
     block_d, block_e = power_of_2(d, 16), power_of_2(e, 16)
     rows, columns, warps = block_sizes(name, q.dtype, max(d, e), is_heavy)
@@ -138,7 +138,7 @@ def pointwise_out(
     factor: float,
     tile: int,
 ) -> Tensor:
-    """Fill in `out`; see :func:`flexjag.backends.triton.pointwise.attend`."""
+    """Compute :func:`flexjag.backends.triton.pointwise.attend` into `out`."""
     q, k, v = packed(q), packed(k), packed(v)
     mods = load(source)
     functions = {"F": ACTIVATIONS[name][0], "MASK": mods.mask, "SCORE": mods.score}
@@ -164,7 +164,7 @@ def pointwise_gradients(
     factor: float,
     tile: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See :func:`flexjag.backends.triton.pointwise.differentiate`."""
+    """dQ, dK and dV of :func:`flexjag.backends.triton.pointwise.differentiate`."""
     grad, q, k, v = packed(grad), packed(q), packed(k), packed(v)
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     mods, (f, df) = load(source), ACTIVATIONS[name]

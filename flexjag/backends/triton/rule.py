@@ -1,4 +1,4 @@
-"""What our own Triton kernels can run, by rule."""
+"""Rule and record of the backend ``triton``: our own Triton kernels."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from flexjag.kernels.launch import DTYPES, HAS_TRITON
 from flexjag.lowering import mods
 
 KERNELS = (SiLU, GELU, Identity, Sigmoid, StickBreaking)
-"""The normalizers that there are kernels for."""
+"""The normalizers with kernels."""
 
 WIDEST = 256  # features that a program keeps of a token
 
 
 def refuse(case: Case) -> str | None:
-    """Why the kernels cannot run a case."""
+    """The reason why the kernels cannot run a case; None if they can."""
     if type(case.normalizer) not in KERNELS:
         return f"it has no kernels for the normalizer {case.normalizer!r}"
     if not HAS_TRITON:
@@ -42,7 +42,7 @@ def refuse(case: Case) -> str | None:
 
 
 def _cases_to_try(case: Case) -> Iterator[tuple[Callable[..., Tensor], bool]]:
-    """Mods of the nodes that are not known to be printable, and True for those of scores."""
+    """The mod of each node not declared printable, with True for a score's and False for a mask's."""
     tables = mods.one_row()
     for one in (*walk(case.mask), *walk(case.score)):
         if one.printable or isinstance(one, m.MaskMod | s.ScoreMod):

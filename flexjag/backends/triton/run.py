@@ -1,4 +1,4 @@
-"""Attention by any normalizer but a softmax, with Triton kernels of our own."""
+"""Attention by any normalizer but a softmax, with our own Triton kernels."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ def run(q: Tensor, k: Tensor, v: Tensor, recipe: Recipe, scale: float, need_rest
     """Attention of packed ``q [T_q, H, D]``, ``k [T_kv, G, D]``, ``v [T_kv, G, E]``; T_q and T_kv not 0.
 
     Returns:
-        ``[T_q, H, E]`` in q's dtype, and for stick-breaking the remainder ``[T_q, H]`` in float32 (else something of no
-        meaning).
+        ``[T_q, H, E]`` in q's dtype, and the remainder of stick-breaking ``[T_q, H]`` in float32; unspecified values
+        for other normalizers.
     """
     kind = stick_breaking if isinstance(recipe.normalizer, StickBreaking) else pointwise
     return kind.run(q, k, v, recipe, scale, need_rest)

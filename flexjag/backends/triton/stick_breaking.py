@@ -1,7 +1,7 @@
-"""Stick-breaking attention with Triton kernels of our own, as operators that a graph can hold.
+"""Stick-breaking attention with our own Triton kernels, as custom operators that a graph can hold.
 
-The gradients of q, k and v are the kernels'. Those of what a score learns are summed in plain torch over batches of
-tiles, each of them computed again: deterministic, but slower than the kernels.
+The kernels compute the gradients of q, k and v. Those of a score's learned tensors are summed in plain torch over
+chunks of recomputed tiles: deterministic, but slower than the kernels.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def run(q: Tensor, k: Tensor, v: Tensor, recipe: Recipe, scale: float, need_rest
 
 
 def printed(recipe: Recipe) -> Printed:
-    """The plan's mask, without the keys that queries line up with if the normalizer leaves them out, and its score."""
+    """The source of the plan's mask, without each query's own key if the normalizer excludes it, and of its score."""
 
     def write(is_checked: bool) -> Printed:
         score = mods.score_mod(recipe.kernel_score, replace(recipe.tables, look_up=read))
@@ -51,7 +51,7 @@ def printed(recipe: Recipe) -> Printed:
 
 
 def tiles_of(recipe: Recipe) -> list[Tensor]:
-    """Row, column, whether full, and whether live, of every tile of any head's mask."""
+    """The tiles of the union of all heads' masks: row, column, full and live, each ``[N]``."""
     tiles = recipe.tiles.all_heads
     # In self-attention a tile with a key that some query lines up with has later keys, so it is not FULL anyway.
     assert isinstance(recipe.normalizer, nz.StickBreaking)
@@ -74,24 +74,24 @@ def attend(
     is_self: bool,
     is_wide: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Stick-breaking attention without what is left.
+    """Stick-breaking attention without adding the remainder.
 
     Args:
         q: ``[T_q, H, D]``.
         k: ``[T_kv, G, D]``.
         v: ``[T_kv, G, E]``.
-        captures: What the printed functions read.
-        learned: Which of the captures need gradients.
-        numbers: What else they read.
+        captures: Tensors that the printed functions read.
+        learned: Indices of the captures that need gradients.
+        numbers: Integers that they read.
         source: The printed functions.
         tiles: As :func:`tiles_of` lists them.
         scale: Factor on ``q·k``.
         block: Tile size.
-        is_self: Whether no row has a key of a larger packed index, as in self-attention.
-        is_wide: The output is to be in float32.
+        is_self: No row has a key of a larger packed index, as in self-attention.
+        is_wide: Return the output in float32.
 
     Returns:
-        ``[T_q, H, E]``, and the logarithm of what is left of each stick, ``[T_q, H]`` float32.
+        ``[T_q, H, E]``, and the log of the remainder, ``[T_q, H]`` float32.
     """
     from flexjag.backends.triton.stick_breaking_launch import Call, run_forward
 

@@ -4,14 +4,14 @@
 from right to left, the nearest key first, and carries for each row the sum over the keys that it has passed.
 
 With ``g_ij = w_ij (do_i · v_j)``, the backward is ``ds_ij = g_ij - sigmoid(s_ij) (dl_i + sum_{k <= j} g_ik)``, where
-dl_i flows back into the logarithm of row i's remainder. Its sums come from the left. So the row walk is done twice: by
-:func:`sum_right`, which notes what each tile is handed from its right, and back by :func:`of_queries`, which notes what
-each is handed from its left. With these notes :func:`of_keys` can take the tiles of a column in any order. Nothing is
-added atomically, so results are bitwise the same every time.
+dl_i is the gradient of the log of row i's remainder. Its sums run from the left. So the row walk is done twice: by
+:func:`sum_right`, which stores the sums carried into each step from its right, and back by :func:`of_queries`, which
+stores those carried in from its left. With these notes :func:`of_keys` can take the tiles of a column in any order.
+Nothing is added atomically, so results are bitwise the same every time.
 
-Scores that the mask excludes are selected away, not multiplied by 0. And where a row of a matrix is summed up with
-weights, a row with an entry that is not finite counts as zeros, with a weight of NaN for those who may see it: so in a
-tile that two segments share, none can spoil the other. (:func:`find_spoiled` looks for such rows.)
+Masked scores are replaced by a select, not multiplied by 0. In weighted sums of a matrix's rows, a row with a
+non-finite entry counts as zeros, with weight NaN for the rows that may attend it: so in a tile that two segments share,
+neither can affect the other. (:func:`find_spoiled` marks such rows.)
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from flexjag.kernels.math import jit
 
 @jit
 def load_rows(base, row, stride, inside, D: tl.constexpr, BLOCK: tl.constexpr):
-    """Rows of D features; zeros for those not `inside`."""
+    """Load rows of D features; zeros for rows not `inside`."""
     d = tl.arange(0, BLOCK)
     mask = inside[:, None] & (d < D)[None, :]
     return tl.load(base + row.to(tl.int64)[:, None] * stride + d[None, :], mask=mask, other=0)
@@ -31,7 +31,7 @@ def load_rows(base, row, stride, inside, D: tl.constexpr, BLOCK: tl.constexpr):
 
 @jit
 def store_rows(base, x, row, stride, inside, D: tl.constexpr, BLOCK: tl.constexpr):
-    """The reverse of `load_rows`."""
+    """Store rows of D features that are `inside`; the reverse of `load_rows`."""
     d = tl.arange(0, BLOCK)
     mask = inside[:, None] & (d < D)[None, :]
     tl.store(base + row.to(tl.int64)[:, None] * stride + d[None, :], x.to(base.dtype.element_ty), mask=mask)
@@ -39,7 +39,7 @@ def store_rows(base, x, row, stride, inside, D: tl.constexpr, BLOCK: tl.constexp
 
 @jit(do_not_specialize=["T"])
 def find_spoiled(x, spoiled, T, x_t, x_h, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
-    """NaN for each row of a head that has an entry that is not finite, 0 for the others."""
+    """Store NaN for each row of a head with a non-finite entry, 0 for the others."""
     h = tl.program_id(1)
     t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     rows = load_rows(x + h.to(tl.int64) * x_h, t, x_t, t < T, D, BLOCK_D)
@@ -49,7 +49,7 @@ def find_spoiled(x, spoiled, T, x_t, x_h, D: tl.constexpr, BLOCK: tl.constexpr, 
 
 @jit
 def softplus(s):
-    """``log(1 + exp(s))`` to 2 units in the last place, also where it is small: a polynomial, for `tl.log` is not."""
+    """``log(1 + exp(s))`` to 2 units in the last place, small results included, where `tl.log` is not: a polynomial."""
     u = tl.exp(-tl.abs(s))
     p = u * 0.005232624243944883 - 0.029504956677556038
     p = p * u + 0.07822549343109131
@@ -64,14 +64,14 @@ def softplus(s):
 
 @jit
 def sigmoid(s):
-    """``1 / (1 + exp(-s))``, of the exponential that `softplus` takes."""
+    """``1 / (1 + exp(-s))``, from the same exponential as `softplus`."""
     u = tl.exp(-tl.abs(s))
     return tl.where(s >= 0, 1.0, u) / (1.0 + u)
 
 
 @jit
 def is_allowed(h, q, kv, T_Q, T_KV, is_full, captures, numbers, MASK: tl.constexpr):
-    """The mask of rows and keys that broadcast."""
+    """The mask of query and key indices that broadcast; False beyond T_Q and T_KV."""
     ok = (q < T_Q) & (kv < T_KV)
     if is_full == 0:
         ok = ok & MASK(h, tl.minimum(q, T_Q - 1), tl.minimum(kv, T_KV - 1), captures, numbers)
@@ -86,9 +86,9 @@ def modified(s, h, q, kv, T_Q, T_KV, captures, numbers, SCORE: tl.constexpr):
 
 @jit
 def row_walk(entries, begin, first, BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SELF):
-    """A row block's tiles, `start` to `end`, and how many steps of BLOCK_N keys from their right end to leave out.
+    """A row block's tile range `start` to `end`, and the number of steps of BLOCK_N keys to skip at its right end.
 
-    In self-attention those whose keys are all later than the rows.
+    In self-attention the keys of these steps are all later than the rows.
     """
     start = tl.load(begin + first // BLOCK)
     end = tl.load(begin + first // BLOCK + 1)
@@ -104,7 +104,7 @@ def stick_breaking(
     D: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The weighted sums of values, and the logarithm of what is left, of some rows of a head."""
+    """Forward kernel: the output and the log-remainder of BLOCK_M rows of a head."""
     STEPS: tl.constexpr = BLOCK // BLOCK_N
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M  # rows with many keys come last: start with them
     h, heads = tl.program_id(1), tl.num_programs(1)
@@ -138,7 +138,7 @@ def sum_right(
     GROUP: tl.constexpr, MASK: tl.constexpr, SCORE: tl.constexpr, SELF: tl.constexpr, D: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Notes for each step of a row walk the sums of softplus over the keys to its right."""
+    """Backward kernel: store, for each step of a row walk, the sums of softplus over the keys to its right."""
     STEPS: tl.constexpr = BLOCK // BLOCK_N
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
     h = head + tl.program_id(1)
@@ -168,7 +168,7 @@ def of_queries(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of some rows of q; notes what flows into the scores to the left of each step."""
+    """Backward kernel: dQ of BLOCK_M rows; stores the gradients carried into each step from the scores to its left."""
     STEPS: tl.constexpr = BLOCK // BLOCK_N
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
     h = head + tl.program_id(1)
@@ -212,7 +212,7 @@ def of_keys(
     BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of some keys and values, over all rows of all heads that read them, one after the other."""
+    """Backward kernel: dK and dV of BLOCK_N keys, summed over all rows of all heads that read them, in order."""
     STEPS: tl.constexpr = BLOCK // BLOCK_N
     PARTS: tl.constexpr = BLOCK // BLOCK_M
     first = tl.program_id(0) * BLOCK_N

@@ -1,4 +1,4 @@
-"""How the kernels of stick-breaking attention are launched: which rows a program has, and what it is given."""
+"""Launches of the stick-breaking kernels: grids, step sizes and arguments."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from flexjag.backends.blocks import Problem, allowed_in, indices, matmul, tiles_at_once, to_blocks
+from flexjag.backends.blocks import TiledCall, allowed_in, indices, matmul, tiles_at_once, to_blocks
 from flexjag.backends.normalized.stick_breaking import EXACT
 from flexjag.backends.triton.modules import Functions, load
 from flexjag.backends.triton.pointwise import add_up
@@ -19,25 +19,24 @@ from flexjag.kernels.launch import ALL_REGISTERS, launch, power_of_2, precision
 from flexjag.lowering.layout import blocks
 
 NOTES = 2**28
-"""Bytes of notes that the backward may hold at once, unless the heads of one group need more."""
+"""Bytes of intermediate sums (notes) that the backward may hold at once, unless one group's heads need more."""
 
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """One attention call.
+    """The arguments of one attention call.
 
     Attributes:
         q: ``[T_q, H, D]``.
         k: ``[T_kv, G, D]``.
         v: ``[T_kv, G, E]``.
-        captures: What the printed functions read.
-        numbers: What else they read.
+        captures: Tensors that the printed functions read.
+        numbers: Integers that they read.
         source: The printed functions.
-        tiles: Row, column, whether full, and whether live, as in :class:`~flexjag.lowering.tiles.TileList`. FULL
-            ones are not masked.
+        tiles: Row, column, full and live, as in :class:`~flexjag.lowering.tiles.TileList`. FULL ones are not masked.
         scale: Factor on ``q·k``.
-        block: Tile size.
-        is_self: Whether no row has a key of a larger packed index, as in self-attention.
+        block: Tile size, in tokens.
+        is_self: No row has a key of a larger packed index, as in self-attention.
     """
 
     q: Tensor
@@ -53,16 +52,16 @@ class Call:
 
     @property
     def functions(self) -> Functions:
-        """The mask and the score."""
+        """The functions of mask and score."""
         return load(self.source)
 
     @property
     def group(self) -> int:
-        """The heads that share keys."""
+        """Number of query heads that share a key head."""
         return self.q.shape[1] // self.k.shape[1]
 
     def launch(self, kernel: Any, kind: str, programs: int, **more: Any) -> None:
-        """Launch a kernel for so many heads, or groups of heads, with those of the arguments that it takes."""
+        """Launch a kernel for `programs` heads or groups, with those of the arguments that it takes."""
         d, e = self.q.shape[2], self.v.shape[2]
         functions = self.functions
         given = {"q": self.q, "k": self.k, "v": self.v, **_strides(q=self.q, k=self.k, v=self.v), **more}
@@ -83,13 +82,13 @@ class Call:
         launch(kernel, (rows, programs), arguments, **constants, **options)
 
     def row_lists(self) -> dict[str, Tensor]:
-        """The tiles of each row as ``2 * column + is_full``, and where each row begins."""
+        """The tiles by row as ``2 * column + is_full``, and each row's first index in that list."""
         row, col, full, live = self.tiles
         rows = blocks(self.q.shape[0], self.block)
         return {"entries": (col * 2 + full).to(torch.int32), "begin": _begins(torch.where(live, row, rows), rows)}
 
     def column_lists(self) -> dict[str, Tensor]:
-        """The tiles of each column as ``2 * row + is_full``, where each column begins, and their places in the list."""
+        """The tiles by column as ``2 * row + is_full``, each column's first index, and the tiles' indices by row."""
         row, col, full, live = self.tiles
         columns = blocks(self.k.shape[0], self.block)
         column, order = torch.where(live, col, columns).sort(stable=True)
@@ -105,14 +104,14 @@ CONSTANT = {
 
 
 def step_sizes(kind: str, dtype: torch.dtype, width: int, tile: int, is_heavy: bool) -> dict[str, Any]:
-    """Rows and keys of a step, and the warps that share it: as large as the registers of every target allow.
+    """Rows and keys per step, warps and stages: the largest that fit the registers of every target.
 
     Args:
         kind: ``"forward"``, ``"sums"``, ``"queries"`` or ``"keys"``.
         dtype: Of q, k and v.
         width: The larger of D and E, a power of 2.
         tile: The plan's tile size.
-        is_heavy: Something is looked up for each pair of a query and a key.
+        is_heavy: A tensor is read for each query-key pair.
     """
     if dtype == torch.float32:  # whose products go through registers
         rows, warps, stages = 16, 8 if kind == "sums" else 4, 1 if kind == "keys" else 2
@@ -124,7 +123,7 @@ def step_sizes(kind: str, dtype: torch.dtype, width: int, tile: int, is_heavy: b
 
 
 def keys_of(dtype: torch.dtype, tile: int) -> int:
-    """Keys of a step, the same in all kernels. With more the sums along them take more registers than there are."""
+    """Keys per step, the same in all kernels. With more, the sums along them exceed the registers."""
     return min(16 if dtype == torch.float32 else 32, tile)
 
 
@@ -133,12 +132,12 @@ def _begins(ascending: Tensor, count: int) -> Tensor:
 
 
 def _strides(**tensors: Tensor) -> dict[str, int]:
-    """How far the next token and the next head of each tensor are."""
+    """Strides of each tensor's tokens and heads, in elements."""
     return {f"{name}_{axis}": x.stride(at) for name, x in tensors.items() for at, axis in enumerate("th")}
 
 
 def _side_by_side(x: Tensor) -> Tensor:
-    """Itself, if the features of a row lie side by side."""
+    """The tensor with contiguous features; itself if they are."""
     return x if x.stride(2) == 1 else x.contiguous()
 
 
@@ -148,7 +147,7 @@ def _by_row(call: Call) -> Call:
 
 
 def _spoiled(x: Tensor) -> Tensor:
-    """NaN for each row ``x[t, h]`` that has an entry that is not finite, else 0: ``[H, T]`` float32."""
+    """``[H, T]`` float32: NaN for each row ``x[t, h]`` with a non-finite entry, else 0."""
     spoiled = torch.empty((x.shape[1], x.shape[0]), dtype=torch.float32, device=x.device)
     arguments = {"x": x, "spoiled": spoiled, "T": x.shape[0], **_strides(x=x)}
     constants = {"D": x.shape[2], "BLOCK": 32, "BLOCK_D": power_of_2(x.shape[2], 16), "num_warps": 4}
@@ -157,7 +156,7 @@ def _spoiled(x: Tensor) -> Tensor:
 
 
 def run_forward(call: Call, out: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
-    """Fill the output ``[T_q, H, E]`` and the logarithm of what is left of each stick, ``[T_q, H]`` float32."""
+    """Fill the output ``[T_q, H, E]`` and the log of the remainder, ``[T_q, H]`` float32."""
     call = _by_row(call)
     heads, spoiled = call.q.shape[1], _spoiled(call.v)
     call.launch(stick_breaking, "forward", heads, spoiled=spoiled, out=out, left=left, **call.row_lists())
@@ -169,9 +168,9 @@ def run_backward(call: Call, grad: Tensor, grad_left: Tensor, learned: Sequence[
 
     Args:
         call: The call.
-        grad: What flows back into the output.
-        grad_left: What flows back into the logarithm of what is left.
-        learned: Which captures need gradients.
+        grad: Gradient of the output.
+        grad_left: Gradient of the log-remainder.
+        learned: Indices of the captures that need gradients.
     """
     call = _by_row(call)
     q, k, v = call.q, call.k, call.v
@@ -203,16 +202,16 @@ def run_backward(call: Call, grad: Tensor, grad_left: Tensor, learned: Sequence[
 def _add_learned(
     totals: list[Tensor], learned: Sequence[int], call: Call, grad: Tensor, first: int, right: Tensor, left: Tensor
 ) -> None:
-    """Add the gradients of the captures by some heads, from group `first` on, in plain torch over batches of tiles.
+    """Add the captures' gradients from some heads, from group `first` on, in plain torch over chunks of tiles.
 
     Args:
-        totals: To be added to.
-        learned: Which captures need gradients.
+        totals: Flat float32 gradients, added to in place.
+        learned: Indices of the captures that need gradients.
         call: The call.
-        grad: What flows back into the output.
+        grad: Gradient of the output.
         first: The first group.
-        right: What each tile is handed from its right, ``[heads, N, B]``.
-        left: And from its left.
+        right: Sums carried into each tile from its right, ``[heads, N, B]``.
+        left: Gradients carried into each tile from its left, ``[heads, N, B]``.
     """
     functions, block, heads = call.functions, call.block, right.shape[0]
     head, groups = first * call.group, slice(first, first + heads // call.group)
@@ -222,7 +221,7 @@ def _add_learned(
     def allowed(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return functions.plain_mask(h + head, i, j, *given)
 
-    p = Problem(row, col, block, call.q.shape[0], call.k.shape[0], call.scale, allowed, None)
+    p = TiledCall(row, col, block, call.q.shape[0], call.k.shape[0], call.scale, allowed, None)
     x, g, y, z = (
         to_blocks(t.float(), n, block)
         for t, n in (
