@@ -9,7 +9,7 @@ import torch
 from cases import make_qkv, needing_gradients
 from toys.periodic import Periodic
 from toys.same_colour import NextColour
-from toys.sunset import Sunset, dense
+from toys.sunset import Sunset, sunset_by_formula
 
 import flexjag as fj
 from flexjag.algebra.tree import is_by_position
@@ -70,7 +70,7 @@ def test_a_variant_equals_its_formula_and_compiles() -> None:
     q, k, v = needing_gradients(*make_qkv(LENGTHS, heads=2, dim=16))
     out = layer(q, k, v).values
     pieces = zip(*(x.values.split(LENGTHS) for x in (q, k, v)), strict=True)
-    wanted = torch.cat([dense(*piece, layer.rate, 5, 1) for piece in pieces])
+    wanted = torch.cat([sunset_by_formula(*piece, layer.rate, 5, 1) for piece in pieces])
     torch.testing.assert_close(out, wanted)
     leaves, weights = [q.values, k.values, v.values, layer.rate], torch.randn_like(out)
     grads = (torch.autograd.grad((x * weights).sum(), leaves) for x in (out, wanted))

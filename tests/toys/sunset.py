@@ -24,7 +24,7 @@ class Sunset(nn.Module):
         return fj.attention(q, k, v, mask=self.mask, score=fj.Alibi(self.rate))
 
 
-def dense(q: Tensor, k: Tensor, v: Tensor, rate: Tensor, window: int, kept: int) -> Tensor:
+def sunset_by_formula(q: Tensor, k: Tensor, v: Tensor, rate: Tensor, window: int, kept: int) -> Tensor:
     """The same for one segment ``[n, H, D]``, as the formula reads: what the test compares with."""
     n = q.shape[0]
     distance = torch.arange(n)[:, None] - torch.arange(n)
