@@ -46,12 +46,12 @@ def test_relative_links_exist(page: str) -> None:
 
 
 def test_the_table_of_backends_is_that_of_their_records() -> None:
-    said = {"everywhere": "yes", "on CUDA": "on CUDA", "nowhere": "no", True: "yes", False: "no"}
+    said = {"everywhere": "yes", "on CUDA": "on CUDA", "on CPU": "on CPU", "nowhere": "no", True: "yes", False: "no"}
     lines = []
     for name, backend in BACKENDS.items():
         p = backend.promises
         lse = said[p.lse] if p.lse_gradient else "without gradient"
-        can = (p.untraceable is None, p.second_order, p.contains_nan, p.unmixed)
+        can = (p.untraceable is None, p.second_order, p.contains_nan, p.unmixed, p.deterministic)
         cells = [f"`{name}`", backend.title, backend.takes, said[p.gradients], lse, *(said[x] for x in can)]
         lines.append(f"| {' | '.join(cells)} |")
     table = re.search(r"^\| backend \|.*?\n\n", TEXT, re.MULTILINE | re.DOTALL)

@@ -20,7 +20,7 @@ from flexjag.lowering.layout import Layout
 Pair = tuple[Tensor, Tensor | None]
 """The output ``[T_q, H, E]`` and the rest ``[T_q, H]``: a softmax's log-sum-exp, or stick-breaking's remainder."""
 
-Where = Literal["everywhere", "on CUDA", "nowhere"]
+Where = Literal["everywhere", "on CUDA", "on CPU", "nowhere"]
 
 ALL: tuple[type[Normalizer], ...] = (Softmax, Pointwise, StickBreaking)
 FIRST_ORDER = "backend 'segments' has no second-order gradients; use backend='tiled' or 'reference'"
@@ -126,7 +126,8 @@ class Case:
 
     def has(self, where: Where) -> bool:
         """True if a promise for `where` covers this case's device."""
-        return where == "everywhere" or (where == "on CUDA" and self.on_cuda)
+        here = "on CUDA" if self.on_cuda else "on CPU" if self.layout.device.type == "cpu" else None
+        return where in ("everywhere", here)
 
     def unlike(self, where: Where) -> str:
         """The end of a refusal: " on" and this device if the promise holds on others, else empty."""
@@ -148,6 +149,8 @@ class Promises:
         untraceable: The reason why it cannot be part of a traced graph; None if it can.
         contains_nan: NaN or inf in one segment does not reach other segments.
         unmixed: A segment's output is bitwise independent of the other segments in the batch.
+        deterministic: Devices where repeated calls give the same bits, gradients included. On CUDA most backends sum
+            gradients by atomic operations, in an order that varies.
         wide: The normalizers for which half precision is computed in float32.
     """
 
@@ -159,6 +162,7 @@ class Promises:
     untraceable: str | None = None
     contains_nan: bool = False
     unmixed: bool = False
+    deterministic: Where = "on CPU"
     wide: tuple[type[Normalizer], ...] = ()
 
     def refuse(self, case: Case) -> str | None:

@@ -105,6 +105,7 @@ VARLEN = Backend(
     promises=Promises(
         normalizers=(Softmax,),
         lse_gradient=False,
+        deterministic="nowhere",
         untraceable="it needs the longest length on the host, which would compile a graph per batch",
     ),
 )

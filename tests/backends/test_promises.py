@@ -20,6 +20,7 @@ ALL = pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
 NORMALIZERS = [fj.Softmax(), fj.SiLU(0.5), fj.StickBreaking()]
 MASKS = [fj.Causal(), fj.Causal() & (fj.Window(5, 0) | fj.Prefix(2))]
 HERE = [x for x in BACKENDS.values() if refusal(x.name, case(grad=True, lse=True)) is None]
+REPEATABLE = [x for x in BACKENDS.values() if x.promises.deterministic == "everywhere"]
 LENGTHS = [3, 9, 0, 9, 30, 9, 1, 9, 150]  # four of one length, which may share a call
 
 
@@ -46,6 +47,36 @@ def test_unmixed(backend: Backend, mask: fj.Mask, normalizer: fj.Normalizer) -> 
         one = tuple(fj.Jagged.from_lengths(x.values[at : at + length], [length]) for x in batches)
         for got, wanted in zip(run(backend, one, mask=mask, normalizer=normalizer), together, strict=True):
             assert torch.equal(got, wanted[at : at + length])
+
+
+def repeat(backend: Backend, device: str, mask: fj.Mask, normalizer: fj.Normalizer) -> None:
+    """Outputs and gradients of two calls, bit by bit; the score learns, and a table is read many times."""
+    results = []
+    for _ in range(2):
+        batches = tuple(x.to(device) for x in make_qkv(LENGTHS, heads=2, dim=16, dtype=torch.float32))
+        table = torch.linspace(-1, 1, 18, device=device).view(2, 9).requires_grad_()
+        q, k, v = needing_gradients(*batches)
+        score = fj.RelativeBias(table)
+        out = fj.attention(q, q.with_values(k.values), q.with_values(v.values), mask=mask, score=score,
+                           normalizer=normalizer, backend=backend.name).values  # fmt: skip
+        grads = torch.autograd.grad(out.pow(2).sum(), [q.values, k.values, v.values, table])
+        results.append([out.detach(), *grads])
+    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("normalizer", NORMALIZERS, ids=repr)
+@pytest.mark.parametrize("mask", MASKS, ids=repr)
+@pytest.mark.parametrize("backend", [x for x in HERE if x.promises.deterministic != "nowhere"], ids=lambda x: x.name)
+def test_deterministic(backend: Backend, mask: fj.Mask, normalizer: fj.Normalizer) -> None:
+    repeat(backend, "cpu", mask, normalizer)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("normalizer", NORMALIZERS[1:], ids=repr)
+@pytest.mark.parametrize("mask", MASKS, ids=repr)
+@pytest.mark.parametrize("backend", REPEATABLE, ids=lambda x: x.name)
+def test_deterministic_on_a_gpu(backend: Backend, mask: fj.Mask, normalizer: fj.Normalizer) -> None:
+    repeat(backend, "cuda", mask, normalizer)
 
 
 @pytest.mark.parametrize("normalizer", NORMALIZERS, ids=repr)

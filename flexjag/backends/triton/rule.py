@@ -71,6 +71,8 @@ TRITON = Backend(
     takes="any mask and score it can print (users' functions: not while tracing)",
     run=_run,
     refuse=refuse,
-    promises=Promises(normalizers=(Pointwise, StickBreaking), lse="nowhere", contains_nan=True),
+    promises=Promises(
+        normalizers=(Pointwise, StickBreaking), lse="nowhere", contains_nan=True, deterministic="everywhere"
+    ),
     needs_tiles=True,
 )
