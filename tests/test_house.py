@@ -85,7 +85,7 @@ def test_no_file_is_long(name: str) -> None:
 def is_exempt(function: ast.FunctionDef | ast.AsyncFunctionDef, name: str) -> bool:
     """Triton's kernels take pointers and strides, operators and their kernels a flat schema; FBGEMM's are its own."""
     decorators = " ".join(ast.unparse(x) for x in function.decorator_list)
-    is_operator = any(word in decorators for word in ("jit", "custom_op", "define(", "register")) or (
+    is_operator = any(word in decorators for word in ("jit", "custom_op", "define(", "register_")) or (
         name.startswith("flexjag.ops") and function.name in OPERATORS
     )
     return is_operator or "fbgemm" in name

@@ -78,6 +78,8 @@ def test_a_variant_equals_its_formula_and_compiles() -> None:
         torch.testing.assert_close(got, want)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(q, k, v).values, wanted)
+    half = make_qkv(LENGTHS, heads=2, dim=16, dtype=torch.bfloat16)
+    assert_kernels_match(fj.plan(half[0], mask=layer.mask, score=fj.Alibi(layer.float().rate)), *half)
 
 
 @pytest.mark.parametrize("toy", sorted(TOYS.glob("*.py")), ids=lambda path: path.stem)

@@ -7,7 +7,7 @@ and collection are implemented here once for all nodes.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,8 +15,6 @@ from torch import Tensor
 from flexjag.algebra.node import BATCH, Axis, Node, NodeKind, field_names
 from flexjag.errors import explain_values
 from flexjag.offsets import mark_varying
-
-Result = TypeVar("Result")
 
 
 def children(node: Node) -> list[Node]:
@@ -34,16 +32,6 @@ def walk(node: Node | None) -> Iterator[Node]:
         yield node
         for child in children(node):
             yield from walk(child)
-
-
-def fold(node: Node, combine: Callable[[Node, list[Result]], Result]) -> Result:
-    """Reduce a tree bottom-up: ``combine(node, results of its children)``.
-
-    >>> from flexjag.algebra.masks import Causal, Prefix
-    >>> fold(Causal() | ~Prefix(2), lambda node, below: 1 + sum(below))
-    4
-    """
-    return combine(node, [fold(child, combine) for child in children(node)])
 
 
 def rebuilt(node: NodeKind, change: Callable[[Any], Any]) -> NodeKind:

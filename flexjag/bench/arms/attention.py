@@ -19,8 +19,8 @@ from flexjag.algebra.normalizers import Softmax
 from flexjag.algebra.scores import Alibi, RelativeBias, Score
 from flexjag.api.attention import attention
 from flexjag.api.plan import plan
+from flexjag.backends import choose
 from flexjag.backends.base import Case
-from flexjag.backends.choose import refusal
 from flexjag.bench.arms.kinds import KINDS, MAX_DISTANCE
 from flexjag.bench.measuring.padded import Expected, Padding, Tensors, with_gradients
 from flexjag.bench.suites.registry import Arm
@@ -38,7 +38,7 @@ VARLEN = "varlen_attn"
 AUTO = "flexjag auto"
 FLEX = "flexjag flex"
 WITH_PLAN = ", planning included"
-BACKENDS = ("auto", "tiled", "segments", "flex", "varlen")
+BACKENDS = ("auto", *(x for x, b in choose.BACKENDS.items() if Softmax in b.promises.normalizers and x != "reference"))
 SLOW = (PADDED_FLEX, GYM)  # both compile a kernel per kind
 
 
@@ -175,7 +175,7 @@ class AttentionBatch:
         dims = (self.heads, self.heads, self.dim, self.dim)
         score = self._score(self.leaves)
         asked = Case(layout, self.kind.mask, score, Softmax(), dtype=self.dtype, grad=self.backward, dims=dims)
-        return refusal(backend, asked) or (self._no_compiler if backend == "flex" else None)
+        return choose.refusal(backend, asked) or (self._no_compiler if backend == "flex" else None)
 
     # Loops and padding
 

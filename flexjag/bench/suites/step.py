@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -14,9 +14,11 @@ from flexjag.api.attention import attention
 from flexjag.api.plan import plan
 from flexjag.bench.measuring.lengths import document_lengths
 from flexjag.bench.measuring.measure import Results, ratio
+from flexjag.bench.measuring.padded import Expected, Tensors
 from flexjag.bench.suites.registry import Arm, Case, CaseResult, Figure, Options, suite
 from flexjag.jagged import Jagged
 
+CHECKED = 512  # tokens of the segment whose gradient is compared, at most
 PLAN, FIXED, STEP = "plan", "plan of fixed capacity", "one layer, forward + backward"
 MASKS = {"causal": Causal(), "window | prefix": Window(128, 0) | Prefix(4)}
 
@@ -87,7 +89,29 @@ class Layer:
         return None if same else "its tiles are not those of a plan made on the host"
 
     def _check_step(self, got: Sequence[Tensor]) -> str | None:
-        return None if all(bool(x.isfinite().all()) for x in got) else "a gradient is not finite"
+        """The inputs' gradient in one segment of moderate length, which depends on no other; the rest is finite."""
+        if not all(bool(x.isfinite().all()) for x in got):
+            return "a gradient is not finite"
+        return self._expected.check((got[0][self._rows],))
+
+    @cached_property
+    def _rows(self) -> slice:
+        lengths = self.batch.lengths.tolist()
+        index = max(range(len(lengths)), key=lambda i: lengths[i] if lengths[i] <= CHECKED else -lengths[i])
+        start = sum(lengths[:index])
+        return slice(start, start + lengths[index])
+
+    @cached_property
+    def _expected(self) -> Expected:
+        def compute(dtype: torch.dtype) -> Tensors:
+            x, into, out = (t.detach().to(dtype) for t in (self.x[self._rows], self.into, self.out))
+            one = Jagged.from_lengths(x.requires_grad_(), [x.shape[0]])
+            parts = (x @ into * self.x.shape[1] ** -0.5).unflatten(1, (3, self.sizes.heads, -1)).unbind(1)
+            got = attention(*(one.with_values(p) for p in parts), mask=self.mask, backend="reference")
+            assert isinstance(got, Jagged)
+            return torch.autograd.grad(got.values.flatten(1) @ out, x, self.grad[self._rows].to(dtype))
+
+        return Expected(compute, self.x.dtype, ("dx",), terms=self.x.shape[1])
 
 
 def _figures(options: Options, cases: list[CaseResult]) -> list[Figure]:
