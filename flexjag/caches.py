@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from flexjag.errors import CacheError, explain_values
 
 FOLDER, LIMIT = "FLEXJAG_CACHE_DIR", "FLEXJAG_CACHE_MB"
@@ -45,13 +47,12 @@ CACHES = {
 
 
 def folder() -> Path:
-    """Folder of the caches: ``$FLEXJAG_CACHE_DIR``, else ``flexjag`` in the user's cache folder. It may not exist."""
-    given = os.environ.get(FOLDER)
-    if given:
-        return Path(given)
-    import platformdirs
+    """Folder of the caches: ``$FLEXJAG_CACHE_DIR``, else ``flexjag`` in PyTorch's own cache folder. It may not exist.
 
-    return platformdirs.user_cache_path("flexjag", appauthor=False)
+    PyTorch's is ``$TORCH_HOME``, by default ``~/.cache/torch``.
+    """
+    given = os.environ.get(FOLDER)
+    return Path(given) if given else Path(torch.hub.get_dir()).parent / "flexjag"
 
 
 def limit() -> float:

@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-ABSENT = ("attn_gym", "platformdirs", "matplotlib", "rich", "cloudpickle", "pynvml", "hypothesis")
+ABSENT = ("attn_gym", "matplotlib", "rich", "cloudpickle", "pynvml", "hypothesis")
 
 
 def main() -> None:

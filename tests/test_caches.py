@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -34,13 +33,14 @@ def store(file: str, size: int, seconds: float) -> None:
         os.utime(path, (seconds, seconds))
 
 
-def test_the_folder_is_named_or_the_users(monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path) -> None:
+def test_the_folder_is_named_or_in_torchs_own(monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path) -> None:
     assert caches.folder() == folder
     monkeypatch.setenv("FLEXJAG_CACHE_DIR", "")
-    if sys.platform == "linux":
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-        assert caches.folder() == tmp_path / "xdg" / "flexjag"
-    assert caches.folder().name.lower() in ("flexjag", "cache")
+    monkeypatch.delenv("TORCH_HOME", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert caches.folder() == tmp_path / "xdg" / "torch" / "flexjag"
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    assert caches.folder() == tmp_path / "home" / "flexjag"
     assert not caches.folder().exists(), "it is made when something is kept"
 
 

@@ -52,7 +52,7 @@ def test_each_extra_brings_what_is_asked_of_it_and_all_brings_everything() -> No
 
 def test_the_base_is_small() -> None:
     names = [re.match(r"[\w-]+", x)[0] for x in PROJECT["dependencies"]]
-    assert names == ["torch", "triton", "attn-gym", "numpy", "platformdirs"]
+    assert names == ["torch", "triton", "attn-gym", "numpy"]
 
 
 def without(monkeypatch: pytest.MonkeyPatch, *modules: str) -> None:

@@ -37,7 +37,6 @@ HEAVY = [
     "cloudpickle",
     "matplotlib",
     "rich",
-    "platformdirs",
     "hypothesis",
     "torch._dynamo",
     "torch._inductor",
@@ -70,7 +69,7 @@ def test_attention_in_eager_mode_starts_no_compiler() -> None:
     [
         ["triton"],
         ["attn_gym"],
-        ["triton", "attn_gym", "platformdirs", "cloudpickle", "matplotlib", "rich", "hypothesis", "pynvml"],
+        ["triton", "attn_gym", "cloudpickle", "matplotlib", "rich", "hypothesis", "pynvml"],
     ],
     ids=str,
 )

@@ -136,7 +136,7 @@ class _Session:
 
     def smoke(self, name: str) -> None:
         """Run :mod:`flexjag.bench.smoke`."""
-        with tempfile.TemporaryDirectory() as folder:
+        with self._folder(name) as folder:
             out = Path(folder) / "smoke.json"
             ended = self._run(name, ["-m", "flexjag.bench.smoke", self.device, str(out)], self.clock.share(name))
             checks = json.loads(out.read_text())["checks"] if out.exists() else []
@@ -161,7 +161,7 @@ class _Session:
         if _installed("xdist"):
             count = self.args.processes or max(1, (os.cpu_count() or 1) * 3 // 4)
             command += ["-n", str(count), "--dist", "load", "--maxschedchunk", "1"]  # in order, so that slow ones end
-        with tempfile.TemporaryDirectory() as place:
+        with self._folder(name) as place:
             written = Path(place) / "outcomes.jsonl"
             ended = self._run(
                 name, [*command, *map(str, files)], self.clock.share(name), {outcomes.NAMED_BY: str(written)}
@@ -210,7 +210,7 @@ class _Session:
     def tune(self, name: str) -> None:
         """Run :mod:`flexjag.bench.tuning.tune`; the winners are written to the results only."""
         share = self.clock.share(name)
-        with tempfile.TemporaryDirectory() as folder:
+        with self._folder(name) as folder:
             out = Path(folder) / "tuned.json"
             command = ["-m", "flexjag.bench", "tune", "--out", str(out), "--work", warm.TUNED["work"]]
             command += ["--dim", *map(str, warm.TUNED["dims"])]
@@ -225,7 +225,7 @@ class _Session:
         """Run one suite; results that it had written count however it ended."""
         share = self.clock.share(name)
         budget = max(1.0, share - START)
-        with tempfile.TemporaryDirectory() as folder:
+        with self._folder(name) as folder:
             command = ["-m", "flexjag.bench", name, "--out", folder, "--device", self.device]
             command += ["--budget", f"{budget:.1f}", "--seed", str(self.args.seed)]
             command += [f"--{flag.replace('_', '-')}" for flag in ("quick", "no_memory") if getattr(self.args, flag)]
@@ -237,6 +237,10 @@ class _Session:
         cut = ended.cut or (f"{late} of {len(entry['cases'])} cases had no time for all of it" if late else None)
         self.results["suites"].append(entry | {"cut": cut, "budget_seconds": round(budget, 1)})
         self._done(name, ended)
+
+    def _folder(self, name: str) -> tempfile.TemporaryDirectory[str]:
+        """A folder for what a stage writes while it runs, beside the results: it stays if this process is killed."""
+        return tempfile.TemporaryDirectory(prefix=f"{name}-", dir=self.args.out)
 
     def _run(self, name: str, arguments: list[str], share: float, more: Mapping[str, str] | None = None) -> Ended:
         limit = max(1.0, min(share + GRACE, self.clock.left))

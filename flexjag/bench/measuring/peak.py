@@ -48,19 +48,27 @@ def give_back_freed_memory() -> None:
     By default the threshold (M_MMAP_THRESHOLD) below which it keeps freed memory grows with the blocks it has seen
     freed. An arm would then reuse memory of what ran before it, and resident memory would not grow at all.
     """
+    _ask_glibc("mallopt", M_MMAP_THRESHOLD, 128 * 1024)
+
+
+def _ask_glibc(function: str, *arguments: int) -> None:
+    """Call a function of the C library, if it has it."""
     with contextlib.suppress(OSError, AttributeError, TypeError):
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 128 * 1024)
+        getattr(ctypes.CDLL(None), function)(*arguments)
 
 
 def measure_peak(call: Callable[[], object]) -> dict[str, Any]:
     """Run `call` once and measure the peak rise of resident memory (RSS).
 
     Linux resets its high-water mark on request. Elsewhere the mark itself is the baseline, and memory that `call` uses
-    below an earlier peak is not counted.
+    below an earlier peak is not counted. Memory freed before, which `call` would use again, is first returned to the
+    system.
 
     Returns:
         The rise in ``bytes``, and the ``method`` of measurement.
     """
+    gc.collect()
+    _ask_glibc("malloc_trim", 0)
     before, method = _mark(), "growth of the peak RSS (a lower bound)"
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
