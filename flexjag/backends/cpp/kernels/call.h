@@ -1,0 +1,143 @@
+// What a call computes on, its division into items of work, and the spans of keys that queries may attend.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <limits>
+#include <vector>
+
+#include "products.h"
+
+// Rows [tokens, heads, columns] of a tensor; the columns are adjacent.
+struct Rows3 {
+  element* at;
+  int64_t token, head;  // strides
+  INLINE_MEMBER element* row(int64_t t, int64_t h) const { return at + t * token + h * head; }
+};
+
+// Disjoint spans [lo, hi) of packed keys of each packed query: `count` rows of length T_q.
+struct SpanRows {
+  const int32_t *lo, *hi;
+  int64_t count;
+};
+
+// Passed from Python; the fields' order and types are those of flexjag/backends/cpp/library.py.
+struct Call {
+  Rows3 q, k, v, out, grad, dq, dk, dv;
+  real *lse, *grad_lse;  // [T_q, H], of the forward's result and of its gradient; null: none
+  const int32_t *q_offsets, *kv_offsets;
+  const SpanRows *outer, *inner;  // per mask: keys that may be allowed, and keys that certainly are
+  const int32_t* mask_of;         // [H]: the mask of a head; null: the first
+  const void* const* captures;
+  const int64_t* numbers;
+  double* const* totals;         // per learned capture, its gradient
+  const int64_t* total_sizes;
+  int64_t segments, num_q, num_kv, heads, groups, num_learned, threads;
+  double scale, factor;
+};
+
+enum Status : int64_t { DONE = 0, BAD_OFFSETS = 1, NO_MEMORY = 2, TOO_MANY_SPANS = 3 };
+
+constexpr int MOST_SPANS = 16;
+
+// Bounds of the spans with one number in each of some rows, relative to the segment's first key.
+struct Reach {
+  int min_lo, max_lo, min_hi, max_hi;
+};
+
+// Keys of a block of queries of one segment and head. Lanes behind the last query have empty spans.
+struct Block {
+  int queries, vectors;  // of the block
+  int lo, hi;            // keys that any query may attend
+  int outer_count, inner_count;
+  Reach outer[MOST_SPANS][VECTORS], inner[MOST_SPANS][VECTORS];
+  alignas(64) int32_t span_lo[MOST_SPANS][QUERIES], span_hi[MOST_SPANS][QUERIES];  // of the outer spans
+
+  // Take queries row, row + 1, … (packed) of a segment with keys [first_key, first_key + keys).
+  void take(const SpanRows& o, const SpanRows& i, int64_t num_q, int64_t row, int count, int first_key, int keys) {
+    queries = count, vectors = (count + LANES - 1) / LANES;
+    outer_count = (int)o.count, inner_count = (int)i.count;
+    lo = keys, hi = 0;
+    for (int s = 0; s < outer_count; s++) {
+      const int32_t *from = o.lo + s * num_q + row, *to = o.hi + s * num_q + row;
+      for (int r = 0; r < vectors * LANES; r++) {
+        const int a = r < count ? std::max(from[r] - first_key, 0) : 0, b = r < count ? std::min(to[r] - first_key, keys) : 0;
+        span_lo[s][r] = b > a ? a : 0, span_hi[s][r] = b > a ? b : 0;
+        if (b > a) lo = std::min(lo, a), hi = std::max(hi, b);
+      }
+      for (int v = 0; v < vectors; v++) outer[s][v] = reach(span_lo[s] + v * LANES, span_hi[s] + v * LANES, std::min(LANES, count - v * LANES));
+    }
+    if (i.lo == o.lo && i.count == o.count) {
+      std::copy(&outer[0][0], &outer[0][0] + MOST_SPANS * VECTORS, &inner[0][0]);
+    } else {
+      for (int s = 0; s < inner_count; s++) for (int v = 0; v < vectors; v++) {
+        int32_t from[LANES], to[LANES];
+        const int rows = std::min(LANES, count - v * LANES);
+        for (int r = 0; r < rows; r++) {
+          const int64_t at = s * num_q + row + v * LANES + r;
+          from[r] = std::max(i.lo[at] - first_key, 0), to[r] = std::min(i.hi[at] - first_key, keys);
+        }
+        inner[s][v] = reach(from, to, rows);
+      }
+    }
+  }
+
+  static Reach reach(const int32_t* from, const int32_t* to, int rows) {
+    Reach x{std::numeric_limits<int>::max(), 0, std::numeric_limits<int>::max(), 0};
+    for (int r = 0; r < rows; r++) {
+      if (to[r] > from[r]) x.min_lo = std::min(x.min_lo, from[r]), x.max_hi = std::max(x.max_hi, to[r]);
+      x.max_lo = std::max(x.max_lo, from[r]), x.min_hi = std::min(x.min_hi, to[r]);
+    }
+    return x;
+  }
+
+  // True if a query of vector v may attend one of the keys [a, b).
+  bool any(int v, int a, int b) const {
+    for (int s = 0; s < outer_count; s++) if (outer[s][v].min_lo < b && outer[s][v].max_hi > a) return true;
+    return false;
+  }
+  // True if every query of the vectors [v, end) certainly attends all keys [a, b).
+  bool all(int v, int end, int a, int b) const {
+    for (; v < end; v++) {
+      bool covered = false;
+      for (int s = 0; s < inner_count; s++) covered |= inner[s][v].max_lo <= a && inner[s][v].min_hi >= b;
+      if (!covered) return false;
+    }
+    return true;
+  }
+  // The keys that queries [r, r + rows) may attend, as a range.
+  void keys_of(int r, int rows, int& first, int& end) const {
+    first = hi, end = lo;
+    for (int s = 0; s < outer_count; s++) for (int i = r; i < r + rows; i++)
+      if (span_hi[s][i] > span_lo[s][i]) first = std::min(first, span_lo[s][i]), end = std::max(end, span_hi[s][i]);
+  }
+  // The queries that may attend one of the keys [a, b), as a range.
+  void queries_of(int a, int b, int& first, int& end) const {
+    first = queries, end = 0;
+    for (int v = 0; v < vectors; v++) {
+      Int found{};
+      for (int s = 0; s < outer_count; s++) found |= (read(span_lo[s] + v * LANES) < b) & (read(span_hi[s] + v * LANES) > a);
+      for (int r = 0; r < LANES; r++) if (found[r]) first = std::min(first, v * LANES + r), end = v * LANES + r + 1;
+    }
+    end = std::min(end, queries);
+  }
+  // The lanes of vector v that may attend a key, -1 or 0.
+  INLINE_MEMBER Int allowed(int v, int key) const {
+    Int found = (read(span_lo[0] + v * LANES) <= key) & (read(span_hi[0] + v * LANES) > key);
+    for (int s = 1; s < outer_count; s++) found |= (read(span_lo[s] + v * LANES) <= key) & (read(span_hi[s] + v * LANES) > key);
+    return found;
+  }
+  // True if a query has a key.
+  bool attends(int r) const {
+    for (int s = 0; s < outer_count; s++) if (span_hi[s][r] > span_lo[s][r]) return true;
+    return false;
+  }
+};
+
+// The query rows of a vector, for printed functions.
+INLINE Rows rows_of(int64_t first, int64_t last) {
+  const Int at = iota() + (int32_t)first;
+  const bool run = first + LANES - 1 <= last;
+  return Rows{(int32_t)first, run, run ? at : (at < (int32_t)last ? at : Int{} + (int32_t)last)};
+}
