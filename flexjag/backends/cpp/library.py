@@ -89,7 +89,7 @@ def run(entry: str, problem: Problem, num_heads: tuple[int, int], tensors: dict[
         entry: Name of the function.
         problem: The call's other arguments.
         num_heads: H and G.
-        tensors: ``[T, heads, columns]`` by name, as in ``kernels/call.h``, and ``lse``, ``grad_lse`` ``[T_q, H]``.
+        tensors: ``[T, heads, columns]`` by name, as in ``kernels/call.h``, and ``lse``, ``grad_lse`` ``[H, T_q]``.
 
     Returns:
         The gradients of the learned captures, in float64; none for ``attend``.

@@ -43,7 +43,7 @@ def attend(
         factor: Factor on the output, without a softmax.
 
     Returns:
-        ``[T_q, H, E]``, and the log-sum-exp ``[T_q, H]`` of a softmax in at least float32; unspecified values else.
+        ``[T_q, H, E]``, and the log-sum-exp ``[H, T_q]`` of a softmax in at least float32; unspecified values else.
     """
     q, k, v = (_packed(x) for x in (q, k, v))
     out, lse = _empty(q, v)
@@ -59,7 +59,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 
 def _empty(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     acc = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty(*q.shape[:2], v.shape[2]), q.new_empty(q.shape[:2], dtype=acc)
+    return q.new_empty(*q.shape[:2], v.shape[2]), q.new_empty(q.shape[1], q.shape[0], dtype=acc)
 
 
 def _packed(x: Tensor) -> Tensor:

@@ -33,4 +33,4 @@ def run(q: Tensor, k: Tensor, v: Tensor, recipe: Recipe, scale: float, need_rest
     out, rest = attend(
         q, k, v, text.captures, text.learned, text.numbers, text.source, offsets, spans, recipe.head_of, scale, factor
     )
-    return (out if per_row is None else scaled(out, per_row, acc).to(dtype)), rest
+    return (out if per_row is None else scaled(out, per_row, acc).to(dtype)), rest.t()

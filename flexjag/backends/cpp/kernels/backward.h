@@ -70,7 +70,7 @@ INLINE void pack_block(const Call& c, int64_t row, int64_t h, Backward& w) {
     for (int i = 0; i < WIDTH_D; i += LANES) put(q + i, Vec{});
     for (int i = 0; i < WIDTH_E; i += LANES) put(g + i, Vec{});
     if (r < b.queries && b.attends(r)) {
-      if (SOFTMAX) lse = c.lse[(row + r) * c.heads + h];
+      if (SOFTMAX) lse = c.lse[h * c.num_q + row + r];
       if (lse != -INFINITE) {
         copy_row(c.q.row(row + r, h), D, q);
         copy_row(c.grad.row(row + r, h), E, g);
@@ -81,7 +81,7 @@ INLINE void pack_block(const Call& c, int64_t row, int64_t h, Backward& w) {
           Vec sum{};
           for (int i = 0; i < WIDTH_E; i += LANES) sum += read(g + i) * read(w.out + i);
           for (int i = 0; i < LANES; i++) delta += sum[i];
-          if (c.grad_lse) delta -= c.grad_lse[(row + r) * c.heads + h];
+          if (c.grad_lse) delta -= c.grad_lse[h * c.num_q + row + r];
         } else {
           for (int i = 0; i < WIDTH_E; i += LANES) put(g + i, read(g + i) * (real)c.factor);
         }

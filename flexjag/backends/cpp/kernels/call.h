@@ -25,7 +25,7 @@ struct SpanRows {
 // Passed from Python; the fields' order and types are those of flexjag/backends/cpp/library.py.
 struct Call {
   Rows3 q, k, v, out, grad, dq, dk, dv;
-  real *lse, *grad_lse;  // [T_q, H], of the forward's result and of its gradient; null: none
+  real *lse, *grad_lse;  // [H, T_q], log-sum-exp of the scores, and the gradient by it; null: none
   const int32_t *q_offsets, *kv_offsets;
   const SpanRows *outer, *inner;  // per mask: keys that may be allowed, and keys that certainly are
   const int32_t* mask_of;         // [H]: the mask of a head; null: the first
@@ -51,7 +51,8 @@ struct Block {
   int queries, vectors;  // of the block
   int lo, hi;            // keys that any query may attend
   int outer_count, inner_count;
-  Reach outer[MOST_SPANS][VECTORS], inner[MOST_SPANS][VECTORS];
+  Reach outer_at[MOST_SPANS][VECTORS], inner_at[MOST_SPANS][VECTORS];
+  const Reach (*inner)[VECTORS];
   alignas(64) int32_t span_lo[MOST_SPANS][QUERIES], span_hi[MOST_SPANS][QUERIES];  // of the outer spans
 
   // Take queries row, row + 1, … (packed) of a segment with keys [first_key, first_key + keys).
@@ -59,42 +60,46 @@ struct Block {
     queries = count, vectors = (count + LANES - 1) / LANES;
     outer_count = (int)o.count, inner_count = (int)i.count;
     lo = keys, hi = 0;
-    for (int s = 0; s < outer_count; s++) {
-      const int32_t *from = o.lo + s * num_q + row, *to = o.hi + s * num_q + row;
-      for (int r = 0; r < vectors * LANES; r++) {
-        const int a = r < count ? std::max(from[r] - first_key, 0) : 0, b = r < count ? std::min(to[r] - first_key, keys) : 0;
-        span_lo[s][r] = b > a ? a : 0, span_hi[s][r] = b > a ? b : 0;
-        if (b > a) lo = std::min(lo, a), hi = std::max(hi, b);
+    for (int s = 0; s < outer_count; s++)
+      for (int v = 0; v < vectors; v++) {
+        outer_at[s][v] = reach(o, s * num_q + row + v * LANES, count - v * LANES, first_key, keys, span_lo[s] + v * LANES, span_hi[s] + v * LANES);
+        lo = std::min(lo, outer_at[s][v].min_lo), hi = std::max(hi, outer_at[s][v].max_hi);
       }
-      for (int v = 0; v < vectors; v++) outer[s][v] = reach(span_lo[s] + v * LANES, span_hi[s] + v * LANES, std::min(LANES, count - v * LANES));
-    }
-    if (i.lo == o.lo && i.count == o.count) {
-      std::copy(&outer[0][0], &outer[0][0] + MOST_SPANS * VECTORS, &inner[0][0]);
-    } else {
-      for (int s = 0; s < inner_count; s++) for (int v = 0; v < vectors; v++) {
-        int32_t from[LANES], to[LANES];
-        const int rows = std::min(LANES, count - v * LANES);
-        for (int r = 0; r < rows; r++) {
-          const int64_t at = s * num_q + row + v * LANES + r;
-          from[r] = std::max(i.lo[at] - first_key, 0), to[r] = std::min(i.hi[at] - first_key, keys);
-        }
-        inner[s][v] = reach(from, to, rows);
-      }
-    }
+    inner = outer_at;
+    if (i.lo == o.lo) return;
+    inner = inner_at;
+    int32_t from[LANES], to[LANES];
+    for (int s = 0; s < inner_count; s++)
+      for (int v = 0; v < vectors; v++) inner_at[s][v] = reach(i, s * num_q + row + v * LANES, count - v * LANES, first_key, keys, from, to);
   }
 
-  static Reach reach(const int32_t* from, const int32_t* to, int rows) {
-    Reach x{std::numeric_limits<int>::max(), 0, std::numeric_limits<int>::max(), 0};
-    for (int r = 0; r < rows; r++) {
-      if (to[r] > from[r]) x.min_lo = std::min(x.min_lo, from[r]), x.max_hi = std::max(x.max_hi, to[r]);
-      x.max_lo = std::max(x.max_lo, from[r]), x.min_hi = std::min(x.min_hi, to[r]);
-    }
-    return x;
+  // Spans of the `rows` first of LANES rows, clipped to the segment, and their bounds. Other rows have empty ones.
+  static Reach reach(const SpanRows& spans, int64_t at, int rows, int first_key, int keys, int32_t* from, int32_t* to) {
+    constexpr int32_t most = std::numeric_limits<int32_t>::max();
+    const Int none = Int{}, end = none + keys;
+    Int a{}, b{};
+    if (rows >= LANES) a = read(spans.lo + at), b = read(spans.hi + at);
+    else for (int r = 0; r < rows; r++) a[r] = spans.lo[at + r], b[r] = spans.hi[at + r];
+    a -= first_key, b -= first_key;
+    a = a > none ? a : none, b = b < end ? b : end;
+    const Int inside = iota() < none + rows, some = (b > a) & inside;
+    put(from, some ? a : none), put(to, some ? b : none);
+    return Reach{least(some ? a : none + most), greatest(inside ? a : none), least(inside ? b : none + most), greatest(some ? b : none)};
+  }
+  static int least(Int x) {
+    int found = x[0];
+    for (int r = 1; r < LANES; r++) found = std::min(found, (int)x[r]);
+    return found;
+  }
+  static int greatest(Int x) {
+    int found = x[0];
+    for (int r = 1; r < LANES; r++) found = std::max(found, (int)x[r]);
+    return found;
   }
 
   // True if a query of vector v may attend one of the keys [a, b).
   bool any(int v, int a, int b) const {
-    for (int s = 0; s < outer_count; s++) if (outer[s][v].min_lo < b && outer[s][v].max_hi > a) return true;
+    for (int s = 0; s < outer_count; s++) if (outer_at[s][v].min_lo < b && outer_at[s][v].max_hi > a) return true;
     return false;
   }
   // True if every query of the vectors [v, end) certainly attends all keys [a, b).

@@ -137,12 +137,14 @@ static void attend_block(const Call& c, const KeyRows& kv, int64_t s, int64_t h,
     }
     first = false;
   }
-  for (int r = 0; r < count; r++) {
-    const real sum = w.sum[r];
-    const real factor = SOFTMAX ? (sum == 0 ? 0 : 1 / sum) : (real)c.factor;
-    put_row(w.out + r * WIDTH_E, E, factor, c.out.row(row + r, h));
-    if (SOFTMAX && c.lse) c.lse[(row + r) * c.heads + h] = sum == 0 ? -INFINITE : w.top[r] + std::log(sum);
-  }
+  if (SOFTMAX)
+    for (int i = 0; i < b.vectors * LANES; i += LANES) {
+      const Vec sum = read(w.sum + i), nothing{};
+      put(w.shrink + i, sum == nothing ? nothing : 1 / sum);
+      put(w.top + i, sum == nothing ? nothing - INFINITE : read(w.top + i) + log(sum));
+    }
+  for (int r = 0; r < count; r++) put_row(w.out + r * WIDTH_E, E, SOFTMAX ? w.shrink[r] : (real)c.factor, c.out.row(row + r, h));
+  if (SOFTMAX) std::memcpy(c.lse + h * c.num_q + row, w.top, count * sizeof(real));
 }
 
 static Status forward(const Call& c) {
@@ -152,9 +154,9 @@ static Status forward(const Call& c) {
   fill_bins(0, work);
   const int64_t end = c.q_offsets[c.segments], n = (int64_t)work.items.size(), heads = c.heads / c.groups;
   fill_rows(c.out, c.heads, E, 0, c.q_offsets[0]), fill_rows(c.out, c.heads, E, end, c.num_q);
-  if (c.lse) {
-    std::fill(c.lse, c.lse + c.q_offsets[0] * c.heads, -INFINITE);
-    std::fill(c.lse + end * c.heads, c.lse + c.num_q * c.heads, -INFINITE);
+  for (int64_t h = 0; h < c.heads; h++) {
+    real* lse = c.lse + h * c.num_q;
+    std::fill(lse, lse + c.q_offsets[0], -INFINITE), std::fill(lse + end, lse + c.num_q, -INFINITE);
   }
   int64_t next = 0;
   on_threads(std::min<int64_t>(c.threads, n), [&](int64_t) {
