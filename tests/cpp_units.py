@@ -58,7 +58,7 @@ def compiler() -> str:
 def unit(real: torch.dtype, source: str) -> str:
     """A translation unit that includes the headers."""
     name, lanes = REALS[real]
-    return f"using real = {name};\n#define LANES {lanes}\n{Cpp().header}\n{source}"
+    return f"using real = {name};\n#define LANES {lanes}\n{Cpp().header}\nnamespace flexjag {{\n{source}\n}}\n"
 
 
 def compiled(source: str, folder: Path, *flags: str) -> ctypes.CDLL:
