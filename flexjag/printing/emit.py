@@ -99,7 +99,7 @@ def trace(mask: MaskFunction, score: ScoreFunction | None, is_checked: bool = Fa
 def emit_mask(traced: Traced, language: Language, name: str) -> str:
     """Source of ``name(h, q, kv, captures, numbers)``, which returns the mask."""
     lines = language.lines(needed(traced.program, [traced.allowed]))
-    return language.function(name, traced.at, lines, language.value(traced.allowed))
+    return language.function(name, traced.at, lines, language.value(traced.allowed), torch.bool)
 
 
 def emit_score(traced: Traced, language: Language, name: str) -> str:
@@ -117,18 +117,16 @@ def _emit_tile(traced: Traced, language: Language, name: str, parameters: tuple[
     lines, returned = needed(traced.program, [result]), language.value(result)
     if result.name != parameters[0].name and not reads(lines, parameters[0]):  # it may be the same for a whole row
         returned = language.spread(returned, traced.s.name)
-    return language.function(name, parameters, language.lines(lines), returned)
+    return language.function(name, parameters, language.lines(lines), returned, torch.float32)
 
 
 def emit_slopes(traced: Traced, language: Language, name: str) -> str:
-    """Source of ``name(s, h, q, kv, captures, numbers)``: the score's derivatives by captures that need gradients.
+    """Source of a function of the score's derivatives by captures that need gradients.
 
-    It returns for each lookup the capture's index, :meth:`Language.place`, and the score's derivative by the entry.
+    In Python, ``name(s, h, q, kv, captures, numbers)`` returns for each lookup the capture's index,
+    :meth:`Language.place`, and the score's derivative by the entry. Languages without lists of tensors add the
+    gradients to totals instead.
     """
     wanted = [x for line, slope in traced.slopes for x in (*line.indices, slope)]
     lines = language.lines(needed(traced.program, wanted))
-    entries = [
-        f"({line.args[0]}, {language.place(line)}, {language.value(slope, torch.float32)})"
-        for line, slope in traced.slopes
-    ]
-    return language.function(name, (traced.s, *traced.at), lines, f"[{', '.join(entries)}]")
+    return language.slopes(name, (traced.ds, traced.s, *traced.at), lines, traced.slopes, traced.learned)

@@ -137,7 +137,7 @@ def case(op: str) -> tuple[Program, Any, list[Any]]:
 def run(op: str, language: Language, *at: Tensor) -> Tensor:
     """A printed case of one place, in float64."""
     program, result, given = case(op)
-    text = language.function("made", given, language.lines(needed(program, [result])), language.value(result))
+    text = language.function("made", given, language.lines(needed(program, [result])), language.value(result), result.dtype)
     values = at if isinstance(language, Torch) else [x.item() for x in at]
     return torch.as_tensor(load(language, text)["made"](*values, program.captures, program.numbers)).double()
 

@@ -1,1 +1,1 @@
-"""Kernels for CPUs, printed in C++ and compiled by the machine's compiler."""
+"""Backend ``cpp``: a plan's mask, score and normalizer printed as C++, in kernels for CPUs."""

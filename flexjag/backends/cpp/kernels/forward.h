@@ -1,0 +1,189 @@
+// The forward: blocks of queries over blocks of keys, with a running maximum and sum for a softmax.
+#pragma once
+#include "schedule.h"
+
+constexpr real LOG2_E = (real)1.4426950408889634, LN_2 = (real)0.6931471805599453;
+constexpr real LOWEST = std::numeric_limits<real>::lowest();
+constexpr real INFINITE = std::numeric_limits<real>::infinity();
+constexpr int WIDTH_D = vectors_of(D) * LANES, WIDTH_E = vectors_of(E) * LANES;
+
+// Scores of KEYS keys and NV vectors of queries to `scores`, -inf where masked (0 without a softmax); tops: the maxima.
+template <int NV, bool PARTIAL>
+static __attribute__((noinline)) void score_tile(const Call& c, const Block& b, const real* const* rows, const real* packed, real* scores,
+                                                int keys, int key, int first_key, int64_t row, int64_t last, int v, int h, real* tops) {
+  Vec sums[KEYS][NV] = {};
+  multiply_transposed<D, NV>(rows, packed, sums);
+  UNROLL for (int n = 0; n < NV; n++) {
+    const Rows at = rows_of(row + n * LANES, last);
+    Vec top = SOFTMAX ? read(tops + n * LANES) : Vec{};
+    UNROLL for (int m = 0; m < KEYS; m++) {
+      if (PARTIAL && m >= keys) break;
+      Vec x = sums[m][n];
+      x = score(x, h, at, first_key + key + m, c.captures, c.numbers);
+      if (PARTIAL) {
+        Int ok = b.allowed(v + n, key + m);
+        ok &= mask(h, at, first_key + key + m, c.captures, c.numbers);
+        x = where(ok, x, spread(SOFTMAX ? -INFINITE : 0));
+      }
+      put(scores + m * QUERIES + n * LANES, x);
+      if (SOFTMAX) top = x > top ? x : top;
+    }
+    if (SOFTMAX) put(tops + n * LANES, top);
+  }
+}
+
+template <int NV = VECTORS, class... A> INLINE void score_vectors(int vectors, bool partial, A&&... a) {
+  if constexpr (NV > 1)
+    if (vectors < NV) return score_vectors<NV - 1>(vectors, partial, a...);
+  if (partial) score_tile<NV, true>(a...);
+  else score_tile<NV, false>(a...);
+}
+
+struct Forward {
+  alignas(64) real packed[D * QUERIES], scores[KEY_BLOCK * QUERIES], out[QUERIES * WIDTH_E];
+  alignas(64) real own[QUERIES * WIDTH_D];  // queries as `real`, if they are of 16 bits
+  alignas(64) real top[QUERIES], before[QUERIES], shrink[QUERIES], sum[QUERIES];
+  Block block;
+};
+
+// The vectors [lo, hi) of a block with a query that may attend one of the keys [a, b).
+INLINE void live_vectors(const Block& b, int from, int to, int& lo, int& hi) {
+  lo = 0, hi = b.vectors;
+  while (lo < hi && !b.any(lo, from, to)) lo++;
+  while (hi > lo && !b.any(hi - 1, from, to)) hi--;
+}
+
+// Queries as columns of `real`, times the scale.
+INLINE void pack_queries(const Rows3& q, int64_t row, int64_t h, int count, real scale, real* own, real* packed) {
+#if ELEMENT_BITS == 16
+  for (int r = 0; r < count; r++) copy_row(q.row(row + r, h), D, own + r * WIDTH_D);
+  transpose<D>(own, WIDTH_D, count, scale, packed);
+#else
+  (void)own;
+  transpose<D>(q.row(row, h), q.token, count, scale, packed);
+#endif
+}
+
+static void attend_block(const Call& c, const KeyRows& kv, int64_t s, int64_t h, int64_t row, int count, Forward& w, Ahead& ahead) {
+  const int first_key = c.kv_offsets[s], keys = c.kv_offsets[s + 1] - first_key, which = c.mask_of ? c.mask_of[h] : 0;
+  const int64_t last = row + count - 1;
+  Block& b = w.block;
+  b.take(c.outer[which], c.inner[which], c.num_q, row, count, first_key, keys);
+  pack_queries(c.q, row, h, count, (real)c.scale, w.own, w.packed);
+  for (int i = 0; i < b.vectors * LANES; i += LANES) put(w.top + i, spread(LOWEST)), put(w.sum + i, Vec{});
+  std::memset(w.out, 0, count * WIDTH_E * sizeof(real));
+  int16_t live_lo[KEY_BLOCK / KEYS], live_hi[KEY_BLOCK / KEYS];
+  bool first = true;
+  for (int from = b.lo / KEYS * KEYS; from < b.hi; from += KEY_BLOCK) {
+    const int to = std::min(from + KEY_BLOCK, b.hi);
+    int begin = -1, end = 0;  // groups of keys with scores
+    if (SOFTMAX) std::memcpy(w.before, w.top, b.vectors * LANES * sizeof(real));
+    for (int key = from, g = 0; key < to; key += KEYS, g++) {
+      const int some = std::min(KEYS, keys - key);
+      int lo, hi;
+      live_vectors(b, key, key + some, lo, hi);
+      live_lo[g] = (int16_t)lo, live_hi[g] = (int16_t)hi;
+      ahead.step();
+      if (lo == hi) continue;
+      if (begin < 0) begin = g;
+      end = g + 1;
+      const real* rows[KEYS];
+      for (int m = 0; m < KEYS; m++) rows[m] = kv.k + std::min(key + m, keys - 1) * kv.k_step;
+      const bool partial = some < KEYS || !b.all(lo, hi, key, key + KEYS);
+      score_vectors(hi - lo, partial, c, b, rows, w.packed + lo * LANES, w.scores + g * KEYS * QUERIES + lo * LANES, some, key,
+                    first_key, row + lo * LANES, last, lo, (int)h, w.top + lo * LANES);
+    }
+    if (begin < 0) continue;
+    if (SOFTMAX)
+      for (int i = 0; i < b.vectors * LANES; i += LANES) {
+        const Vec factor = exp2((read(w.before + i) - read(w.top + i)) * LOG2_E);
+        put(w.shrink + i, factor);
+        put(w.sum + i, read(w.sum + i) * factor);
+      }
+    for (int g = begin; g < end; g++) {
+      const int some = std::min(KEYS, to - from - g * KEYS);
+      for (int v = 0; v < b.vectors; v++) {
+        real* x = w.scores + g * KEYS * QUERIES + v * LANES;
+        if (v < live_lo[g] || v >= live_hi[g]) {
+          for (int m = 0; m < KEYS; m++) put(x + m * QUERIES, Vec{});
+        } else if (SOFTMAX) {
+          const Vec top = read(w.top + v * LANES);
+          Vec sum = read(w.sum + v * LANES);
+          if (some == KEYS)
+            UNROLL for (int m = 0; m < KEYS; m++) {
+              const Vec p = exp2((read(x + m * QUERIES) - top) * LOG2_E);
+              put(x + m * QUERIES, p);
+              sum += p;
+            }
+          else
+            for (int m = 0; m < some; m++) {
+              const Vec p = exp2((read(x + m * QUERIES) - top) * LOG2_E);
+              put(x + m * QUERIES, p);
+              sum += p;
+            }
+          put(w.sum + v * LANES, sum);
+        }
+      }
+    }
+    constexpr int ROWS = rows_at_once(vectors_of(E));
+    for (int r = 0; r < count; r += ROWS) {
+      const int rows = std::min(ROWS, count - r);
+      int lo, hi;
+      b.keys_of(r, rows, lo, hi);
+      lo = std::max(lo, from + begin * KEYS), hi = std::min(hi, std::min(from + end * KEYS, to));
+      if (lo < hi || !first)
+        multiply<E, ELEMENT_BITS == 16, true>(rows, w.scores + r, QUERIES, kv.v + from * kv.v_step, kv.v_step, lo - from, std::max(lo, hi) - from,
+                                              w.out + r * WIDTH_E, WIDTH_E, SOFTMAX && !first ? w.shrink + r : nullptr);
+    }
+    first = false;
+  }
+  if (SOFTMAX)
+    for (int i = 0; i < b.vectors * LANES; i += LANES) {
+      const Vec sum = read(w.sum + i), nothing{};
+      put(w.shrink + i, sum == nothing ? nothing : 1 / sum);
+      put(w.top + i, sum == nothing ? nothing - INFINITE : read(w.top + i) + log(sum));
+    }
+  for (int r = 0; r < count; r++) put_row(w.out + r * WIDTH_E, E, SOFTMAX ? w.shrink[r] : (real)c.factor, c.out.row(row + r, h));
+  if (SOFTMAX) std::memcpy(c.lse + h * c.num_q + row, w.top, count * sizeof(real));
+}
+
+static Status forward(const Call& c) {
+  if (const Status wrong = check(c)) return wrong;
+  Schedule work;
+  cut(c, false, work);
+  fill_bins(0, work);
+  const int64_t end = c.q_offsets[c.segments], n = (int64_t)work.items.size(), heads = c.heads / c.groups;
+  fill_rows(c.out, c.heads, E, 0, c.q_offsets[0]), fill_rows(c.out, c.heads, E, end, c.num_q);
+  for (int64_t h = 0; h < c.heads; h++) {
+    real* lse = c.lse + h * c.num_q;
+    std::fill(lse, lse + c.q_offsets[0], -INFINITE), std::fill(lse + end, lse + c.num_q, -INFINITE);
+  }
+  int64_t next = 0;
+  on_threads(std::min<int64_t>(c.threads, n), [&](int64_t) {
+    Room<Forward> room(1);
+    KeyRows kv;
+    int64_t i = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
+    while (i < n) {
+      const int64_t j = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
+      const Item& item = work.items[i];
+      Ahead ahead;
+      if (j < n) {
+        const Item& later = work.items[j];
+        const int64_t q0 = c.q_offsets[later.segment] + later.first, k0 = c.kv_offsets[later.segment];
+        for (int64_t x = 0; x < std::min<int64_t>(heads, 2); x++) ahead.add(c.q, q0, later.group * heads + x, later.end - later.first, D);
+        if (later.segment != item.segment || later.group != item.group) {
+          const int64_t keys = c.kv_offsets[later.segment + 1] - k0;
+          ahead.add(c.k, k0, later.group, keys, D), ahead.add(c.v, k0, later.group, keys, E);
+        }
+        ahead.pace = (int64_t)std::ceil((double)ahead.total * KEYS * QUERIES / std::max(item.cost, 1.0));
+      }
+      kv.take(c, item.segment, item.group);
+      const int64_t from = c.q_offsets[item.segment];
+      for (int64_t x = 0; x < heads; x++)
+        for (int64_t a = (item.end - 1) / QUERIES * QUERIES; a >= item.first; a -= QUERIES)
+          attend_block(c, kv, item.segment, item.group * heads + x, from + a, (int)std::min<int64_t>(QUERIES, item.end - a), *room.at, ahead);
+      i = j;
+    }
+  });
+  return DONE;
+}
