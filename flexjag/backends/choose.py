@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from flexjag.backends.base import Backend, Case
 from flexjag.backends.costs import seconds
+from flexjag.backends.cpp.rule import CPP
 from flexjag.backends.flex.rule import FLEX
 from flexjag.backends.reference import REFERENCE
 from flexjag.backends.segments.rule import SEGMENTS
@@ -16,7 +17,7 @@ from flexjag.backends.triton.rule import TRITON
 from flexjag.backends.varlen import VARLEN
 from flexjag.errors import BackendError, explain_values
 
-BACKENDS = {x.name: x for x in (REFERENCE, TILED, SEGMENTS, FLEX, VARLEN, TRITON)}
+BACKENDS = {x.name: x for x in (REFERENCE, TILED, SEGMENTS, CPP, FLEX, VARLEN, TRITON)}
 """All backends by name."""
 
 ON_CUDA, ELSEWHERE = ["triton", "varlen", "flex", "tiled"], ["segments", "tiled"]

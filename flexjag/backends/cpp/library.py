@@ -14,12 +14,12 @@ from flexjag.backends.cpp.build import load
 from flexjag.errors import LayoutError
 
 ELEMENTS = {
-    torch.float32: "32",
-    torch.float64: "64",
-    torch.bfloat16: "16\n#define ELEMENT_BFLOAT16",
-    torch.float16: "16",
+    torch.float32: "float",
+    torch.float64: "double",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
 }
-"""Dtypes of q, k and v, with their ``ELEMENT_BITS``."""
+"""C++ types of q, k and v, by dtype."""
 
 MOST_SPANS = 16
 """Spans of a query row, at most; as in ``kernels/call.h``."""
@@ -78,8 +78,10 @@ class Problem:
 def unit(source: str, dtype: torch.dtype, dim: int, value_dim: int) -> str:
     """The translation unit of printed functions for a dtype and the sizes D and E."""
     real = "double" if dtype == torch.float64 else "float"
-    defines = f"#define ELEMENT_BITS {ELEMENTS[dtype]}\n#define D {dim}\n#define E {value_dim}\ntypedef {real} real;\n"
-    return f'{defines}#include "call.h"\n#include "math.h"\n\n{source}\n#include "entry.h"\n'
+    types = f"using real = {real};\nstruct float16;\nstruct bfloat16;\nusing element = {ELEMENTS[dtype]};\n"
+    sizes = f"constexpr int D = {dim}, E = {value_dim};\n"
+    inside = f"namespace flexjag {{\n{types}{sizes}}}\n#include \"call.h\"\n\nnamespace flexjag {{\n{source}}}\n"
+    return f'#include <cstdint>\n{inside}\n#include "entry.h"\n'
 
 
 def run(entry: str, problem: Problem, num_heads: tuple[int, int], tensors: dict[str, Tensor | None]) -> list[Tensor]:

@@ -59,6 +59,8 @@ def emit(mask: MaskFunction, score: ScoreFunction | None, is_checked: bool = Fal
         NotImplementedError: If one of them uses an operation that cannot be printed.
     """
     traced, triton, plain = trace(mask, score, is_checked), Triton(), Torch()
+    if not traced.captures:
+        raise NotImplementedError("it reads no tensor of the plan")
     parts = [
         f"{plain.header}\n{triton.header}",
         emit_mask(traced, triton, "mask"),

@@ -5,61 +5,56 @@
 
 #include "forward.h"
 
+namespace flexjag {
+
 struct Backward {
   alignas(64) real packed_q[D * QUERIES], packed_g[E * QUERIES];
   alignas(64) real q[QUERIES * WIDTH_D], g[QUERIES * WIDTH_E], out[WIDTH_E], dq[QUERIES * WIDTH_D];
   alignas(64) real weights[KEY_BLOCK * QUERIES], slopes[KEY_BLOCK * QUERIES];  // P and dS
+  alignas(64) real raw[KEYS * QUERIES];                                        // products of a tile
+  alignas(64) int32_t ok[KEYS * QUERIES];                                      // its pairs that are not masked
   alignas(64) real lse[QUERIES], delta[QUERIES];
   Block block;
 };
 
-// Weights and gradients by scores of KEYS keys and NV vectors of queries.
-template <int NV, bool PARTIAL>
-static __attribute__((noinline)) void gradient_tile(const Call& c, const Block& b, Backward& w, const real* const* k_rows, const real* const* v_rows,
-                                                   int at, int keys, int key, int first_key, int64_t row, int64_t last, int v, int h,
-                                                   double* const* totals) {
-  Vec raw[KEYS][NV] = {}, by_weight[KEYS][NV] = {};
-  Int ok[KEYS][NV] = {};
-  multiply_transposed<D, NV>(k_rows, w.packed_q + v * LANES, raw);
-  real *weights = w.weights + at + v * LANES, *slopes_at = w.slopes + at + v * LANES;
-  UNROLL for (int n = 0; n < NV; n++) {
-    const Rows queries = rows_of(row + (v + n) * LANES, last);
-    const Vec lse = SOFTMAX ? read(w.lse + (v + n) * LANES) : Vec{};
-    UNROLL for (int m = 0; m < KEYS; m++) {
-      if (PARTIAL && m >= keys) break;
-      Vec x = raw[m][n];
-      x = score(x, h, queries, first_key + key + m, c.captures, c.numbers);
-      if (SOFTMAX) x = exp2((x - lse) * LOG2_E);
+// Weights of a tile from its products.
+template <bool PARTIAL> static __attribute__((noinline)) void weight_tile(const Call& c, const Tile& t, Backward& w, real* weights) {
+  for (int n = 0; n < t.vectors; n++) {
+    const int v = t.v + n;
+    const Rows rows = rows_of(t.row + v * LANES, t.last);
+    const Vec lse = read(w.lse + v * LANES);
+    ROLLED for (int m = 0; m < (PARTIAL ? t.keys : KEYS); m++) {
+      Vec x = score(read(w.raw + m * QUERIES + n * LANES), t.h, rows, t.first_key + t.key + m, c.captures, c.numbers);
+      if (SOFTMAX) x = exp2((x - lse) * PER_LOG);
       if (PARTIAL) {
-        ok[m][n] = b.allowed(v + n, key + m);
-        ok[m][n] &= mask(h, queries, first_key + key + m, c.captures, c.numbers);
-        x = where(ok[m][n], x, Vec{});
+        const Int ok = allowed_lanes(c, w.block, t, v, m, rows);
+        put(w.ok + m * QUERIES + n * LANES, ok);
+        x = where(ok, x, Vec{});
       }
       put(weights + m * QUERIES + n * LANES, x);
     }
   }
-  multiply_transposed<E, NV>(v_rows, w.packed_g + v * LANES, by_weight);
-  UNROLL for (int n = 0; n < NV; n++) {
-    const Rows queries = rows_of(row + (v + n) * LANES, last);
-    const Vec delta = SOFTMAX ? read(w.delta + (v + n) * LANES) : Vec{};
-    UNROLL for (int m = 0; m < KEYS; m++) {
-      if (PARTIAL && m >= keys) break;
-      Vec x = by_weight[m][n];
-      if (SOFTMAX) x = read(weights + m * QUERIES + n * LANES) * (x - delta);
-      if (PARTIAL) x = where(ok[m][n], x, Vec{});
-      slopes(x, raw[m][n], h, queries, first_key + key + m, c.captures, c.numbers, totals);
-      x = dscore(x, raw[m][n], h, queries, first_key + key + m, c.captures, c.numbers);
-      if (PARTIAL) x = where(ok[m][n], x, Vec{});  // also if the key or the derivative is NaN
-      put(slopes_at + m * QUERIES + n * LANES, x);
-    }
-  }
 }
 
-template <int NV = VECTORS, class... A> INLINE void gradient_vectors(int vectors, bool partial, A&&... a) {
-  if constexpr (NV > 1)
-    if (vectors < NV) return gradient_vectors<NV - 1>(vectors, partial, a...);
-  if (partial) gradient_tile<NV, true>(a...);
-  else gradient_tile<NV, false>(a...);
+// Gradients by the products of a tile, in place of those by its weights.
+template <bool PARTIAL>
+static __attribute__((noinline)) void slope_tile(const Call& c, const Tile& t, Backward& w, const real* weights, real* by_weight, double* const* totals) {
+  for (int n = 0; n < t.vectors; n++) {
+    const int v = t.v + n;
+    const Rows rows = rows_of(t.row + v * LANES, t.last);
+    const Vec delta = read(w.delta + v * LANES);
+    ROLLED for (int m = 0; m < (PARTIAL ? t.keys : KEYS); m++) {
+      const int kv = t.first_key + t.key + m, at = m * QUERIES + n * LANES;
+      const Vec raw = read(w.raw + at);
+      Vec x = read(by_weight + at);
+      if (SOFTMAX) x = read(weights + at) * (x - delta);
+      if (PARTIAL) x = where(read(w.ok + at), x, Vec{});  // also if the key is NaN
+      slopes(x, raw, t.h, rows, kv, c.captures, c.numbers, totals);
+      x = dscore(x, raw, t.h, rows, kv, c.captures, c.numbers);
+      if (PARTIAL) x = where(read(w.ok + at), x, Vec{});  // also if the derivative is NaN
+      put(by_weight + at, x);
+    }
+  }
 }
 
 // Queries and gradients of a block, as rows and as columns, and what the softmax needs of each query.
@@ -122,7 +117,12 @@ static void differentiate_block(const Call& c, const KeyRows& kv, int64_t s, int
         k_rows[m] = kv.k + j * kv.k_step, v_rows[m] = kv.v + j * kv.v_step;
       }
       const bool partial = some < KEYS || !b.all(lo, hi, key, key + KEYS);
-      gradient_vectors(hi - lo, partial, c, b, w, k_rows, v_rows, at, some, key, first_key, row, last, lo, (int)h, totals);
+      const Tile t{key, some, first_key, row, last, lo, hi - lo, (int)h};
+      real *weights = w.weights + at + lo * LANES, *by_weight = w.slopes + at + lo * LANES;
+      product_tile<D>(t.vectors, k_rows, w.packed_q + lo * LANES, w.raw);
+      product_tile<E>(t.vectors, v_rows, w.packed_g + lo * LANES, by_weight);
+      if (partial) weight_tile<true>(c, t, w, weights), slope_tile<true>(c, t, w, weights, by_weight, totals);
+      else weight_tile<false>(c, t, w, weights), slope_tile<false>(c, t, w, weights, by_weight, totals);
     }
     if (begin < 0) continue;
     const int first = from + begin * KEYS, past = std::min(from + end * KEYS, to);
@@ -145,7 +145,7 @@ static void differentiate_block(const Call& c, const KeyRows& kv, int64_t s, int
       b.keys_of(r, rows, lo, hi);
       lo = std::max(lo, first), hi = std::min(hi, past);
       if (lo < hi)
-        multiply<D, ELEMENT_BITS == 16, true>(rows, w.slopes + r, QUERIES, kv.k + from * kv.k_step, kv.k_step, lo - from, hi - from, w.dq + r * WIDTH_D, WIDTH_D, nullptr);
+        multiply<D, IS_HALF, true>(rows, w.slopes + r, QUERIES, kv.k + from * kv.k_step, kv.k_step, lo - from, hi - from, w.dq + r * WIDTH_D, WIDTH_D, nullptr);
     }
   }
   for (int r = 0; r < count; r++) put_row(w.dq + r * WIDTH_D, D, (real)c.scale, c.dq.row(row + r, h));
@@ -283,3 +283,5 @@ static Status backward(const Call& c) {
     }
   return DONE;
 }
+
+}  // namespace flexjag

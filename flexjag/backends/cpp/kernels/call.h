@@ -9,6 +9,8 @@
 
 #include "products.h"
 
+namespace flexjag {
+
 // Rows [tokens, heads, columns] of a tensor; the columns are adjacent.
 struct Rows3 {
   element* at;
@@ -66,7 +68,7 @@ struct Block {
         lo = std::min(lo, outer_at[s][v].min_lo), hi = std::max(hi, outer_at[s][v].max_hi);
       }
     inner = outer_at;
-    if (i.lo == o.lo) return;
+    if (i.lo == o.lo && i.hi == o.hi) return;
     inner = inner_at;
     int32_t from[LANES], to[LANES];
     for (int s = 0; s < inner_count; s++)
@@ -82,7 +84,7 @@ struct Block {
     else for (int r = 0; r < rows; r++) a[r] = spans.lo[at + r], b[r] = spans.hi[at + r];
     a -= first_key, b -= first_key;
     a = a > none ? a : none, b = b < end ? b : end;
-    const Int inside = iota() < none + rows, some = (b > a) & inside;
+    const Int inside = iota<int32_t>() < none + rows, some = (b > a) & inside;
     put(from, some ? a : none), put(to, some ? b : none);
     return Reach{least(some ? a : none + most), greatest(inside ? a : none), least(inside ? b : none + most), greatest(some ? b : none)};
   }
@@ -142,7 +144,9 @@ struct Block {
 
 // The query rows of a vector, for printed functions.
 INLINE Rows rows_of(int64_t first, int64_t last) {
-  const Int at = iota() + (int32_t)first;
+  const Int at = iota<int32_t>() + (int32_t)first;
   const bool run = first + LANES - 1 <= last;
   return Rows{(int32_t)first, run, run ? at : (at < (int32_t)last ? at : Int{} + (int32_t)last)};
 }
+
+}  // namespace flexjag

@@ -2,41 +2,48 @@
 #pragma once
 #include "schedule.h"
 
-constexpr real LOG2_E = (real)1.4426950408889634, LN_2 = (real)0.6931471805599453;
+namespace flexjag {
+
+constexpr real PER_LOG = (real)1.4426950408889634;  // exp(x) = exp2(PER_LOG x)
 constexpr real LOWEST = std::numeric_limits<real>::lowest();
 constexpr real INFINITE = std::numeric_limits<real>::infinity();
 constexpr int WIDTH_D = vectors_of(D) * LANES, WIDTH_E = vectors_of(E) * LANES;
 
-// Scores of KEYS keys and NV vectors of queries to `scores`, -inf where masked (0 without a softmax); tops: the maxima.
-template <int NV, bool PARTIAL>
-static __attribute__((noinline)) void score_tile(const Call& c, const Block& b, const real* const* rows, const real* packed, real* scores,
-                                                int keys, int key, int first_key, int64_t row, int64_t last, int v, int h, real* tops) {
-  Vec sums[KEYS][NV] = {};
-  multiply_transposed<D, NV>(rows, packed, sums);
-  UNROLL for (int n = 0; n < NV; n++) {
-    const Rows at = rows_of(row + n * LANES, last);
+// A tile of scores: KEYS keys, of which `keys` exist, and the vectors [v, v + vectors) of a block's queries.
+struct Tile {
+  int key, keys;   // the first key, relative to the segment
+  int first_key;   // of the segment (packed)
+  int64_t row, last;  // the block's first and last query (packed)
+  int v, vectors, h;
+};
+
+// The lanes of vector v of a block that may attend a key of a tile.
+INLINE Int allowed_lanes(const Call& c, const Block& b, const Tile& t, int v, int m, const Rows& rows) {
+  const Int ok = b.allowed(v, t.key + m);
+  return ok & mask(t.h, rows, t.first_key + t.key + m, c.captures, c.numbers);
+}
+
+// Products of a tile to `raw`, which has QUERIES columns.
+template <int DIM, int NV = VECTORS> INLINE void product_tile(int vectors, const real* const* rows, const real* packed, real* raw) {
+  if constexpr (NV > 1)
+    if (vectors < NV) return product_tile<DIM, NV - 1>(vectors, rows, packed, raw);
+  multiply_to<DIM, NV>(rows, packed, raw);
+}
+
+// Scores of a tile from its products, in place: -inf where masked (0 without a softmax); tops: the queries' maxima.
+template <bool PARTIAL> static __attribute__((noinline)) void score_tile(const Call& c, const Block& b, const Tile& t, real* scores, real* tops) {
+  for (int n = 0; n < t.vectors; n++) {
+    const Rows rows = rows_of(t.row + (t.v + n) * LANES, t.last);
     Vec top = SOFTMAX ? read(tops + n * LANES) : Vec{};
-    UNROLL for (int m = 0; m < KEYS; m++) {
-      if (PARTIAL && m >= keys) break;
-      Vec x = sums[m][n];
-      x = score(x, h, at, first_key + key + m, c.captures, c.numbers);
-      if (PARTIAL) {
-        Int ok = b.allowed(v + n, key + m);
-        ok &= mask(h, at, first_key + key + m, c.captures, c.numbers);
-        x = where(ok, x, spread(SOFTMAX ? -INFINITE : 0));
-      }
-      put(scores + m * QUERIES + n * LANES, x);
+    ROLLED for (int m = 0; m < (PARTIAL ? t.keys : KEYS); m++) {
+      real* at = scores + m * QUERIES + n * LANES;
+      Vec x = score(read(at), t.h, rows, t.first_key + t.key + m, c.captures, c.numbers);
+      if (PARTIAL) x = where(allowed_lanes(c, b, t, t.v + n, m, rows), x, all_lanes(SOFTMAX ? -INFINITE : 0));
+      put(at, x);
       if (SOFTMAX) top = x > top ? x : top;
     }
     if (SOFTMAX) put(tops + n * LANES, top);
   }
-}
-
-template <int NV = VECTORS, class... A> INLINE void score_vectors(int vectors, bool partial, A&&... a) {
-  if constexpr (NV > 1)
-    if (vectors < NV) return score_vectors<NV - 1>(vectors, partial, a...);
-  if (partial) score_tile<NV, true>(a...);
-  else score_tile<NV, false>(a...);
 }
 
 struct Forward {
@@ -55,13 +62,12 @@ INLINE void live_vectors(const Block& b, int from, int to, int& lo, int& hi) {
 
 // Queries as columns of `real`, times the scale.
 INLINE void pack_queries(const Rows3& q, int64_t row, int64_t h, int count, real scale, real* own, real* packed) {
-#if ELEMENT_BITS == 16
-  for (int r = 0; r < count; r++) copy_row(q.row(row + r, h), D, own + r * WIDTH_D);
-  transpose<D>(own, WIDTH_D, count, scale, packed);
-#else
-  (void)own;
-  transpose<D>(q.row(row, h), q.token, count, scale, packed);
-#endif
+  if constexpr (IS_HALF) {
+    for (int r = 0; r < count; r++) copy_row(q.row(row + r, h), D, own + r * WIDTH_D);
+    transpose<D>(own, WIDTH_D, count, scale, packed);
+  } else {
+    transpose<D>((const real*)q.row(row, h), q.token, count, scale, packed);
+  }
 }
 
 static void attend_block(const Call& c, const KeyRows& kv, int64_t s, int64_t h, int64_t row, int count, Forward& w, Ahead& ahead) {
@@ -70,7 +76,7 @@ static void attend_block(const Call& c, const KeyRows& kv, int64_t s, int64_t h,
   Block& b = w.block;
   b.take(c.outer[which], c.inner[which], c.num_q, row, count, first_key, keys);
   pack_queries(c.q, row, h, count, (real)c.scale, w.own, w.packed);
-  for (int i = 0; i < b.vectors * LANES; i += LANES) put(w.top + i, spread(LOWEST)), put(w.sum + i, Vec{});
+  for (int i = 0; i < b.vectors * LANES; i += LANES) put(w.top + i, all_lanes(LOWEST)), put(w.sum + i, Vec{});
   std::memset(w.out, 0, count * WIDTH_E * sizeof(real));
   int16_t live_lo[KEY_BLOCK / KEYS], live_hi[KEY_BLOCK / KEYS];
   bool first = true;
@@ -90,13 +96,16 @@ static void attend_block(const Call& c, const KeyRows& kv, int64_t s, int64_t h,
       const real* rows[KEYS];
       for (int m = 0; m < KEYS; m++) rows[m] = kv.k + std::min(key + m, keys - 1) * kv.k_step;
       const bool partial = some < KEYS || !b.all(lo, hi, key, key + KEYS);
-      score_vectors(hi - lo, partial, c, b, rows, w.packed + lo * LANES, w.scores + g * KEYS * QUERIES + lo * LANES, some, key,
-                    first_key, row + lo * LANES, last, lo, (int)h, w.top + lo * LANES);
+      const Tile t{key, some, first_key, row, last, lo, hi - lo, (int)h};
+      real* scores = w.scores + g * KEYS * QUERIES + lo * LANES;
+      product_tile<D>(t.vectors, rows, w.packed + lo * LANES, scores);
+      if (partial) score_tile<true>(c, b, t, scores, w.top + lo * LANES);
+      else score_tile<false>(c, b, t, scores, w.top + lo * LANES);
     }
     if (begin < 0) continue;
     if (SOFTMAX)
       for (int i = 0; i < b.vectors * LANES; i += LANES) {
-        const Vec factor = exp2((read(w.before + i) - read(w.top + i)) * LOG2_E);
+        const Vec factor = exp2((read(w.before + i) - read(w.top + i)) * PER_LOG);
         put(w.shrink + i, factor);
         put(w.sum + i, read(w.sum + i) * factor);
       }
@@ -111,13 +120,13 @@ static void attend_block(const Call& c, const KeyRows& kv, int64_t s, int64_t h,
           Vec sum = read(w.sum + v * LANES);
           if (some == KEYS)
             UNROLL for (int m = 0; m < KEYS; m++) {
-              const Vec p = exp2((read(x + m * QUERIES) - top) * LOG2_E);
+              const Vec p = exp2((read(x + m * QUERIES) - top) * PER_LOG);
               put(x + m * QUERIES, p);
               sum += p;
             }
           else
             for (int m = 0; m < some; m++) {
-              const Vec p = exp2((read(x + m * QUERIES) - top) * LOG2_E);
+              const Vec p = exp2((read(x + m * QUERIES) - top) * PER_LOG);
               put(x + m * QUERIES, p);
               sum += p;
             }
@@ -132,7 +141,7 @@ static void attend_block(const Call& c, const KeyRows& kv, int64_t s, int64_t h,
       b.keys_of(r, rows, lo, hi);
       lo = std::max(lo, from + begin * KEYS), hi = std::min(hi, std::min(from + end * KEYS, to));
       if (lo < hi || !first)
-        multiply<E, ELEMENT_BITS == 16, true>(rows, w.scores + r, QUERIES, kv.v + from * kv.v_step, kv.v_step, lo - from, std::max(lo, hi) - from,
+        multiply<E, IS_HALF, true>(rows, w.scores + r, QUERIES, kv.v + from * kv.v_step, kv.v_step, lo - from, std::max(lo, hi) - from,
                                               w.out + r * WIDTH_E, WIDTH_E, SOFTMAX && !first ? w.shrink + r : nullptr);
     }
     first = false;
@@ -187,3 +196,5 @@ static Status forward(const Call& c) {
   });
   return DONE;
 }
+
+}  // namespace flexjag

@@ -2,6 +2,8 @@
 #pragma once
 #include "numbers.h"
 
+namespace flexjag {
+
 // The query rows of a vector: first, first + 1, ... if `run`; else the lanes after the last valid row repeat it.
 struct Rows {
   int32_t first;
@@ -229,3 +231,5 @@ template <class T, class V> INLINE Like<V, int32_t> bucketize(const void* bounda
     return found;
   }
 }
+
+}  // namespace flexjag

@@ -3,6 +3,8 @@
 #pragma once
 #include "numbers.h"
 
+namespace flexjag {
+
 // factor * (c[0] + c[1] x + c[2] x^2 + ...)
 template <class V, class C, int n> INLINE V polynomial(V x, const C (&c)[n], int factor = 1) {
   using T = Element<V>;
@@ -216,3 +218,5 @@ template <class V> INLINE V erf(V x) {
   }
   return where(lt(size, (T)1), x + x * inner, with_sign((T)1 - exp(outer), x));
 }
+
+}  // namespace flexjag

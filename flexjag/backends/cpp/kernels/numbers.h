@@ -8,6 +8,8 @@
 #include <type_traits>
 #include <utility>
 
+namespace flexjag {
+
 #pragma GCC diagnostic ignored "-Wpsabi"  // all that passes vectors is inlined
 
 #define INLINE static inline __attribute__((always_inline))
@@ -265,3 +267,5 @@ template <class A, class B> INLINE Joint<A, B> floor_divide(A a, B b) {
     return z;
   }
 }
+
+}  // namespace flexjag

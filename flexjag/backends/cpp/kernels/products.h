@@ -7,6 +7,8 @@
 
 #include "elements.h"
 
+namespace flexjag {
+
 // Vectors of queries of a block, keys of a tile of scores, and sums that other products keep in registers. A register
 // file of 16 vectors holds less than one of 32.
 #if __BIGGEST_ALIGNMENT__ >= 64 || defined(__aarch64__)
@@ -24,10 +26,16 @@ template <int DIM, int NV> INLINE void multiply_transposed(const real* const* ro
     Vec x[NV];
     UNROLL for (int n = 0; n < NV; n++) x[n] = read(packed + d * QUERIES + n * LANES);
     UNROLL for (int m = 0; m < KEYS; m++) {
-      const Vec y = spread(rows[m][d]);
+      const Vec y = all_lanes(rows[m][d]);
       UNROLL for (int n = 0; n < NV; n++) sums[m][n] += y * x[n];
     }
   }
+}
+
+template <int DIM, int NV> static __attribute__((noinline)) void multiply_to(const real* const* rows, const real* packed, real* to) {
+  Vec sums[KEYS][NV] = {};
+  multiply_transposed<DIM, NV>(rows, packed, sums);
+  UNROLL for (int m = 0; m < KEYS; m++) UNROLL for (int n = 0; n < NV; n++) put(to + m * QUERIES + n * LANES, sums[m][n]);
 }
 
 // c[m][:] = alpha[m] c[m][:] + sum over r in [lo, hi) of a[m * a_row + r * a_column] b[r][:], for M rows and NV vectors
@@ -45,7 +53,7 @@ static void multiply_rows(const real* a, int64_t a_row, int64_t a_column, const 
     Vec x[NV];
     UNROLL for (int n = 0; n < NV; n++) x[n] = n == NV - 1 ? read_part<TAIL>(b + n * LANES) : read(b + n * LANES);
     UNROLL for (int m = 0; m < M; m++) {
-      const Vec y = spread(a[m * a_row]);
+      const Vec y = all_lanes(a[m * a_row]);
       UNROLL for (int n = 0; n < NV; n++) sums[m][n] += y * x[n];
     }
   }
@@ -80,8 +88,8 @@ typedef real Eight __attribute__((vector_size(8 * sizeof(real))));
 #endif
 #ifndef SHUFFLE
 using Place = std::conditional_t<sizeof(real) == 8, int64_t, int32_t>;
-typedef Place Places __attribute__((vector_size(8 * sizeof(Place))));
-#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Places{__VA_ARGS__})
+typedef Place Eights __attribute__((vector_size(8 * sizeof(Place))));
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Eights{__VA_ARGS__})
 #endif
 
 // Eight rows as eight columns.
@@ -121,3 +129,5 @@ template <int COLUMNS> static void transpose(const real* from, int64_t from_row,
         }
     }
 }
+
+}  // namespace flexjag

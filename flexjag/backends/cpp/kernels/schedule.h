@@ -2,6 +2,8 @@
 #pragma once
 #include "call.h"
 
+namespace flexjag {
+
 // Queries [first, end) of a segment, for all heads of a group.
 struct Item {
   int32_t segment, group, first, end;
@@ -146,34 +148,31 @@ struct Ahead {
 struct KeyRows {
   const real *k = nullptr, *v = nullptr;
   int64_t k_step = 0, v_step = 0;
-#if ELEMENT_BITS == 16
   int64_t segment = -1, group = -1, room = 0;
   real* own = nullptr;
   ~KeyRows() { free(own); }
-#endif
 
   void take(const Call& c, int64_t s, int64_t g) {
     const int64_t first = c.kv_offsets[s];
-#if ELEMENT_BITS == 16
-    if (s == segment && g == group) return;
-    const int64_t n = c.kv_offsets[s + 1] - first;
-    segment = s, group = g;
-    if (n > room) {
-      free(own);
-      room = n;
-      own = (real*)aligned_alloc(64, (n * (vectors_of(D) + vectors_of(E)) * LANES * sizeof(real) + 63) / 64 * 64);
+    if constexpr (!IS_HALF) {
+      k = (const real*)c.k.row(first, g), v = (const real*)c.v.row(first, g);
+      k_step = c.k.token, v_step = c.v.token;
+    } else if (s != segment || g != group) {
+      const int64_t n = c.kv_offsets[s + 1] - first;
+      segment = s, group = g;
+      k_step = vectors_of(D) * LANES, v_step = vectors_of(E) * LANES;
+      if (n > room) {
+        free(own);
+        room = n;
+        own = (real*)aligned_alloc(64, (n * (k_step + v_step) * sizeof(real) + 63) / 64 * 64);
+      }
+      real *to_k = own, *to_v = own + n * k_step;
+      for (int64_t r = 0; r < n; r++) {
+        copy_row(c.k.row(first + r, g), D, to_k + r * k_step);
+        copy_row(c.v.row(first + r, g), E, to_v + r * v_step);
+      }
+      k = to_k, v = to_v;
     }
-    k_step = vectors_of(D) * LANES, v_step = vectors_of(E) * LANES;
-    real *to_k = own, *to_v = own + n * k_step;
-    for (int64_t r = 0; r < n; r++) {
-      copy_row(c.k.row(first + r, g), D, to_k + r * k_step);
-      copy_row(c.v.row(first + r, g), E, to_v + r * v_step);
-    }
-    k = to_k, v = to_v;
-#else
-    k = c.k.row(first, g), v = c.v.row(first, g);
-    k_step = c.k.token, v_step = c.v.token;
-#endif
   }
 };
 
@@ -190,3 +189,5 @@ inline Status check(const Call& c) {
 inline void fill_rows(const Rows3& x, int64_t heads, int columns, int64_t first, int64_t end) {
   for (int64_t t = first; t < end; t++) for (int64_t h = 0; h < heads; h++) std::memset(x.row(t, h), 0, columns * sizeof(element));
 }
+
+}  // namespace flexjag
