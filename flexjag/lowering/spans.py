@@ -72,6 +72,9 @@ class InSpans(m.Mask):
     lo: Tensor = along("query token")
     hi: Tensor = along("query token")
 
+    def __post_init__(self) -> None:
+        """Nothing: lowering makes it, and marks it only with a plan that is kept."""
+
 
 @node
 class DenseRows(m.Mask):
@@ -81,6 +84,9 @@ class DenseRows(m.Mask):
 
     values: Tensor = along("pair")
     base: Tensor = along("query token")
+
+    def __post_init__(self) -> None:
+        """Nothing: lowering makes it, and marks it only with a plan that is kept."""
 
 
 def _clip(spans: Spans, lo: Tensor, hi: Tensor) -> Spans:
