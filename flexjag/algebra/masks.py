@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from flexjag.algebra.node import Node, along, check_tensor, is_integer, node, saturated
-from flexjag.algebra.tree import rebuilt, walk
+from flexjag.algebra.tree import head_counts, rebuilt, walk
 from flexjag.errors import AmbiguousMaskError, MaskError, explain_values
 from flexjag.upstream import holds_no_numbers, mend_dynamo_invert
 
@@ -389,12 +389,12 @@ def at_head(mask: Mask, head: int) -> Mask:
 
 
 def num_mask_heads(mask: Mask) -> int | None:
-    """Number of query heads required by the :class:`PerHead` nodes inside; None without any.
+    """Number of query heads that :class:`PerHead` nodes and tensors per head are for; None without any.
 
     Raises:
         MaskError: If two of them disagree.
     """
-    found = {len(one.masks) for one in walk(mask) if isinstance(one, PerHead)}
+    found = {len(one.masks) for one in walk(mask) if isinstance(one, PerHead)} | head_counts(mask)
     if len(found) > 1:
         raise MaskError(explain_values("masks", "every PerHead must have one mask per head", heads=sorted(found)))
     return found.pop() if found else None

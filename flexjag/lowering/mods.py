@@ -22,6 +22,7 @@ from flexjag.algebra import scores as s
 from flexjag.algebra.dispatch import Interpretation
 from flexjag.algebra.node import NodeKind
 from flexjag.algebra.tree import filled, replaced
+from flexjag.algebra.user_functions import RecordedCall
 from flexjag.errors import MaskError, ScoreError
 from flexjag.lowering.layout import Layout, blocks
 from flexjag.lowering.spans import DenseRows, InSpans, Sandwich
@@ -217,6 +218,12 @@ def mask_mod(masks: tuple[m.Mask, ...], head_of: Tensor | None, t: RowTables, la
         return allowed
 
     return per_head
+
+
+def reads_head(mod: MaskMod, t: RowTables) -> bool:
+    """True if a mod reads its head. Found by calling it once, under a recorder, on the first row and key."""
+    b, h, q, kv = (t.q_pos.new_zeros(()) for _ in range(4))
+    return id(h) in RecordedCall.of(mod, None, (b, h, q, kv)).used
 
 
 score_case = Interpretation("score_mod", s.Score)
