@@ -128,7 +128,7 @@ def _local(t: RowTables, q: Tensor, kv: Tensor) -> tuple[Tensor, Tensor, Tensor]
     return t.segment[q], t.q_pos[q], kv_pos
 
 
-mask_case = Interpretation("mask_mod", m.Mask)
+mask_case = Interpretation("mask_mod", m.Mask, decorator="mask_case")
 """``mask_case(node, tables, layout) -> mask_mod``: one case per node that is not folded into spans."""
 
 
@@ -226,7 +226,7 @@ def reads_head(mod: MaskMod, t: RowTables) -> bool:
     return id(h) in RecordedCall.of(mod, None, (b, h, q, kv)).used
 
 
-score_case = Interpretation("score_mod", s.Score)
+score_case = Interpretation("score_mod", s.Score, decorator="score_case")
 """``score_case(node, tables) -> score_mod``."""
 
 
