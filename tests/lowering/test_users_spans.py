@@ -11,7 +11,7 @@ from cases import jagged, make_qkv
 import flexjag as fj
 from flexjag.errors import MaskError, UnknownNodeError
 from flexjag.extend import Layout, Mask, Sandwich, Segment, Spans, dense, mask_case, node, sandwich
-from flexjag.testing import assert_matches_reference, assert_no_leak, assert_sandwich
+from flexjag.testing import assert_compiles, assert_matches_reference, assert_no_leak, assert_sandwich
 
 LENGTHS = [5, 0, 40, 1, 23]
 
@@ -89,6 +89,34 @@ def test_they_are_cut_to_the_segment_and_made_canonical(mask: Mask) -> None:
         for backend in ("tiled", "segments"):
             assert_matches_reference(*make_qkv(LENGTHS), mask=one, backend=backend)
             assert_no_leak(backend, *make_qkv(LENGTHS), mask=one)
+
+
+@node
+class Five(Mask):
+    """Five keys back, into the segment before; the last two only if the query's position is even."""
+
+
+@sandwich.register(Five)
+def _(mask, layout):  # type: ignore[no-untyped-def]
+    row = layout.kv_start + layout.q_pos
+    even = fj.MaskMod(lambda b, h, i, j: (i % 2 == 0) | (i - j > 1))
+    return Sandwich(Spans((row - 5)[None], (row - 1)[None]), Spans((row - 5)[None], (row + 1)[None]), even)
+
+
+def test_in_a_graph() -> None:
+    batches = [make_qkv(n, dtype=torch.float64) for n in (LENGTHS, [30, 4, 0, 17])]
+    wanted = [fj.attention(*x, mask=Five()).values for x in batches]
+
+    def attend(q: fj.Jagged, k: fj.Jagged, v: fj.Jagged) -> torch.Tensor:
+        return fj.attention(q, k, v, mask=Five()).values
+
+    assert_compiles(
+        attend,
+        batches,
+        backend="aot_eager",
+        backward=False,
+        after_each=lambda index, out: torch.testing.assert_close(out, wanted[index]),
+    )
 
 
 def no_rest(layout: Layout) -> Sandwich:
