@@ -41,6 +41,7 @@ class Cache:
 
 CACHES = {
     "kernels": Cache("results of compile_for", "kernels/*"),
+    "cpp": Cache("CPU kernels compiled for this machine", "cpp/*"),
     "tuning": Cache("kernel options measured on this machine's GPUs", "tuning.json", limited=False),
 }
 """All caches by name."""

@@ -42,6 +42,10 @@ class BackendError(FlexjagError, RuntimeError):
     """Raised if the chosen backend cannot run a plan. The message names one that can."""
 
 
+class BuildError(BackendError):
+    """Raised if the C++ compiler cannot make the CPU kernels of a plan. The message holds its first error."""
+
+
 class DifferentiationError(FlexjagError, RuntimeError):
     """Raised for an unsupported derivative. The message names a backend or function that supports it."""
 

@@ -125,9 +125,9 @@ def attention(
         return_lse: Also return the natural-log sum of exponentials of each row's scores, for :func:`merge`. Only a
             softmax has one.
         return_remainder: Also return the unassigned rest of each row's stick. Only a stick-breaking normalizer has one.
-        backend: ``"auto"``, ``"reference"``, ``"tiled"``, ``"segments"``, ``"flex"``, ``"varlen"``, ``"triton"``, or
-            one of your own (:func:`flexjag.extend.register`). A named backend that cannot run the plan raises; it
-            never falls back.
+        backend: ``"auto"``, ``"reference"``, ``"tiled"``, ``"segments"``, ``"cpp"``, ``"flex"``, ``"varlen"``,
+            ``"triton"``, or one of your own (:func:`flexjag.extend.register`). A named backend that cannot run the
+            plan raises; it never falls back.
         validate: Check the contents of the offsets (one device sync; in a traced graph an assertion). Outside of
             graphs, those on a CPU are always checked.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from flexjag.backends.base import Backend, Case
 from flexjag.backends.costs import seconds
+from flexjag.backends.cpp.rule import CPP
 from flexjag.backends.flex.rule import FLEX
 from flexjag.backends.reference import REFERENCE
 from flexjag.backends.segments.rule import SEGMENTS
@@ -16,7 +17,7 @@ from flexjag.backends.triton.rule import TRITON
 from flexjag.backends.varlen import VARLEN
 from flexjag.errors import BackendError, explain_values
 
-OWN = (REFERENCE, TILED, SEGMENTS, FLEX, VARLEN, TRITON)
+OWN = (REFERENCE, TILED, SEGMENTS, CPP, FLEX, VARLEN, TRITON)
 BACKENDS = {x.name: x for x in OWN}
 """All backends by name, flexjag's :data:`OWN` and registered ones."""
 

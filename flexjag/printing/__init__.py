@@ -6,7 +6,7 @@ it is plain Python on strings, which TorchDynamo can trace.
 
     program, derivative             instructions, and those of a derivative
     torch_table, tracer             torch's functions on symbols, and the symbols themselves
-    language, triton, torch         a class per language, with a word for each of ``program.OPERATIONS``
+    language, triton, torch, cpp    a class per language, with a word for each of ``program.OPERATIONS``
     emit                            a mask and a score to a program, and the program to functions of a language
     support                         reasons why a user's function cannot be printed
     runtime                         functions that code printed for torch calls
@@ -14,6 +14,7 @@ it is plain Python on strings, which TorchDynamo can trace.
 One more language is one more subclass of :class:`Language`.
 """
 
+from flexjag.printing.cpp import Cpp as Cpp
 from flexjag.printing.derivative import derivative as derivative
 from flexjag.printing.emit import MaskFunction as MaskFunction
 from flexjag.printing.emit import ScoreFunction as ScoreFunction

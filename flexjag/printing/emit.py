@@ -23,7 +23,6 @@ from flexjag.printing.program import (
     looks_up_pairs,
     needed,
     reads,
-    refuse,
 )
 from flexjag.printing.tracer import as_symbol, new_program
 
@@ -40,11 +39,11 @@ class Traced:
         at: Symbols h, q and kv.
         s: Symbol of ``q·k``, float32.
         ds: Symbol of the gradient by the score, float32.
-        allowed: Result of the mask.
+        allowed: Result of the mask; True without one.
         scored: Result of the score, float32; `s` itself without a score.
         by_score: Gradient by `s`, computed from `ds`.
         slopes: Lookups in captures that need gradients, each with the score's derivative by the entry.
-        captures: Tensors that the program reads, at least one.
+        captures: Tensors that the program reads.
         learned: Indices of the captures that need gradients.
     """
 
@@ -52,7 +51,7 @@ class Traced:
     at: tuple[Symbol, Symbol, Symbol]
     s: Symbol
     ds: Symbol
-    allowed: Symbol
+    allowed: Value
     scored: Symbol
     by_score: Symbol
     slopes: list[tuple[Instruction, Value]]
@@ -70,36 +69,33 @@ class Traced:
         return looks_up_pairs(needed(self.program, [self.scored, self.allowed]), "q", "kv")
 
 
-def trace(mask: MaskFunction, score: ScoreFunction | None, is_checked: bool = False) -> Traced:
+def trace(mask: MaskFunction | None, score: ScoreFunction | None, is_checked: bool = False) -> Traced:
     """Trace a mask and a score by calling them on symbols. TorchDynamo can trace this function itself.
 
     Args:
-        mask: Function ``mask(b, h, q, kv)`` of packed indices; b is 0.
+        mask: Function ``mask(b, h, q, kv)`` of packed indices, or None; b is 0.
         score: Function ``score(s, b, h, q, kv)`` of packed indices, or None.
         is_checked: True if lookups may be out of range, as those of a user's functions.
 
     Raises:
-        NotImplementedError: If one of them uses an operation that programs do not have, or no tensor is read.
+        NotImplementedError: If one of them uses an operation that programs do not have.
     """
     program = new_program(is_checked)
     h, q, kv = (program.symbol(name, torch.int32) for name in ("h", "q", "kv"))
     s, ds = program.symbol("s", torch.float32), program.symbol("ds", torch.float32)
-    allowed = as_symbol(mask(0, h, q, kv), program)
+    allowed = True if mask is None else as_symbol(mask(0, h, q, kv), program)
     scored = s if score is None else convert(as_symbol(score(s, 0, h, q, kv), program), torch.float32, program)
     by_score = times(ds, derivative(program, scored, s))
     learned = [i for i, x in enumerate(program.captures) if x.requires_grad and torch.is_grad_enabled()]
     lookups = [x for x in needed(program, [scored]) if x.op == "load" and x.args[0] in learned]
     slopes = [(x, derivative(program, scored, x.result)) for x in lookups]
-    captures = list(program.captures)
-    if not captures:
-        refuse("it reads no tensor of the plan")
-    return Traced(program, (h, q, kv), s, ds, allowed, scored, by_score, slopes, captures, learned)
+    return Traced(program, (h, q, kv), s, ds, allowed, scored, by_score, slopes, list(program.captures), learned)
 
 
 def emit_mask(traced: Traced, language: Language, name: str) -> str:
     """Source of ``name(h, q, kv, captures, numbers)``, which returns the mask."""
     lines = language.lines(needed(traced.program, [traced.allowed]))
-    return language.function(name, traced.at, lines, language.value(traced.allowed))
+    return language.function(name, traced.at, lines, language.value(traced.allowed, torch.bool), torch.bool)
 
 
 def emit_score(traced: Traced, language: Language, name: str) -> str:
@@ -117,18 +113,16 @@ def _emit_tile(traced: Traced, language: Language, name: str, parameters: tuple[
     lines, returned = needed(traced.program, [result]), language.value(result)
     if result.name != parameters[0].name and not reads(lines, parameters[0]):  # it may be the same for a whole row
         returned = language.spread(returned, traced.s.name)
-    return language.function(name, parameters, language.lines(lines), returned)
+    return language.function(name, parameters, language.lines(lines), returned, torch.float32)
 
 
 def emit_slopes(traced: Traced, language: Language, name: str) -> str:
-    """Source of ``name(s, h, q, kv, captures, numbers)``: the score's derivatives by captures that need gradients.
+    """Source of a function of the score's derivatives by captures that need gradients.
 
-    It returns for each lookup the capture's index, :meth:`Language.place`, and the score's derivative by the entry.
+    In Python, ``name(s, h, q, kv, captures, numbers)`` returns for each lookup the capture's index,
+    :meth:`Language.place`, and the score's derivative by the entry. Languages without lists of tensors add the
+    gradients to totals instead.
     """
     wanted = [x for line, slope in traced.slopes for x in (*line.indices, slope)]
     lines = language.lines(needed(traced.program, wanted))
-    entries = [
-        f"({line.args[0]}, {language.place(line)}, {language.value(slope, torch.float32)})"
-        for line, slope in traced.slopes
-    ]
-    return language.function(name, (traced.s, *traced.at), lines, f"[{', '.join(entries)}]")
+    return language.slopes(name, (traced.ds, traced.s, *traced.at), lines, traced.slopes, traced.learned)

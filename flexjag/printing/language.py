@@ -51,13 +51,17 @@ class Language(ABC):
         """Expression of the captured tensor that a ``load`` or a ``bucketize`` reads."""
         return f"captures[{line.args[0]}]"
 
+    def word(self, line: Instruction) -> str:
+        """Template of an instruction's expression, an entry of :attr:`words` unless it depends on dtypes."""
+        return self.words[line.op]
+
     def expression(self, line: Instruction) -> str:
         """Expression of an instruction's result."""
         if line.op == "load":
             return self.load(line)
         if line.op not in self.words:
             refuse(f"it needs {line.op}, {OPERATIONS[line.op]}, for which there is no word in {self.name}")
-        word, dtype = self.words[line.op], _dtype_of_arguments(line)
+        word, dtype = self.word(line), _dtype_of_arguments(line)
         args = [self.value(x, dtype) for x in line.args]
         if line.op == "bucketize":
             args[0] = self.capture(line)
@@ -75,7 +79,9 @@ class Language(ABC):
         """
         return [self.line(line) for line in lines]
 
-    def function(self, name: str, parameters: Sequence[Symbol], lines: Sequence[str], returned: str) -> str:
+    def function(
+        self, name: str, parameters: Sequence[Symbol], lines: Sequence[str], returned: str, dtype: torch.dtype
+    ) -> str:
         """Source of a function.
 
         Args:
@@ -83,9 +89,32 @@ class Language(ABC):
             parameters: Its parameters, besides captures and numbers.
             lines: Source lines of its body.
             returned: Expression of its return value.
+            dtype: Dtype of its return value.
         """
         taken = ", ".join([*[x.name for x in parameters], "captures", "numbers"])
         return "\n".join([f"def {name}({taken}):", *lines, f"    return {returned}", ""])
+
+    def slopes(
+        self,
+        name: str,
+        parameters: Sequence[Symbol],
+        lines: Sequence[str],
+        slopes: Sequence[tuple[Instruction, Value]],
+        learned: Sequence[int],
+    ) -> str:
+        """Source of a function of the derivatives by the entries of learned captures, see :func:`emit_slopes`.
+
+        Args:
+            name: Name of the function.
+            parameters: The symbols ds, s, h, q and kv.
+            lines: Source lines of its body.
+            slopes: Lookups, each with the score's derivative by the entry.
+            learned: Indices of the captures that need gradients.
+        """
+        entries = [
+            f"({line.args[0]}, {self.place(line)}, {self.value(slope, torch.float32)})" for line, slope in slopes
+        ]
+        return self.function(name, parameters[1:], lines, f"[{', '.join(entries)}]", torch.float32)
 
     def spread(self, x: str, like: str) -> str:
         """Expression of `x`, which may be shared by several queries or keys, broadcast to the shape of `like`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -179,6 +180,19 @@ sin = _unary("sin")
 cos = _unary("cos")
 """``torch.cos``."""
 
+
+def _silu(x: Symbol, inplace: bool = False) -> Symbol:
+    return x * _note("sigmoid", (x,), x.dtype)
+
+
+def _gelu(x: Symbol, approximate: str = "none") -> Symbol:
+    """``torch.nn.functional.gelu``: x times the normal distribution's function, or a usual approximation of it."""
+    if approximate == "tanh":
+        inner = math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)
+        return 0.5 * x * (1.0 + _note("tanh", (inner,), x.dtype))
+    return 0.5 * x * (1.0 + _note("erf", (x * math.sqrt(0.5),), x.dtype))
+
+
 _TABLE: dict[str, Callable[..., Any]] = {
     **{name: _binary(name) for name in ("add", "sub", "mul", "and", "or", "xor")},
     **{name: _compare(name) for name in ("eq", "ne", "lt", "le", "gt", "ge")},
@@ -203,6 +217,8 @@ _TABLE: dict[str, Callable[..., Any]] = {
     "sign": sign,
     "bucketize": _bucketize,
     "relu": _relu,
+    "silu": _silu,
+    "gelu": _gelu,
     "square": lambda x: x * x,
     "reciprocal": lambda x: _divide(1.0, x),
     "to": to_dtype,

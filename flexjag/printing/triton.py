@@ -63,9 +63,11 @@ from flexjag.kernels.math import bucketize, floor_divide, jit, sigmoid, tanh
             at += f" + {x}" if isinstance(stride, int) else f" + tl.cast({x}, tl.int64) * {self.value(stride)}"
         return f"tl.load({at})"
 
-    def function(self, name: str, parameters: Sequence[Symbol], lines: Sequence[str], returned: str) -> str:
+    def function(
+        self, name: str, parameters: Sequence[Symbol], lines: Sequence[str], returned: str, dtype: torch.dtype
+    ) -> str:
         """Source of a function that kernels can call."""
-        return f"@jit\n{super().function(name, parameters, lines, returned)}"
+        return f"@jit\n{super().function(name, parameters, lines, returned, dtype)}"
 
     def spread(self, x: str, like: str) -> str:
         """Expression of `x` broadcast to a tile, which kernels expect even where a row has one number."""

@@ -27,9 +27,10 @@ def left(folder: Path) -> list[str]:
 
 def test_it_shows_what_is_there_and_changes_nothing(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
     assert main(["cache"]) == 0
-    where, kernels, tuning = capsys.readouterr().out.splitlines()
+    where, kernels, cpp, tuning = capsys.readouterr().out.splitlines()
     assert where == str(folder)
     assert " ".join(kernels.split()) == "kernels 2 files, 5 kB of at most 512 MB: results of compile_for"
+    assert cpp.split()[:4] == ["cpp", "0", "files,", "0"]
     assert tuning.split()[:4] == ["tuning", "1", "file,", "0"]
     assert left(folder) == ["a", "b", "tuning.json"]
 

@@ -1,7 +1,4 @@
-"""A plan's mask and score as printed source: Triton functions for kernels, torch functions for learned gradients.
-
-The text is an argument of this backend's operators, which load it where they run.
-"""
+"""A plan's mask and score as a printed module: Triton functions for kernels, torch functions for learned gradients."""
 
 from __future__ import annotations
 
@@ -11,14 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
-from weakref import WeakKeyDictionary
 
-import torch
-from torch import Tensor
-
-from flexjag.algebra import normalizers as nz
-from flexjag.algebra import scores as s
-from flexjag.lowering.recipe import Recipe
+from flexjag.backends.printed import Printed
 from flexjag.printing import (
     MaskFunction,
     ScoreFunction,
@@ -28,26 +19,8 @@ from flexjag.printing import (
     emit_mask,
     emit_score,
     emit_slopes,
-    has_functions,
     trace,
 )
-
-
-@dataclass(frozen=True, eq=False)
-class Printed:
-    """A mask and a score as source, with the values that they read.
-
-    Attributes:
-        source: Source of a module, for :func:`load`.
-        captures: The tensors that the functions read, at least one.
-        numbers: The integers that they read, at least one.
-        learned: Indices of the captures that need gradients.
-    """
-
-    source: str
-    captures: list[Tensor]
-    numbers: list[int]
-    learned: list[int]
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,28 +47,6 @@ class Functions:
     is_heavy: bool
 
 
-_known: WeakKeyDictionary[Recipe, dict[tuple[bool, ...], Printed]] = WeakKeyDictionary()
-
-
-def once(plan: Recipe, write: Callable[[bool], Printed]) -> Printed:
-    """The printed source of a plan, cached for all layers that share it.
-
-    A plan with users' functions is printed on each call: they may close over values that change.
-
-    Args:
-        plan: The plan, whose kernels' source `write` prints.
-        write: ``write(is_checked)``; True if the plan has users' functions, whose lookups may be out of range.
-    """
-    is_checked = has_functions(plan.mask, plan.score)
-    if is_checked or torch.compiler.is_compiling():
-        return write(is_checked)
-    learns = [x.requires_grad for x in (*s.tensors(plan.score), *nz.tensors(plan.normalizer))]
-    known, key = _known.setdefault(plan, {}), (torch.is_grad_enabled(), *learns)
-    if key not in known:
-        known[key] = write(is_checked)
-    return known[key]
-
-
 def emit(mask: MaskFunction, score: ScoreFunction | None, is_checked: bool = False) -> Printed:
     """Print the module of a mask and a score on packed indices. TorchDynamo can trace it.
 
@@ -108,6 +59,8 @@ def emit(mask: MaskFunction, score: ScoreFunction | None, is_checked: bool = Fal
         NotImplementedError: If one of them uses an operation that cannot be printed.
     """
     traced, triton, plain = trace(mask, score, is_checked), Triton(), Torch()
+    if not traced.captures:
+        raise NotImplementedError("it reads no tensor of the plan")
     parts = [
         f"{plain.header}\n{triton.header}",
         emit_mask(traced, triton, "mask"),

@@ -22,7 +22,8 @@ from flexjag.backends import blocks
 from flexjag.backends.gathers import add_at
 from flexjag.backends.normalized import pointwise
 from flexjag.backends.normalized.run import scaled
-from flexjag.backends.triton.modules import Printed, emit, load, once
+from flexjag.backends.printed import Printed, once
+from flexjag.backends.triton.modules import emit, load
 from flexjag.lowering import mods
 from flexjag.lowering.recipe import Recipe
 from flexjag.lowering.tiles import TileTable
@@ -74,7 +75,7 @@ def printed(recipe: Recipe) -> Printed:
             score = pointwise.weighed(recipe.normalizer, score, recipe.layout, read)
         return emit(recipe.mask_mod, score, is_checked)
 
-    return once(recipe, write)
+    return once(recipe, "triton", write)
 
 
 def tables_of(recipe: Recipe) -> tuple[list[Tensor], list[Tensor]]:

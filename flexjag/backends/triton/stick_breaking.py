@@ -15,7 +15,8 @@ from torch import Tensor
 from flexjag.algebra import normalizers as nz
 from flexjag.backends.normalized.pieces import own_key, tested
 from flexjag.backends.normalized.run import own_values
-from flexjag.backends.triton.modules import Printed, emit, once
+from flexjag.backends.printed import Printed, once
+from flexjag.backends.triton.modules import emit
 from flexjag.lowering import mods
 from flexjag.lowering.recipe import Recipe
 from flexjag.printing import read
@@ -47,7 +48,7 @@ def printed(recipe: Recipe) -> Printed:
         score = mods.score_mod(recipe.kernel_score, replace(recipe.tables, look_up=read))
         return emit(tested(recipe, own_key(recipe)), score, is_checked)
 
-    return once(recipe, write)
+    return once(recipe, "triton", write)
 
 
 def tiles_of(recipe: Recipe) -> list[Tensor]:

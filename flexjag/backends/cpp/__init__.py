@@ -1,0 +1,1 @@
+"""Backend ``cpp``: a plan's mask, score and normalizer printed as C++, in kernels for CPUs."""

@@ -1,0 +1,281 @@
+// The backward: one pass over blocks of queries, whose weights are computed again. The gradients of keys and values are
+// summed in a buffer of the item; a segment that was cut has one per item, added in their order afterwards.
+#pragma once
+#include <tuple>
+
+#include "forward.h"
+
+namespace flexjag {
+
+struct Backward {
+  alignas(64) real packed_q[D * QUERIES], packed_g[E * QUERIES];
+  alignas(64) real q[QUERIES * WIDTH_D], g[QUERIES * WIDTH_E], out[WIDTH_E], dq[QUERIES * WIDTH_D];
+  alignas(64) real weights[KEY_BLOCK * QUERIES], slopes[KEY_BLOCK * QUERIES];  // P and dS
+  alignas(64) real raw[KEYS * QUERIES];                                        // products of a tile
+  Pairs ok;
+  alignas(64) real lse[QUERIES], delta[QUERIES];
+  Block block;
+};
+
+// Weights of a tile from its products.
+template <bool PARTIAL> static __attribute__((noinline)) void weight_tile(const Call& c, const Tile& t, Backward& w, real* weights) {
+  for (int n = 0; n < t.vectors; n++) {
+    const int v = t.v + n;
+    const Rows rows = rows_of(t.row + v * LANES, t.last);
+    const Vec lse = read(w.lse + v * LANES);
+    ROLLED for (int m = 0; m < (PARTIAL ? t.keys : KEYS); m++) {
+      Vec x = score(read(w.raw + m * QUERIES + n * LANES), t.h, rows, t.first_key + t.key + m, c.captures, c.numbers);
+      if (SOFTMAX) x = exp2((x - lse) * PER_LOG);
+      if (PARTIAL) {
+        x = where(read(w.ok + m * QUERIES + v * LANES), x, Vec{});
+      }
+      put(weights + m * QUERIES + n * LANES, x);
+    }
+  }
+}
+
+// Gradients by the products of a tile, in place of those by its weights.
+template <bool PARTIAL>
+static __attribute__((noinline)) void slope_tile(const Call& c, const Tile& t, Backward& w, const real* weights, real* by_weight, double* const* totals) {
+  for (int n = 0; n < t.vectors; n++) {
+    const int v = t.v + n;
+    const Rows rows = rows_of(t.row + v * LANES, t.last);
+    const Vec delta = read(w.delta + v * LANES);
+    ROLLED for (int m = 0; m < (PARTIAL ? t.keys : KEYS); m++) {
+      const int kv = t.first_key + t.key + m, at = m * QUERIES + n * LANES;
+      const Vec raw = read(w.raw + at);
+      Vec x = read(by_weight + at);
+      if (SOFTMAX) x = read(weights + at) * (x - delta);
+      if (PARTIAL) x = where(read(w.ok + m * QUERIES + v * LANES), x, Vec{});  // also if the key is NaN
+      slopes(x, raw, t.h, rows, kv, c.captures, c.numbers, totals);
+      x = dscore(x, raw, t.h, rows, kv, c.captures, c.numbers);
+      if (PARTIAL) x = where(read(w.ok + m * QUERIES + v * LANES), x, Vec{});  // also if the derivative is NaN
+      put(by_weight + at, x);
+    }
+  }
+}
+
+// Queries and gradients of a block, as rows and as columns, and what the softmax needs of each query.
+INLINE void pack_block(const Call& c, int64_t row, int64_t h, Backward& w) {
+  const Block& b = w.block;
+  for (int r = 0; r < b.vectors * LANES; r++) {
+    real *q = w.q + r * WIDTH_D, *g = w.g + r * WIDTH_E, lse = INFINITE, delta = 0;
+    for (int i = 0; i < WIDTH_D; i += LANES) put(q + i, Vec{});
+    for (int i = 0; i < WIDTH_E; i += LANES) put(g + i, Vec{});
+    if (r < b.queries && b.attends(r)) {
+      if (SOFTMAX) lse = c.lse[h * c.num_q + row + r];
+      if (lse != -INFINITE) {
+        copy_row(c.q.row(row + r, h), D, q);
+        copy_row(c.grad.row(row + r, h), E, g);
+        for (int i = 0; i < WIDTH_D; i += LANES) put(q + i, read(q + i) * (real)c.scale);
+        if (SOFTMAX) {
+          for (int i = WIDTH_E - LANES; i < WIDTH_E; i += LANES) put(w.out + i, Vec{});
+          copy_row(c.out.row(row + r, h), E, w.out);
+          Vec sum{};
+          for (int i = 0; i < WIDTH_E; i += LANES) sum += read(g + i) * read(w.out + i);
+          for (int i = 0; i < LANES; i++) delta += sum[i];
+          if (c.grad_lse) delta -= c.grad_lse[h * c.num_q + row + r];
+        } else {
+          for (int i = 0; i < WIDTH_E; i += LANES) put(g + i, read(g + i) * (real)c.factor);
+        }
+      } else {
+        lse = INFINITE;
+      }
+    }
+    w.lse[r] = lse, w.delta[r] = delta;
+  }
+  transpose<D>(w.q, WIDTH_D, b.vectors * LANES, 1, w.packed_q);
+  transpose<E>(w.g, WIDTH_E, b.vectors * LANES, 1, w.packed_g);
+}
+
+static void differentiate_block(const Call& c, const KeyRows& kv, int64_t s, int64_t h, int64_t row, int count, real* dk, real* dv,
+                                double* const* totals, Backward& w, Ahead& ahead) {
+  const int first_key = c.kv_offsets[s], keys = c.kv_offsets[s + 1] - first_key, which = c.mask_of ? c.mask_of[h] : 0;
+  const int64_t last = row + count - 1;
+  Block& b = w.block;
+  b.take(c.outer[which], c.inner[which], c.num_q, row, count, first_key, keys);
+  pack_block(c, row, h, w);
+  std::memset(w.dq, 0, count * WIDTH_D * sizeof(real));
+  for (int from = b.lo / KEYS * KEYS; from < b.hi; from += KEY_BLOCK) {
+    const int to = std::min(from + KEY_BLOCK, b.hi);
+    Live live;
+    for (int key = from, g = 0; key < to; key += KEYS, g++) {
+      Tile t{key, std::min(KEYS, keys - key), first_key, row, last, 0, 0, (int)h, false};
+      const int at = g * KEYS * QUERIES;
+      find_pairs(c, b, t, w.ok);
+      live.add(g, t);
+      ahead.step();
+      for (int v = 0; v < b.vectors; v++)
+        if (!live.has(g, v)) for (int m = 0; m < KEYS; m++) put(w.weights + at + m * QUERIES + v * LANES, Vec{}), put(w.slopes + at + m * QUERIES + v * LANES, Vec{});
+      if (!t.vectors) continue;
+      const real *k_rows[KEYS], *v_rows[KEYS];
+      for (int m = 0; m < KEYS; m++) {
+        const int64_t j = std::min(key + m, keys - 1);
+        k_rows[m] = kv.k + j * kv.k_step, v_rows[m] = kv.v + j * kv.v_step;
+      }
+      real *weights = w.weights + at + t.v * LANES, *by_weight = w.slopes + at + t.v * LANES;
+      product_tile<D>(t.vectors, k_rows, w.packed_q + t.v * LANES, w.raw);
+      product_tile<E>(t.vectors, v_rows, w.packed_g + t.v * LANES, by_weight);
+      if (t.partial) weight_tile<true>(c, t, w, weights), slope_tile<true>(c, t, w, weights, by_weight, totals);
+      else weight_tile<false>(c, t, w, weights), slope_tile<false>(c, t, w, weights, by_weight, totals);
+    }
+    if (live.none()) continue;
+    const int first = from + live.begin * KEYS, past = std::min(from + live.end * KEYS, to);
+    const auto add_keys = [&](auto columns, const real* weights, const real* rows, real* sums) {
+      constexpr int COLUMNS = decltype(columns)::value, WIDTH = vectors_of(COLUMNS) * LANES, ROWS = rows_at_once(vectors_of(COLUMNS));
+      for (int key = first; key < past; key += ROWS) {
+        const int some = std::min(ROWS, past - key);
+        int lo, hi;
+        live.queries_of(b, from, key, some, lo, hi);
+        if (lo < hi)
+          multiply<COLUMNS, true, false>(some, weights + (key - from) * QUERIES, QUERIES, rows, WIDTH, lo, hi, sums + (int64_t)key * WIDTH, WIDTH, nullptr);
+      }
+    };
+    add_keys(std::integral_constant<int, E>{}, w.weights, w.g, dv);
+    add_keys(std::integral_constant<int, D>{}, w.slopes, w.q, dk);
+    constexpr int ROWS = rows_at_once(vectors_of(D));
+    for (int r = 0; r < count; r += ROWS) {
+      const int rows = std::min(ROWS, count - r);
+      int lo, hi;
+      live.keys_of(b, from, to, r, rows, lo, hi);
+      if (lo < hi)
+        multiply<D, IS_HALF, true>(rows, w.slopes + r, QUERIES, kv.k + from * kv.k_step, kv.k_step, lo - from, hi - from, w.dq + r * WIDTH_D, WIDTH_D, nullptr);
+    }
+  }
+  for (int r = 0; r < count; r++) put_row(w.dq + r * WIDTH_D, D, (real)c.scale, c.dq.row(row + r, h));
+}
+
+// Gradients of keys and values of one item: a range of the segment's keys.
+struct Sums {
+  int lo = 0, hi = 0;
+  real* at = nullptr;  // [hi - lo, WIDTH_D] of keys, then [hi - lo, WIDTH_E] of values
+
+  real* keys() const { return at - (int64_t)lo * WIDTH_D; }
+  real* values() const { return at + (int64_t)(hi - lo) * WIDTH_D - (int64_t)lo * WIDTH_E; }
+  int64_t size() const { return (int64_t)(hi - lo) * (WIDTH_D + WIDTH_E); }
+};
+
+// The range of keys that an item's queries may attend, widened to whole groups of keys.
+inline void key_range(const Call& c, const Item& item, int& lo, int& hi) {
+  const int first = c.kv_offsets[item.segment], keys = c.kv_offsets[item.segment + 1] - first;
+  const int64_t heads = c.heads / c.groups, from = c.q_offsets[item.segment];
+  lo = keys, hi = 0;
+  for (int64_t x = 0; x < (c.mask_of ? heads : 1); x++) {
+    const SpanRows& o = c.outer[c.mask_of ? c.mask_of[item.group * heads + x] : 0];
+    for (int64_t s = 0; s < o.count; s++) for (int64_t r = from + item.first; r < from + item.end; r++) {
+      const int a = o.lo[s * c.num_q + r] - first, b = o.hi[s * c.num_q + r] - first;
+      if (b > a) lo = std::min(lo, a), hi = std::max(hi, b);
+    }
+  }
+  if (lo >= hi) lo = hi = 0;
+  lo = std::max(lo, 0) / KEYS * KEYS, hi = std::min(hi, keys);
+}
+
+static Status backward(const Call& c) {
+  if (const Status wrong = check(c)) return wrong;
+  Schedule work;
+  cut(c, true, work);
+  int64_t entries = 0;
+  for (int64_t i = 0; i < c.num_learned; i++) entries += c.total_sizes[i];
+  const int64_t fit = std::max<int64_t>(1, (int64_t)(64 << 20) / std::max<int64_t>(1, entries * 8));
+  fill_bins(c.num_learned ? std::min<int64_t>(4 * c.threads, fit) : 0, work);
+  const int64_t bins = work.bins(), n = (int64_t)work.items.size(), heads = c.heads / c.groups;
+  const int64_t q_end = c.q_offsets[c.segments], k_end = c.kv_offsets[c.segments];
+  fill_rows(c.dq, c.heads, D, 0, c.q_offsets[0]), fill_rows(c.dq, c.heads, D, q_end, c.num_q);
+  fill_rows(c.dk, c.groups, D, 0, c.kv_offsets[0]), fill_rows(c.dk, c.groups, D, k_end, c.num_kv);
+  fill_rows(c.dv, c.groups, E, 0, c.kv_offsets[0]), fill_rows(c.dv, c.groups, E, k_end, c.num_kv);
+  for (int64_t s = 0; s < c.segments; s++)
+    if (c.q_offsets[s] == c.q_offsets[s + 1]) {
+      fill_rows(c.dk, c.groups, D, c.kv_offsets[s], c.kv_offsets[s + 1]);
+      fill_rows(c.dv, c.groups, E, c.kv_offsets[s], c.kv_offsets[s + 1]);
+    }
+  std::vector<Sums> sums(n);
+  for (int64_t i = 0; i < n; i++)
+    if (work.items[i].parts > 1) {
+      Sums& x = sums[i];
+      key_range(c, work.items[i], x.lo, x.hi);
+      x.at = (real*)aligned_alloc(64, (std::max<int64_t>(x.size(), 1) * sizeof(real) + 63) / 64 * 64);
+    }
+  Room<double> all_totals(bins * entries);
+  std::memset(all_totals.at, 0, bins * entries * sizeof(double));
+  int64_t next = 0;
+  on_threads(std::min<int64_t>(c.threads, std::max<int64_t>(bins, 1)), [&](int64_t) {
+    Room<Backward> room(1);
+    Room<real> own((int64_t)work.longest_keys * (WIDTH_D + WIDTH_E));
+    KeyRows kv;
+    std::vector<double*> totals(std::max<int64_t>(c.num_learned, 1));
+    int64_t bin = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
+    while (bin < bins) {
+      const int64_t claimed = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
+      double* at = all_totals.at + bin * entries;
+      for (int64_t i = 0; i < c.num_learned; i++) totals[i] = at, at += c.total_sizes[i];
+      for (int64_t i = work.starts[bin]; i < work.starts[bin + 1]; i++) {
+        const Item& item = work.items[i];
+        const int64_t j = i + 1 < work.starts[bin + 1] ? i + 1 : claimed < bins && work.starts[claimed] < work.starts[claimed + 1] ? work.starts[claimed] : -1;
+        Ahead ahead;
+        if (j >= 0) {
+          const Item& later = work.items[j];
+          const int64_t q0 = c.q_offsets[later.segment] + later.first, k0 = c.kv_offsets[later.segment], h = later.group * heads;
+          const int64_t queries = later.end - later.first, keys = c.kv_offsets[later.segment + 1] - k0;
+          ahead.add(c.q, q0, h, queries, D), ahead.add(c.grad, q0, h, queries, E);
+          if (SOFTMAX) ahead.add(c.out, q0, h, queries, E);
+          if (later.segment != item.segment || later.group != item.group) ahead.add(c.k, k0, later.group, keys, D), ahead.add(c.v, k0, later.group, keys, E);
+          ahead.pace = (int64_t)std::ceil((double)ahead.total * KEYS * QUERIES / std::max(item.cost, 1.0));
+        }
+        const int64_t from = c.q_offsets[item.segment], first_key = c.kv_offsets[item.segment];
+        Sums mine = sums[i];
+        if (item.parts == 1) mine = {0, (int)(c.kv_offsets[item.segment + 1] - first_key), own.at};
+        std::memset(mine.at, 0, mine.size() * sizeof(real));
+        kv.take(c, item.segment, item.group);
+        for (int64_t x = 0; x < heads; x++)
+          for (int64_t a = item.first; a < item.end; a += QUERIES)
+            differentiate_block(c, kv, item.segment, item.group * heads + x, from + a, (int)std::min<int64_t>(QUERIES, item.end - a), mine.keys(), mine.values(),
+                                totals.data(), *room.at, ahead);
+        if (item.parts == 1)
+          for (int64_t r = 0; r < mine.hi; r++) {
+            put_row(mine.keys() + r * WIDTH_D, D, 1, c.dk.row(first_key + r, item.group));
+            put_row(mine.values() + r * WIDTH_E, E, 1, c.dv.row(first_key + r, item.group));
+          }
+      }
+      bin = claimed;
+    }
+  });
+  // The parts of a segment and group, by their order.
+  std::vector<int64_t> order(n), heads_of;
+  for (int64_t i = 0; i < n; i++) order[i] = i;
+  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
+    const Item &x = work.items[a], &y = work.items[b];
+    return std::tie(x.segment, x.group, x.part) < std::tie(y.segment, y.group, y.part);
+  });
+  for (int64_t i = 0; i < n; i++) if (work.items[order[i]].parts > 1 && work.items[order[i]].part == 0) heads_of.push_back(i);
+  next = 0;
+  if (!heads_of.empty()) on_threads(std::min<int64_t>(c.threads, (int64_t)heads_of.size()), [&](int64_t) {
+    Room<real> row(WIDTH_D + WIDTH_E);
+    for (int64_t x; (x = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < (int64_t)heads_of.size();) {
+      const Item& item = work.items[order[heads_of[x]]];
+      const int64_t first_key = c.kv_offsets[item.segment], keys = c.kv_offsets[item.segment + 1] - first_key;
+      for (int64_t r = 0; r < keys; r++) {
+        real *k = row.at, *v = row.at + WIDTH_D;
+        std::memset(row.at, 0, (WIDTH_D + WIDTH_E) * sizeof(real));
+        for (int p = 0; p < item.parts; p++) {
+          const Sums& from = sums[order[heads_of[x] + p]];
+          if (r < from.lo || r >= from.hi) continue;
+          for (int i = 0; i < WIDTH_D; i += LANES) put(k + i, read(k + i) + read(from.keys() + r * WIDTH_D + i));
+          for (int i = 0; i < WIDTH_E; i += LANES) put(v + i, read(v + i) + read(from.values() + r * WIDTH_E + i));
+        }
+        put_row(k, D, 1, c.dk.row(first_key + r, item.group));
+        put_row(v, E, 1, c.dv.row(first_key + r, item.group));
+      }
+    }
+  });
+  for (Sums& x : sums) if (x.at) free(x.at);
+  for (int64_t i = 0, at = 0; i < c.num_learned; at += c.total_sizes[i++])
+    for (int64_t j = 0; j < c.total_sizes[i]; j++) {
+      double sum = 0;
+      for (int64_t b = 0; b < bins; b++) sum += all_totals.at[b * entries + at + j];
+      c.totals[i][j] = sum;
+    }
+  return DONE;
+}
+
+}  // namespace flexjag

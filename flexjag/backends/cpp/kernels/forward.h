@@ -1,0 +1,166 @@
+// The forward: blocks of queries over blocks of keys, with a running maximum and sum for a softmax.
+#pragma once
+#include "tiles.h"
+
+namespace flexjag {
+
+constexpr real PER_LOG = (real)1.4426950408889634;  // exp(x) = exp2(PER_LOG x)
+constexpr real LOWEST = std::numeric_limits<real>::lowest();
+constexpr real INFINITE = std::numeric_limits<real>::infinity();
+constexpr int WIDTH_D = vectors_of(D) * LANES, WIDTH_E = vectors_of(E) * LANES;
+
+// Scores of a tile from its products, in place: -inf where masked (0 without a softmax); tops: the queries' maxima.
+template <bool PARTIAL> static __attribute__((noinline)) void score_tile(const Call& c, const Tile& t, const Pairs& ok, real* scores, real* tops) {
+  for (int n = 0; n < t.vectors; n++) {
+    const Rows rows = rows_of(t.row + (t.v + n) * LANES, t.last);
+    Vec top = SOFTMAX ? read(tops + n * LANES) : Vec{};
+    ROLLED for (int m = 0; m < (PARTIAL ? t.keys : KEYS); m++) {
+      real* at = scores + m * QUERIES + n * LANES;
+      Vec x = score(read(at), t.h, rows, t.first_key + t.key + m, c.captures, c.numbers);
+      if (PARTIAL) x = where(read(ok + m * QUERIES + (t.v + n) * LANES), x, all_lanes(SOFTMAX ? -INFINITE : 0));
+      put(at, x);
+      if (SOFTMAX) top = x > top ? x : top;
+    }
+    if (SOFTMAX) put(tops + n * LANES, top);
+  }
+}
+
+struct Forward {
+  alignas(64) real packed[D * QUERIES], scores[KEY_BLOCK * QUERIES], out[QUERIES * WIDTH_E];
+  alignas(64) real own[QUERIES * WIDTH_D];  // queries as `real`, if they are of 16 bits
+  alignas(64) real top[QUERIES], before[QUERIES], shrink[QUERIES], sum[QUERIES];
+  Pairs ok;
+  Block block;
+};
+
+// Queries as columns of `real`, times the scale.
+INLINE void pack_queries(const Rows3& q, int64_t row, int64_t h, int count, real scale, real* own, real* packed) {
+  if constexpr (IS_HALF) {
+    for (int r = 0; r < count; r++) copy_row(q.row(row + r, h), D, own + r * WIDTH_D);
+    transpose<D>(own, WIDTH_D, count, scale, packed);
+  } else {
+    transpose<D>((const real*)q.row(row, h), q.token, count, scale, packed);
+  }
+}
+
+static void attend_block(const Call& c, const KeyRows& kv, int64_t s, int64_t h, int64_t row, int count, Forward& w, Ahead& ahead) {
+  const int first_key = c.kv_offsets[s], keys = c.kv_offsets[s + 1] - first_key, which = c.mask_of ? c.mask_of[h] : 0;
+  const int64_t last = row + count - 1;
+  Block& b = w.block;
+  b.take(c.outer[which], c.inner[which], c.num_q, row, count, first_key, keys);
+  pack_queries(c.q, row, h, count, (real)c.scale, w.own, w.packed);
+  for (int i = 0; i < b.vectors * LANES; i += LANES) put(w.top + i, all_lanes(LOWEST)), put(w.sum + i, Vec{});
+  std::memset(w.out, 0, count * WIDTH_E * sizeof(real));
+  bool first = true;
+  for (int from = b.lo / KEYS * KEYS; from < b.hi; from += KEY_BLOCK) {
+    const int to = std::min(from + KEY_BLOCK, b.hi);
+    Live live;
+    if (SOFTMAX) std::memcpy(w.before, w.top, b.vectors * LANES * sizeof(real));
+    for (int key = from, g = 0; key < to; key += KEYS, g++) {
+      Tile t{key, std::min(KEYS, keys - key), first_key, row, last, 0, 0, (int)h, false};
+      find_pairs(c, b, t, w.ok);
+      live.add(g, t);
+      ahead.step();
+      if (!t.vectors) continue;
+      const real* rows[KEYS];
+      for (int m = 0; m < KEYS; m++) rows[m] = kv.k + std::min(key + m, keys - 1) * kv.k_step;
+      real *scores = w.scores + g * KEYS * QUERIES + t.v * LANES, *tops = w.top + t.v * LANES;
+      product_tile<D>(t.vectors, rows, w.packed + t.v * LANES, scores);
+      if (t.partial) score_tile<true>(c, t, w.ok, scores, tops);
+      else score_tile<false>(c, t, w.ok, scores, tops);
+    }
+    if (live.none()) continue;
+    if (SOFTMAX)
+      for (int i = 0; i < b.vectors * LANES; i += LANES) {
+        const Vec factor = exp2((read(w.before + i) - read(w.top + i)) * PER_LOG);
+        put(w.shrink + i, factor);
+        put(w.sum + i, read(w.sum + i) * factor);
+      }
+    for (int g = live.begin; g < live.end; g++) {
+      const int some = std::min(KEYS, to - from - g * KEYS);
+      for (int v = 0; v < b.vectors; v++) {
+        real* x = w.scores + g * KEYS * QUERIES + v * LANES;
+        if (!live.has(g, v)) {
+          for (int m = 0; m < KEYS; m++) put(x + m * QUERIES, Vec{});
+        } else if (SOFTMAX) {
+          const Vec top = read(w.top + v * LANES);
+          Vec sum = read(w.sum + v * LANES);
+          if (some == KEYS)
+            UNROLL for (int m = 0; m < KEYS; m++) {
+              const Vec p = exp2((read(x + m * QUERIES) - top) * PER_LOG);
+              put(x + m * QUERIES, p);
+              sum += p;
+            }
+          else
+            for (int m = 0; m < some; m++) {
+              const Vec p = exp2((read(x + m * QUERIES) - top) * PER_LOG);
+              put(x + m * QUERIES, p);
+              sum += p;
+            }
+          put(w.sum + v * LANES, sum);
+        }
+      }
+    }
+    constexpr int ROWS = rows_at_once(vectors_of(E));
+    for (int r = 0; r < count; r += ROWS) {
+      const int rows = std::min(ROWS, count - r);
+      int lo, hi;
+      live.keys_of(b, from, to, r, rows, lo, hi);
+      if (lo < hi || !first)
+        multiply<E, IS_HALF, true>(rows, w.scores + r, QUERIES, kv.v + from * kv.v_step, kv.v_step, lo - from, std::max(lo, hi) - from,
+                                              w.out + r * WIDTH_E, WIDTH_E, SOFTMAX && !first ? w.shrink + r : nullptr);
+    }
+    first = false;
+  }
+  if (SOFTMAX)
+    for (int i = 0; i < b.vectors * LANES; i += LANES) {
+      const Vec sum = read(w.sum + i), nothing{};
+      put(w.shrink + i, sum == nothing ? nothing : 1 / sum);
+      put(w.top + i, sum == nothing ? nothing - INFINITE : read(w.top + i) + log(sum));
+    }
+  for (int r = 0; r < count; r++) put_row(w.out + r * WIDTH_E, E, SOFTMAX ? w.shrink[r] : (real)c.factor, c.out.row(row + r, h));
+  if (SOFTMAX) std::memcpy(c.lse + h * c.num_q + row, w.top, count * sizeof(real));
+}
+
+static Status forward(const Call& c) {
+  if (const Status wrong = check(c)) return wrong;
+  Schedule work;
+  cut(c, false, work);
+  fill_bins(0, work);
+  const int64_t end = c.q_offsets[c.segments], n = (int64_t)work.items.size(), heads = c.heads / c.groups;
+  fill_rows(c.out, c.heads, E, 0, c.q_offsets[0]), fill_rows(c.out, c.heads, E, end, c.num_q);
+  for (int64_t h = 0; h < c.heads; h++) {
+    real* lse = c.lse + h * c.num_q;
+    std::fill(lse, lse + c.q_offsets[0], -INFINITE), std::fill(lse + end, lse + c.num_q, -INFINITE);
+  }
+  int64_t next = 0;
+  on_threads(std::min<int64_t>(c.threads, n), [&](int64_t) {
+    Room<Forward> room(1);
+    KeyRows kv;
+    int64_t i = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
+    while (i < n) {
+      const int64_t j = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
+      const Item& item = work.items[i];
+      Ahead ahead;
+      if (j < n) {
+        const Item& later = work.items[j];
+        const int64_t q0 = c.q_offsets[later.segment] + later.first, k0 = c.kv_offsets[later.segment];
+        for (int64_t x = 0; x < std::min<int64_t>(heads, 2); x++) ahead.add(c.q, q0, later.group * heads + x, later.end - later.first, D);
+        if (later.segment != item.segment || later.group != item.group) {
+          const int64_t keys = c.kv_offsets[later.segment + 1] - k0;
+          ahead.add(c.k, k0, later.group, keys, D), ahead.add(c.v, k0, later.group, keys, E);
+        }
+        ahead.pace = (int64_t)std::ceil((double)ahead.total * KEYS * QUERIES / std::max(item.cost, 1.0));
+      }
+      kv.take(c, item.segment, item.group);
+      const int64_t from = c.q_offsets[item.segment];
+      for (int64_t x = 0; x < heads; x++)
+        for (int64_t a = (item.end - 1) / QUERIES * QUERIES; a >= item.first; a -= QUERIES)
+          attend_block(c, kv, item.segment, item.group * heads + x, from + a, (int)std::min<int64_t>(QUERIES, item.end - a), *room.at, ahead);
+      i = j;
+    }
+  });
+  return DONE;
+}
+
+}  // namespace flexjag

@@ -1,0 +1,193 @@
+// Items of work, longest first, and the threads that claim them.
+#pragma once
+#include "call.h"
+
+namespace flexjag {
+
+// Queries [first, end) of a segment, for all heads of a group.
+struct Item {
+  int32_t segment, group, first, end;
+  int32_t part, parts;  // of the segment's items in this group; their order is that of the queries
+  double cost;          // estimated number of scores
+};
+
+// Bins of items; one thread works through a bin in order.
+struct Schedule {
+  std::vector<Item> items;
+  std::vector<int32_t> starts;  // of the bins, and the end of the last
+  int longest_keys = 0;
+
+  int64_t bins() const { return (int64_t)starts.size() - 1; }
+};
+
+// Number of keys that a query may attend, at most.
+inline double keys_of_row(const SpanRows& o, int64_t num_q, int64_t row) {
+  double n = 0;
+  for (int64_t s = 0; s < o.count; s++) n += std::max(0, o.hi[s * num_q + row] - o.lo[s * num_q + row]);
+  return n;
+}
+
+// Estimated scores of queries [first, end) (packed) of one head, from those of its first and last query.
+inline double scores_of(const Call& c, int64_t first, int64_t end) {
+  const SpanRows& o = c.outer[0];
+  return (end - first) * (0.5 * (keys_of_row(o, c.num_q, first) + keys_of_row(o, c.num_q, end - 1)) + LANES);
+}
+
+// Cut segments into items. A segment whose items must be few (their gradients of keys are summed afterwards) is only
+// cut as often as its own size and the number of threads ask for, so that other segments do not matter.
+inline void cut(const Call& c, bool few, Schedule& out) {
+  const double heads = (double)(c.heads / c.groups);
+  double total = 0;
+  std::vector<double> blocks;
+  if (!few)
+    for (int64_t s = 0; s < c.segments; s++)
+      for (int64_t a = c.q_offsets[s]; a < c.q_offsets[s + 1]; a += QUERIES)
+        total += scores_of(c, a, std::min<int64_t>(a + QUERIES, c.q_offsets[s + 1]));
+  const double most = total * c.groups / (8.0 * c.threads);  // of an item, if they may be many
+  for (int64_t s = 0; s < c.segments; s++) {
+    const int64_t from = c.q_offsets[s], to = c.q_offsets[s + 1], n = to - from;
+    if (n == 0) continue;
+    out.longest_keys = std::max(out.longest_keys, c.kv_offsets[s + 1] - c.kv_offsets[s]);
+    blocks.clear();
+    double sum = 0;
+    for (int64_t a = from; a < to; a += QUERIES) sum += scores_of(c, a, std::min<int64_t>(a + QUERIES, to)), blocks.push_back(sum);
+    int64_t parts = few ? std::min<int64_t>((int64_t)(sum * heads / 65536), (2 * c.threads + c.groups - 1) / c.groups)
+                        : (int64_t)std::ceil(sum / std::max(most, 1.0));
+    if (c.threads == 1 && few) parts = 1;
+    parts = std::max<int64_t>(1, std::min<int64_t>(parts, (int64_t)blocks.size()));
+    std::vector<int64_t> cuts{0};
+    for (int64_t b = 0; b + 1 < (int64_t)blocks.size(); b++)
+      if (blocks[b] >= sum * cuts.size() / parts) cuts.push_back(b + 1);
+    cuts.push_back((int64_t)blocks.size());
+    const int32_t count = (int32_t)cuts.size() - 1;
+    for (int32_t g = 0; g < c.groups; g++)
+      for (int32_t p = 0; p < count; p++) {
+        const double cost = blocks[cuts[p + 1] - 1] - (cuts[p] ? blocks[cuts[p] - 1] : 0.0);
+        const int64_t end = std::min<int64_t>(cuts[p + 1] * QUERIES, n);
+        out.items.push_back({(int32_t)s, g, (int32_t)(cuts[p] * QUERIES), (int32_t)end, p, count, cost * heads});
+      }
+  }
+  std::stable_sort(out.items.begin(), out.items.end(), [](const Item& a, const Item& b) { return a.cost > b.cost; });
+}
+
+// Each item in a bin of its own; or, if sums over items are kept per bin, at most `most` bins of about the same cost.
+inline void fill_bins(int64_t most, Schedule& x) {
+  const int64_t n = (int64_t)x.items.size();
+  if (most <= 0 || most >= n) {
+    for (int64_t i = 0; i <= n; i++) x.starts.push_back((int32_t)i);
+    return;
+  }
+  std::vector<std::vector<Item>> bins(most);
+  std::vector<std::pair<double, int64_t>> load;  // a heap whose top has the least cost
+  for (int64_t b = 0; b < most; b++) load.push_back({0.0, -b});
+  const auto more = [](const std::pair<double, int64_t>& a, const std::pair<double, int64_t>& b) { return a > b; };
+  std::make_heap(load.begin(), load.end(), more);
+  for (const Item& item : x.items) {
+    std::pop_heap(load.begin(), load.end(), more);
+    load.back().first += item.cost;
+    bins[-load.back().second].push_back(item);
+    std::push_heap(load.begin(), load.end(), more);
+  }
+  x.items.clear();
+  for (const auto& bin : bins) {
+    x.starts.push_back((int32_t)x.items.size());
+    x.items.insert(x.items.end(), bin.begin(), bin.end());
+  }
+  x.starts.push_back(n);
+}
+
+extern "C" void GOMP_parallel(void (*)(void*), void*, unsigned, unsigned);
+
+// Run work(thread) on each thread.
+template <class Work> void on_threads(int64_t threads, Work work) {
+  struct Shared {
+    Work* work;
+    int64_t next;
+  } shared{&work, 0};
+  const auto body = [](void* at) {
+    Shared* s = (Shared*)at;
+    (*s->work)(__atomic_fetch_add(&s->next, 1, __ATOMIC_RELAXED));
+  };
+  if (threads <= 1) body(&shared);
+  else GOMP_parallel(body, &shared, (unsigned)threads, 0);
+}
+
+// Memory that is aligned for vectors and released with its scope.
+template <class T> struct Room {
+  T* at;
+  explicit Room(int64_t count) : at((T*)aligned_alloc(64, (std::max<int64_t>(count, 1) * sizeof(T) + 63) / 64 * 64)) {}
+  ~Room() { free(at); }
+  Room(const Room&) = delete;
+  Room& operator=(const Room&) = delete;
+};
+
+// Rows that the next item will read, fetched into the cache while this one computes.
+struct Ahead {
+  struct Part {
+    const char* at;
+    int64_t step, rows;
+    int bytes;
+  } part[8];
+  int parts = 0, now = 0;
+  int64_t row = 0, total = 0, pace = 0;
+
+  void add(const Rows3& x, int64_t token, int64_t head, int64_t rows, int columns) {
+    part[parts++] = {(const char*)x.row(token, head), x.token * (int64_t)sizeof(element), rows, columns * (int)sizeof(element)};
+    total += rows;
+  }
+  INLINE_MEMBER void step() {
+    for (int64_t n = pace; n > 0 && now < parts; n--) {
+      const char* p = part[now].at + row * part[now].step;
+      for (int i = 0; i < part[now].bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
+      if (++row == part[now].rows) row = 0, now++;
+    }
+  }
+};
+
+// Keys and values of a segment and group as rows of `real`: in place, or in a copy that a thread keeps.
+struct KeyRows {
+  const real *k = nullptr, *v = nullptr;
+  int64_t k_step = 0, v_step = 0;
+  int64_t segment = -1, group = -1, room = 0;
+  real* own = nullptr;
+  ~KeyRows() { free(own); }
+
+  void take(const Call& c, int64_t s, int64_t g) {
+    const int64_t first = c.kv_offsets[s];
+    if constexpr (!IS_HALF) {
+      k = (const real*)c.k.row(first, g), v = (const real*)c.v.row(first, g);
+      k_step = c.k.token, v_step = c.v.token;
+    } else if (s != segment || g != group) {
+      const int64_t n = c.kv_offsets[s + 1] - first;
+      segment = s, group = g;
+      k_step = vectors_of(D) * LANES, v_step = vectors_of(E) * LANES;
+      if (n > room) {
+        free(own);
+        room = n;
+        own = (real*)aligned_alloc(64, (n * (k_step + v_step) * sizeof(real) + 63) / 64 * 64);
+      }
+      real *to_k = own, *to_v = own + n * k_step;
+      for (int64_t r = 0; r < n; r++) {
+        copy_row(c.k.row(first + r, g), D, to_k + r * k_step);
+        copy_row(c.v.row(first + r, g), E, to_v + r * v_step);
+      }
+      k = to_k, v = to_v;
+    }
+  }
+};
+
+// The status of a call's offsets, which every loop relies on.
+inline Status check(const Call& c) {
+  for (int64_t s = 0; s < c.segments; s++)
+    if (c.q_offsets[s] > c.q_offsets[s + 1] || c.kv_offsets[s] > c.kv_offsets[s + 1]) return BAD_OFFSETS;
+  if (c.q_offsets[0] < 0 || c.kv_offsets[0] < 0) return BAD_OFFSETS;
+  if (c.q_offsets[c.segments] > c.num_q || c.kv_offsets[c.segments] > c.num_kv) return BAD_OFFSETS;
+  return DONE;
+}
+
+// Set rows of a result that belong to no segment to a value.
+inline void fill_rows(const Rows3& x, int64_t heads, int columns, int64_t first, int64_t end) {
+  for (int64_t t = first; t < end; t++) for (int64_t h = 0; h < heads; h++) std::memset(x.row(t, h), 0, columns * sizeof(element));
+}
+
+}  // namespace flexjag

@@ -1,0 +1,136 @@
+"""The operators of the backend ``cpp``: one opaque node of a graph forward, and one backward."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexjag.backends.cpp.library import Problem, run
+
+
+@torch.library.custom_op("flexjag::cpp_attention", mutates_args=())
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    captures: list[Tensor],
+    learned: list[int],
+    numbers: list[int],
+    source: str,
+    offsets: list[Tensor],
+    spans: list[Tensor],
+    mask_of: Tensor | None,
+    scale: float,
+    factor: float,
+) -> tuple[Tensor, Tensor]:
+    """Attention by a plan's printed functions.
+
+    Args:
+        q: ``[T_q, H, D]``.
+        k: ``[T_kv, G, D]``.
+        v: ``[T_kv, G, E]``.
+        captures: Tensors that the functions read; each of the `learned` ones is contiguous.
+        learned: Indices of the captures that need gradients.
+        numbers: Integers that they read.
+        source: The printed functions.
+        offsets: ``[S+1]`` int32, of queries and of keys.
+        spans: Per distinct mask: starts and ends of the outer spans, then of the inner ones, each ``[K, T_q]`` int32.
+        mask_of: ``[H]`` int32, the mask of each head; None for the first.
+        scale: Factor on ``q·k``.
+        factor: Factor on the output, without a softmax.
+
+    Returns:
+        ``[T_q, H, E]``, and the log-sum-exp ``[H, T_q]`` of a softmax in at least float32; unspecified values else.
+    """
+    q, k, v = (_packed(x) for x in (q, k, v))
+    out, lse = _empty(q, v)
+    problem = Problem(source, captures, learned, numbers, offsets, spans, mask_of, scale, factor)
+    run("attend", problem, (q.shape[1], k.shape[1]), {"q": q, "k": k, "v": v, "out": out, "lse": lse})
+    return out, lse
+
+
+@attend.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return _empty(q, v)
+
+
+def _empty(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    acc = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(*q.shape[:2], v.shape[2]), q.new_empty(q.shape[1], q.shape[0], dtype=acc)
+
+
+def _packed(x: Tensor) -> Tensor:
+    """The tensor with adjacent columns; itself if they are."""
+    return x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()
+
+
+@torch.library.custom_op("flexjag::cpp_attention_backward", mutates_args=())
+def differentiate(
+    grad: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    captures: list[Tensor],
+    learned: list[int],
+    numbers: list[int],
+    source: str,
+    offsets: list[Tensor],
+    spans: list[Tensor],
+    mask_of: Tensor | None,
+    scale: float,
+    factor: float,
+) -> list[Tensor]:
+    """The gradients of q, k, v and the `learned` captures of :func:`attend`."""
+    grad, q, k, v, out = (_packed(x) for x in (grad, q, k, v, out))
+    dq, dk, dv = _like(q, k, v)
+    problem = Problem(source, captures, learned, numbers, offsets, spans, mask_of, scale, factor)
+    tensors = {"q": q, "k": k, "v": v, "out": out, "grad": grad, "dq": dq, "dk": dk, "dv": dv, "lse": lse.contiguous()}
+    given = None if grad_lse is None else grad_lse.to(lse.dtype).contiguous()
+    found = run("differentiate", problem, (q.shape[1], k.shape[1]), {**tensors, "grad_lse": given})
+    return [dq, dk, dv, *(x.to(captures[i].dtype) for x, i in zip(found, learned, strict=True))]
+
+
+@differentiate.register_fake
+def _(grad: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> list[Tensor]:
+    captures, learned = rest[2:4]
+    return _like(q, k, v, *(captures[i] for i in learned))
+
+
+def _like(*tensors: Tensor) -> list[Tensor]:
+    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors]
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, captures, learned, numbers, source, offsets, spans, mask_of, scale, factor = inputs
+    ctx.save_for_backward(q, k, v, *output, *captures, *offsets, *spans, mask_of)
+    ctx.sizes = [5, len(captures), len(offsets), len(spans)]
+    ctx.learned, ctx.numbers, ctx.source, ctx.factors = learned, numbers, source, (scale, factor)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+    ends = list(itertools.accumulate(ctx.sizes, initial=0))
+    (q, k, v, out, lse), captures, offsets, spans = (list(ctx.saved_tensors[a:b]) for a, b in itertools.pairwise(ends))
+    by_capture: list[Tensor | None] = [None] * len(captures)
+    dq = dk = dv = None
+    if grad is not None or grad_lse is not None:
+        grad = torch.zeros_like(out) if grad is None else grad.to(q.dtype)
+        dq, dk, dv, *found = differentiate(
+            grad, grad_lse, q, k, v, out, lse, captures, ctx.learned, ctx.numbers, ctx.source, offsets, spans,
+            ctx.saved_tensors[ends[-1]], *ctx.factors,
+        )  # fmt: skip
+        for i, x in zip(ctx.learned, found, strict=True):
+            by_capture[i] = x
+    none = None if ctx.learned else []  # an empty list of numbers is taken for one of tensors
+    nothing = [None] * len(offsets), [None] * len(spans)
+    numbers = None if ctx.numbers else []
+    return dq, dk, dv, by_capture or [], none, numbers, None, *nothing, None, None, None
+
+
+attend.register_autograd(_backward, setup_context=_remember)

@@ -1,0 +1,70 @@
+"""The C++ functions of a plan: its mask where spans do not say it all, its score, and the normalizer's function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexjag.algebra import normalizers as nz
+from flexjag.backends.normalized import pointwise
+from flexjag.backends.printed import Printed, once
+from flexjag.lowering import mods
+from flexjag.lowering.recipe import Recipe
+from flexjag.printing import Cpp, emit_gradient, emit_mask, emit_score, emit_slopes, read, trace
+
+
+def printed(recipe: Recipe) -> Printed:
+    """The source of a plan's functions, and what they read."""
+
+    def write(is_checked: bool) -> Printed:
+        traced, language = trace(rest_mod(recipe), _weight_mod(recipe), is_checked), Cpp()
+        parts = [
+            f"constexpr bool SOFTMAX = {str(isinstance(recipe.normalizer, nz.Softmax)).lower()};\n",
+            emit_mask(traced, language, "mask"),
+            emit_score(traced, language, "score"),
+            emit_gradient(traced, language, "dscore"),
+            emit_slopes(traced, language, "slopes"),
+        ]
+        return Printed("\n\n".join(parts), traced.captures, traced.numbers, traced.learned)
+
+    return once(recipe, "cpp", write)
+
+
+def rest_mod(recipe: Recipe) -> mods.MaskMod | None:
+    """The part of the mask that its spans leave open, on packed indices; None if they are exact."""
+    if recipe.exact:
+        return None
+    tables, layout, head_of = recipe.tables, recipe.layout, recipe.head_of
+    tests = [None if x.rest is None else mods.mask_case(x.rest, tables, layout) for x in recipe.sandwiches]
+    if head_of is None:
+        return tests[0]
+
+    def rest(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        which, allowed = head_of[h], None
+        for i, test in enumerate(tests):
+            here = which == i if test is None else (which == i) & test(b, h, q, kv)
+            allowed = here if allowed is None else allowed | here
+        assert allowed is not None
+        return allowed
+
+    return rest
+
+
+def _weight_mod(recipe: Recipe) -> Callable[..., Any] | None:
+    """The score on packed indices; for a pointwise normalizer its function of the score, which is the weight."""
+    score = mods.score_mod(recipe.kernel_score, replace(recipe.tables, look_up=read))
+    normalizer = recipe.normalizer
+    if not isinstance(normalizer, nz.Pointwise):
+        return score
+    biased, function = pointwise.weighed(normalizer, score, recipe.layout, read), pointwise.activation(normalizer).fn
+    return lambda s, b, h, q, kv: function(s if biased is None else biased(s, b, h, q, kv))
+
+
+def contiguous_learned(recipe: Recipe) -> Recipe:
+    """The recipe with contiguous learned tensors, whose gradients are summed at an entry's place in memory."""
+    wide = recipe.learning_in(torch.float32)
+    return wide
