@@ -99,10 +99,11 @@ def main(argv: Sequence[str]) -> int:
     if found.needed and not args.anyway:
         raise BenchError(f"missing, and needed: {'; '.join(found.needed)} (--anyway runs what it can)")
     session = _Session(args, asked, found.absent)
-    signal.signal(signal.SIGTERM, _terminated)
+    before = signal.signal(signal.SIGTERM, _terminated)
     try:
         session.run()
     finally:
+        signal.signal(signal.SIGTERM, before)
         end_all()
         run.write(session.results, session.path)
     print(f"wrote {session.path} and {session.log.name}", file=sys.stderr)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from flexjag.bench.measuring.environment import describe
-from flexjag.bench.measuring.schedule import jobs, passes, with_deadline
+from flexjag.bench.measuring.schedule import Pace, jobs, passes, with_deadline
 from flexjag.bench.suites.registry import PLAIN, BenchError, CaseResult, Options, Suite, Tell
 
 SCHEMA = 1
@@ -37,12 +37,12 @@ def measure(results: dict[str, Any], suites: Sequence[Suite], options: Options, 
         BenchError: If an error made the GPU unusable for this process.
         OSError: If the file cannot be written.
     """
-    whole = with_deadline(options)
-    for part in passes(whole):
+    paces = {suite.name: Pace.of(options) for suite in suites}
+    for part in passes(with_deadline(options)):
         for suite in suites:
             entry = _entry(results, suite)
             found = {case["name"]: CaseResult.read(case) for case in entry["cases"]}
-            for job in jobs(suite, part, tell, found, entry.get("running")):
+            for job in jobs(suite, part, tell, found, paces[suite.name], entry.get("running")):
                 entry["running"] = job.name
                 write(results, path)
                 found[job.name] = job.run()

@@ -20,8 +20,9 @@ from typing import Any
 import torch
 
 from flexjag.backends.flex import run as flex
-from flexjag.bench.arms.attention import SLOW
+from flexjag.bench.arms.attention import FLEX, SLOW
 from flexjag.bench.suites.registry import Arm, Case, Options, find
+from flexjag.bench.suites.step import STEP
 from flexjag.bench.tuning.candidates import TuningSizes, backward_candidates, forward_candidates, subjects
 
 SUITES = ("attention", "step", "paper", "normalizers")
@@ -40,11 +41,12 @@ def jobs(stages: Sequence[str], options: Options) -> Iterator[Callable[[], Any]]
     if "tune" in stages and options.device == "cuda":
         yield from _candidates(options)
     if "rest" in stages:
-        yield from (partial(_run, case, ()) for name in suites for case in _distinct(name, options, every=True))
+        rest = _distinct("attention", options, every=True) if "attention" in suites else []
+        yield from (partial(_run, case, (FLEX, *SLOW)) for case in rest)
 
 
 def _distinct(suite: str, options: Options, every: bool = False) -> list[Case]:
-    """The cases that compile kernels, the first of each series of sizes; with `every` the others of `suite` as well."""
+    """The cases that compile kernels (or `every` case), the first of each series of sizes."""
     found: dict[str, Case] = {}
     for case in find(suite).cases(options):
         if isinstance(case, Case) and (every or case.compiles):
@@ -55,8 +57,8 @@ def _distinct(suite: str, options: Options, every: bool = False) -> list[Case]:
 def _run(case: Case, names: Sequence[str]) -> None:
     """Run those arms of a case (all, without `names`) that are flexjag's, or others that use FlexAttention."""
     for arm in case.arms():
-        wanted = (not names or arm.name in names) and (arm.name.startswith("flexjag") or arm.name in SLOW)
-        if arm.absent is None and wanted:
+        compiles = arm.name.startswith("flexjag") or arm.name in (STEP, *SLOW)
+        if arm.absent is None and compiles and (not names or arm.name in names):
             try:
                 _call(arm)
             except Exception as e:  # reported by the suite

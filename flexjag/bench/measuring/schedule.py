@@ -40,6 +40,11 @@ class Pace:
 
     factor: float = 1.0
 
+    @staticmethod
+    def of(options: Options) -> Pace:
+        """The prediction before the first case."""
+        return Pace(QUICK if options.quick else 1.0)
+
     def expected(self, arms: int) -> float:
         """Seconds of a case with this number of arms."""
         return self.factor * (CASE_SECONDS + arms * ARM_SECONDS)
@@ -79,14 +84,20 @@ def run_suite(suite: Suite, options: Options, tell: Tell) -> list[CaseResult]:
         tell: Called with a description of each measurement as it begins.
     """
     found: dict[str, CaseResult] = {}
+    pace = Pace.of(options)
     for part in passes(with_deadline(options)):
-        for job in jobs(suite, part, tell, found):
+        for job in jobs(suite, part, tell, found, pace):
             found[job.name] = job.run()
     return list(found.values())
 
 
 def jobs(
-    suite: Suite, options: Options, tell: Tell, known: Mapping[str, CaseResult], lost: str | None = None
+    suite: Suite,
+    options: Options,
+    tell: Tell,
+    known: Mapping[str, CaseResult],
+    pace: Pace,
+    lost: str | None = None,
 ) -> Iterator[Job]:
     """The measurements of one pass over a suite, in the order of its cases.
 
@@ -97,9 +108,9 @@ def jobs(
         options: Options of the pass, with the deadline.
         tell: Called with a description of each measurement as it begins.
         known: Results by case; those that are complete are not measured again.
+        pace: Prediction of the suite's durations, updated by each case.
         lost: Case during which an earlier process ended. It is not tried again.
     """
-    pace = Pace(QUICK if options.quick else 1.0)
     for case in suite.cases(options):
         before = known.get(case.name)
         if case.name == lost:
@@ -108,8 +119,14 @@ def jobs(
             later = [arm.name for arm in before.arms if arm.reason in (LATER, LATE)]
             if options.part == REST and later and isinstance(case, Case):
                 yield Job(case.name, lambda c=case, b=before, n=later: _rest(suite, c, options, tell, b, n, pace))
-        elif options.part != PLAIN or (isinstance(case, Case) and not case.compiles):
+        elif _belongs(case, options.part):
             yield Job(case.name, lambda case=case: _whole(suite, case, options, tell, pace))
+
+
+def _belongs(case: Case | SelfTimedCase, part: str) -> bool:
+    """Whether a case that has not been measured is measured in a pass over this part."""
+    late, compiles = (case.late, case.compiles) if isinstance(case, Case) else (False, True)
+    return part in (ALL, REST) or not (late or (part == PLAIN and compiles))
 
 
 def _whole(suite: Suite, case: Case | SelfTimedCase, options: Options, tell: Tell, pace: Pace) -> CaseResult:

@@ -268,7 +268,7 @@ def cases(options: Options) -> list[Case]:
     for tokens in sizes.tokens:
         facts = {"tokens": tokens, "segments": 1, "heads": 1, "dim": sizes.dims[0], "seed": options.seed}
         made, small = partial(_growing, tokens, sizes, options), partial(_growing, 512, QUICK_SIZES, options)
-        out.append(Case(_window_name(tokens), facts, made, small))
+        out.append(Case(_window_name(tokens), facts, made, small, late=True))
     return out
 
 

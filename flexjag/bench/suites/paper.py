@@ -204,7 +204,8 @@ def _grid(options: Options) -> Grid:
 
 
 def _figures(options: Options, cases: list[CaseResult]) -> list[Figure]:
-    """Key figures without limits: the paper's GPU and shapes are not public."""
+    """Key figures beside those of the paper, whose GPU and shapes are not public; on a GPU two of them are limits."""
+    promised = options.device == "cuda" and not options.quick
     found, length = Results(cases), _grid(options).lengths[-1]
 
     def times(job: str, other: str, ours: str = OURS) -> float | None:
@@ -224,8 +225,18 @@ def _figures(options: Options, cases: list[CaseResult]) -> list[Figure]:
         Figure(f"{SELF}: memory saved over {FLASH} (published: 53 %)", saved, "%"),
         Figure(f"{SELF}: time of {DENSE} / {UNFUSED} (published: 2x)", times(SELF, DENSE, UNFUSED), "x"),
         Figure(f"{SELF}: memory of {DENSE} / {UNFUSED} (published: 3.5x)", sizes(DENSE, UNFUSED), "x"),
-        Figure(f"{MATMUL}: time of {DENSE} / {OURS} (published: 2.52x)", times(MATMUL, DENSE), "x"),
-        Figure(f"{SOFTMAX}: time of {DENSE} / {OURS} (published: 3.06x)", times(SOFTMAX, DENSE), "x"),
+        Figure(
+            f"{MATMUL}: time of {DENSE} / {OURS} (published: 2.52x)",
+            times(MATMUL, DENSE),
+            "x",
+            ">= 2.52" if promised else None,
+        ),
+        Figure(
+            f"{SOFTMAX}: time of {DENSE} / {OURS} (published: 3.06x)",
+            times(SOFTMAX, DENSE),
+            "x",
+            ">= 3.06" if promised else None,
+        ),
         Figure(f"{TARGET}: time of {DENSE} / {OURS}", times(TARGET, DENSE), "x"),
         Figure(f"{TARGET}: time of {FLASH} / {OURS}", times(TARGET, FLASH), "x"),
     ]
@@ -254,7 +265,8 @@ def cases(options: Options) -> list[Case]:
             facts["targets"] = TARGETS
         arms = partial(_arms, job, grid, length, sparsity, options)
         small = partial(_arms, job, QUICK_GRID, QUICK_GRID.lengths[0], sparsity, options)
-        out.append(Case(_name(job, sparsity, length), facts, arms, small))
+        has_figure = sparsity == MIDDLE and length == grid.lengths[-1]
+        out.append(Case(_name(job, sparsity, length), facts, arms, small, late=not has_figure))
     return out
 
 

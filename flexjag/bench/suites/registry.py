@@ -107,6 +107,7 @@ class Case:
         small: The same over small inputs; run once before memory is measured, to load code.
         needed: Names of the arms that acceptance limits compare; with a budget they come first. Empty: all arms.
         compiles: Whether those arms compile kernels on a GPU.
+        late: Whether, with a budget, it comes after the cases of all suites: no limit needs it.
     """
 
     name: str
@@ -115,6 +116,7 @@ class Case:
     small: Callable[[], Sequence[Arm]]
     needed: Sequence[str] = ()
     compiles: bool = True
+    late: bool = False
 
 
 @dataclass(frozen=True)
