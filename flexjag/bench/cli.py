@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -11,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
 
-from flexjag.bench.suites.registry import ALL, NEEDED, PLAIN, BenchError, Options, find, load
+from flexjag.bench.suites.registry import ALL, NEEDED, PLAIN, BenchError, Options, Tell, find, load
 from flexjag.errors import MissingExtraError
 
 PAGE = Path("docs/performance.md")
@@ -79,7 +80,7 @@ def _run(argv: list[str]) -> int:
     results = run.begin(options) if args.into is None or not args.into.exists() else run.read(args.into)
     path = args.into or (None if args.out is None else args.out / run.file_name(results))
     with run.progress() as tell:
-        run.measure(results, chosen, options, path, tell)
+        run.measure(results, chosen, options, path, tell if args.into is None else _while_wanted(tell))
     if path is not None:
         print(f"wrote {path}", file=sys.stderr)
     if args.json:
@@ -89,6 +90,18 @@ def _run(argv: list[str]) -> int:
 
         print_results(results)
     return 0
+
+
+def _while_wanted(tell: Tell) -> Tell:
+    """A progress callback that ends this process once the one that started it has ended: nobody reads the results."""
+    parent = os.getppid()
+
+    def checked(text: str) -> None:
+        if os.getppid() != parent:
+            raise SystemExit("flexjag bench: the process that started this one has ended")
+        tell(text)
+
+    return checked
 
 
 def _calibrate(argv: list[str]) -> int:

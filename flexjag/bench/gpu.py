@@ -265,6 +265,8 @@ class _Session:
             ended = self._run(text, [*command, *budget], left, watch=self._watch(self.measured, self._merge, SILENT))
             self._merge()
             self._done(text, ended)
+            if ended.late:  # which is not the fault of the case that ran: a later stage may try it again
+                run.forget_running(self.measured)
         assert ended is not None
         known = {x["name"] for x in self.results["suites"]}
         empty = [{"name": x, "about": find(x).about, "cases": [], "figures": []} for x in names if x in load()]

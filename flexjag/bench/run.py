@@ -100,6 +100,20 @@ def write(results: dict[str, Any], path: Path | None) -> None:
         unfinished.replace(path)
 
 
+def forget_running(path: Path) -> None:
+    """Let the case that ran when its process ended be tried again, by removing it from a results file, if there is one.
+
+    Raises:
+        BenchError: If the file is no results file.
+        OSError: If it cannot be read or written.
+    """
+    if path.exists():
+        results = read(path)
+        for entry in results["suites"]:
+            entry.pop("running", None)
+        write(results, path)
+
+
 def file_name(results: dict[str, Any]) -> str:
     """Name of a results file: the device and the time at which the run began.
 

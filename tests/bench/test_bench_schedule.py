@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
@@ -17,10 +18,21 @@ from flexjag.bench import main, preflight, run, warm
 from flexjag.bench.arms.attention import AUTO, AttentionBatch
 from flexjag.bench.arms.kinds import KINDS, useful_flops
 from flexjag.bench.measuring import schedule
-from flexjag.bench.measuring.measure import LATER
+from flexjag.bench.measuring.measure import LATE, LATER
 from flexjag.bench.measuring.schedule import Pace, run_suite
 from flexjag.bench.suites import registry
-from flexjag.bench.suites.registry import NEEDED, PLAIN, Arm, BenchError, Case, Options, Suite, find
+from flexjag.bench.suites.registry import (
+    NEEDED,
+    PLAIN,
+    Arm,
+    ArmResult,
+    BenchError,
+    Case,
+    CaseResult,
+    Options,
+    Suite,
+    find,
+)
 
 TESTS = """
 import pytest
@@ -147,6 +159,24 @@ def test_a_case_during_which_the_process_ended_is_not_tried_again_and_the_others
     assert entry["cut"] == "1 of 3 cases had no time for all of it"
     assert all(len(arm["seconds"]) == 2 for case in (before, behind) for arm in case["arms"])
     assert log.order == [("before", "a"), ("behind", "a"), ("behind", "b"), ("before", "b")]
+
+
+def test_arms_that_came_too_late_are_tried_again(tmp_path):
+    log, options = Log(), Options(rounds=2, quick=True, memory=False, budget=60, part=NEEDED)
+    suite = suite_of(log.case("one"))
+    late = CaseResult(
+        "one", {"n": 1}, [ArmResult("a", "ok", seconds=[1.0]), ArmResult("b", "skipped", LATE)], "ended early"
+    )
+    results = run.begin(options)
+    results["suites"] = [{"name": "demo", "about": "", "cases": [asdict(late)], "figures": [], "running": "one"}]
+    run.write(results, tmp_path / "x.json")
+    run.forget_running(tmp_path / "x.json")
+    results = run.read(tmp_path / "x.json")
+    run.measure(results, [suite], options, None, quietly)
+    (case,) = results["suites"][0]["cases"]
+    assert log.order == [("one", "b")]
+    assert case["cut"] is None
+    assert [len(arm["seconds"]) for arm in case["arms"]] == [1, 2]
 
 
 def test_an_error_of_the_device_ends_the_process_and_a_failing_case_does_not(tmp_path):

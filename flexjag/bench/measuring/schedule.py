@@ -116,8 +116,9 @@ def jobs(
         if case.name == lost:
             yield Job(case.name, lambda case=case, before=before: _lost(case, before))
         elif before is not None and before.begun:
-            later = [arm.name for arm in before.arms if arm.reason in (LATER, LATE)]
-            if options.part == REST and later and isinstance(case, Case):
+            reasons = {NEEDED: (LATE,), REST: (LATE, LATER)}.get(options.part, ())
+            later = [arm.name for arm in before.arms if arm.reason in reasons]
+            if later and isinstance(case, Case):
                 yield Job(case.name, lambda c=case, b=before, n=later: _rest(suite, c, options, tell, b, n, pace))
         elif _belongs(case, options.part):
             yield Job(case.name, lambda case=case: _whole(suite, case, options, tell, pace))
@@ -155,7 +156,7 @@ def _whole(suite: Suite, case: Case | SelfTimedCase, options: Options, tell: Tel
 def _rest(
     suite: Suite, case: Case, options: Options, tell: Tell, before: CaseResult, names: Collection[str], pace: Pace
 ) -> CaseResult:
-    """Measure the arms of a case that an earlier pass left out."""
+    """Measure the arms of a case that an earlier pass left out, or had no time for."""
     if _too_short(options, pace.expected(len(names))) is not None:
         return before
     began = time.monotonic()
