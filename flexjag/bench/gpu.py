@@ -22,6 +22,7 @@ after its end, however the run itself ends.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -272,7 +273,7 @@ class _Session:
         empty = [{"name": x, "about": find(x).about, "cases": [], "figures": []} for x in names if x in load()]
         self.results["suites"] += [x | {"cut": ended.cut} for x in empty if x["name"] not in known]
         for entry in self.results["suites"]:
-            if entry["name"] in names and entry["cut"] == run.INTERRUPTED:
+            if part != PLAIN and entry["name"] in suites and entry["cut"] == run.INTERRUPTED:
                 entry["cut"] = ended.cut or run.INTERRUPTED
         run.write(self.results, self.path)
 
@@ -299,7 +300,8 @@ class _Session:
             now = file.stat().st_mtime_ns if file.exists() else None
             if now != seen:
                 seen, since = now, time.monotonic()
-                take()
+                with contextlib.suppress(ValueError):  # half a file: there will be another change
+                    take()
                 run.write(self.results, self.path)
             if silent is not None and time.monotonic() - since > silent:
                 return f"ended after {silent:.0f} s in which nothing was written"

@@ -63,8 +63,9 @@ def look(stages: Sequence[str], device: str | None, tests: Iterable[Path]) -> Fo
         needed |= set(TESTS)
         files = [file for place in tests for file in ([place] if place.is_file() else place.rglob("*.py"))]
         files += [file for place in tests for file in _fixtures(place)]
-        beside = {other.stem for folder in {file.parent for file in files} for other in folder.glob("*.py")}
-        needed |= {name for name in _imports(files) if name not in OPTIONAL and name not in beside}
+        own = {file.stem for file in files} | {folder.name for file in files for folder in file.parents}
+        own |= {other.stem for folder in {file.parent for file in files} for other in folder.glob("*.py")}
+        needed |= _imports(files) - set(OPTIONAL) - own
     missing = [f"{name} is not installed" for name in sorted(needed) if not installed(name)]
     if device == "cuda":
         missing += _compiler()

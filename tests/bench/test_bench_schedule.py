@@ -14,7 +14,7 @@ import torch
 
 from flexjag import Jagged
 from flexjag.api.attention import attention
-from flexjag.bench import main, preflight, run, warm
+from flexjag.bench import gpu, main, preflight, run, warm
 from flexjag.bench.arms.attention import AUTO, AttentionBatch
 from flexjag.bench.arms.kinds import KINDS, useful_flops
 from flexjag.bench.measuring import schedule
@@ -273,6 +273,11 @@ def test_preflight_finds_what_the_code_imports_anywhere(tmp_path, monkeypatch):
     monkeypatch.setattr(preflight, "COMPILERS", ("no-such-compiler",))
     monkeypatch.delenv("CC", raising=False)
     assert any("C compiler" in x for x in preflight.look(["sync"], "cuda", []).needed)
+
+
+def test_preflight_finds_nothing_missing_where_the_tests_run():
+    assert preflight.look(gpu.stages(), "cpu", [gpu.ROOT / "tests"]).needed == []
+    assert preflight.look(["tests"], "cpu", [gpu.ROOT / "tests" / "backends" / "test_cuda.py"]).needed == []
 
 
 def test_a_missing_package_ends_the_run_unless_it_is_to_go_on(tmp_path, capsys):
