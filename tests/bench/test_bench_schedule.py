@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -20,6 +21,7 @@ from flexjag.bench.arms.kinds import KINDS, useful_flops
 from flexjag.bench.measuring import schedule
 from flexjag.bench.measuring.measure import LATE, LATER
 from flexjag.bench.measuring.schedule import Pace, run_suite
+from flexjag.bench.processes import Ended
 from flexjag.bench.suites import registry
 from flexjag.bench.suites.registry import (
     NEEDED,
@@ -288,6 +290,33 @@ def test_a_missing_package_ends_the_run_unless_it_is_to_go_on(tmp_path, capsys):
     assert not list(tmp_path.glob("*.json"))
     assert main([*asked, "--anyway"]) == 1
     assert len(list(tmp_path.glob("*.json"))) == 1
+
+
+def test_another_process_takes_over_from_one_that_died(tmp_path, monkeypatch):
+    seen = []
+
+    def dies_once(command, limit, more=None, watch=None):
+        path = Path(command[command.index("--into") + 1])
+        seen.append(command[3 : command.index("--into")])
+        results = run.read(path) if path.exists() else run.begin(Options(quick=True))
+        case = asdict(CaseResult(f"case {len(seen)}", {}, []))
+        entry = {"name": "mask-build", "about": "", "cases": [case], "figures": [], "cut": run.INTERRUPTED}
+        results["suites"] = [entry | {"running": "deadly"} if len(seen) == 1 else entry | {"cut": None}]
+        run.write(results, path)
+        assert watch() is None
+        (outer,) = tmp_path.glob("*.json")
+        assert run.read(outer)["suites"][0]["cases"] == [case]  # at once
+        return Ended("", 1.0, "ended with exit status -11", -11) if len(seen) == 1 else Ended("", 1.0, None, 0)
+
+    monkeypatch.setattr(gpu, "run_process", dies_once)
+    asked = ["gpu", "--device", "cpu", "--quick", "--out", str(tmp_path), "--stage", "mask-build", "step"]
+    assert main(asked) == 0
+    assert seen == [["mask-build", "step"]] * 2
+    (path,) = tmp_path.glob("*.json")
+    build, step = run.read(path)["suites"]
+    assert build["cut"] is None
+    assert step["cases"] == []
+    assert [x["cut"] for x in run.read(path)["runs"]] == ["ended with exit status -11", None]
 
 
 @pytest.mark.slow
