@@ -12,7 +12,8 @@ Where a machine is there for minutes only, two calls:
     python -m flexjag.bench gpu --out DIR --minutes 5 --stage smoke tests
     python -m flexjag.bench gpu --out DIR --minutes 7 --stage plain sync warm attention step paper normalizers tune rest
 
-Tests that were not reached are run by a third: ``--stage tests --not-passed DIR/…json``.
+Tests that were not reached are run by a third: ``--stage tests --not-passed DIR/…json``; cases of the suites by the
+second with ``--go-on DIR/…json``.
 
 Each stage is a process of its own, so a crash of the device or a hang does not affect the others; suites whose process
 dies go on in a new one behind the case that ended it. The results file has every case, test and check within seconds
@@ -84,6 +85,12 @@ def main(argv: Sequence[str]) -> int:
         help="only tests that did not pass in these results, which must be of the same compute capability; whether a "
         "later commit could have broken them is not checked",
     )
+    parser.add_argument(
+        "--go-on",
+        type=Path,
+        metavar="RESULTS.json",
+        help="keep the cases of the suites in these results of this device",
+    )
     parser.add_argument("--processes", type=int, help="for the tests; default: three quarters of the cores")
     parser.add_argument("--anyway", action="store_true", help="run even if something that a stage needs is missing")
     add_options(parser)
@@ -135,6 +142,8 @@ class _Session:
         """Run the stages that were asked for."""
         with self._folder("suites") as folder:
             self.measured = Path(folder) / "results.json"
+            if self.args.go_on is not None:
+                self._go_on(self.args.go_on)
             for names in _groups(self.asked):
                 if names[0] in ("sync", "warm"):
                     self.prepare(names)
@@ -145,6 +154,22 @@ class _Session:
                     self.suites(names, names, NEEDED)
                 else:
                     getattr(self, names[0])(names[0])
+
+    def _go_on(self, file: Path) -> None:
+        """Begin with the suites of an earlier run, whose commit and date are recorded.
+
+        Raises:
+            BenchError: If it was on another device, or with other versions.
+            OSError: If the file cannot be read.
+        """
+        there, here = run.read(file), self.results["environment"]
+        for key in ("device_name", "torch", "triton"):
+            if there["environment"][key] != here[key]:
+                raise BenchError(f"--go-on: {file} is of {there['environment'][key]}, and here is {here[key]}")
+        self.results["went_on"] = {key: there["environment"][key] for key in ("date", "commit")}
+        run.write(there, self.measured)
+        run.forget_running(self.measured)
+        self._merge()
 
     def smoke(self, name: str) -> None:
         """Run :mod:`flexjag.bench.smoke`."""
@@ -268,6 +293,7 @@ class _Session:
             self._done(text, ended)
             if ended.late:  # which is not the fault of the case that ran: a later stage may try it again
                 run.forget_running(self.measured)
+                self._merge()
         assert ended is not None
         known = {x["name"] for x in self.results["suites"]}
         empty = [{"name": x, "about": find(x).about, "cases": [], "figures": []} for x in names if x in load()]

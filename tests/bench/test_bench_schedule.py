@@ -320,6 +320,28 @@ def test_another_process_takes_over_from_one_that_died(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_a_later_run_goes_on_with_the_suites_of_another(tmp_path, capsys):
+    asked = ["gpu", "--device", "cpu", "--quick", "--no-memory", "--stage", "step"]
+    assert main([*asked, "--out", str(tmp_path / "first")]) == 0
+    (first,) = (tmp_path / "first").glob("*.json")
+    results = run.read(first)
+    kept, _ = results["suites"][0]["cases"]
+    results["suites"][0] |= {"cases": [kept], "running": "window | prefix"}  # as if it had been killed there
+    run.write(results, first)
+    assert main([*asked, "--out", str(tmp_path / "second"), "--go-on", str(first)]) == 0
+    (second,) = (tmp_path / "second").glob("*.json")
+    (step,) = run.read(second)["suites"]
+    assert [x["name"] for x in step["cases"]] == ["causal", "window | prefix"]
+    assert step["cases"][0] == kept
+    assert step["cases"][1]["cut"] is None
+    assert run.read(second)["went_on"]["date"] == results["environment"]["date"]
+    results["environment"]["torch"] = "1.0"
+    run.write(results, first)
+    assert main([*asked, "--out", str(tmp_path / "third"), "--go-on", str(first)]) == 2
+    assert "is of 1.0, and here is" in capsys.readouterr().err
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGTERM])
 def test_results_survive_the_end_of_the_run(tmp_path, kind):
     command = ["gpu", "--device", "cpu", "--quick", "--no-memory", "--out", str(tmp_path), "--stage", "attention"]
