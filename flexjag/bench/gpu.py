@@ -45,6 +45,7 @@ FIRST, AFTER = ("smoke", "tests", "plain", "sync", "warm"), ("tune",)  # before 
 LAST = ("rest",)
 START = 10.0  # seconds until a process measures anything
 GRACE = 10.0  # seconds after its budget when a process is ended
+FEWEST = 45.0  # seconds of tuning
 SILENT = 120.0  # seconds without a new case after which a process of suites is taken to hang
 STARTS = 5  # of the process of some suites, at most
 SHOWN = 1500  # characters of a fault that are printed; the log has it whole
@@ -259,6 +260,11 @@ class _Session:
     def tune(self, name: str) -> None:
         """Run :mod:`flexjag.bench.tuning.tune`; the winners are written to the results only."""
         share = self.clock.share(name)
+        if share < FEWEST:
+            cut = f"not begun: the {share:.0f} s that it had are too few"
+            self.results["tune"] = {"tuned": None, "cut": cut}
+            self._done(name, Ended("", 0.0, cut))
+            return
         with self._folder(name) as folder:
             out = Path(folder) / "tuned.json"
             command = ["-m", "flexjag.bench", "tune", "--out", str(out), "--work", warm.TUNED["work"]]
