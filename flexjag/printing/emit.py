@@ -85,7 +85,7 @@ def trace(mask: MaskFunction | None, score: ScoreFunction | None, is_checked: bo
     s, ds = program.symbol("s", torch.float32), program.symbol("ds", torch.float32)
     allowed = True if mask is None else as_symbol(mask(0, h, q, kv), program)
     scored = s if score is None else convert(as_symbol(score(s, 0, h, q, kv), program), torch.float32, program)
-    by_score = times(ds, derivative(program, scored, s))
+    by_score = convert(times(ds, derivative(program, scored, s)), torch.float32, program)
     learned = [i for i, x in enumerate(program.captures) if x.requires_grad and torch.is_grad_enabled()]
     lookups = [x for x in needed(program, [scored]) if x.op == "load" and x.args[0] in learned]
     slopes = [(x, derivative(program, scored, x.result)) for x in lookups]
