@@ -62,9 +62,3 @@ def _weight_mod(recipe: Recipe) -> Callable[..., Any] | None:
         return score
     biased, function = pointwise.weighed(normalizer, score, recipe.layout, read), pointwise.activation(normalizer).fn
     return lambda s, b, h, q, kv: function(s if biased is None else biased(s, b, h, q, kv))
-
-
-def contiguous_learned(recipe: Recipe) -> Recipe:
-    """The recipe with contiguous learned tensors, whose gradients are summed at an entry's place in memory."""
-    wide = recipe.learning_in(torch.float32)
-    return wide
