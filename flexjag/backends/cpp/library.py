@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexjag.backends.cpp import openmp
 from flexjag.backends.cpp.build import load
+from flexjag.backends.cpp.openmp import threads
 from flexjag.errors import LayoutError
 
 ELEMENTS = {
@@ -131,7 +131,7 @@ def run(entry: str, problem: Problem, num_heads: tuple[int, int], tensors: dict[
         heads=num_heads[0],
         groups=num_heads[1],
         num_learned=len(totals),
-        threads=openmp.threads(),
+        threads=threads(),
         scale=problem.scale,
         factor=problem.factor,
     )

@@ -12,7 +12,7 @@ struct Backward {
   alignas(64) real q[QUERIES * WIDTH_D], g[QUERIES * WIDTH_E], out[WIDTH_E], dq[QUERIES * WIDTH_D];
   alignas(64) real weights[KEY_BLOCK * QUERIES], slopes[KEY_BLOCK * QUERIES];  // P and dS
   alignas(64) real raw[KEYS * QUERIES];                                        // products of a tile
-  alignas(64) int32_t ok[KEYS * QUERIES];                                      // its pairs that are not masked
+  Pairs ok;
   alignas(64) real lse[QUERIES], delta[QUERIES];
   Block block;
 };
@@ -27,9 +27,7 @@ template <bool PARTIAL> static __attribute__((noinline)) void weight_tile(const 
       Vec x = score(read(w.raw + m * QUERIES + n * LANES), t.h, rows, t.first_key + t.key + m, c.captures, c.numbers);
       if (SOFTMAX) x = where(eq(lse, INFINITE), Vec{}, exp2((x - lse) * PER_LOG));  // 0 of rows without keys, also if x is NaN
       if (PARTIAL) {
-        const Int ok = allowed_lanes(c, w.block, t, v, m, rows);
-        put(w.ok + m * QUERIES + n * LANES, ok);
-        x = where(ok, x, Vec{});
+        x = where(read(w.ok + m * QUERIES + v * LANES), x, Vec{});
       }
       put(weights + m * QUERIES + n * LANES, x);
     }
@@ -48,7 +46,7 @@ static __attribute__((noinline)) void slope_tile(const Call& c, const Tile& t, B
       const Vec raw = read(w.raw + at);
       Vec x = read(by_weight + at);
       if (SOFTMAX) x = read(weights + at) * (x - delta);
-      if (PARTIAL) x = where(read(w.ok + at), x, Vec{});  // also if the key is NaN
+      if (PARTIAL) x = where(read(w.ok + m * QUERIES + v * LANES), x, Vec{});  // also if the key is NaN
       slopes(x, raw, t.h, rows, kv, c.captures, c.numbers, totals);
       const Vec ds = dscore(x, raw, t.h, rows, kv, c.captures, c.numbers);
       put(by_weight + at, where(ne(x, (real)0), ds, Vec{}));  // also if the derivative is NaN
@@ -99,38 +97,35 @@ static void differentiate_block(const Call& c, const KeyRows& kv, int64_t s, int
   std::memset(w.dq, 0, count * WIDTH_D * sizeof(real));
   for (int from = b.lo / KEYS * KEYS; from < b.hi; from += KEY_BLOCK) {
     const int to = std::min(from + KEY_BLOCK, b.hi);
-    int begin = -1, end = 0;
+    Live live;
     for (int key = from, g = 0; key < to; key += KEYS, g++) {
-      const int some = std::min(KEYS, keys - key), at = g * KEYS * QUERIES;
-      int lo, hi;
-      live_vectors(b, key, key + some, lo, hi);
+      Tile t{key, std::min(KEYS, keys - key), first_key, row, last, 0, 0, (int)h, false};
+      const int at = g * KEYS * QUERIES;
+      find_pairs(c, b, t, w.ok);
+      live.add(g, t);
       ahead.step();
       for (int v = 0; v < b.vectors; v++)
-        if (v < lo || v >= hi) for (int m = 0; m < KEYS; m++) put(w.weights + at + m * QUERIES + v * LANES, Vec{}), put(w.slopes + at + m * QUERIES + v * LANES, Vec{});
-      if (lo == hi) continue;
-      if (begin < 0) begin = g;
-      end = g + 1;
+        if (!live.has(g, v)) for (int m = 0; m < KEYS; m++) put(w.weights + at + m * QUERIES + v * LANES, Vec{}), put(w.slopes + at + m * QUERIES + v * LANES, Vec{});
+      if (!t.vectors) continue;
       const real *k_rows[KEYS], *v_rows[KEYS];
       for (int m = 0; m < KEYS; m++) {
         const int64_t j = std::min(key + m, keys - 1);
         k_rows[m] = kv.k + j * kv.k_step, v_rows[m] = kv.v + j * kv.v_step;
       }
-      const bool partial = some < KEYS || !b.all(lo, hi, key, key + KEYS);
-      const Tile t{key, some, first_key, row, last, lo, hi - lo, (int)h};
-      real *weights = w.weights + at + lo * LANES, *by_weight = w.slopes + at + lo * LANES;
-      product_tile<D>(t.vectors, k_rows, w.packed_q + lo * LANES, w.raw);
-      product_tile<E>(t.vectors, v_rows, w.packed_g + lo * LANES, by_weight);
-      if (partial) weight_tile<true>(c, t, w, weights), slope_tile<true>(c, t, w, weights, by_weight, totals);
+      real *weights = w.weights + at + t.v * LANES, *by_weight = w.slopes + at + t.v * LANES;
+      product_tile<D>(t.vectors, k_rows, w.packed_q + t.v * LANES, w.raw);
+      product_tile<E>(t.vectors, v_rows, w.packed_g + t.v * LANES, by_weight);
+      if (t.partial) weight_tile<true>(c, t, w, weights), slope_tile<true>(c, t, w, weights, by_weight, totals);
       else weight_tile<false>(c, t, w, weights), slope_tile<false>(c, t, w, weights, by_weight, totals);
     }
-    if (begin < 0) continue;
-    const int first = from + begin * KEYS, past = std::min(from + end * KEYS, to);
+    if (live.none()) continue;
+    const int first = from + live.begin * KEYS, past = std::min(from + live.end * KEYS, to);
     const auto add_keys = [&](auto columns, const real* weights, const real* rows, real* sums) {
       constexpr int COLUMNS = decltype(columns)::value, WIDTH = vectors_of(COLUMNS) * LANES, ROWS = rows_at_once(vectors_of(COLUMNS));
       for (int key = first; key < past; key += ROWS) {
         const int some = std::min(ROWS, past - key);
-        int lo = 0, hi = count;
-        if (!b.all(0, b.vectors, key, key + some)) b.queries_of(key, key + some, lo, hi);
+        int lo, hi;
+        live.queries_of(b, from, key, some, lo, hi);
         if (lo < hi)
           multiply<COLUMNS, true, false>(some, weights + (key - from) * QUERIES, QUERIES, rows, WIDTH, lo, hi, sums + (int64_t)key * WIDTH, WIDTH, nullptr);
       }
@@ -141,8 +136,7 @@ static void differentiate_block(const Call& c, const KeyRows& kv, int64_t s, int
     for (int r = 0; r < count; r += ROWS) {
       const int rows = std::min(ROWS, count - r);
       int lo, hi;
-      b.keys_of(r, rows, lo, hi);
-      lo = std::max(lo, first), hi = std::min(hi, past);
+      live.keys_of(b, from, to, r, rows, lo, hi);
       if (lo < hi)
         multiply<D, IS_HALF, true>(rows, w.slopes + r, QUERIES, kv.k + from * kv.k_step, kv.k_step, lo - from, hi - from, w.dq + r * WIDTH_D, WIDTH_D, nullptr);
     }
