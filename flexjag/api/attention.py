@@ -125,8 +125,9 @@ def attention(
         return_lse: Also return the natural-log sum of exponentials of each row's scores, for :func:`merge`. Only a
             softmax has one.
         return_remainder: Also return the unassigned rest of each row's stick. Only a stick-breaking normalizer has one.
-        backend: ``"auto"``, ``"reference"``, ``"tiled"``, ``"segments"``, ``"flex"``, ``"varlen"`` or ``"triton"``. A
-            named backend that cannot run the plan raises; it never falls back.
+        backend: ``"auto"``, ``"reference"``, ``"tiled"``, ``"segments"``, ``"cpp"``, ``"flex"``, ``"varlen"``,
+            ``"triton"``, or one of your own (:func:`flexjag.extend.register`). A named backend that cannot run the
+            plan raises; it never falls back.
         validate: Check the contents of the offsets (one device sync; in a traced graph an assertion). Outside of
             graphs, those on a CPU are always checked.
 
@@ -191,13 +192,17 @@ def attention(
         out, rest = _execute(chosen, q.values, k.values, v.values, recipe, scale, need_rest)
     if not need_rest:
         return q.with_values(out)
-    assert rest is not None
+    assert rest is not None, f"backend {chosen.name!r} promises a log-sum-exp or remainder, and returned None"
     return q.with_values(out), q.with_values(rest)
 
 
 def _decide(recipe: Recipe, backend: str, known: dict[str, Any], return_remainder: bool, learns: bool) -> str:
-    """Name of the backend for a call, after checks of the call. Cached in the plan outside of traced graphs."""
-    key = backend, return_remainder, learns, known["scale"] > 0, *(x for name, x in known.items() if name != "scale")
+    """Name of the backend for a call, after checks of the call.
+
+    Cached in the plan outside of traced graphs, as long as no backend is registered or removed.
+    """
+    facts = (x for name, x in known.items() if name != "scale")
+    key = backend, return_remainder, learns, known["scale"] > 0, *facts, *BACKENDS
     if not known["tracing"] and key in recipe.own_notes:
         return recipe.own_notes[key]
     normalizer, heads = recipe.normalizer, known["dims"][0]
@@ -281,7 +286,7 @@ def check_plan(plan: Plan, q: Jagged, k: Jagged, *, validate: bool = False) -> N
         PlanError: If it was not.
     """
     if not isinstance(plan, Plan):
-        raise PlanError(explain_values("plan", "must come from flexjag.api.plan", type=type(plan).__name__))
+        raise PlanError(explain_values("plan", "must come from flexjag.plan", type=type(plan).__name__))
     layout = plan.layout
     made = (layout.num_q, layout.num_kv, layout.num_segments)
     seen = (q.values.shape[0], k.values.shape[0], q.num_segments)

@@ -17,8 +17,9 @@ from flexjag.backends.triton.rule import TRITON
 from flexjag.backends.varlen import VARLEN
 from flexjag.errors import BackendError, explain_values
 
-BACKENDS = {x.name: x for x in (REFERENCE, TILED, SEGMENTS, CPP, FLEX, VARLEN, TRITON)}
-"""All backends by name."""
+OWN = (REFERENCE, TILED, SEGMENTS, CPP, FLEX, VARLEN, TRITON)
+BACKENDS = {x.name: x for x in OWN}
+"""All backends by name, flexjag's :data:`OWN` and registered ones."""
 
 ON_CUDA, ELSEWHERE = ["triton", "varlen", "flex", "tiled"], ["segments", "tiled"]
 """The backends that ``auto`` tries, in order. On CUDA the order is by the kernels' purpose, not yet by a measurement of
@@ -37,13 +38,15 @@ def register(backend: Backend) -> None:
     """Register a backend for ``attention(backend=...)`` and, if `before` is set, for ``auto``.
 
     Raises:
-        BackendError: If its name is taken, or `before` is no backend that ``auto`` tries.
+        BackendError: If it is no record, its name is taken, or `before` is no backend that ``auto`` tries.
 
     >>> register(Backend("mine", "the reference again", "all", run=BACKENDS["reference"].run))
     >>> list(BACKENDS)[-1]
     'mine'
     >>> unregister("mine")
     """
+    if not isinstance(backend, Backend):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise BackendError(explain_values("backend", "must be a Backend", type=type(backend).__name__))
     if backend.name in BACKENDS or backend.name == "auto":
         raise BackendError(explain_values("name", "is taken", name=backend.name))
     orders = [order for order in (ON_CUDA, ELSEWHERE) if backend.before in order]
@@ -55,7 +58,13 @@ def register(backend: Backend) -> None:
 
 
 def unregister(name: str) -> None:
-    """Remove a backend that :func:`register` added."""
+    """Remove a backend that :func:`register` added.
+
+    Raises:
+        BackendError: If there is none of that name, or it is flexjag's own.
+    """
+    if name not in BACKENDS or BACKENDS[name] in OWN:
+        raise BackendError(explain_values("name", "must be a backend that register() added", name=name))
     del BACKENDS[name]
     for order in (ON_CUDA, ELSEWHERE):
         order[:] = [x for x in order if x != name]
@@ -81,29 +90,33 @@ def choose(case: Case) -> tuple[str, str]:
     name, expected, passed = _choose(case)
     why = WHY.get(name, BACKENDS[name].title)
     if not expected:
-        return name, why + (passed if name == "tiled" else "")
+        return name, why + (passed if name == _order(case)[-1] else "")
     times = ", ".join(f"{other} {_about(t)} ms" for other, t in sorted(expected.items()) if other != name)
     return name, f"{why}: about {_about(expected[name])} ms expected, {times}, by the lines of costs.json"
+
+
+def _order(case: Case) -> list[str]:
+    return ON_CUDA if case.on_cuda else ELSEWHERE
 
 
 def _choose(case: Case) -> tuple[str, dict[str, float], str]:
     """The selected backend, expected seconds by backend if compared, and the reason for the last skipped one."""
     able: list[str] = []
-    passed, on_cuda = "", case.on_cuda
-    for name in ON_CUDA if on_cuda else ELSEWHERE:
+    passed, order = "", _order(case)
+    for name in order:
         record = BACKENDS[name]
         if not isinstance(case.normalizer, record.promises.normalizers):
             continue
         why_not = refusal(name, case) or record.wasteful(case)
         if why_not is not None:
             passed = f", because of {name}: {why_not}"
-        elif record.cost is None or on_cuda:
+        elif record.cost is None or case.on_cuda:
             if not able:
                 return name, {}, passed
         else:
             able.append(name)
     if len(able) < 2:
-        return able[0] if able else "tiled", {}, passed
+        return able[0] if able else order[-1], {}, passed
     expected = expected_seconds(case, able)
     return min(able, key=expected.__getitem__), expected, passed
 

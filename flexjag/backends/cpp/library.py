@@ -101,7 +101,9 @@ def run(entry: str, problem: Problem, num_heads: tuple[int, int], tensors: dict[
         LayoutError: If the offsets are none.
     """
     q, k, v = (tensors[x] for x in ("q", "k", "v"))
-    assert q is not None and k is not None and v is not None
+    assert isinstance(q, Tensor)
+    assert isinstance(k, Tensor)
+    assert isinstance(v, Tensor)
     library = load(unit(problem.source, q.dtype, q.shape[2], v.shape[2]))
     # Everything that the kernel reads is kept by a name here until it returns.
     captures = [x.contiguous() if x.ndim == 0 else x for x in problem.captures]

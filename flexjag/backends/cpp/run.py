@@ -27,7 +27,7 @@ def run(q: Tensor, k: Tensor, v: Tensor, recipe: Recipe, scale: float, need_rest
         factor = factor if isinstance(normalizer.scale, Tensor) else float(normalizer.scale)
     if per_row is not None:  # what it multiplies is not rounded before
         q, k, v = q.to(acc), k.to(acc), v.to(acc)
-    text, layout = printed(recipe), recipe.layout
+    text, layout = printed(recipe, acc), recipe.layout
     spans = [x for s in recipe.sandwiches for x in (s.outer.lo, s.outer.hi, s.inner.lo, s.inner.hi)]
     offsets = [layout.q_offsets, layout.kv_offsets]
     out, rest = attend(

@@ -17,11 +17,11 @@ from flexjag.lowering.recipe import Recipe
 from flexjag.printing import Cpp, emit_gradient, emit_mask, emit_score, emit_slopes, read, trace
 
 
-def printed(recipe: Recipe) -> Printed:
-    """The source of a plan's functions, and what they read."""
+def printed(recipe: Recipe, dtype: torch.dtype) -> Printed:
+    """The source of a plan's functions of scores in a dtype, and what they read."""
 
     def write(is_checked: bool) -> Printed:
-        traced, language = trace(rest_mod(recipe), _weight_mod(recipe), is_checked), Cpp()
+        traced, language = trace(rest_mod(recipe), _weight_mod(recipe), is_checked, dtype), Cpp()
         parts = [
             f"constexpr bool SOFTMAX = {str(isinstance(recipe.normalizer, nz.Softmax)).lower()};\n",
             emit_mask(traced, language, "mask"),
@@ -31,7 +31,7 @@ def printed(recipe: Recipe) -> Printed:
         ]
         return Printed("\n\n".join(parts), traced.captures, traced.numbers, traced.learned)
 
-    return once(recipe, "cpp", write)
+    return once(recipe, f"cpp, {dtype}", write)
 
 
 def rest_mod(recipe: Recipe) -> mods.MaskMod | None:

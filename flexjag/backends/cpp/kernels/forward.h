@@ -23,6 +23,7 @@ template <bool PARTIAL> static __attribute__((noinline)) void score_tile(const C
     }
     if (SOFTMAX) put(tops + n * LANES, top);
   }
+  HAS_EFFECTS;
 }
 
 struct Forward {
