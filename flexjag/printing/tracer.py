@@ -127,6 +127,7 @@ def look_up(program: Program, tensor: Tensor, index: tuple[Value, ...]) -> Any:
 
 
 def _load(program: Program, tensor: Tensor, index: Sequence[Value]) -> Symbol:
+    tensor = program.dense(tensor)
     places: list[Value] = []
     for dim, given in enumerate(index):
         i: Value = _load(program, given, ()) if isinstance(given, Tensor) else given
