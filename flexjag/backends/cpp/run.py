@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flexjag.algebra.normalizers import Pointwise
+from flexjag.algebra.normalizers import Pointwise, StickBreaking
 from flexjag.backends.cpp.operator import attend
 from flexjag.backends.cpp.source import printed
-from flexjag.backends.normalized.run import scaled
+from flexjag.backends.normalized.pieces import own_key
+from flexjag.backends.normalized.run import own_values, scaled
 from flexjag.lowering.recipe import Recipe
 
 
@@ -16,7 +17,8 @@ def run(q: Tensor, k: Tensor, v: Tensor, recipe: Recipe, scale: float, need_rest
     """Attention of packed ``q [T_q, H, D]``, ``k [T_kv, G, D]``, ``v [T_kv, G, E]``; T_q and T_kv not 0.
 
     Returns:
-        ``[T_q, H, E]`` in q's dtype, and the log-sum-exp ``[T_q, H]`` of a softmax in at least float32.
+        ``[T_q, H, E]`` in q's dtype, and ``[T_q, H]`` in at least float32: the log-sum-exp of a softmax, the remainder
+        of stick-breaking, unspecified values otherwise.
     """
     normalizer, dtype = recipe.normalizer, q.dtype
     acc = torch.float64 if dtype == torch.float64 else torch.float32
@@ -25,12 +27,31 @@ def run(q: Tensor, k: Tensor, v: Tensor, recipe: Recipe, scale: float, need_rest
     if isinstance(normalizer, Pointwise):
         per_row = normalizer.scale if isinstance(normalizer.scale, Tensor) else None
         factor = factor if isinstance(normalizer.scale, Tensor) else float(normalizer.scale)
-    if per_row is not None:  # what it multiplies is not rounded before
+    remainder = isinstance(normalizer, StickBreaking) and normalizer.remainder
+    if per_row is not None or remainder:  # what is changed afterwards is not rounded before
         q, k, v = q.to(acc), k.to(acc), v.to(acc)
     text, layout = printed(recipe), recipe.layout
-    spans = [x for s in recipe.sandwiches for x in (s.outer.lo, s.outer.hi, s.inner.lo, s.inner.hi)]
     offsets = [layout.q_offsets, layout.kv_offsets]
     out, rest = attend(
-        q, k, v, text.captures, text.learned, text.numbers, text.source, offsets, spans, recipe.head_of, scale, factor
-    )
-    return (out if per_row is None else scaled(out, per_row, acc).to(dtype)), rest.t()
+        q, k, v, text.captures, text.learned, text.numbers, text.source, offsets, _spans(recipe), recipe.head_of, scale,
+        factor,
+    )  # fmt: skip
+    rest = rest.t()
+    if per_row is not None:
+        out = scaled(out, per_row, acc)
+    elif remainder:
+        out = out + rest[..., None] * own_values(v, q.shape[1], layout)
+    return out.to(dtype), rest
+
+
+def _spans(recipe: Recipe) -> list[Tensor]:
+    """Per distinct mask starts and ends of outer and of inner spans, without each row's own key if that is excluded."""
+    own = own_key(recipe)
+    spans = []
+    for sandwich in recipe.sandwiches:
+        hi = sandwich.outer.hi, sandwich.inner.hi
+        if own is not None:  # the mask allows no later key
+            last = torch.minimum(hi[0], own)
+            hi = last, last if hi[1] is hi[0] else torch.minimum(hi[1], own)
+        spans += [sandwich.outer.lo, hi[0], sandwich.inner.lo, hi[1]]
+    return spans

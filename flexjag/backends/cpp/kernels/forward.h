@@ -4,6 +4,8 @@
 
 namespace flexjag {
 
+constexpr bool SOFTMAX = NORMALIZER == Normalizer::softmax;
+constexpr real NO_KEYS = NORMALIZER == Normalizer::stick_breaking ? 1 : -std::numeric_limits<real>::infinity();  // lse of such a row
 constexpr real PER_LOG = (real)1.4426950408889634;  // exp(x) = exp2(PER_LOG x)
 constexpr real LOWEST = std::numeric_limits<real>::lowest();
 constexpr real INFINITE = std::numeric_limits<real>::infinity();
@@ -156,7 +158,8 @@ static void attend_block(const Call& c, const KeyRows& kv, int64_t s, int64_t h,
   if (SOFTMAX) std::memcpy(c.lse + h * c.num_q + row, w.top, count * sizeof(real));
 }
 
-static Status forward(const Call& c) {
+// The forward by a function of blocks of queries, which computes in `Space`.
+template <class Space, void (*block)(const Call&, const KeyRows&, int64_t, int64_t, int64_t, int, Space&, Ahead&)> static Status forward(const Call& c) {
   if (const Status wrong = check(c)) return wrong;
   Schedule work;
   cut(c, false, work);
@@ -165,11 +168,11 @@ static Status forward(const Call& c) {
   fill_rows(c.out, c.heads, E, 0, c.q_offsets[0]), fill_rows(c.out, c.heads, E, end, c.num_q);
   for (int64_t h = 0; h < c.heads; h++) {
     real* lse = c.lse + h * c.num_q;
-    std::fill(lse, lse + c.q_offsets[0], -INFINITE), std::fill(lse + end, lse + c.num_q, -INFINITE);
+    std::fill(lse, lse + c.q_offsets[0], NO_KEYS), std::fill(lse + end, lse + c.num_q, NO_KEYS);
   }
   int64_t next = 0;
   on_threads(std::min<int64_t>(c.threads, n), [&](int64_t) {
-    Room<Forward> room(1);
+    Room<Space> room(1);
     KeyRows kv;
     int64_t i = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
     while (i < n) {
@@ -190,7 +193,7 @@ static Status forward(const Call& c) {
       const int64_t from = c.q_offsets[item.segment];
       for (int64_t x = 0; x < heads; x++)
         for (int64_t a = (item.end - 1) / QUERIES * QUERIES; a >= item.first; a -= QUERIES)
-          attend_block(c, kv, item.segment, item.group * heads + x, from + a, (int)std::min<int64_t>(QUERIES, item.end - a), *room.at, ahead);
+          block(c, kv, item.segment, item.group * heads + x, from + a, (int)std::min<int64_t>(QUERIES, item.end - a), *room.at, ahead);
       i = j;
     }
   });

@@ -1,0 +1,214 @@
+// Stick-breaking: w_ij = b_ij prod_{k > j} (1 - b_ik) over allowed keys, b = sigmoid(s). Keys are walked from the last
+// to the first, as each breaks its share off what the later ones left of a query's stick.
+//
+// What they took is summed while it is less than a half, and what they left is 1 minus that; from there on what they left
+// is multiplied. So neither loses precision: shares that are tiny add up, and a stick that is almost gone keeps its
+// digits. Nothing is left of it below the smallest normal number, and keys before that get exactly 0, forward and
+// backward: a block of queries is done where no query has anything left.
+//
+// With g_ij = w_ij (do_i . v_j) and r_i the remainder, ds_ij = g_ij - b_ij (r_i dr_i + sum_{k <= j} g_ik): these sums run
+// from the first key to the last. So the backward walks down the keys to find the weights, and up again. It holds the
+// weights of SPAN keys. Where there are more, it notes the sticks at each SPAN-th key and walks from there again.
+#pragma once
+#include "backward.h"
+
+namespace flexjag {
+
+constexpr real TINY = Format<real>::tiny;
+
+// Parts of each query's stick that keys so far left and took.
+struct Sticks {
+  alignas(64) real left[QUERIES], taken[QUERIES];
+
+  // Whole sticks for `count` queries, and none for lanes behind them.
+  void reset(int count) {
+    for (int i = 0; i < QUERIES; i++) left[i] = i < count, taken[i] = i >= count;
+  }
+  // True if nothing is left of the vectors [0, vectors). NaN is something.
+  bool gone(int vectors) const {
+    Int some{};
+    for (int v = 0; v < vectors; v++) some |= ne(read(left + v * LANES), (real)0);
+    return !any(some);
+  }
+};
+
+// Weights of a tile from its products, which may lie in the same place, and shares b if they are kept; 0 where masked.
+template <bool PARTIAL, bool KEEP>
+static __attribute__((noinline)) void break_tile(const Call& c, const Block& b, const Tile& t, const real* raw, real* weights, real* shares, Sticks& sticks) {
+  for (int n = 0; n < t.vectors; n++) {
+    const int v = t.v + n;
+    const Rows rows = rows_of(t.row + v * LANES, t.last);
+    Vec left = read(sticks.left + v * LANES), taken = read(sticks.taken + v * LANES);
+    ROLLED for (int m = (PARTIAL ? t.keys : KEYS) - 1; m >= 0; m--) {
+      const int at = m * QUERIES + n * LANES;
+      Vec x = score(read(raw + at), t.h, rows, t.first_key + t.key + m, c.captures, c.numbers);
+      if (PARTIAL) x = where(allowed_lanes(c, b, t, v, m, rows), x, all_lanes(-INFINITE));
+      const Vec power = exp(-abs(x)), larger_part = 1 / (1 + power), smaller_part = power * larger_part;
+      const auto is_positive = x >= Vec{};
+      const Vec share = is_positive ? larger_part : smaller_part, part = share * left;
+      taken += part;
+      left = taken < (real)0.5 ? 1 - taken : left * (is_positive ? smaller_part : larger_part);
+      put(weights + at, part < TINY ? Vec{} : part);
+      if (KEEP) put(shares + at, share);
+    }
+    put(sticks.left + v * LANES, left < TINY ? Vec{} : left), put(sticks.taken + v * LANES, taken);
+  }
+}
+
+// A walk of one block of queries along its keys.
+struct Walk {
+  const Call& c;
+  const KeyRows& kv;
+  const Block& block;
+  Ahead& ahead;
+  const real* packed;  // queries as columns
+  int first_key, keys; // of the segment
+  int64_t row, last;   // the block's first and last query (packed)
+  int h;
+
+  // The first key of the block's tiles, and the end of the last.
+  int start() const { return block.lo / KEYS * KEYS; }
+  int end() const { return (block.hi + KEYS - 1) / KEYS * KEYS; }
+  int tile_keys(int key) const { return std::min(KEYS, keys - key); }
+  Tile tile(int key, int lo, int hi) const { return Tile{key, tile_keys(key), first_key, row, last, lo, hi - lo, h}; }
+
+  // Break the sticks by the keys [from, to), the last one first, as long as anything is left. The arrays begin at key
+  // `from`; `raw` are the products, which may be overwritten by the weights. Returns the first key with weights.
+  template <bool KEEP> int down(int from, int to, real* raw, real* weights, real* shares, Sticks& sticks) const {
+    int key = to;
+    while (key > from && !sticks.gone(block.vectors)) {
+      key -= KEYS;
+      const int at = (key - from) * QUERIES;
+      int lo, hi;
+      live_vectors(block, key, key + tile_keys(key), lo, hi);
+      ahead.step();
+      for (int v = 0; v < block.vectors; v++)
+        if (v < lo || v >= hi) for (int m = 0; m < KEYS; m++) put(weights + at + m * QUERIES + v * LANES, Vec{});
+      if (lo == hi) continue;
+      const real* rows[KEYS];
+      for (int m = 0; m < KEYS; m++) rows[m] = kv.k + std::min(key + m, keys - 1) * kv.k_step;
+      const Tile t = tile(key, lo, hi);
+      const int first = at + lo * LANES;
+      product_tile<D>(t.vectors, rows, packed + lo * LANES, raw + first);
+      real* kept = KEEP ? shares + first : nullptr;
+      if (t.keys < KEYS || !block.all(lo, hi, key, key + KEYS)) break_tile<true, KEEP>(c, block, t, raw + first, weights + first, kept, sticks);
+      else break_tile<false, KEEP>(c, block, t, raw + first, weights + first, kept, sticks);
+    }
+    return key;
+  }
+};
+
+struct SticksForward : Forward {
+  Sticks sticks;
+};
+
+static void break_block(const Call& c, const KeyRows& kv, int64_t s, int64_t h, int64_t row, int count, SticksForward& w, Ahead& ahead) {
+  const int first_key = c.kv_offsets[s], keys = c.kv_offsets[s + 1] - first_key, which = c.mask_of ? c.mask_of[h] : 0;
+  Block& b = w.block;
+  b.take(c.outer[which], c.inner[which], c.num_q, row, count, first_key, keys);
+  pack_queries(c.q, row, h, count, (real)c.scale, w.own, w.packed);
+  std::memset(w.out, 0, count * WIDTH_E * sizeof(real));
+  w.sticks.reset(count);
+  const Walk walk{c, kv, b, ahead, w.packed, first_key, keys, row, row + count - 1, (int)h};
+  for (int to = walk.end(); to > walk.start() && !w.sticks.gone(b.vectors); to -= KEY_BLOCK) {
+    const int from = std::max(walk.start(), to - KEY_BLOCK);
+    const int first = walk.down<false>(from, to, w.scores, w.scores, nullptr, w.sticks);
+    constexpr int ROWS = rows_at_once(vectors_of(E));
+    for (int r = 0; r < count; r += ROWS) {
+      const int rows = std::min(ROWS, count - r);
+      int lo, hi;
+      b.keys_of(r, rows, lo, hi);
+      lo = std::max(lo, first), hi = std::min(hi, to);
+      if (lo < hi)
+        multiply<E, IS_HALF, true>(rows, w.scores + r, QUERIES, kv.v + from * kv.v_step, kv.v_step, lo - from, hi - from, w.out + r * WIDTH_E, WIDTH_E, nullptr);
+    }
+  }
+  for (int r = 0; r < count; r++) put_row(w.out + r * WIDTH_E, E, 1, c.out.row(row + r, h));
+  std::memcpy(c.lse + h * c.num_q + row, w.sticks.left, count * sizeof(real));
+}
+
+constexpr int SPAN = 6 * KEY_BLOCK;  // keys whose weights the backward holds
+
+struct SticksBackward : Backward {
+  alignas(64) real products[SPAN * QUERIES], parts[SPAN * QUERIES], shares[SPAN * QUERIES];  // q k, w and b
+  alignas(64) real before[QUERIES];  // gradient of the log of what earlier keys and the remainder get
+  Sticks sticks;
+};
+
+// Gradients by the products of a tile, in place of those by its weights. The other arrays begin at the tile.
+static __attribute__((noinline)) void mend_tile(const Call& c, const Tile& t, const real* raw, const real* weights, const real* shares, real* by_weight,
+                                                real* before, double* const* totals) {
+  for (int n = 0; n < t.vectors; n++) {
+    const Rows rows = rows_of(t.row + (t.v + n) * LANES, t.last);
+    Vec sum = read(before + (t.v + n) * LANES);
+    ROLLED for (int m = 0; m < t.keys; m++) {
+      const int kv = t.first_key + t.key + m, at = m * QUERIES + n * LANES;
+      const Vec product = read(raw + at), share = read(shares + at);
+      const auto some = share != Vec{};  // a key that takes nothing has no gradient, also if it is NaN
+      const Vec flow = some ? read(weights + at) * read(by_weight + at) : Vec{};
+      sum += flow;
+      Vec x = some ? flow - share * sum : Vec{};
+      slopes(x, product, t.h, rows, kv, c.captures, c.numbers, totals);
+      x = dscore(x, product, t.h, rows, kv, c.captures, c.numbers);
+      put(by_weight + at, some ? x : Vec{});
+    }
+    put(before + (t.v + n) * LANES, sum);
+  }
+}
+
+// The gradients of the keys [from, to), the first one first, of which those before `first` have no weights.
+static void mend(const Walk& walk, int from, int first, int to, real* dk, real* dv, double* const* totals, SticksBackward& w) {
+  const Block& b = walk.block;
+  for (int low = first; low < to; low += KEY_BLOCK) {
+    const int high = std::min(low + KEY_BLOCK, to);
+    for (int key = low; key < high; key += KEYS) {
+      real* by_weight = w.slopes + (key - low) * QUERIES;
+      int lo, hi;
+      live_vectors(b, key, key + walk.tile_keys(key), lo, hi);
+      for (int v = 0; v < b.vectors; v++)
+        if (v < lo || v >= hi) for (int m = 0; m < KEYS; m++) put(by_weight + m * QUERIES + v * LANES, Vec{});
+      if (lo == hi) continue;
+      const real* rows[KEYS];
+      for (int m = 0; m < KEYS; m++) rows[m] = walk.kv.v + std::min(key + m, walk.keys - 1) * walk.kv.v_step;
+      const Tile t = walk.tile(key, lo, hi);
+      const int at = (key - from) * QUERIES + lo * LANES;
+      product_tile<E>(t.vectors, rows, w.packed_g + lo * LANES, by_weight + lo * LANES);
+      mend_tile(walk.c, t, w.products + at, w.parts + at, w.shares + at, by_weight + lo * LANES, w.before, totals);
+    }
+    add_products(b, walk.kv, w, low, low, std::min(high, b.hi), w.parts + (low - from) * QUERIES, dk, dv);
+  }
+}
+
+static void mend_block(const Call& c, const KeyRows& kv, int64_t s, int64_t h, int64_t row, int count, real* dk, real* dv,
+                       double* const* totals, SticksBackward& w, Ahead& ahead) {
+  const int first_key = c.kv_offsets[s], keys = c.kv_offsets[s + 1] - first_key, which = c.mask_of ? c.mask_of[h] : 0;
+  Block& b = w.block;
+  b.take(c.outer[which], c.inner[which], c.num_q, row, count, first_key, keys);
+  pack_block(c, row, h, w);
+  std::memset(w.dq, 0, count * WIDTH_D * sizeof(real));
+  const int64_t at = h * c.num_q + row;
+  for (int r = 0; r < QUERIES; r++) w.before[r] = c.grad_lse && r < count ? c.grad_lse[at + r] * c.lse[at + r] : 0;
+  const Walk walk{c, kv, b, ahead, w.packed_q, first_key, keys, row, row + count - 1, (int)h};
+  const int start = walk.start(), end = walk.end();
+  std::vector<Sticks> notes;  // at the ends of the spans of keys, from the last span on
+  w.sticks.reset(count);
+  int to = end, first = end;
+  for (; to > start; to -= SPAN) {
+    const int from = std::max(start, to - SPAN);
+    if (from > start) notes.push_back(w.sticks);
+    first = walk.down<true>(from, to, w.products, w.parts, w.shares, w.sticks);
+    if (from == start || w.sticks.gone(b.vectors)) break;
+  }
+  for (; to <= end && to > start; to += SPAN) {
+    const int from = std::max(start, to - SPAN);
+    if (first < 0) {
+      w.sticks = notes[(end - to) / SPAN];
+      first = walk.down<true>(from, to, w.products, w.parts, w.shares, w.sticks);
+    }
+    mend(walk, from, first, to, dk, dv, totals, w);
+    first = -1;
+  }
+  for (int r = 0; r < count; r++) put_row(w.dq + r * WIDTH_D, D, (real)c.scale, c.dq.row(row + r, h));
+}
+
+}  // namespace flexjag
