@@ -2,8 +2,8 @@
 // to the first, as each breaks its share off what the later ones left of a query's stick.
 //
 // What they took is summed while it is less than a half, and what they left is 1 minus that; from there on what they left
-// is multiplied. So neither loses precision: shares that are tiny add up, and a stick that is almost gone keeps its
-// digits. Nothing is left of it below the smallest normal number, and keys before that get exactly 0, forward and
+// is multiplied. So neither loses digits: shares that are tiny add up, and a stick that is almost gone stays exact.
+// Nothing is left of it below the smallest normal number, and keys before that get exactly 0, forward and
 // backward: a block of queries is done where no query has anything left.
 //
 // With g_ij = w_ij (do_i . v_j) and r_i the remainder, ds_ij = g_ij - b_ij (r_i dr_i + sum_{k <= j} g_ik): these sums run
@@ -16,19 +16,33 @@ namespace flexjag {
 
 constexpr real TINY = Format<real>::tiny;
 
-// Parts of each query's stick that keys so far left and took.
+// What keys left and took of each query's stick, in two steps: sums along all keys would lose digits.
 struct Sticks {
-  alignas(64) real left[QUERIES], taken[QUERIES];
+  alignas(64) real left[QUERIES], taken[QUERIES];            // by the keys of the blocks before, of the stick
+  alignas(64) real block_left[QUERIES], block_taken[QUERIES];  // by those of the present block, of `left`
 
   // Whole sticks for `count` queries, and none for lanes behind them.
   void reset(int count) {
-    for (int i = 0; i < QUERIES; i++) left[i] = i < count, taken[i] = i >= count;
+    for (int i = 0; i < QUERIES; i++) {
+      left[i] = block_left[i] = i < count;
+      taken[i] = block_taken[i] = i >= count;
+    }
   }
   // True if nothing is left of the vectors [0, vectors). NaN is something.
   bool gone(int vectors) const {
     Int some{};
-    for (int v = 0; v < vectors; v++) some |= ne(read(left + v * LANES), (real)0);
+    for (int v = 0; v < vectors; v++) some |= ne(read(block_left + v * LANES), (real)0);
     return !any(some);
+  }
+  // End a block of keys.
+  void settle(int vectors) {
+    for (int i = 0; i < vectors * LANES; i += LANES) {
+      const Vec whole = read(left + i), sum = read(taken + i) + whole * read(block_taken + i);
+      const Vec rest = sum < (real)0.5 ? 1 - sum : whole * read(block_left + i);
+      const auto is_gone = rest == Vec{};
+      put(left + i, rest), put(taken + i, sum);
+      put(block_left + i, is_gone ? Vec{} : all_lanes(1)), put(block_taken + i, is_gone ? all_lanes(1) : Vec{});
+    }
   }
 };
 
@@ -38,20 +52,22 @@ static __attribute__((noinline)) void break_tile(const Call& c, const Block& b, 
   for (int n = 0; n < t.vectors; n++) {
     const int v = t.v + n;
     const Rows rows = rows_of(t.row + v * LANES, t.last);
-    Vec left = read(sticks.left + v * LANES), taken = read(sticks.taken + v * LANES);
+    const Vec whole = read(sticks.left + v * LANES);
+    Vec left = read(sticks.block_left + v * LANES), taken = read(sticks.block_taken + v * LANES);
     ROLLED for (int m = (PARTIAL ? t.keys : KEYS) - 1; m >= 0; m--) {
       const int at = m * QUERIES + n * LANES;
       Vec x = score(read(raw + at), t.h, rows, t.first_key + t.key + m, c.captures, c.numbers);
       if (PARTIAL) x = where(allowed_lanes(c, b, t, v, m, rows), x, all_lanes(-INFINITE));
       const Vec power = exp(-abs(x)), larger_part = 1 / (1 + power), smaller_part = power * larger_part;
       const auto is_positive = x >= Vec{};
-      const Vec share = is_positive ? larger_part : smaller_part, part = share * left;
+      const Vec share = is_positive ? larger_part : smaller_part, part = share * left, weight = whole * part;
       taken += part;
       left = taken < (real)0.5 ? 1 - taken : left * (is_positive ? smaller_part : larger_part);
-      put(weights + at, part < TINY ? Vec{} : part);
+      put(weights + at, weight < TINY ? Vec{} : weight);
       if (KEEP) put(shares + at, share);
     }
-    put(sticks.left + v * LANES, left < TINY ? Vec{} : left), put(sticks.taken + v * LANES, taken);
+    const auto is_gone = whole * left < TINY;
+    put(sticks.block_left + v * LANES, is_gone ? Vec{} : left), put(sticks.block_taken + v * LANES, is_gone ? all_lanes(1) : taken);
   }
 }
 
@@ -82,6 +98,7 @@ struct Walk {
       int lo, hi;
       live_vectors(block, key, key + tile_keys(key), lo, hi);
       ahead.step();
+      if ((to - key) % KEY_BLOCK == KEYS) sticks.settle(block.vectors);
       for (int v = 0; v < block.vectors; v++)
         if (v < lo || v >= hi) for (int m = 0; m < KEYS; m++) put(weights + at + m * QUERIES + v * LANES, Vec{});
       if (lo == hi) continue;
@@ -94,6 +111,7 @@ struct Walk {
       if (t.keys < KEYS || !block.all(lo, hi, key, key + KEYS)) break_tile<true, KEEP>(c, block, t, raw + first, weights + first, kept, sticks);
       else break_tile<false, KEEP>(c, block, t, raw + first, weights + first, kept, sticks);
     }
+    sticks.settle(block.vectors);
     return key;
   }
 };
@@ -131,28 +149,30 @@ constexpr int SPAN = 6 * KEY_BLOCK;  // keys whose weights the backward holds
 
 struct SticksBackward : Backward {
   alignas(64) real products[SPAN * QUERIES], parts[SPAN * QUERIES], shares[SPAN * QUERIES];  // q k, w and b
-  alignas(64) real before[QUERIES];  // gradient of the log of what earlier keys and the remainder get
+  // Of each query, sums of g over the keys before: those of the remainder and earlier blocks, and of the present block.
+  alignas(64) real before[QUERIES], block_before[QUERIES];
   Sticks sticks;
 };
 
-// Gradients by the products of a tile, in place of those by its weights. The other arrays begin at the tile.
-static __attribute__((noinline)) void mend_tile(const Call& c, const Tile& t, const real* raw, const real* weights, const real* shares, real* by_weight,
-                                                real* before, double* const* totals) {
+// Gradients by the products of a tile, in place of those by its weights. Other arrays have the tile at `tile_at`.
+static __attribute__((noinline)) void mend_tile(const Call& c, const Tile& t, SticksBackward& w, int tile_at, real* by_weight, double* const* totals) {
+  const real *raw = w.products + tile_at, *weights = w.parts + tile_at, *shares = w.shares + tile_at;
   for (int n = 0; n < t.vectors; n++) {
     const Rows rows = rows_of(t.row + (t.v + n) * LANES, t.last);
-    Vec sum = read(before + (t.v + n) * LANES);
+    const Vec before = read(w.before + (t.v + n) * LANES);
+    Vec sum = read(w.block_before + (t.v + n) * LANES);
     ROLLED for (int m = 0; m < t.keys; m++) {
       const int kv = t.first_key + t.key + m, at = m * QUERIES + n * LANES;
       const Vec product = read(raw + at), share = read(shares + at);
       const auto some = share != Vec{};  // a key that takes nothing has no gradient, also if it is NaN
       const Vec flow = some ? read(weights + at) * read(by_weight + at) : Vec{};
       sum += flow;
-      Vec x = some ? flow - share * sum : Vec{};
+      Vec x = some ? flow - share * (before + sum) : Vec{};
       slopes(x, product, t.h, rows, kv, c.captures, c.numbers, totals);
       x = dscore(x, product, t.h, rows, kv, c.captures, c.numbers);
       put(by_weight + at, some ? x : Vec{});
     }
-    put(before + (t.v + n) * LANES, sum);
+    put(w.block_before + (t.v + n) * LANES, sum);
   }
 }
 
@@ -161,6 +181,7 @@ static void mend(const Walk& walk, int from, int first, int to, real* dk, real* 
   const Block& b = walk.block;
   for (int low = first; low < to; low += KEY_BLOCK) {
     const int high = std::min(low + KEY_BLOCK, to);
+    std::fill(w.block_before, w.block_before + QUERIES, (real)0);
     for (int key = low; key < high; key += KEYS) {
       real* by_weight = w.slopes + (key - low) * QUERIES;
       int lo, hi;
@@ -173,8 +194,9 @@ static void mend(const Walk& walk, int from, int first, int to, real* dk, real* 
       const Tile t = walk.tile(key, lo, hi);
       const int at = (key - from) * QUERIES + lo * LANES;
       product_tile<E>(t.vectors, rows, w.packed_g + lo * LANES, by_weight + lo * LANES);
-      mend_tile(walk.c, t, w.products + at, w.parts + at, w.shares + at, by_weight + lo * LANES, w.before, totals);
+      mend_tile(walk.c, t, w, at, by_weight + lo * LANES, totals);
     }
+    for (int i = 0; i < QUERIES; i += LANES) put(w.before + i, read(w.before + i) + read(w.block_before + i));
     add_products(b, walk.kv, w, low, low, std::min(high, b.hi), w.parts + (low - from) * QUERIES, dk, dv);
   }
 }
