@@ -58,6 +58,7 @@ static __attribute__((noinline)) void break_tile(const Call& c, const Block& b, 
       const int at = m * QUERIES + n * LANES;
       Vec x = score(read(raw + at), t.h, rows, t.first_key + t.key + m, c.captures, c.numbers);
       if (PARTIAL) x = where(allowed_lanes(c, b, t, v, m, rows), x, all_lanes(-INFINITE));
+      x = whole == Vec{} ? all_lanes(-INFINITE) : x;  // also if it is NaN, as it may be in a lane without a query
       const Vec power = exp(-abs(x)), larger_part = 1 / (1 + power), smaller_part = power * larger_part;
       const auto is_positive = x >= Vec{};
       const Vec share = is_positive ? larger_part : smaller_part, part = share * left, weight = whole * part;
@@ -164,13 +165,13 @@ static __attribute__((noinline)) void mend_tile(const Call& c, const Tile& t, St
     ROLLED for (int m = 0; m < t.keys; m++) {
       const int kv = t.first_key + t.key + m, at = m * QUERIES + n * LANES;
       const Vec product = read(raw + at), share = read(shares + at);
-      const auto some = share != Vec{};  // a key that takes nothing has no gradient, also if it is NaN
+      const auto some = share != Vec{};  // a key that takes nothing has no gradient, also if its value is NaN
       const Vec flow = some ? read(weights + at) * read(by_weight + at) : Vec{};
       sum += flow;
-      Vec x = some ? flow - share * (before + sum) : Vec{};
+      const Vec x = some ? flow - share * (before + sum) : Vec{};
       slopes(x, product, t.h, rows, kv, c.captures, c.numbers, totals);
-      x = dscore(x, product, t.h, rows, kv, c.captures, c.numbers);
-      put(by_weight + at, some ? x : Vec{});
+      const Vec ds = dscore(x, product, t.h, rows, kv, c.captures, c.numbers);
+      put(by_weight + at, x != Vec{} ? ds : Vec{});  // also if the derivative is NaN
     }
     put(w.block_before + (t.v + n) * LANES, sum);
   }
