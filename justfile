@@ -55,14 +55,16 @@ types-of-pages:
     mypy --cache-dir "$work/mypy" "$work"/pages/*.py tests/test_types.py
     pyright "$work"/pages/*.py tests/test_types.py
 
-# The wheel has the marker of typed packages
+# The wheel has the marker of typed packages, and the headers of CPU kernels
 wheel:
     #!/usr/bin/env bash
     set -euo pipefail
     work=$(mktemp -d)
     trap 'rm -rf "$work"' EXIT
     pip wheel -q --no-deps -w "$work" .
-    python -m zipfile -l "$work"/flexjag-*.whl | grep flexjag/py.typed
+    python -m zipfile -l "$work"/flexjag-*.whl > "$work/files"
+    grep flexjag/py.typed "$work/files"
+    grep 'flexjag/backends/cpp/kernels/.*\.h' "$work/files"
 
 # Run the notebooks
 notebooks:

@@ -151,7 +151,8 @@ class Cpp(Language):
             if isinstance(slope, Symbol) and self.dtype(slope.dtype) != "real":
                 factor = f"cast<real>({factor})"
             total = f"totals[{list(learned).index(line.args[0])}]"
-            given = [total, f"{ds} * {factor}", self.place(line)]
+            is_one = not isinstance(slope, Symbol) and slope == 1.0
+            given = [total, ds if is_one else f"{ds} * {factor}", self.place(line)]
             added.append(f"  add_at({', '.join([x for x in given if x])});")
         return self._function(f"void {name}", parameters, [*lines, *added], "double* const* totals")
 

@@ -16,6 +16,7 @@ from flexjag.algebra import scores as s
 from flexjag.lowering import mods
 from flexjag.printing import (
     OPERATIONS,
+    Cpp,
     Instruction,
     Language,
     Program,
@@ -68,7 +69,7 @@ class Scalar(Language):
         return f"{self.capture(line)}[{self.place(line)}].item()"
 
 
-LANGUAGES = (Scalar(), Torch(), Triton())
+LANGUAGES = (Scalar(), Torch(), Triton(), Cpp())
 
 
 def load(language: Language, *functions: str) -> dict[str, Any]:
@@ -137,7 +138,9 @@ def case(op: str) -> tuple[Program, Any, list[Any]]:
 def run(op: str, language: Language, *at: Tensor) -> Tensor:
     """A printed case of one place, in float64."""
     program, result, given = case(op)
-    text = language.function("made", given, language.lines(needed(program, [result])), language.value(result), result.dtype)
+    text = language.function(
+        "made", given, language.lines(needed(program, [result])), language.value(result), result.dtype
+    )
     values = at if isinstance(language, Torch) else [x.item() for x in at]
     return torch.as_tensor(load(language, text)["made"](*values, program.captures, program.numbers)).double()
 

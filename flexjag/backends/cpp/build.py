@@ -38,6 +38,7 @@ FLAGS = (
     "-march=native" if platform.machine() in ("x86_64", "i686") else "-mcpu=native",
     "-fno-math-errno",
     "-fno-trapping-math",
+    "-ffp-contract=fast",  # as g++ does anyway
     "-fPIC",
     "-shared",
     "-Wl,--as-needed",
@@ -83,7 +84,7 @@ class _State:
         self.lock = threading.RLock()
         self.compilers: dict[tuple[str | None, ...], Compiler | str] = {}  # by environment; text is a refusal
         self.loaded: dict[str, ctypes.CDLL] = {}  # by unit
-        self.failed: dict[str, str] = {}  # messages by key
+        self.failed: dict[tuple[Compiler, str], str] = {}  # messages by compiler and unit
         self.told = False
 
 
@@ -151,8 +152,8 @@ def is_built(text: str) -> bool:
 
 def failure(text: str) -> str | None:
     """The message of the error that :func:`load` raised for this unit in this process; None if it raised none."""
-    compiler = _compiler() if _state.failed else ""
-    return _state.failed.get(_key(compiler, text)) if isinstance(compiler, Compiler) else None
+    compiler = _compiler()
+    return _state.failed.get((compiler, text)) if isinstance(compiler, Compiler) else None
 
 
 def describe() -> dict[str, str]:
@@ -240,14 +241,14 @@ def _path(key: str) -> Path:
 
 
 def _library(compiler: Compiler, text: str) -> ctypes.CDLL:
-    key = _key(compiler, text)
-    if key in _state.failed:
-        raise BuildError(_state.failed[key])
+    if (compiler, text) in _state.failed:
+        raise BuildError(_state.failed[compiler, text])
     caches.limit()  # an error of the setting comes before the compilation
+    key = _key(compiler, text)
     try:
         return _kept(key) or _built(compiler, text, key)
     except BuildError as error:
-        _state.failed[key] = str(error)
+        _state.failed[compiler, text] = str(error)
         raise
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from flexjag.backends.cpp.build import load
+from flexjag.backends.cpp.openmp import threads
 from flexjag.errors import LayoutError
 
 ELEMENTS = {
@@ -130,7 +131,7 @@ def run(entry: str, problem: Problem, num_heads: tuple[int, int], tensors: dict[
         heads=num_heads[0],
         groups=num_heads[1],
         num_learned=len(totals),
-        threads=torch.get_num_threads(),
+        threads=threads(),
         scale=problem.scale,
         factor=problem.factor,
     )

@@ -12,7 +12,7 @@ struct Backward {
   alignas(64) real q[QUERIES * WIDTH_D], g[QUERIES * WIDTH_E], out[WIDTH_E], dq[QUERIES * WIDTH_D];
   alignas(64) real weights[KEY_BLOCK * QUERIES], slopes[KEY_BLOCK * QUERIES];  // P and dS
   alignas(64) real raw[KEYS * QUERIES];                                        // products of a tile
-  alignas(64) int32_t ok[KEYS * QUERIES];                                      // its pairs that are not masked
+  Pairs ok;
   alignas(64) real lse[QUERIES], delta[QUERIES];
   Block block;
 };
@@ -27,9 +27,7 @@ template <bool PARTIAL> static __attribute__((noinline)) void weight_tile(const 
       Vec x = score(read(w.raw + m * QUERIES + n * LANES), t.h, rows, t.first_key + t.key + m, c.captures, c.numbers);
       if (SOFTMAX) x = exp2((x - lse) * PER_LOG);
       if (PARTIAL) {
-        const Int ok = allowed_lanes(c, w.block, t, v, m, rows);
-        put(w.ok + m * QUERIES + n * LANES, ok);
-        x = where(ok, x, Vec{});
+        x = where(read(w.ok + m * QUERIES + v * LANES), x, Vec{});
       }
       put(weights + m * QUERIES + n * LANES, x);
     }
@@ -48,10 +46,10 @@ static __attribute__((noinline)) void slope_tile(const Call& c, const Tile& t, B
       const Vec raw = read(w.raw + at);
       Vec x = read(by_weight + at);
       if (SOFTMAX) x = read(weights + at) * (x - delta);
-      if (PARTIAL) x = where(read(w.ok + at), x, Vec{});  // also if the key is NaN
+      if (PARTIAL) x = where(read(w.ok + m * QUERIES + v * LANES), x, Vec{});  // also if the key is NaN
       slopes(x, raw, t.h, rows, kv, c.captures, c.numbers, totals);
       x = dscore(x, raw, t.h, rows, kv, c.captures, c.numbers);
-      if (PARTIAL) x = where(read(w.ok + at), x, Vec{});  // also if the derivative is NaN
+      if (PARTIAL) x = where(read(w.ok + m * QUERIES + v * LANES), x, Vec{});  // also if the derivative is NaN
       put(by_weight + at, x);
     }
   }
@@ -90,15 +88,16 @@ INLINE void pack_block(const Call& c, int64_t row, int64_t h, Backward& w) {
   transpose<E>(w.g, WIDTH_E, b.vectors * LANES, 1, w.packed_g);
 }
 
-// Add what the keys [first, past) get from a block's queries and what they give, by weights and slopes that begin at
-// key `from`.
-static void add_products(const Block& b, const KeyRows& kv, Backward& w, int from, int first, int past, const real* by_key, real* dk, real* dv) {
+// Add what the keys of a block get from queries and what they give, by their weights and slopes.
+static void add_products(const KeyRows& kv, const Live& live, int from, int to, const real* by_key, Backward& w, real* dk, real* dv) {
+  const Block& b = w.block;
+  const int first = from + live.begin * KEYS, past = std::min(from + live.end * KEYS, to);
   const auto add_keys = [&](auto columns, const real* weights, const real* rows, real* sums) {
     constexpr int COLUMNS = decltype(columns)::value, WIDTH = vectors_of(COLUMNS) * LANES, ROWS = rows_at_once(vectors_of(COLUMNS));
     for (int key = first; key < past; key += ROWS) {
       const int some = std::min(ROWS, past - key);
-      int lo = 0, hi = b.queries;
-      if (!b.all(0, b.vectors, key, key + some)) b.queries_of(key, key + some, lo, hi);
+      int lo, hi;
+      live.queries_of(b, from, key, some, lo, hi);
       if (lo < hi)
         multiply<COLUMNS, true, false>(some, weights + (key - from) * QUERIES, QUERIES, rows, WIDTH, lo, hi, sums + (int64_t)key * WIDTH, WIDTH, nullptr);
     }
@@ -109,8 +108,7 @@ static void add_products(const Block& b, const KeyRows& kv, Backward& w, int fro
   for (int r = 0; r < b.queries; r += ROWS) {
     const int rows = std::min(ROWS, b.queries - r);
     int lo, hi;
-    b.keys_of(r, rows, lo, hi);
-    lo = std::max(lo, first), hi = std::min(hi, past);
+    live.keys_of(b, from, to, r, rows, lo, hi);
     if (lo < hi)
       multiply<D, IS_HALF, true>(rows, w.slopes + r, QUERIES, kv.k + from * kv.k_step, kv.k_step, lo - from, hi - from, w.dq + r * WIDTH_D, WIDTH_D, nullptr);
   }
@@ -126,32 +124,29 @@ static void differentiate_block(const Call& c, const KeyRows& kv, int64_t s, int
   std::memset(w.dq, 0, count * WIDTH_D * sizeof(real));
   for (int from = b.lo / KEYS * KEYS; from < b.hi; from += KEY_BLOCK) {
     const int to = std::min(from + KEY_BLOCK, b.hi);
-    int begin = -1, end = 0;
+    Live live;
     for (int key = from, g = 0; key < to; key += KEYS, g++) {
-      const int some = std::min(KEYS, keys - key), at = g * KEYS * QUERIES;
-      int lo, hi;
-      live_vectors(b, key, key + some, lo, hi);
+      Tile t{key, std::min(KEYS, keys - key), first_key, row, last, 0, 0, (int)h, false};
+      const int at = g * KEYS * QUERIES;
+      find_pairs(c, b, t, w.ok);
+      live.add(g, t);
       ahead.step();
       for (int v = 0; v < b.vectors; v++)
-        if (v < lo || v >= hi) for (int m = 0; m < KEYS; m++) put(w.weights + at + m * QUERIES + v * LANES, Vec{}), put(w.slopes + at + m * QUERIES + v * LANES, Vec{});
-      if (lo == hi) continue;
-      if (begin < 0) begin = g;
-      end = g + 1;
+        if (!live.has(g, v)) for (int m = 0; m < KEYS; m++) put(w.weights + at + m * QUERIES + v * LANES, Vec{}), put(w.slopes + at + m * QUERIES + v * LANES, Vec{});
+      if (!t.vectors) continue;
       const real *k_rows[KEYS], *v_rows[KEYS];
       for (int m = 0; m < KEYS; m++) {
         const int64_t j = std::min(key + m, keys - 1);
         k_rows[m] = kv.k + j * kv.k_step, v_rows[m] = kv.v + j * kv.v_step;
       }
-      const bool partial = some < KEYS || !b.all(lo, hi, key, key + KEYS);
-      const Tile t{key, some, first_key, row, last, lo, hi - lo, (int)h};
-      real *weights = w.weights + at + lo * LANES, *by_weight = w.slopes + at + lo * LANES;
-      product_tile<D>(t.vectors, k_rows, w.packed_q + lo * LANES, w.raw);
-      product_tile<E>(t.vectors, v_rows, w.packed_g + lo * LANES, by_weight);
-      if (partial) weight_tile<true>(c, t, w, weights), slope_tile<true>(c, t, w, weights, by_weight, totals);
+      real *weights = w.weights + at + t.v * LANES, *by_weight = w.slopes + at + t.v * LANES;
+      product_tile<D>(t.vectors, k_rows, w.packed_q + t.v * LANES, w.raw);
+      product_tile<E>(t.vectors, v_rows, w.packed_g + t.v * LANES, by_weight);
+      if (t.partial) weight_tile<true>(c, t, w, weights), slope_tile<true>(c, t, w, weights, by_weight, totals);
       else weight_tile<false>(c, t, w, weights), slope_tile<false>(c, t, w, weights, by_weight, totals);
     }
-    if (begin < 0) continue;
-    add_products(b, kv, w, from, from + begin * KEYS, std::min(from + end * KEYS, to), w.weights, dk, dv);
+    if (live.none()) continue;
+    add_products(kv, live, from, to, w.weights, w, dk, dv);
   }
   for (int r = 0; r < count; r++) put_row(w.dq + r * WIDTH_D, D, (real)c.scale, c.dq.row(row + r, h));
 }

@@ -6,8 +6,14 @@
 #include <cstdlib>
 #include <cstring>
 
-// Lanes of a vector: as many numbers of `real` as the machine's widest registers hold, and at least 32 bytes.
-#define LANES ((__BIGGEST_ALIGNMENT__ > 32 ? __BIGGEST_ALIGNMENT__ : 32) / (int)sizeof(real))
+// Bytes of the widest registers of numbers, and at least 32. Clang's alignment is 16 for every CPU.
+#if __BIGGEST_ALIGNMENT__ >= 64 || defined(__AVX512F__)
+#define WIDEST 64
+#else
+#define WIDEST 32
+#endif
+// Lanes of a vector: as many numbers of `real` as those registers hold.
+#define LANES (WIDEST / (int)sizeof(real))
 #include "lanes.h"
 #include "math.h"
 

@@ -1,6 +1,6 @@
 // The forward: blocks of queries over blocks of keys, with a running maximum and sum for a softmax.
 #pragma once
-#include "schedule.h"
+#include "tiles.h"
 
 namespace flexjag {
 
@@ -11,36 +11,15 @@ constexpr real LOWEST = std::numeric_limits<real>::lowest();
 constexpr real INFINITE = std::numeric_limits<real>::infinity();
 constexpr int WIDTH_D = vectors_of(D) * LANES, WIDTH_E = vectors_of(E) * LANES;
 
-// A tile of scores: KEYS keys, of which `keys` exist, and the vectors [v, v + vectors) of a block's queries.
-struct Tile {
-  int key, keys;   // the first key, relative to the segment
-  int first_key;   // of the segment (packed)
-  int64_t row, last;  // the block's first and last query (packed)
-  int v, vectors, h;
-};
-
-// The lanes of vector v of a block that may attend a key of a tile.
-INLINE Int allowed_lanes(const Call& c, const Block& b, const Tile& t, int v, int m, const Rows& rows) {
-  const Int ok = b.allowed(v, t.key + m);
-  return ok & mask(t.h, rows, t.first_key + t.key + m, c.captures, c.numbers);
-}
-
-// Products of a tile to `raw`, which has QUERIES columns.
-template <int DIM, int NV = VECTORS> INLINE void product_tile(int vectors, const real* const* rows, const real* packed, real* raw) {
-  if constexpr (NV > 1)
-    if (vectors < NV) return product_tile<DIM, NV - 1>(vectors, rows, packed, raw);
-  multiply_to<DIM, NV>(rows, packed, raw);
-}
-
 // Scores of a tile from its products, in place: -inf where masked (0 without a softmax); tops: the queries' maxima.
-template <bool PARTIAL> static __attribute__((noinline)) void score_tile(const Call& c, const Block& b, const Tile& t, real* scores, real* tops) {
+template <bool PARTIAL> static __attribute__((noinline)) void score_tile(const Call& c, const Tile& t, const Pairs& ok, real* scores, real* tops) {
   for (int n = 0; n < t.vectors; n++) {
     const Rows rows = rows_of(t.row + (t.v + n) * LANES, t.last);
     Vec top = SOFTMAX ? read(tops + n * LANES) : Vec{};
     ROLLED for (int m = 0; m < (PARTIAL ? t.keys : KEYS); m++) {
       real* at = scores + m * QUERIES + n * LANES;
       Vec x = score(read(at), t.h, rows, t.first_key + t.key + m, c.captures, c.numbers);
-      if (PARTIAL) x = where(allowed_lanes(c, b, t, t.v + n, m, rows), x, all_lanes(SOFTMAX ? -INFINITE : 0));
+      if (PARTIAL) x = where(read(ok + m * QUERIES + (t.v + n) * LANES), x, all_lanes(SOFTMAX ? -INFINITE : 0));
       put(at, x);
       if (SOFTMAX) top = x > top ? x : top;
     }
@@ -52,15 +31,9 @@ struct Forward {
   alignas(64) real packed[D * QUERIES], scores[KEY_BLOCK * QUERIES], out[QUERIES * WIDTH_E];
   alignas(64) real own[QUERIES * WIDTH_D];  // queries as `real`, if they are of 16 bits
   alignas(64) real top[QUERIES], before[QUERIES], shrink[QUERIES], sum[QUERIES];
+  Pairs ok;
   Block block;
 };
-
-// The vectors [lo, hi) of a block with a query that may attend one of the keys [a, b).
-INLINE void live_vectors(const Block& b, int from, int to, int& lo, int& hi) {
-  lo = 0, hi = b.vectors;
-  while (lo < hi && !b.any(lo, from, to)) lo++;
-  while (hi > lo && !b.any(hi - 1, from, to)) hi--;
-}
 
 // Queries as columns of `real`, times the scale.
 INLINE void pack_queries(const Rows3& q, int64_t row, int64_t h, int count, real scale, real* own, real* packed) {
@@ -80,42 +53,36 @@ static void attend_block(const Call& c, const KeyRows& kv, int64_t s, int64_t h,
   pack_queries(c.q, row, h, count, (real)c.scale, w.own, w.packed);
   for (int i = 0; i < b.vectors * LANES; i += LANES) put(w.top + i, all_lanes(LOWEST)), put(w.sum + i, Vec{});
   std::memset(w.out, 0, count * WIDTH_E * sizeof(real));
-  int16_t live_lo[KEY_BLOCK / KEYS], live_hi[KEY_BLOCK / KEYS];
   bool first = true;
   for (int from = b.lo / KEYS * KEYS; from < b.hi; from += KEY_BLOCK) {
     const int to = std::min(from + KEY_BLOCK, b.hi);
-    int begin = -1, end = 0;  // groups of keys with scores
+    Live live;
     if (SOFTMAX) std::memcpy(w.before, w.top, b.vectors * LANES * sizeof(real));
     for (int key = from, g = 0; key < to; key += KEYS, g++) {
-      const int some = std::min(KEYS, keys - key);
-      int lo, hi;
-      live_vectors(b, key, key + some, lo, hi);
-      live_lo[g] = (int16_t)lo, live_hi[g] = (int16_t)hi;
+      Tile t{key, std::min(KEYS, keys - key), first_key, row, last, 0, 0, (int)h, false};
+      find_pairs(c, b, t, w.ok);
+      live.add(g, t);
       ahead.step();
-      if (lo == hi) continue;
-      if (begin < 0) begin = g;
-      end = g + 1;
+      if (!t.vectors) continue;
       const real* rows[KEYS];
       for (int m = 0; m < KEYS; m++) rows[m] = kv.k + std::min(key + m, keys - 1) * kv.k_step;
-      const bool partial = some < KEYS || !b.all(lo, hi, key, key + KEYS);
-      const Tile t{key, some, first_key, row, last, lo, hi - lo, (int)h};
-      real* scores = w.scores + g * KEYS * QUERIES + lo * LANES;
-      product_tile<D>(t.vectors, rows, w.packed + lo * LANES, scores);
-      if (partial) score_tile<true>(c, b, t, scores, w.top + lo * LANES);
-      else score_tile<false>(c, b, t, scores, w.top + lo * LANES);
+      real *scores = w.scores + g * KEYS * QUERIES + t.v * LANES, *tops = w.top + t.v * LANES;
+      product_tile<D>(t.vectors, rows, w.packed + t.v * LANES, scores);
+      if (t.partial) score_tile<true>(c, t, w.ok, scores, tops);
+      else score_tile<false>(c, t, w.ok, scores, tops);
     }
-    if (begin < 0) continue;
+    if (live.none()) continue;
     if (SOFTMAX)
       for (int i = 0; i < b.vectors * LANES; i += LANES) {
         const Vec factor = exp2((read(w.before + i) - read(w.top + i)) * PER_LOG);
         put(w.shrink + i, factor);
         put(w.sum + i, read(w.sum + i) * factor);
       }
-    for (int g = begin; g < end; g++) {
+    for (int g = live.begin; g < live.end; g++) {
       const int some = std::min(KEYS, to - from - g * KEYS);
       for (int v = 0; v < b.vectors; v++) {
         real* x = w.scores + g * KEYS * QUERIES + v * LANES;
-        if (v < live_lo[g] || v >= live_hi[g]) {
+        if (!live.has(g, v)) {
           for (int m = 0; m < KEYS; m++) put(x + m * QUERIES, Vec{});
         } else if (SOFTMAX) {
           const Vec top = read(w.top + v * LANES);
@@ -140,8 +107,7 @@ static void attend_block(const Call& c, const KeyRows& kv, int64_t s, int64_t h,
     for (int r = 0; r < count; r += ROWS) {
       const int rows = std::min(ROWS, count - r);
       int lo, hi;
-      b.keys_of(r, rows, lo, hi);
-      lo = std::max(lo, from + begin * KEYS), hi = std::min(hi, std::min(from + end * KEYS, to));
+      live.keys_of(b, from, to, r, rows, lo, hi);
       if (lo < hi || !first)
         multiply<E, IS_HALF, true>(rows, w.scores + r, QUERIES, kv.v + from * kv.v_step, kv.v_step, lo - from, std::max(lo, hi) - from,
                                               w.out + r * WIDTH_E, WIDTH_E, SOFTMAX && !first ? w.shrink + r : nullptr);

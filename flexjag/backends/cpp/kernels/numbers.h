@@ -126,6 +126,8 @@ template <class C, class A, class B> INLINE auto where(C c, A a, B b) {
   template <class A, class B> INLINE auto name(A a, B b) {                                            \
     if constexpr (varies<A, B> && (std::is_same<A, bool>::value || std::is_same<B, bool>::value)) {   \
       return spread<bool>(a) operation spread<bool>(b);                                               \
+    } else if constexpr (std::is_same<A, bool>::value) {                                              \
+      return (bool)((int)a operation (int)b);                                                         \
     } else {                                                                                          \
       using J = Joint<A, B>;                                                                          \
       return (J)(joined<J>(a) operation joined<J>(b));                                                \

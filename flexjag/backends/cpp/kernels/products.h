@@ -11,13 +11,14 @@ namespace flexjag {
 
 // Vectors of queries of a block, keys of a tile of scores, and sums that other products keep in registers. A register
 // file of 16 vectors holds less than one of 32.
-#if __BIGGEST_ALIGNMENT__ >= 64 || defined(__aarch64__)
+#if WIDEST == 64 || defined(__aarch64__)
 constexpr int KEYS = 8, SUMS = 24;
 #else
 constexpr int KEYS = 4, SUMS = 8;
 #endif
-constexpr int VECTORS = 3;
+constexpr int VECTORS = LANES < 8 ? 4 : 3;
 constexpr int QUERIES = VECTORS * LANES;
+static_assert(QUERIES % 8 == 0, "queries are transposed eight at a time");
 constexpr int KEY_BLOCK = 96;  // keys of a step: a multiple of KEYS
 
 // sums[key][n] += sum over DIM of rows[key][d] * packed[d][n]: a tile of scores. `packed` has QUERIES columns.

@@ -7,8 +7,8 @@
 // backward: a block of queries is done where no query has anything left.
 //
 // With g_ij = w_ij (do_i . v_j) and r_i the remainder, ds_ij = g_ij - b_ij (r_i dr_i + sum_{k <= j} g_ik): these sums run
-// from the first key to the last. So the backward walks down the keys to find the weights, and up again. It holds the
-// weights of SPAN keys. Where there are more, it notes the sticks at each SPAN-th key and walks from there again.
+// from the first key to the last. So the backward walks down the keys to find the weights, and up again. It holds those
+// of HELD blocks of keys; where there are more, it notes the sticks every HELD blocks, and walks down from there again.
 #pragma once
 #include "backward.h"
 
@@ -48,7 +48,7 @@ struct Sticks {
 
 // Weights of a tile from its products, which may lie in the same place, and shares b if they are kept; 0 where masked.
 template <bool PARTIAL, bool KEEP>
-static __attribute__((noinline)) void break_tile(const Call& c, const Block& b, const Tile& t, const real* raw, real* weights, real* shares, Sticks& sticks) {
+static __attribute__((noinline)) void break_tile(const Call& c, const Tile& t, const Pairs& ok, const real* raw, real* weights, real* shares, Sticks& sticks) {
   for (int n = 0; n < t.vectors; n++) {
     const int v = t.v + n;
     const Rows rows = rows_of(t.row + v * LANES, t.last);
@@ -57,7 +57,7 @@ static __attribute__((noinline)) void break_tile(const Call& c, const Block& b, 
     ROLLED for (int m = (PARTIAL ? t.keys : KEYS) - 1; m >= 0; m--) {
       const int at = m * QUERIES + n * LANES;
       Vec x = score(read(raw + at), t.h, rows, t.first_key + t.key + m, c.captures, c.numbers);
-      if (PARTIAL) x = where(allowed_lanes(c, b, t, v, m, rows), x, all_lanes(-INFINITE));
+      if (PARTIAL) x = where(read(ok + m * QUERIES + v * LANES), x, all_lanes(-INFINITE));
       x = whole == Vec{} ? all_lanes(-INFINITE) : x;  // also if it is NaN, as it may be in a lane without a query
       const Vec power = exp(-abs(x)), larger_part = 1 / (1 + power), smaller_part = power * larger_part;
       const auto is_positive = x >= Vec{};
@@ -72,48 +72,47 @@ static __attribute__((noinline)) void break_tile(const Call& c, const Block& b, 
   }
 }
 
-// A walk of one block of queries along its keys.
+// A walk of one block of queries along blocks of keys, which are counted from the last key on.
 struct Walk {
   const Call& c;
   const KeyRows& kv;
   const Block& block;
   Ahead& ahead;
-  const real* packed;  // queries as columns
-  int first_key, keys; // of the segment
-  int64_t row, last;   // the block's first and last query (packed)
+  const real* packed;   // queries as columns
+  int first_key, keys;  // of the segment
+  int64_t row, last;    // the block's first and last query (packed)
   int h;
 
-  // The first key of the block's tiles, and the end of the last.
   int start() const { return block.lo / KEYS * KEYS; }
   int end() const { return (block.hi + KEYS - 1) / KEYS * KEYS; }
-  int tile_keys(int key) const { return std::min(KEYS, keys - key); }
-  Tile tile(int key, int lo, int hi) const { return Tile{key, tile_keys(key), first_key, row, last, lo, hi - lo, h}; }
+  int blocks() const { return std::max(0, end() - start() + KEY_BLOCK - 1) / KEY_BLOCK; }
+  int from(int n) const { return std::max(start(), end() - (n + 1) * KEY_BLOCK); }
+  int to(int n) const { return std::min(end() - n * KEY_BLOCK, block.hi); }
+  void rows_at(const real* x, int64_t step, int key, const real* (&rows)[KEYS]) const {
+    for (int m = 0; m < KEYS; m++) rows[m] = x + std::min(key + m, keys - 1) * step;
+  }
 
-  // Break the sticks by the keys [from, to), the last one first, as long as anything is left. The arrays begin at key
-  // `from`; `raw` are the products, which may be overwritten by the weights. Returns the first key with weights.
-  template <bool KEEP> int down(int from, int to, real* raw, real* weights, real* shares, Sticks& sticks) const {
-    int key = to;
-    while (key > from && !sticks.gone(block.vectors)) {
-      key -= KEYS;
-      const int at = (key - from) * QUERIES;
-      int lo, hi;
-      live_vectors(block, key, key + tile_keys(key), lo, hi);
+  // Break the sticks by the keys of block n, the last one first, as long as anything is left. `raw` are their products,
+  // which may be overwritten by the weights.
+  template <bool KEEP> void down(int n, real* raw, real* weights, real* shares, Sticks& sticks, Pairs& ok, Live& live) const {
+    for (int g = (to(n) - from(n) - 1) / KEYS; g >= 0 && !sticks.gone(block.vectors); g--) {
+      const int key = from(n) + g * KEYS, at = g * KEYS * QUERIES;
+      Tile t{key, std::min(KEYS, keys - key), first_key, row, last, 0, 0, h, false};
+      find_pairs(c, block, t, ok);
+      live.add(g, t);
       ahead.step();
-      if ((to - key) % KEY_BLOCK == KEYS) sticks.settle(block.vectors);
       for (int v = 0; v < block.vectors; v++)
-        if (v < lo || v >= hi) for (int m = 0; m < KEYS; m++) put(weights + at + m * QUERIES + v * LANES, Vec{});
-      if (lo == hi) continue;
+        if (!live.has(g, v)) for (int m = 0; m < KEYS; m++) put(weights + at + m * QUERIES + v * LANES, Vec{});
+      if (!t.vectors) continue;
       const real* rows[KEYS];
-      for (int m = 0; m < KEYS; m++) rows[m] = kv.k + std::min(key + m, keys - 1) * kv.k_step;
-      const Tile t = tile(key, lo, hi);
-      const int first = at + lo * LANES;
-      product_tile<D>(t.vectors, rows, packed + lo * LANES, raw + first);
+      rows_at(kv.k, kv.k_step, key, rows);
+      const int first = at + t.v * LANES;
+      product_tile<D>(t.vectors, rows, packed + t.v * LANES, raw + first);
       real* kept = KEEP ? shares + first : nullptr;
-      if (t.keys < KEYS || !block.all(lo, hi, key, key + KEYS)) break_tile<true, KEEP>(c, block, t, raw + first, weights + first, kept, sticks);
-      else break_tile<false, KEEP>(c, block, t, raw + first, weights + first, kept, sticks);
+      if (t.partial) break_tile<true, KEEP>(c, t, ok, raw + first, weights + first, kept, sticks);
+      else break_tile<false, KEEP>(c, t, ok, raw + first, weights + first, kept, sticks);
     }
     sticks.settle(block.vectors);
-    return key;
   }
 };
 
@@ -129,15 +128,15 @@ static void break_block(const Call& c, const KeyRows& kv, int64_t s, int64_t h, 
   std::memset(w.out, 0, count * WIDTH_E * sizeof(real));
   w.sticks.reset(count);
   const Walk walk{c, kv, b, ahead, w.packed, first_key, keys, row, row + count - 1, (int)h};
-  for (int to = walk.end(); to > walk.start() && !w.sticks.gone(b.vectors); to -= KEY_BLOCK) {
-    const int from = std::max(walk.start(), to - KEY_BLOCK);
-    const int first = walk.down<false>(from, to, w.scores, w.scores, nullptr, w.sticks);
+  for (int n = 0; n < walk.blocks() && !w.sticks.gone(b.vectors); n++) {
+    const int from = walk.from(n);
+    Live live;
+    walk.down<false>(n, w.scores, w.scores, nullptr, w.sticks, w.ok, live);
     constexpr int ROWS = rows_at_once(vectors_of(E));
     for (int r = 0; r < count; r += ROWS) {
       const int rows = std::min(ROWS, count - r);
       int lo, hi;
-      b.keys_of(r, rows, lo, hi);
-      lo = std::max(lo, first), hi = std::min(hi, to);
+      live.keys_of(b, from, walk.to(n), r, rows, lo, hi);
       if (lo < hi)
         multiply<E, IS_HALF, true>(rows, w.scores + r, QUERIES, kv.v + from * kv.v_step, kv.v_step, lo - from, hi - from, w.out + r * WIDTH_E, WIDTH_E, nullptr);
     }
@@ -146,18 +145,25 @@ static void break_block(const Call& c, const KeyRows& kv, int64_t s, int64_t h, 
   std::memcpy(c.lse + h * c.num_q + row, w.sticks.left, count * sizeof(real));
 }
 
-constexpr int SPAN = 6 * KEY_BLOCK;  // keys whose weights the backward holds
+constexpr int HELD = 6;
+
+// Of a block of keys: products, weights and shares b, and its tiles with pairs.
+struct Broken {
+  alignas(64) real products[KEY_BLOCK * QUERIES], weights[KEY_BLOCK * QUERIES], shares[KEY_BLOCK * QUERIES];
+  Live live;
+};
 
 struct SticksBackward : Backward {
-  alignas(64) real products[SPAN * QUERIES], parts[SPAN * QUERIES], shares[SPAN * QUERIES];  // q k, w and b
+  Broken broken[HELD];
   // Of each query, sums of g over the keys before: those of the remainder and earlier blocks, and of the present block.
   alignas(64) real before[QUERIES], block_before[QUERIES];
   Sticks sticks;
 };
 
-// Gradients by the products of a tile, in place of those by its weights. Other arrays have the tile at `tile_at`.
-static __attribute__((noinline)) void mend_tile(const Call& c, const Tile& t, SticksBackward& w, int tile_at, real* by_weight, double* const* totals) {
-  const real *raw = w.products + tile_at, *weights = w.parts + tile_at, *shares = w.shares + tile_at;
+// Gradients by the products of a tile, which is at `first` in the block of keys, in place of those by its weights.
+static __attribute__((noinline)) void mend_tile(const Call& c, const Tile& t, SticksBackward& w, const Broken& x, int first, double* const* totals) {
+  const real *raw = x.products + first, *weights = x.weights + first, *shares = x.shares + first;
+  real* by_weight = w.slopes + first;
   for (int n = 0; n < t.vectors; n++) {
     const Rows rows = rows_of(t.row + (t.v + n) * LANES, t.last);
     const Vec before = read(w.before + (t.v + n) * LANES);
@@ -177,29 +183,26 @@ static __attribute__((noinline)) void mend_tile(const Call& c, const Tile& t, St
   }
 }
 
-// The gradients of the keys [from, to), the first one first, of which those before `first` have no weights.
-static void mend(const Walk& walk, int from, int first, int to, real* dk, real* dv, double* const* totals, SticksBackward& w) {
+// Add the gradients by block n of keys.
+static void mend(const Walk& walk, int n, const Broken& x, SticksBackward& w, real* dk, real* dv, double* const* totals) {
   const Block& b = walk.block;
-  for (int low = first; low < to; low += KEY_BLOCK) {
-    const int high = std::min(low + KEY_BLOCK, to);
-    std::fill(w.block_before, w.block_before + QUERIES, (real)0);
-    for (int key = low; key < high; key += KEYS) {
-      real* by_weight = w.slopes + (key - low) * QUERIES;
-      int lo, hi;
-      live_vectors(b, key, key + walk.tile_keys(key), lo, hi);
-      for (int v = 0; v < b.vectors; v++)
-        if (v < lo || v >= hi) for (int m = 0; m < KEYS; m++) put(by_weight + m * QUERIES + v * LANES, Vec{});
-      if (lo == hi) continue;
-      const real* rows[KEYS];
-      for (int m = 0; m < KEYS; m++) rows[m] = walk.kv.v + std::min(key + m, walk.keys - 1) * walk.kv.v_step;
-      const Tile t = walk.tile(key, lo, hi);
-      const int at = (key - from) * QUERIES + lo * LANES;
-      product_tile<E>(t.vectors, rows, w.packed_g + lo * LANES, by_weight + lo * LANES);
-      mend_tile(walk.c, t, w, at, by_weight + lo * LANES, totals);
-    }
-    for (int i = 0; i < QUERIES; i += LANES) put(w.before + i, read(w.before + i) + read(w.block_before + i));
-    add_products(b, walk.kv, w, low, low, std::min(high, b.hi), w.parts + (low - from) * QUERIES, dk, dv);
+  const Live& live = x.live;
+  const int from = walk.from(n);
+  if (live.none()) return;
+  std::fill(w.block_before, w.block_before + QUERIES, (real)0);
+  for (int g = live.begin; g < live.end; g++) {
+    const int key = from + g * KEYS, at = g * KEYS * QUERIES, first = at + live.lo[g] * LANES;
+    for (int v = 0; v < b.vectors; v++)
+      if (!live.has(g, v)) for (int m = 0; m < KEYS; m++) put(w.slopes + at + m * QUERIES + v * LANES, Vec{});
+    const Tile t{key, std::min(KEYS, walk.keys - key), walk.first_key, walk.row, walk.last, live.lo[g], live.hi[g] - live.lo[g], walk.h, false};
+    if (!t.vectors) continue;
+    const real* rows[KEYS];
+    walk.rows_at(walk.kv.v, walk.kv.v_step, key, rows);
+    product_tile<E>(t.vectors, rows, w.packed_g + t.v * LANES, w.slopes + first);
+    mend_tile(walk.c, t, w, x, first, totals);
   }
+  for (int i = 0; i < QUERIES; i += LANES) put(w.before + i, read(w.before + i) + read(w.block_before + i));
+  add_products(walk.kv, live, from, walk.to(n), x.weights, w, dk, dv);
 }
 
 static void mend_block(const Call& c, const KeyRows& kv, int64_t s, int64_t h, int64_t row, int count, real* dk, real* dv,
@@ -212,24 +215,25 @@ static void mend_block(const Call& c, const KeyRows& kv, int64_t s, int64_t h, i
   const int64_t at = h * c.num_q + row;
   for (int r = 0; r < QUERIES; r++) w.before[r] = c.grad_lse && r < count ? c.grad_lse[at + r] * c.lse[at + r] : 0;
   const Walk walk{c, kv, b, ahead, w.packed_q, first_key, keys, row, row + count - 1, (int)h};
-  const int start = walk.start(), end = walk.end();
-  std::vector<Sticks> notes;  // at the ends of the spans of keys, from the last span on
+  const auto down = [&](int n) {
+    Broken& x = w.broken[n % HELD];
+    x.live = Live();
+    walk.down<true>(n, x.products, x.weights, x.shares, w.sticks, w.ok, x.live);
+  };
+  std::vector<Sticks> notes;
   w.sticks.reset(count);
-  int to = end, first = end;
-  for (; to > start; to -= SPAN) {
-    const int from = std::max(start, to - SPAN);
-    if (from > start) notes.push_back(w.sticks);
-    first = walk.down<true>(from, to, w.products, w.parts, w.shares, w.sticks);
-    if (from == start || w.sticks.gone(b.vectors)) break;
+  int n = 0;
+  for (; n < walk.blocks() && !w.sticks.gone(b.vectors); n++) {
+    if (n % HELD == 0) notes.push_back(w.sticks);
+    down(n);
   }
-  for (; to <= end && to > start; to += SPAN) {
-    const int from = std::max(start, to - SPAN);
-    if (first < 0) {
-      w.sticks = notes[(end - to) / SPAN];
-      first = walk.down<true>(from, to, w.products, w.parts, w.shares, w.sticks);
+  for (bool held = true; n > 0; held = false) {
+    const int first = (n - 1) / HELD * HELD;
+    if (!held) {
+      w.sticks = notes[first / HELD];
+      for (int i = first; i < n; i++) down(i);
     }
-    mend(walk, from, first, to, dk, dv, totals, w);
-    first = -1;
+    for (; n > first; n--) mend(walk, n - 1, w.broken[(n - 1) % HELD], w, dk, dv, totals);
   }
   for (int r = 0; r < count; r++) put_row(w.dq + r * WIDTH_D, D, (real)c.scale, c.dq.row(row + r, h));
 }
