@@ -43,7 +43,8 @@ def attend(
         factor: Factor on the output, without a softmax.
 
     Returns:
-        ``[T_q, H, E]``, and the log-sum-exp ``[H, T_q]`` of a softmax in at least float32; unspecified values else.
+        ``[T_q, H, E]``, and ``[H, T_q]`` in at least float32: the log-sum-exp of a softmax, the remainder of
+        stick-breaking, which is not in the output; unspecified values else.
     """
     q, k, v = (_packed(x) for x in (q, k, v))
     out, lse = _empty(q, v)
