@@ -85,6 +85,7 @@ def trace(
     """
     program = new_program(is_checked)
     h, q, kv = (program.symbol(name, torch.int32) for name in ("h", "q", "kv"))
+    q.is_place = kv.is_place = True  # users' functions see positions in a segment instead
     s, ds = program.symbol("s", dtype), program.symbol("ds", dtype)
     allowed = True if mask is None else as_symbol(mask(0, h, q, kv), program)
     scored = s if score is None else convert(as_symbol(score(s, 0, h, q, kv), program), dtype, program)

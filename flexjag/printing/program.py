@@ -90,7 +90,12 @@ class Symbol:
         program: Program that it belongs to.
         name: Name in the program.
         dtype: Dtype.
+
+    Attributes:
+        is_place: True if it is the place of a token, which is in range wherever it is an index.
     """
+
+    is_place = False
 
     def __init__(self, program: Program, name: str, dtype: torch.dtype) -> None:
         self.program, self.name, self.dtype = program, name, dtype
