@@ -12,7 +12,7 @@ from torch import Tensor
 
 import flexjag as fj
 from flexjag.backends.cpp import build
-from flexjag.testing import assert_no_leak
+from flexjag.testing import assert_matches_reference, assert_no_leak
 
 pytestmark = pytest.mark.skipif(build.refusal() is not None, reason=str(build.refusal()))
 LENGTHS = (3, 49, 0, 300, 97, 1, 700, 24)
@@ -28,13 +28,23 @@ def _threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def run(name: str, lengths: tuple[int, ...], inputs: tuple[fj.Jagged, ...], learned: bool = False) -> list[Tensor]:
-    """Output and gradients of a structure with a causal mask."""
+BAND = fj.MaskMod(lambda b, h, i, j: (i - j).abs() < 30)
+"""A predicate that leaves few keys to each query, of which the first are elsewhere for each."""
+
+
+def run(
+    name: str,
+    lengths: tuple[int, ...],
+    inputs: tuple[fj.Jagged, ...],
+    learned: bool = False,
+    mask: fj.Mask = fj.Causal(),  # noqa: B008
+) -> list[Tensor]:
+    """Output and gradients of a structure."""
     structure, shape = STRUCTURES[name], Shape(lengths, lengths, 4, 2)
     q, k, v = needing_gradients(*inputs)
     k, v = q.with_values(k.values), q.with_values(v.values)
     parts = {"score": structure.score(shape), "normalizer": structure.normalizer(shape)}
-    plan = fj.plan(q, mask=fj.Causal(), **parts)
+    plan = fj.plan(q, mask=mask, block_size=16, **parts)
     out = fj.attention(q, k, v, plan=plan, backend="cpp").values
     leaves = [x.values for x in (q, k, v)]
     if learned:
@@ -54,15 +64,17 @@ def rows_of(segment: int) -> slice:
 
 
 @THREADS
-@pytest.mark.parametrize("name", ["float32", "bfloat16"])
-def test_a_segment_alone_gives_the_bits_that_it_gives_among_others(name: str, threads: int) -> None:
+@pytest.mark.parametrize(
+    ("name", "mask"), [("float32", fj.Causal()), ("bfloat16", fj.Causal()), ("float32", BAND)], ids=str
+)
+def test_a_segment_alone_gives_the_bits_that_it_gives_among_others(name: str, mask: fj.Mask, threads: int) -> None:
     torch.set_num_threads(threads)
     inputs = values(name)
-    together = run(name, LENGTHS, inputs)
+    together = run(name, LENGTHS, inputs, mask=mask)
     for segment, length in enumerate(LENGTHS):
         rows = rows_of(segment)
         alone = tuple(fj.Jagged.from_lengths(x.values[rows], [length]) for x in inputs)
-        for got, wanted in zip(run(name, (length,), alone), together, strict=True):
+        for got, wanted in zip(run(name, (length,), alone, mask=mask), together, strict=True):
             assert torch.equal(got, wanted[rows])
 
 
@@ -123,3 +135,23 @@ def test_many_short_segments_race_for_threads() -> None:
     for _ in range(50):
         for got, first in zip(run("scores", lengths, inputs, learned=True), wanted, strict=True):
             assert torch.equal(got, first)
+
+
+@THREADS
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "float64"])
+def test_few_queries_with_many_keys(name: str, threads: int) -> None:
+    """Decode steps, which are cut along the keys: right, the same each time, and each as if it were alone."""
+    torch.set_num_threads(threads)
+    structure, q_lengths, kv_lengths = STRUCTURES[name], (1, 3, 0, 1, 40, 2), (9000, 4096, 5000, 4095, 6200, 0)
+    q, k, v = batches(Shape(q_lengths, kv_lengths, 4, 2), structure.dtype, structure.dim, structure.value_dim)
+    mask = fj.PerHead([fj.Full(), fj.Window(5000, 3), fj.Causal("end"), fj.Prefix(7) | ~fj.Prefix(5000)])
+    assert_matches_reference(q, k, v, mask=mask, backend="cpp")
+    found = [fj.attention(q, k, v, mask=mask, backend="cpp", return_lse=True) for _ in range(2)]
+    for once, again in zip(*found, strict=True):
+        assert torch.equal(once.values, again.values)
+    for one in range(len(q_lengths)):
+        alone = [fj.Jagged.from_list([x.to_list()[one]]) for x in (q, k, v)]
+        for got, together in zip(
+            fj.attention(*alone, mask=mask, backend="cpp", return_lse=True), found[0], strict=True
+        ):
+            assert torch.equal(got.values, together.to_list()[one])
