@@ -98,6 +98,10 @@ class MissingExtraError(FlexjagError, ImportError):
     """A package that only a part of flexjag needs is not installed. The message names the extra that brings it."""
 
 
+class NodeError(FlexjagError, TypeError):
+    """Raised for a class of masks or scores that is declared wrongly."""
+
+
 class UnknownNodeError(FlexjagError, NotImplementedError):
     """Raised for a mask or score node that an interpretation has no case for. The message says how to register one."""
 

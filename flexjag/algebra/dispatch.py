@@ -23,9 +23,12 @@ class Interpretation:
         name: What the interpretation computes, for error messages.
         of: The base class of the nodes that it is for.
         otherwise: The case of nodes that have none, where there is an answer that is always right.
+        decorator: Name in :mod:`flexjag.extend`, where users register cases of their own.
 
     Attributes:
         cases: What is registered.
+        checked: ``checked(result, node, *args)``, which what cases return passes if they are registered once it is
+            set: those of users.
 
     >>> size = Interpretation("size", int)
     >>> @size.register(int)
@@ -34,16 +37,19 @@ class Interpretation:
     3
     """
 
-    def __init__(self, name: str, of: type, otherwise: Callable[..., Any] | None = None) -> None:
-        self.name, self.of, self.otherwise = name, of, otherwise
+    def __init__(
+        self, name: str, of: type, otherwise: Callable[..., Any] | None = None, decorator: str | None = None
+    ) -> None:
+        self.name, self.of, self.otherwise, self.decorator = name, of, otherwise, decorator
         self.cases: dict[type, Callable[..., Any]] = {}
+        self.checked: Callable[..., Any] | None = None
 
     def register(self, *node_types: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         """Register the decorated function as the case of `node_types` and of their subclasses."""
 
         def decorate(case: Callable[..., Any]) -> Callable[..., Any]:
             for node_type in node_types:
-                self.cases[node_type] = case
+                self.cases[node_type] = case if self.checked is None else _passed(case, self.checked)
             return case
 
         return decorate
@@ -65,5 +71,10 @@ class Interpretation:
             return self.otherwise(node, *args)
         raise UnknownNodeError(
             f"{type(node).__name__}: this node has no {self.name}; got {node!r}. "
-            f"Write one and decorate it with register({type(node).__name__}) of that interpretation."
+            f"Write one and decorate it with @{self.decorator or self.name}.register({type(node).__name__})"
+            f"{' of flexjag.extend' if self.decorator else ''}."
         )
+
+
+def _passed(case: Callable[..., Any], checked: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda node, *args: checked(case(node, *args), node, *args)

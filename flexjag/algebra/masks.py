@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from flexjag.algebra.node import Node, along, check_tensor, is_integer, node, saturated
-from flexjag.algebra.tree import rebuilt, walk
+from flexjag.algebra.tree import head_counts, rebuilt, walk
 from flexjag.errors import AmbiguousMaskError, MaskError, explain_values
-from flexjag.offsets import mark_varying
 from flexjag.upstream import holds_no_numbers, mend_dynamo_invert
 
 mend_dynamo_invert()  # for ``~mask`` in functions that are compiled
@@ -67,7 +66,6 @@ def _check_bound(name: str, value: object, minimum: int) -> None:
             least = int(saturated(value).min()) if value.shape[0] else minimum
             if least < minimum:
                 raise MaskError(explain_values(name, f"must be at least {minimum} everywhere", least=least))
-        mark_varying(value, 0)
     elif not isinstance(value, int) or isinstance(value, bool):
         raise MaskError(explain_values(name, "must be an int or a per-segment integer tensor", value=value))
     elif value < minimum:
@@ -134,6 +132,7 @@ class Window(Mask):
     align: Align = "start"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("left", "right"):
             if getattr(self, name) is not None:
                 _check_bound(name, getattr(self, name), 0)
@@ -156,6 +155,7 @@ class Prefix(Mask):
     n: Bound = along("segment")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_bound("n", self.n, 0)
 
 
@@ -173,6 +173,7 @@ class Chunked(Mask):
     size: Bound = along("segment")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_bound("size", self.size, 1)
 
 
@@ -190,6 +191,7 @@ class GlobalTokens(Mask):
     n: Bound = along("segment")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_bound("n", self.n, 0)
 
 
@@ -209,6 +211,7 @@ class Rows(Mask):
     hi: Tensor = along("query token")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_tensor(MaskError, "lo", self.lo)
         check_tensor(MaskError, "hi", self.hi)
         floating = not all(is_integer(x) for x in (self.lo, self.hi))
@@ -245,6 +248,7 @@ class SameGroup(Mask):
     kv_ids: Tensor | None = along("key token", default=None, in_place_of_none="ids")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, ids in (("ids", self.ids), ("kv_ids", self.kv_ids)):
             if ids is None:
                 continue
@@ -275,6 +279,7 @@ class Dense(Mask):
     values: Tensor = along("pair")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_tensor(MaskError, "values", self.values)
         if self.values.dtype != torch.bool or self.values.ndim not in (1, 2):
             raise MaskError(
@@ -384,12 +389,12 @@ def at_head(mask: Mask, head: int) -> Mask:
 
 
 def num_mask_heads(mask: Mask) -> int | None:
-    """Number of query heads required by the :class:`PerHead` nodes inside; None without any.
+    """Number of query heads that :class:`PerHead` nodes and tensors per head are for; None without any.
 
     Raises:
         MaskError: If two of them disagree.
     """
-    found = {len(one.masks) for one in walk(mask) if isinstance(one, PerHead)}
+    found = {len(one.masks) for one in walk(mask) if isinstance(one, PerHead)} | head_counts(mask)
     if len(found) > 1:
         raise MaskError(explain_values("masks", "every PerHead must have one mask per head", heads=sorted(found)))
     return found.pop() if found else None

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
-from typing import Any, ClassVar, Literal, TypeVar, dataclass_transform
+from typing import Any, ClassVar, Literal, TypeVar, dataclass_transform, get_args
 
 import torch
 from torch import Tensor
 
-from flexjag.errors import explain_values, shown
+from flexjag.errors import NodeError, explain_values, shown
+from flexjag.offsets import mark_varying
 
 NodeType = TypeVar("NodeType", bound=type)
 NodeKind = TypeVar("NodeKind")
@@ -31,19 +32,31 @@ def along(axis: Axis | None, *, default: Any = MISSING, in_place_of_none: str | 
         axis: The axis; None for tensors that do not depend on the batch, such as boundaries.
         default: The field's default.
         in_place_of_none: Name of the field that is used along this axis if this one is None.
+
+    Raises:
+        NodeError: If there is no such axis.
     """
+    if axis is not None and axis not in get_args(Axis):
+        raise NodeError(explain_values("axis", f"must be None or one of {', '.join(get_args(Axis))}", axis=axis))
     return field(default=default, metadata={"axis": axis, "in_place_of_none": in_place_of_none})
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(along,))
 def node(cls: NodeType) -> NodeType:
-    """Make `cls` a frozen dataclass that compares tensors by identity, so that it has a hash."""
+    """Make `cls` a frozen dataclass that compares tensors by identity, so that it has a hash.
+
+    Raises:
+        NodeError: If a field's `in_place_of_none` names no field.
+    """
     made: Any = dataclass(frozen=True, eq=False, repr=False)(cls)  # type: ignore[assignment]
     # Kept apart, because Dynamo refuses to read the fields' metadata once a graph has changed any dictionary.
     shown = (f for f in fields(made) if "axis" in f.metadata)  # pyright: ignore[reportUnknownArgumentType]
     names: Any = fields(made)  # pyright: ignore[reportUnknownArgumentType]
     made._of, made._names = made, tuple(f.name for f in names)
     made._axes = tuple((f.name, *f.metadata.values()) for f in shown)
+    for name, _, other in made._axes:
+        if other is not None and other not in made._names:
+            raise NodeError(explain_values(name, "in_place_of_none must name a field", in_place_of_none=other))
     return made  # pyright: ignore[reportUnknownVariableType]
 
 
@@ -92,9 +105,10 @@ def field_names(value: Any) -> tuple[str, ...]:
     kind: Any = type(value)  # pyright: ignore[reportUnknownVariableType]
     if getattr(kind, "_of", None) is kind:
         return kind._names
-    return (
-        tuple([f.name for f in fields(value)]) if is_dataclass(value) else ()
-    )  # a user's node may forget the decorator
+    if not is_dataclass(value):
+        rule = "must be decorated by flexjag.extend.node: what it holds would be neither checked, compared nor copied"
+        raise NodeError(explain_values(kind.__name__, rule, type=kind))
+    return tuple([f.name for f in fields(value)])  # a subclass without the decorator has its base's fields
 
 
 class Node:
@@ -111,6 +125,24 @@ class Node:
     by_position: ClassVar[bool] = False
     reads_pairs: ClassVar[bool] = True
     printable: ClassVar[bool] = False
+    _axes: ClassVar[tuple[tuple[str, Axis | None, str | None], ...]] = ()
+
+    def __post_init__(self) -> None:
+        """Tell TorchDynamo, if it is in use, which sizes of the node's tensors change from batch to batch."""
+        if not torch.compiler.is_compiling():
+            self.mark(declared=True)
+
+    def mark(self, *, declared: bool) -> None:
+        """Mark the last dimension of tensors along :data:`BATCH` as dynamic, but of pairs that all segments share.
+
+        Args:
+            declared: Only those of :func:`along` fields. Else also those of fields that declare no axis.
+        """
+        axes = {name: axis for name, axis, _ in self._axes}
+        for name in axes if declared else field_names(self):
+            x, axis = getattr(self, name), axes.get(name, "pair")
+            if isinstance(x, Tensor) and axis in BATCH and x.ndim and not (axis == "pair" and x.ndim == 2):
+                mark_varying(x, x.ndim - 1)
 
     def _key(self) -> tuple[Any, ...]:
         values = (getattr(self, name) for name in field_names(self))
@@ -131,7 +163,7 @@ class Node:
 
     def __repr__(self) -> str:
         parts: list[str] = []
-        for name in field_names(self):
+        for name in field_names(self) if is_dataclass(self) else ():
             value = getattr(self, name)
             if name == "align" and value == "start":
                 continue

@@ -15,7 +15,6 @@ from torch import Tensor
 from flexjag.algebra.node import Node, along, node
 from flexjag.algebra.tree import head_counts, held_tensors
 from flexjag.errors import PlanError, explain_values
-from flexjag.jagged import mark_varying
 
 
 class Normalizer(Node):
@@ -56,6 +55,7 @@ class SiLU(Pointwise):
     scale: float | Tensor = along("query token", default=1.0)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_scale(self.scale)
 
 
@@ -75,6 +75,7 @@ class GELU(Pointwise):
     approximate: Literal["none", "tanh"] = "none"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_scale(self.scale)
         if self.approximate not in ("none", "tanh"):
             raise PlanError(explain_values("approximate", "must be 'none' or 'tanh'", approximate=self.approximate))
@@ -94,6 +95,7 @@ class Identity(Pointwise):
     scale: float | Tensor = along("query token", default=1.0)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_scale(self.scale)
 
 
@@ -114,6 +116,7 @@ class Sigmoid(Pointwise):
     scale: float | Tensor = along("query token", default=1.0)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_scale(self.scale)
         if isinstance(self.bias, Tensor):
             _check_floating("bias", self.bias, (1,), "[H]")
@@ -158,8 +161,6 @@ def num_bias_heads(normalizer: Normalizer) -> int | None:
 def _check_scale(scale: object) -> None:
     if isinstance(scale, Tensor):
         _check_floating("scale", scale, (0, 1), "0-d or [T_q]")
-        if scale.ndim:
-            mark_varying(scale, 0)
     else:
         _check_number("scale", scale)
 

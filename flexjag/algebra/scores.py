@@ -15,7 +15,7 @@ from torch import Tensor
 from flexjag.algebra.node import Node, along, check_tensor, node
 from flexjag.algebra.tree import head_counts, held_tensors, walk
 from flexjag.errors import ScoreError, explain_values
-from flexjag.offsets import can_look, mark_varying
+from flexjag.offsets import can_look
 
 ScoreFunction = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -179,6 +179,7 @@ class TimeBias(Score):
     kv_times: Tensor | None = along("key token", default=None, in_place_of_none="times")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_buckets(self.table, self.boundaries)
         for name, times in (("times", self.times), ("kv_times", self.kv_times)):
             if times is None:
@@ -187,7 +188,6 @@ class TimeBias(Score):
             if times.ndim != 1 or times.requires_grad:
                 rule = "must be 1-D, one per packed token, without a gradient"
                 raise ScoreError(explain_values(name, rule, shape=tuple(times.shape), dtype=times.dtype))
-            mark_varying(times, 0)
 
     @staticmethod
     def log_boundaries(count: int, width: float = 0.301, device: torch.device | str | None = None) -> Tensor:

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from flexjag.algebra.node import BATCH, Axis, Node, NodeKind, field_names
 from flexjag.errors import explain_values
-from flexjag.offsets import mark_varying
 
 
 def children(node: Node) -> list[Node]:
@@ -114,7 +113,7 @@ def tensors_along(node: Node | None) -> list[Along]:
     """The tensors in the :func:`along` fields of a node and of its nodes."""
     found: list[Along] = []
     for one in walk(node):
-        for name, axis, other in getattr(one, "_axes", ()):  # a user's node may forget the decorator
+        for name, axis, other in one._axes:
             value = getattr(one, name)
             value = getattr(one, other) if value is None and other is not None else value
             if isinstance(value, Tensor):
@@ -124,7 +123,7 @@ def tensors_along(node: Node | None) -> list[Along]:
 
 def head_counts(node: Node | None) -> set[int]:
     """Sizes of the head axis among a node's tensors; empty if none is per head."""
-    return {x.tensor.shape[0] for x in tensors_along(node) if x.axis == "query head"}
+    return {x.tensor.shape[0] for x in tensors_along(node) if x.axis == "query head" and x.tensor.ndim}
 
 
 def check_held(error: type[ValueError], node: Node | None, sizes: Mapping[Axis, int], device: torch.device) -> None:
@@ -159,11 +158,7 @@ def mark(node: Node | None) -> None:
     Those along :data:`~flexjag.algebra.node.BATCH` do, and those of fields that say nothing may.
     """
     for one in walk(node):
-        along = {name: axis for name, axis, _ in getattr(one, "_axes", ())}
-        for name in field_names(one):
-            x, axis = getattr(one, name), along.get(name, "pair")
-            if isinstance(x, Tensor) and axis in BATCH and x.ndim and not (axis == "pair" and x.ndim == 2):
-                mark_varying(x, x.ndim - 1)
+        one.mark(declared=False)
 
 
 def is_by_position(mask: Node | None, score: Node | None, is_self: bool) -> bool:

@@ -35,12 +35,14 @@ class _Watch(TorchFunctionMode):
         self.given: dict[int, Tensor] = {}  # the values keep the ids from being reused
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        for x in tree_leaves((args, kwargs or {})):
-            if id(x) in self.args:
-                self.used.add(id(x))
-            elif isinstance(x, Tensor) and id(x) not in self.made:
-                self.given[id(x)] = x
         out = func(*args, **(kwargs or {}))
+        looks = getattr(func, "__name__", "") == "__get__" and not isinstance(out, Tensor)  # at ndim, dtype, ...
+        for x in tree_leaves((args, kwargs or {})):
+            if id(x) not in self.args:
+                if isinstance(x, Tensor) and id(x) not in self.made:
+                    self.given[id(x)] = x
+            elif not looks:
+                self.used.add(id(x))
         self.made.update({id(x): x for x in tree_leaves(out) if isinstance(x, Tensor)})
         return out
 
@@ -54,7 +56,7 @@ class RecordedCall:
         dtype: Dtype of the score it was called on; None for a mask's function.
         place: Segment, head and positions it was called on.
         given: Tensors it read, other than its arguments.
-        used: Ids of the arguments it read.
+        used: Ids of the arguments whose values it read.
         out: Its return value.
     """
 
@@ -292,17 +294,6 @@ class Reading:
 
     def __reduce__(self) -> tuple[type[Reading], tuple[list[RecordedCall], list[tuple[Tensor, int]]]]:
         return Reading, ([], [])
-
-
-def depends_on_head(mask: m.Mask, place: Place) -> bool:
-    """Return True if a user's predicate in the mask reads its `h`; found by calling it once under a recorder."""
-    for one in walk(mask):
-        if isinstance(one, m.MaskMod):
-            if id(place[1]) in RecordedCall.of(one.fn, None, place).used:
-                return True
-        elif not type(one).__module__.startswith("flexjag."):  # a user's node may look at it
-            return True
-    return False
 
 
 def check_functions(node: m.Mask | s.Score, place: Place | None) -> None:

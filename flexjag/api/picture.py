@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from flexjag.algebra import scores
-from flexjag.algebra import user_functions as functions
 from flexjag.api.explain import counted, explain, shortened
 from flexjag.errors import PlanError, explain_values
 from flexjag.extras import needs
@@ -116,11 +114,7 @@ def draw(axes: Axes, plan: Recipe, head: int = 0) -> None:
 
 
 def _check_head(plan: Recipe, head: object) -> None:
-    known = scores.num_score_heads(plan.score)
-    if plan.head_of is not None:
-        known = plan.head_of.shape[0]
-    elif plan.sample is not None:
-        known = plan.sample[0]
+    known = plan.sample[0] if plan.heads is None and plan.sample is not None else plan.heads
     if not isinstance(head, int) or isinstance(head, bool) or head < 0 or (known is not None and head >= known):
         rule = (
             "must be a head of the plan, counted from 0" if known is None else f"must be a head from 0 to {known - 1}"
@@ -129,9 +123,7 @@ def _check_head(plan: Recipe, head: object) -> None:
 
 
 def _sees_head(plan: Recipe) -> bool:
-    place, rests = plan.place(), [x.rest for x in plan.sandwiches if x.rest is not None]
-    by_function = place is not None and any(functions.depends_on_head(rest, place) for rest in rests)
-    return plan.head_of is not None or by_function
+    return plan.head_of is not None or (plan.place() is not None and mods.reads_head(plan.mask_mod, plan.tables))
 
 
 def _title(plan: Recipe, head: int, squares: _Squares, least: tuple[float, float] | None) -> list[str]:

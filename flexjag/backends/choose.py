@@ -6,7 +6,7 @@ so the same ones explain a plan, choose a backend and reject an impossible reque
 
 from __future__ import annotations
 
-from flexjag.backends.base import Backend, Case
+from flexjag.backends.base import CALLS, Backend, Case
 from flexjag.backends.costs import seconds
 from flexjag.backends.cpp.rule import CPP
 from flexjag.backends.flex.rule import FLEX
@@ -17,17 +17,19 @@ from flexjag.backends.triton.rule import TRITON
 from flexjag.backends.varlen import VARLEN
 from flexjag.errors import BackendError, explain_values
 
-BACKENDS = {x.name: x for x in (REFERENCE, TILED, SEGMENTS, CPP, FLEX, VARLEN, TRITON)}
-"""All backends by name."""
+OWN = (REFERENCE, TILED, SEGMENTS, CPP, FLEX, VARLEN, TRITON)
+BACKENDS = {x.name: x for x in OWN}
+"""All backends by name, flexjag's :data:`OWN` and registered ones."""
 
-ON_CUDA, ELSEWHERE = ["triton", "varlen", "flex", "tiled"], ["segments", "tiled"]
+ON_CUDA, ELSEWHERE = ["triton", "varlen", "flex", "tiled"], ["segments", "cpp", "tiled"]
 """The backends that ``auto`` tries, in order. On CUDA the order is by the kernels' purpose, not yet by a measurement of
-ours; elsewhere no compiler is started unasked. The last one runs everything."""
+ours. In traced graphs, too, the first one that can run the case is taken. The last one runs everything."""
 
 WHY = {
     "triton": "fused Triton kernels for normalizers that are not a softmax",
     "varlen": "the mask is exactly one that the flash-attention kernel of varlen_attn implements",
     "flex": "one fused FlexAttention kernel runs any mask and score",
+    "cpp": "C++ kernels of this plan",
     "tiled": "plain torch over the tiles",
     "segments": "a run of one segment's queries at a time with the keys that they may attend",
 }
@@ -37,13 +39,15 @@ def register(backend: Backend) -> None:
     """Register a backend for ``attention(backend=...)`` and, if `before` is set, for ``auto``.
 
     Raises:
-        BackendError: If its name is taken, or `before` is no backend that ``auto`` tries.
+        BackendError: If it is no record, its name is taken, or `before` is no backend that ``auto`` tries.
 
     >>> register(Backend("mine", "the reference again", "all", run=BACKENDS["reference"].run))
     >>> list(BACKENDS)[-1]
     'mine'
     >>> unregister("mine")
     """
+    if not isinstance(backend, Backend):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise BackendError(explain_values("backend", "must be a Backend", type=type(backend).__name__))
     if backend.name in BACKENDS or backend.name == "auto":
         raise BackendError(explain_values("name", "is taken", name=backend.name))
     orders = [order for order in (ON_CUDA, ELSEWHERE) if backend.before in order]
@@ -55,7 +59,13 @@ def register(backend: Backend) -> None:
 
 
 def unregister(name: str) -> None:
-    """Remove a backend that :func:`register` added."""
+    """Remove a backend that :func:`register` added.
+
+    Raises:
+        BackendError: If there is none of that name, or it is flexjag's own.
+    """
+    if name not in BACKENDS or BACKENDS[name] in OWN:
+        raise BackendError(explain_values("name", "must be a backend that register() added", name=name))
     del BACKENDS[name]
     for order in (ON_CUDA, ELSEWHERE):
         order[:] = [x for x in order if x != name]
@@ -81,29 +91,33 @@ def choose(case: Case) -> tuple[str, str]:
     name, expected, passed = _choose(case)
     why = WHY.get(name, BACKENDS[name].title)
     if not expected:
-        return name, why + (passed if name == "tiled" else "")
+        return name, why + (passed if name == _order(case)[-1] else "")
     times = ", ".join(f"{other} {_about(t)} ms" for other, t in sorted(expected.items()) if other != name)
     return name, f"{why}: about {_about(expected[name])} ms expected, {times}, by the lines of costs.json"
 
 
-def _choose(case: Case) -> tuple[str, dict[str, float], str]:
+def _order(case: Case) -> list[str]:
+    return ON_CUDA if case.on_cuda else ELSEWHERE
+
+
+def _choose(case: Case, without: str | None = None) -> tuple[str, dict[str, float], str]:
     """The selected backend, expected seconds by backend if compared, and the reason for the last skipped one."""
     able: list[str] = []
-    passed, on_cuda = "", case.on_cuda
-    for name in ON_CUDA if on_cuda else ELSEWHERE:
+    passed, order = "", [name for name in _order(case) if name != without]
+    for name in order:
         record = BACKENDS[name]
         if not isinstance(case.normalizer, record.promises.normalizers):
             continue
         why_not = refusal(name, case) or record.wasteful(case)
         if why_not is not None:
             passed = f", because of {name}: {why_not}"
-        elif record.cost is None or on_cuda:
+        elif record.cost is None or case.on_cuda or case.tracing:
             if not able:
                 return name, {}, passed
         else:
             able.append(name)
     if len(able) < 2:
-        return able[0] if able else "tiled", {}, passed
+        return able[0] if able else order[-1], {}, passed
     expected = expected_seconds(case, able)
     return min(able, key=expected.__getitem__), expected, passed
 
@@ -118,19 +132,27 @@ def _about(seconds: float) -> str:
 
 
 def expected_seconds(case: Case, names: list[str]) -> dict[str, float]:
-    """Expected CPU seconds of backends with a `cost`, on the machine where ``costs.json`` was recorded."""
-    costs = [(name, BACKENDS[name].cost) for name in names]
-    return {name: seconds(cost(case), bool(case.grad)) for name, cost in costs if cost is not None}
+    """Expected CPU seconds of backends with a `cost`, on the machine where ``costs.json`` was recorded.
+
+    They include the setup's seconds, spread over :data:`flexjag.backends.base.CALLS` calls.
+    """
+    records = [BACKENDS[name] for name in names]
+    return {x.name: seconds(x.cost(case), bool(case.grad)) + x.setup / CALLS for x in records if x.cost is not None}
 
 
-def pick(backend: str, case: Case) -> str:
+def pick(backend: str, case: Case, without: str | None = None) -> str:
     """Resolve a requested backend: the selected one for ``"auto"``, else the named one if it can run the case.
+
+    Args:
+        backend: The requested one.
+        case: The requirements.
+        without: A backend that ``auto`` must not select, since it failed.
 
     Raises:
         BackendError: If the named backend cannot run it; the message names one that can.
     """
     if backend == "auto":
-        return _choose(case)[0]
+        return _choose(case, without)[0]
     why_not = refusal(backend, case)
     if why_not is None:
         return backend

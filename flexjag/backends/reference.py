@@ -56,7 +56,7 @@ class Segment:
         return self.j.shape[1]
 
 
-dense = Interpretation("dense mask", m.Mask)
+dense = Interpretation("dense mask", m.Mask, decorator="dense")
 """``dense(mask, segment)``: the mask as a bool tensor that broadcasts to ``[H, n, m]``."""
 
 
@@ -165,7 +165,7 @@ def _over_heads_and_positions(fn, scores: int):  # type: ignore[no-untyped-def]
     return fn
 
 
-rescore = Interpretation("dense score", s.Score)
+rescore = Interpretation("dense score", s.Score, decorator="rescore")
 """``rescore(score, scores [H, n, m], segment) -> scores``."""
 
 

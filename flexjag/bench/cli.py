@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -11,11 +12,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
 
-from flexjag.bench.suites.registry import BenchError, Options, find, load
+from flexjag.bench.suites.registry import ALL, NEEDED, PLAIN, BenchError, Options, Tell, find, load
 from flexjag.errors import MissingExtraError
 
 PAGE = Path("docs/performance.md")
 PICTURES = Path("images/performance")  # beside the page
+HASTE = 1.5  # seconds per arm where there is a budget
 
 
 class Parser(argparse.ArgumentParser):
@@ -59,14 +61,26 @@ def _run(argv: list[str]) -> int:
     parser.add_argument("--out", type=Path, metavar="DIR", help="write the results there, as one JSON file")
     parser.add_argument("--json", action="store_true", help="print the results as JSON instead of as tables")
     add_options(parser)
-    parser.add_argument("--budget", type=float, metavar="SECONDS", help="for each suite; what does not fit is left out")
+    parser.add_argument(
+        "--budget",
+        type=float,
+        metavar="SECONDS",
+        help="for all of them: what acceptance limits need comes first, and what does not fit is left out",
+    )
+    parser.add_argument(
+        "--part",
+        choices=(ALL, NEEDED, PLAIN),
+        default=ALL,
+        help="only what limits need, or of that what never compiles",
+    )
+    parser.add_argument("--into", type=Path, metavar="RESULTS.json", help="go on with a run: what it has is kept")
     args = parser.parse_args(argv)
     chosen = [find(name) for name in args.suites or load()]
     options = make_options(args)
-    results = run.begin(options)
-    path = None if args.out is None else args.out / run.file_name(results)
+    results = run.begin(options) if args.into is None or not args.into.exists() else run.read(args.into)
+    path = args.into or (None if args.out is None else args.out / run.file_name(results))
     with run.progress() as tell:
-        run.measure(results, chosen, options, path, tell)
+        run.measure(results, chosen, options, path, tell if args.into is None else _while_wanted(tell))
     if path is not None:
         print(f"wrote {path}", file=sys.stderr)
     if args.json:
@@ -76,6 +90,18 @@ def _run(argv: list[str]) -> int:
 
         print_results(results)
     return 0
+
+
+def _while_wanted(tell: Tell) -> Tell:
+    """A progress callback that ends this process once the one that started it has ended: nobody reads the results."""
+    parent = os.getppid()
+
+    def checked(text: str) -> None:
+        if os.getppid() != parent:
+            raise SystemExit("flexjag bench: the process that started this one has ended")
+        tell(text)
+
+    return checked
 
 
 def _calibrate(argv: list[str]) -> int:
@@ -119,7 +145,11 @@ def make_options(args: argparse.Namespace) -> Options:
     budget = getattr(args, "budget", None)
     if budget is not None and not budget > 0:
         raise BenchError(f"--budget: must be over 0 seconds; got budget={budget}")
-    options = Options(args.quick, device, memory=not args.no_memory, seed=args.seed, budget=budget)
+    part = getattr(args, "part", ALL)
+    if part != ALL and budget is None:
+        raise BenchError(f"--part: needs a --budget; got part={part!r}")
+    options = Options(args.quick, device, memory=not args.no_memory, seed=args.seed, budget=budget, part=part)
+    options = options if budget is None else replace(options, seconds_per_arm=HASTE)
     return replace(options, rounds=2) if args.quick else options
 
 

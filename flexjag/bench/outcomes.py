@@ -1,22 +1,34 @@
 """Pytest plugin ``-p flexjag.bench.outcomes``: append each test's outcome to the file in ``FLEXJAG_TEST_OUTCOMES``.
 
-Each test adds a line of JSON when it ends, so that an interrupted run keeps its outcomes so far.
+Each test adds a line of JSON when it ends, so that an interrupted run keeps its outcomes so far. If
+``FLEXJAG_TESTS_PASSED`` names a file, the tests in it are left out: it holds names by file, as :func:`read` returns.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 NAMED_BY = "FLEXJAG_TEST_OUTCOMES"
+PASSED_IN = "FLEXJAG_TESTS_PASSED"
 
 
 def pytest_configure(config: Any) -> None:
     """Register the recorder, except in xdist's workers: their reports are sent to the main process."""
     if not hasattr(config, "workerinput"):
         config.pluginmanager.register(_Recorder(Path(os.environ[NAMED_BY])))
+
+
+def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
+    """Leave out the tests that have passed before."""
+    place = os.environ.get(PASSED_IN)
+    if place:
+        passed = {f"{file}::{name}" for file, names in json.loads(Path(place).read_text()).items() for name in names}
+        config.hook.pytest_deselected(items=[x for x in items if x.nodeid in passed])
+        items[:] = [x for x in items if x.nodeid not in passed]
 
 
 class _Recorder:
@@ -54,8 +66,8 @@ def read(path: Path) -> dict[str, Any]:
         path: The file; it may be missing, or end in the middle of a line.
 
     Returns:
-        ``counts`` by outcome, the full text of ``failures`` by test, counts of ``skips`` by reason, and the seconds of
-        the ``slowest`` ten by test.
+        ``counts`` by outcome, the names of those ``passed`` by file, the full text of ``failures`` by test, counts of
+        ``skips`` by reason, and the seconds of the ``slowest`` ten by test.
     """
     lines = []
     for text in path.read_text().splitlines() if path.exists() else []:
@@ -71,10 +83,45 @@ def read(path: Path) -> dict[str, Any]:
     for line in lines:
         if line["outcome"] == "skipped":
             skips[line["reason"]] = skips.get(line["reason"], 0) + 1
+    passed: dict[str, list[str]] = {}
+    for line in lines:
+        if line["outcome"] == "passed":
+            file, _, name = line["test"].partition("::")
+            passed.setdefault(file, []).append(name)
     slowest = sorted(lines, key=lambda x: -x.get("seconds", 0.0))[:10]
     return {
         "counts": counts,
+        "passed": passed,
         "failures": failures,
         "skips": skips,
         "slowest": {x["test"]: x.get("seconds", 0.0) for x in slowest},
     }
+
+
+def passed_in(files: Sequence[Path], here: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Names by file of the tests that passed in some results.
+
+    Args:
+        files: Results files.
+        here: Environment of the present run (:func:`flexjag.bench.measuring.environment.describe`).
+
+    Raises:
+        BenchError: If results are of another kind of device, or do not tell which tests passed.
+        OSError: If a file cannot be read.
+    """
+    from flexjag.bench.run import read as read_results  # not where pytest loads this file
+    from flexjag.bench.suites.registry import BenchError
+
+    found: dict[str, list[str]] = {}
+    for file in files:
+        results = read_results(file)
+        there = results["environment"]
+        if there.get("capability") != here.get("capability"):
+            raise BenchError(
+                f"--not-passed: {file} is of a {there['device_name'] or 'CPU'}, not of this kind of device"
+            )
+        if "passed" not in results.get("tests", {}):
+            raise BenchError(f"--not-passed: {file} does not tell which tests passed")
+        for name, tests in results["tests"]["passed"].items():
+            found.setdefault(name, []).extend(tests)
+    return found

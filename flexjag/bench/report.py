@@ -152,8 +152,9 @@ flexjag bench attention train --out docs/results  # some of them; --quick to see
 flexjag bench gpu --out docs/results              # a machine with a GPU: its tests and all suites, in nine minutes
 ```
 
-The last needs nothing installed but torch, triton, numpy, pytest and hypothesis, runs every suite in a process and a
-share of the time of its own, writes its results after each, and says what it had to leave out.
+The last needs nothing installed but torch, triton, numpy, pytest and hypothesis. It measures first what acceptance
+limits compare, writes its results after every case, and says what it had to leave out; the other arms are timed when
+time is left, so not in turn with the first.
 
 How it is measured: all arms of a case run in one process on the same inputs. Every arm is checked before it is timed;
 one that is wrong is listed as wrong and has no time. Each round then takes a sample of every arm, in a shuffled order.
@@ -243,7 +244,8 @@ def _besides(results: dict[str, Any]) -> list[str]:
     if tests is not None:
         counts = ", ".join(f"{n} {outcome}" for outcome, n in tests["counts"].items()) or "none"
         cut = f" {tests['cut']}" if tests["cut"] else ""
-        lines.append(f"Tests that need a GPU: {counts}.{cut}")
+        before = f" {tests['left_out']} that had passed before were left out." if tests.get("left_out") else ""
+        lines.append(f"Tests that need a GPU: {counts}.{before}{cut}")
         alike: dict[str, list[str]] = {}
         for name, reason in tests["failures"].items():
             alike.setdefault(_last_line(reason), []).append(name)

@@ -22,6 +22,7 @@ from flexjag.algebra import scores as s
 from flexjag.algebra.dispatch import Interpretation
 from flexjag.algebra.node import NodeKind
 from flexjag.algebra.tree import filled, replaced
+from flexjag.algebra.user_functions import RecordedCall
 from flexjag.errors import MaskError, ScoreError
 from flexjag.lowering.layout import Layout, blocks
 from flexjag.lowering.spans import DenseRows, InSpans, Sandwich
@@ -127,7 +128,7 @@ def _local(t: RowTables, q: Tensor, kv: Tensor) -> tuple[Tensor, Tensor, Tensor]
     return t.segment[q], t.q_pos[q], kv_pos
 
 
-mask_case = Interpretation("mask_mod", m.Mask)
+mask_case = Interpretation("mask_mod", m.Mask, decorator="mask_case")
 """``mask_case(node, tables, layout) -> mask_mod``: one case per node that is not folded into spans."""
 
 
@@ -219,7 +220,13 @@ def mask_mod(masks: tuple[m.Mask, ...], head_of: Tensor | None, t: RowTables, la
     return per_head
 
 
-score_case = Interpretation("score_mod", s.Score)
+def reads_head(mod: MaskMod, t: RowTables) -> bool:
+    """True if a mod reads its head. Found by calling it once, under a recorder, on the first row and key."""
+    b, h, q, kv = (t.q_pos.new_zeros(()) for _ in range(4))
+    return id(h) in RecordedCall.of(mod, None, (b, h, q, kv)).used
+
+
+score_case = Interpretation("score_mod", s.Score, decorator="score_case")
 """``score_case(node, tables) -> score_mod``."""
 
 

@@ -39,7 +39,7 @@ REFINE_LIMIT = 2**26  # predicate evaluations that refining may cost when nobody
 def _head_masks(mask: m.Mask) -> tuple[list[m.Mask], list[int] | None]:
     """The distinct masks of the heads, and each head's index into them; None for the latter if one serves all heads."""
     heads = m.num_mask_heads(mask)
-    if heads is None:
+    if heads is None or not any(isinstance(one, m.PerHead) for one in tree.walk(mask)):
         return [mask], None
     distinct: list[m.Mask] = []
     head_of: list[int] = []
@@ -209,9 +209,8 @@ def _refined(
         return tiles
     if wanted is None and tiles.row.shape[0] * block**2 > REFINE_LIMIT:
         return tiles
-    place = place_in(layout, tables)
-    if x.rest is None or place is None or functions.depends_on_head(x.rest, place):
-        return tiles  # one list of tiles has to do for all heads
     test = mods.mask_mod((mods.kernel_mask(x, tables),), None, tables, layout)
+    if place_in(layout, tables) is None or mods.reads_head(test, tables):
+        return tiles  # one list of tiles has to do for all heads
     zero = torch.zeros((), dtype=torch.int32, device=layout.device)
     return refine(tiles, lambda q, kv: test(zero, zero, q, kv), layout.num_q, layout.num_kv, block)

@@ -128,8 +128,13 @@ class Recipe:
 
     @property
     def tiles(self) -> Tiles:
-        """Tile lists and tables."""
-        assert self.made_tiles is not None, "an outline never leaves attention()"
+        """Tile lists and tables.
+
+        Raises:
+            PlanError: In a backend whose record does not say that it reads them.
+        """
+        if self.made_tiles is None:
+            raise PlanError(explain_values("tiles", "are made for backends whose record says needs_tiles=True"))
         return self.made_tiles
 
     @property

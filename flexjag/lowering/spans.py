@@ -13,9 +13,11 @@ from torch import Tensor
 
 from flexjag.algebra import masks as m
 from flexjag.algebra.dispatch import Interpretation
-from flexjag.algebra.node import along, node, saturated
+from flexjag.algebra.node import along, is_integer, node, saturated
+from flexjag.algebra.tree import rebuilt
 from flexjag.errors import MaskError, explain_values
 from flexjag.lowering.layout import INT32_MAX, Layout
+from flexjag.offsets import same_size
 from flexjag.upstream import holds_no_numbers, running_max
 
 MAX_SPANS = 8
@@ -72,6 +74,9 @@ class InSpans(m.Mask):
     lo: Tensor = along("query token")
     hi: Tensor = along("query token")
 
+    def __post_init__(self) -> None:
+        """Nothing: lowering makes it, and marks it only with a plan that is kept."""
+
 
 @node
 class DenseRows(m.Mask):
@@ -81,6 +86,9 @@ class DenseRows(m.Mask):
 
     values: Tensor = along("pair")
     base: Tensor = along("query token")
+
+    def __post_init__(self) -> None:
+        """Nothing: lowering makes it, and marks it only with a plan that is kept."""
 
 
 def _clip(spans: Spans, lo: Tensor, hi: Tensor) -> Spans:
@@ -143,7 +151,7 @@ def rest_of(s: Sandwich) -> m.Mask:
     return outer if s.rest is None else m.And(outer, s.rest)
 
 
-sandwich = Interpretation("sandwich", m.Mask)
+sandwich = Interpretation("sandwich", m.Mask, decorator="sandwich")
 """``sandwich(mask, layout) -> Sandwich``, in O(K·T). The mask must not contain a PerHead (see `masks.at_head`)."""
 
 
@@ -318,3 +326,48 @@ def _(mask: m.Not, layout: Layout) -> Sandwich:
         return Sandwich(outer, outer)
     inner, _ = _complement(a.outer, layout, widen=False)
     return Sandwich(inner, outer, m.Not(rest_of(a)))
+
+
+def _checked(s: object, mask: m.Mask, layout: Layout) -> Sandwich:
+    """What a user's case returns, made canonical and cut to the row's own segment: nobody can forget that.
+
+    Raises:
+        MaskError: If it is no sandwich, its spans are no integers ``[K, T_q]``, or it has neither one span set for both
+            bounds nor a rest.
+    """
+    if not isinstance(s, Sandwich):
+        raise MaskError(explain_values("sandwich", "a case must return a Sandwich", mask=mask, type=type(s).__name__))
+    for name, x in (("inner", s.inner), ("outer", s.outer)):
+        shapes = {"lo": tuple(x.lo.shape), "hi": tuple(x.hi.shape), "rows": layout.num_q}
+        if x.lo.ndim != 2 or x.hi.shape != x.lo.shape or not is_integer(x.lo) or not is_integer(x.hi):
+            rule = "spans must be two integer tensors [K, T_q]; write lo[None], hi[None] for one span per row"
+            raise MaskError(explain_values(name, rule, mask=mask, **shapes, dtype=x.lo.dtype))
+        if not same_size(x.lo.shape[1], layout.num_q):
+            raise MaskError(explain_values(name, "spans must have an entry per query row", mask=mask, **shapes))
+    if s.rest is None and s.inner is not s.outer:
+        rule = "inner and outer that differ need a rest; if they are equal, pass the same Spans for both"
+        raise MaskError(explain_values("sandwich", rule, mask=mask))
+    if s.rest is not None:
+        s = Sandwich(s.inner, s.outer, _lowered(s.rest, type(mask), layout))
+    outer, cut = _inside(s.outer, layout, widen=True)
+    if s.rest is None and not cut:
+        return Sandwich(outer, outer)
+    inner, _ = _inside(s.inner, layout, widen=False)
+    return Sandwich(inner, outer, rest_of(s) if cut else s.rest)  # `outer` was widened, so the rest has to tell more
+
+
+def _lowered(rest: m.Mask, own: type, layout: Layout) -> m.Mask:
+    """A user's rest with all nodes in it lowered but those of the class that it is the rest of, as kernels need it."""
+    if isinstance(rest, (m.And, m.Or, m.Not)):
+        return rebuilt(rest, lambda one: _lowered(one, own, layout))
+    return rest if type(rest) is own or not sandwich.knows(rest) else rest_of(sandwich(rest, layout))
+
+
+def _inside(spans: Spans, layout: Layout, *, widen: bool) -> tuple[Spans, bool]:
+    """Canonical spans inside the rows' segments, of spans of any integers; True if there were too many."""
+    spans = _clip(spans, layout.kv_start, layout.kv_end)
+    lo, hi = spans.lo.to(torch.int32), spans.hi.to(torch.int32)
+    return _canonical(lo, hi, widen=widen) if lo.shape[0] > 1 else (Spans(lo, hi), False)
+
+
+sandwich.checked = _checked

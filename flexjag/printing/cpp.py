@@ -35,9 +35,10 @@ class Cpp(Language):
     """Prints C++ functions that call ``lanes.h`` and ``math.h`` of :mod:`flexjag.backends.cpp`.
 
     A value is a scalar if all queries of a vector share it, else a vector with one lane for each query; the types
-    follow by deduction. What a program computes in float32 or half precision is computed in ``real``, float or double.
+    follow by deduction. What a program computes in half precision is computed in float.
 
-    A printed function takes h, a vector's rows, kv, and captures and numbers as pointers. It returns ``Lanes<real>``,
+    A printed function takes h, a vector's rows, kv, and captures and numbers as pointers. It returns ``Lanes<float>``,
+    ``Lanes<double>``
     or a condition ``Lanes<int32_t>``.
     """
 
@@ -65,7 +66,7 @@ class Cpp(Language):
 
     def dtype(self, dtype: torch.dtype) -> str:
         """C++ type that values of a dtype are computed in."""
-        return "real" if dtype in (torch.float32, *HALVES) else self.stored(dtype)
+        return self.stored(torch.float32 if dtype in HALVES else dtype)
 
     def stored(self, dtype: torch.dtype) -> str:
         """C++ type of a dtype in memory."""
@@ -147,9 +148,9 @@ class Cpp(Language):
         """Source of a function that adds gradients to ``double* const* totals``, in the order of `learned`."""
         ds, added = self.value(parameters[0]), []
         for line, slope in slopes:
-            factor = self.value(slope, torch.float32)
-            if isinstance(slope, Symbol) and self.dtype(slope.dtype) != "real":
-                factor = f"cast<real>({factor})"
+            factor = self.value(slope, parameters[0].dtype)
+            if isinstance(slope, Symbol) and slope.dtype != parameters[0].dtype:
+                factor = f"cast<{self.dtype(parameters[0].dtype)}>({factor})"
             total = f"totals[{list(learned).index(line.args[0])}]"
             is_one = not isinstance(slope, Symbol) and slope == 1.0
             given = [total, ds if is_one else f"{ds} * {factor}", self.place(line)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from flexjag.printing.program import Program, Symbol, Value
+from flexjag.printing.program import Program, Symbol, Value, convert
 from flexjag.printing.torch_table import cos, exp, sign, sin, where
 
 
@@ -57,14 +57,15 @@ def derivative(program: Program, result: Symbol, by: Symbol) -> Value:
         if all(x is None for x in given) or not y.dtype.is_floating_point:
             continue
         if line.op == "where":
-            slopes[y.name] = where(line.args[0], *(0.0 if x is None else x for x in given[1:]))
+            parts = where(line.args[0], *(0.0 if x is None else x for x in given[1:]))
+            slopes[y.name] = convert(parts, y.dtype, program)
         elif line.op == "to":
             slopes[y.name] = given[0]
         elif line.op in _SLOPES:
             total: Value = None
             for inner, outer in zip(given, _SLOPES[line.op](y, *line.args), strict=True):
                 if inner is not None:
-                    part = times(inner, outer)
+                    part = times(inner, convert(outer, y.dtype, program))
                     total = part if total is None else total + part
             slopes[y.name] = total
     return slopes.get(result.name, 0.0)

@@ -37,10 +37,10 @@ class Traced:
     Attributes:
         program: Program.
         at: Symbols h, q and kv.
-        s: Symbol of ``q·k``, float32.
-        ds: Symbol of the gradient by the score, float32.
+        s: Symbol of ``q·k``.
+        ds: Symbol of the gradient by the score.
         allowed: Result of the mask; True without one.
-        scored: Result of the score, float32; `s` itself without a score.
+        scored: Result of the score; `s` itself without a score.
         by_score: Gradient by `s`, computed from `ds`.
         slopes: Lookups in captures that need gradients, each with the score's derivative by the entry.
         captures: Tensors that the program reads.
@@ -69,22 +69,25 @@ class Traced:
         return looks_up_pairs(needed(self.program, [self.scored, self.allowed]), "q", "kv")
 
 
-def trace(mask: MaskFunction | None, score: ScoreFunction | None, is_checked: bool = False) -> Traced:
+def trace(
+    mask: MaskFunction | None, score: ScoreFunction | None, is_checked: bool = False, dtype: torch.dtype = torch.float32
+) -> Traced:
     """Trace a mask and a score by calling them on symbols. TorchDynamo can trace this function itself.
 
     Args:
         mask: Function ``mask(b, h, q, kv)`` of packed indices, or None; b is 0.
         score: Function ``score(s, b, h, q, kv)`` of packed indices, or None.
         is_checked: True if lookups may be out of range, as those of a user's functions.
+        dtype: Dtype of the scores.
 
     Raises:
         NotImplementedError: If one of them uses an operation that programs do not have.
     """
     program = new_program(is_checked)
     h, q, kv = (program.symbol(name, torch.int32) for name in ("h", "q", "kv"))
-    s, ds = program.symbol("s", torch.float32), program.symbol("ds", torch.float32)
+    s, ds = program.symbol("s", dtype), program.symbol("ds", dtype)
     allowed = True if mask is None else as_symbol(mask(0, h, q, kv), program)
-    scored = s if score is None else convert(as_symbol(score(s, 0, h, q, kv), program), torch.float32, program)
+    scored = s if score is None else convert(as_symbol(score(s, 0, h, q, kv), program), dtype, program)
     by_score = times(ds, derivative(program, scored, s))
     learned = [i for i, x in enumerate(program.captures) if x.requires_grad and torch.is_grad_enabled()]
     lookups = [x for x in needed(program, [scored]) if x.op == "load" and x.args[0] in learned]
@@ -113,7 +116,7 @@ def _emit_tile(traced: Traced, language: Language, name: str, parameters: tuple[
     lines, returned = needed(traced.program, [result]), language.value(result)
     if result.name != parameters[0].name and not reads(lines, parameters[0]):  # it may be the same for a whole row
         returned = language.spread(returned, traced.s.name)
-    return language.function(name, parameters, language.lines(lines), returned, torch.float32)
+    return language.function(name, parameters, language.lines(lines), returned, traced.s.dtype)
 
 
 def emit_slopes(traced: Traced, language: Language, name: str) -> str:

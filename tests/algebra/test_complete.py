@@ -87,7 +87,7 @@ def test_every_node_has_every_case(interpretation: Interpretation, cls: type[Nod
 @pytest.mark.parametrize("cls", [*nodes(m.Mask), *nodes(scores.Score)], ids=id_of)
 def test_every_node_says_whether_kernels_can_print_it(cls: type[Node]) -> None:
     takes_functions = cls in (m.MaskMod, scores.ScoreMod)
-    assert ("printable" in vars(cls)) != takes_functions
+    assert ("printable" in vars(cls)) != takes_functions, f"{cls.__name__}: say if it is printable"
 
 
 @pytest.mark.parametrize("cls", [*nodes(m.Mask), *nodes(scores.Score), *nodes(normalizers.Normalizer)], ids=id_of)

@@ -240,7 +240,7 @@ CALLS = [
         MaskError,
         r"n: must be on the batch's device",
     ),
-    ({"plan": "plan"}, PlanError, r"plan: must come from flexjag.api.plan; got type='str'"),
+    ({"plan": "plan"}, PlanError, r"plan: must come from flexjag.plan; got type='str'"),
 ]
 
 

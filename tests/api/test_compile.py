@@ -224,6 +224,18 @@ def test_every_mask_is_planned_and_attended_in_one_graph(family: str) -> None:
     assert_compiles(attend, given, backend="aot_eager", after_each=equal_to_eager(attend, given))
 
 
+@pytest.mark.parametrize("family", mostly_slow({k: v for k, v in MASKS.items() if v[0] is not nothing}, "same group"))
+def test_masks_made_outside_share_one_graph(family: str) -> None:
+    """Sizes are marked by the nodes themselves, whoever made the tensors in them."""
+    make, mask = MASKS[family]
+
+    def attend(x: fj.Jagged, mask: fj.Mask) -> Tensor:
+        return fj.attention(x, x, x, mask=mask).values
+
+    given = [(x, mask(data.clone())) for x, data in three_batches(make)]  # a clone is not marked
+    assert_compiles(attend, given, backend="aot_eager", after_each=equal_to_eager(attend, given))
+
+
 TABLE = torch.rand(HEADS, 5, dtype=torch.float64, requires_grad=True)
 SCORES: dict[str, Callable[[], fj.Score]] = {
     "alibi": lambda: fj.Alibi(TABLE[:, 0]),

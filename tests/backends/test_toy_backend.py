@@ -16,7 +16,7 @@ from toys.dense_backend import MOST, TOY
 
 import flexjag as fj
 from flexjag.backends import Backend, register, unregister
-from flexjag.errors import BackendError
+from flexjag.errors import BackendError, PlanError
 from flexjag.testing import assert_matches_reference, assert_no_leak, problems
 
 
@@ -110,6 +110,44 @@ def test_auto_asks_it_only_where_it_says(add: Callable[[Backend], None]) -> None
     assert (plan.backend, capped.backend) == ("first", "first")
     assert "backend   first: dense over the whole batch" in plan.explain()
     assert fj.plan(make_qkv([30])[0], normalizer=fj.SiLU()).backend == "segments"
+
+
+def test_a_plan_sees_what_was_registered_and_removed_since() -> None:
+    """It remembers its backend; once that was gone, attention failed by a KeyError."""
+    q, k, v = make_qkv([30], dtype=torch.float32)
+    plan = fj.plan(q, score=fj.SoftCap(3.0))
+    ran: list[str] = []
+
+    def run(*args: object) -> object:
+        ran.append("late")
+        return TOY.run(*args)
+
+    wanted = fj.attention(q, k, v, plan=plan)
+    register(replace(TOY, name="late", before="tiled", run=run))
+    fj.attention(q, k, v, plan=plan)
+    assert (plan.backend, ran) == ("late", ["late"])
+    unregister("late")
+    assert plan.backend == "tiled"
+    assert torch.equal(fj.attention(q, k, v, plan=plan).values, wanted.values)
+    assert ran == ["late"]
+
+
+def test_only_what_was_registered_is_removed() -> None:
+    for name in ("tiled", "none"):
+        with pytest.raises(BackendError, match=rf"name: must be a backend that register\(\) added; got name='{name}'"):
+            unregister(name)
+    with pytest.raises(BackendError, match="backend: must be a Backend; got type='str'"):
+        register("toy")  # type: ignore[arg-type]
+
+
+def test_what_a_record_forgot_is_said(add: Callable[[Backend], None]) -> None:
+    q, k, v = make_qkv([30], dtype=torch.float32)
+    add(replace(TOY, name="no tiles", run=lambda q, k, v, recipe, scale, need_rest: recipe.tiles))
+    with pytest.raises(PlanError, match="tiles: are made for backends whose record says needs_tiles=True"):
+        fj.attention(q, k, v, backend="no tiles")
+    add(replace(TOY, name="no rest", run=lambda *args: (TOY.run(*args)[0], None)))
+    with pytest.raises(AssertionError, match="backend 'no rest' promises a log-sum-exp or remainder"):
+        fj.attention(q, k, v, backend="no rest", return_lse=True)
 
 
 def test_names_are_taken_once() -> None:

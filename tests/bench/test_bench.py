@@ -13,7 +13,8 @@ import torch
 from flexjag.bench import main, run
 from flexjag.bench.arms.attention import AttentionBatch
 from flexjag.bench.measuring import environment, measure
-from flexjag.bench.measuring.measure import Results, disagreement, run_case, run_suite
+from flexjag.bench.measuring.measure import Results, disagreement, run_case
+from flexjag.bench.measuring.schedule import run_suite
 from flexjag.bench.report import arm_rows, figure_rows, to_markdown
 from flexjag.bench.suites.compile import EDGES, Counter, batch_lengths
 from flexjag.bench.suites.mask import causal_tiles, lognormal_lengths

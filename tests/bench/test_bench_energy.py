@@ -8,7 +8,7 @@ import torch
 
 from flexjag.bench.measuring import energy
 from flexjag.bench.measuring.energy import NoCounterError, NvmlCounter, RaplCounter, measure_energy
-from flexjag.bench.measuring.measure import run_suite
+from flexjag.bench.measuring.schedule import run_suite
 from flexjag.bench.suites import energy as suites_energy
 from flexjag.bench.suites.registry import Options, find
 

@@ -11,14 +11,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from flexjag.bench import gpu, main, outcomes, run, smoke, sync, warm
-from flexjag.bench.gpu import Clock, run_process
+from flexjag.bench import gpu, main, outcomes, processes, run, smoke, sync, warm
 from flexjag.bench.measuring import nvml
-from flexjag.bench.measuring.measure import iterate
+from flexjag.bench.measuring.schedule import run_suite
+from flexjag.bench.processes import Clock, run_process
 from flexjag.bench.suites.registry import Arm, BenchError, Case, Options, Suite, find
 
 QUICK = Options(quick=True, device="cpu", rounds=2, memory=False)
-OPTIONAL = ("attn_gym", "rich", "matplotlib", "cloudpickle", "fbgemm_gpu", "pynvml")
+OPTIONAL = ("attn_gym", "rich", "matplotlib", "cloudpickle", "fbgemm_gpu", "pynvml")  # not xdist, to be quick
 
 TESTS = """
 import pytest
@@ -48,30 +48,6 @@ def case(name, seconds, calls):
 
 
 @pytest.mark.slow
-def test_an_arm_that_comes_too_late_is_skipped_and_its_case_says_so():
-    calls = []
-    cut, whole = iterate(
-        suite_of(case("slow", 0.4, calls), case("fast", 0.0, calls)), Options(memory=False, budget=0.6), quietly
-    )
-    first, second = cut.arms  # its half of the time is used up by the first arm's check
-    assert (first.status, len(first.seconds)) == ("ok", 3)
-    assert (second.status, second.reason) == ("skipped", "the time for this case was used up before it")
-    assert cut.cut == "ended early: the suite's 1 s were used up"
-    assert whole.cut is not None
-    assert "not begun" in whole.cut
-    assert whole.arms == []
-    assert "fast" not in calls
-
-
-@pytest.mark.slow
-def test_what_a_case_does_not_use_is_left_to_the_next_and_nothing_is_cut():
-    options = Options(rounds=4, memory=False, budget=60)
-    results = list(iterate(suite_of(*(case(n, 0.0, []) for n in "abc")), options, quietly))
-    assert [x.cut for x in results] == [None] * 3
-    assert all(len(arm.seconds) == 4 for x in results for arm in x.arms)
-
-
-@pytest.mark.slow
 def test_an_interruption_loses_one_case_and_the_file_says_so(tmp_path):
     def interrupt():
         raise KeyboardInterrupt
@@ -90,7 +66,7 @@ def test_an_interruption_loses_one_case_and_the_file_says_so(tmp_path):
 
 @pytest.mark.slow
 def test_compile_suite_stops_between_batches():
-    cases = list(iterate(find("compile"), Options(quick=True, memory=False, budget=1e-6), quietly))
+    cases = run_suite(find("compile"), Options(quick=True, memory=False, budget=1e-6), quietly)
     assert [x.cut.split(":")[0] for x in cases] == ["not begun"] * 2
     training, _ = find("compile").cases(Options(quick=True, memory=False, deadline=time.monotonic() - 1))
     compiled, eager = training.run(quietly)
@@ -100,11 +76,12 @@ def test_compile_suite_stops_between_batches():
 
 def test_clock_shares_what_is_left_by_weight(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(gpu, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    clock = Clock(80.0, ["mask-build", "ops"], start=100.0)
-    assert clock.share("mask-build") == 20.0  # 1 to 3
+    monkeypatch.setattr(processes, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    clock = Clock(80.0, ["mask-build", "ops", "tune", "rest"], start=100.0)
+    assert clock.share("mask-build", "ops") == pytest.approx(80 * 4 / 8.5)
     now[0] += 5.0
-    assert clock.share("ops") == clock.left == 75.0
+    assert clock.share("tune") == pytest.approx(75 * 4 / 4.5)
+    assert clock.share("rest") == clock.left == 75.0
     now[0] += 100.0
     assert clock.left < 0
     assert Clock(0.0, ["sync"], start=0.0).share("sync") == 0.0
@@ -125,7 +102,7 @@ def test_process_that_hangs_is_ended_with_its_own_processes_and_keeps_what_it_pr
 
 def test_outcomes_are_read_from_a_file_that_was_cut_off(tmp_path):
     path = tmp_path / "outcomes"
-    assert outcomes.read(path) == {"counts": {}, "failures": {}, "skips": {}, "slowest": {}}
+    assert outcomes.read(path) == {"counts": {}, "passed": {}, "failures": {}, "skips": {}, "slowest": {}}
     lines = [
         {"test": "a.py::b[x y]", "outcome": "passed", "seconds": 0.5},
         {"test": "a.py::c", "outcome": "failed", "seconds": 2.0, "reason": "assert 0\nwhole"},
@@ -134,6 +111,7 @@ def test_outcomes_are_read_from_a_file_that_was_cut_off(tmp_path):
     path.write_text("\n".join(map(json.dumps, lines)) + '\n{"test": "a.py::e", "outc')
     found = outcomes.read(path)
     assert found["counts"] == {"passed": 1, "failed": 1, "skipped": 1}
+    assert found["passed"] == {"a.py": ["b[x y]"]}
     assert found["failures"] == {"a.py::c": "assert 0\nwhole"}
     assert found["skips"] == {"not here": 1}
     assert list(found["slowest"]) == ["a.py::c", "a.py::b[x y]", "a.py::d"]
@@ -163,13 +141,15 @@ def test_dry_run_on_a_cpu_where_only_the_necessary_is_installed(tmp_path):
     (path,) = (tmp_path / "out").glob("quick-cpu-*.json")
     results = json.loads(path.read_text())
     assert results["schema"] == 1
-    assert results["absent"] == list(OPTIONAL)
+    assert [x for x in results["absent"] if x != "xdist"] == list(OPTIONAL)
+    assert done.stderr.startswith("preflight: missing but optional: attn_gym (no arms of attention-gym); rich")
     assert results["tests"]["counts"] == {"passed": 1, "failed": 1, "skipped": 1}
     ((name, reason),) = results["tests"]["failures"].items()
     assert name.endswith("test_some.py::test_wrong")
     assert "assert 1 == 2" in reason
     assert results["sync"]["passed"] is None
-    assert [r["name"] for r in results["runs"]] == ["tests", "sync", "mask-build", "energy"]
+    assert list(results["tests"]["passed"].values()) == [["test_right"]]
+    assert [r["name"] for r in results["runs"]] == ["tests", "sync", "mask-build energy"]
     assert all(r["cut"] is None for r in results["runs"]), path.with_suffix(".log").read_text()
     build, energy = results["suites"]
     assert build["cut"] is None
@@ -178,7 +158,7 @@ def test_dry_run_on_a_cpu_where_only_the_necessary_is_installed(tmp_path):
     assert arms["attn-gym document mask, eager"]["status"] == "skipped"
     assert energy["cases"]
     log = path.with_suffix(".log").read_text()
-    assert "== mask-build: " in log
+    assert "== mask-build energy: " in log
     assert "def test_wrong(): assert 1 == 2" in log  # the failure, whole
     assert "flexjag plan" in log
     page = tmp_path / "page.md"
@@ -284,15 +264,16 @@ def test_smoke_tells_what_is_thrown_and_what_is_wrong(monkeypatch):
 
 
 @pytest.mark.slow
-def test_warming_up_goes_on_behind_a_job_that_fails(monkeypatch, capsys):
+def test_warming_up_goes_on_behind_a_job_that_fails_and_does_nothing_twice(monkeypatch, capsys, tmp_path):
     done = []
     jobs = [lambda: 1 / 0, lambda: done.append(1), lambda: done.append(2), lambda: done.append(3)]
-    monkeypatch.setattr(warm, "jobs", lambda stage, options: iter(jobs))
-    warm.main(0, 1, 60.0, 0, ["attention"])
-    assert done == [1, 2, 3]
+    monkeypatch.setattr(warm, "jobs", lambda stages, options: iter(jobs))
+    (tmp_path / "2").touch()  # another process has begun it
+    warm.main(tmp_path, 60.0, 0, ["attention"])
+    assert done == [1, 3]
     assert "job 0: ZeroDivisionError" in capsys.readouterr().out
-    warm.main(1, 2, 60.0, 0, ["attention"])
-    assert done == [1, 2, 3, 1, 3]
+    warm.main(tmp_path, 60.0, 0, ["attention"])
+    assert done == [1, 3]
 
 
 @pytest.mark.cuda

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from flexjag import Jagged
-from flexjag.bench.measuring.measure import run_suite
 from flexjag.bench.measuring.padded import Expected, Padding
+from flexjag.bench.measuring.schedule import run_suite
 from flexjag.bench.suites import train as suites_train
 from flexjag.bench.suites.paper import DENSE, FLASH, OURS, QUICK_GRID, SELF, TARGET, UNFUSED, PaperProblem
 from flexjag.bench.suites.registry import Options, find

@@ -13,8 +13,8 @@ from flexjag import ops
 from flexjag.bench.arms.ragged import FBGEMM, FLEXJAG, OPS, PADDED, SDPA, RaggedBatch
 from flexjag.bench.arms.weights import Dense
 from flexjag.bench.measuring.lengths import constant_lengths, document_lengths, lognormal_lengths, meta_lengths
-from flexjag.bench.measuring.measure import run_suite
 from flexjag.bench.measuring.padded import Padding
+from flexjag.bench.measuring.schedule import run_suite
 from flexjag.bench.suites.normalizers import AUTO, BIASED, HSTU, LAYER, STICK, AttentionJob, LayerJob
 from flexjag.bench.suites.normalizers import QUICK_SIZES as QUICK_NORMALIZERS
 from flexjag.bench.suites.ops import DIRECTIONS, QUICK_SIZES, Job, find_fbgemm

@@ -23,7 +23,10 @@ from flexjag import (
 )
 from flexjag.algebra import user_functions as functions
 from flexjag.algebra.scores import parts
-from flexjag.errors import MaskError
+from flexjag.errors import MaskError, ShapeError
+from flexjag.extend import Mask, Sandwich, Spans, along, dense, mask_case, node, sandwich
+from flexjag.lowering import mods
+from flexjag.testing import assert_matches_reference, assert_tiles
 
 LENGTHS = [3, 0, 4]
 TOTAL = sum(LENGTHS)
@@ -142,9 +145,81 @@ def test_packed_matrices_must_fill_the_segments() -> None:
 PLACE = (torch.tensor(0), torch.tensor(0), torch.tensor(0), torch.tensor(0))
 
 
-def test_depends_on_head() -> None:
-    assert functions.depends_on_head(~(Causal() | MaskMod(lambda b, h, q, kv: (h == 0) & (q > kv))), PLACE)
-    assert not functions.depends_on_head(Causal() & MaskMod(lambda b, h, q, kv: q > kv + b), PLACE)
+@node
+class Reach(Mask):
+    """A user's node: keys up to reach[h] back."""
+
+    reach: torch.Tensor = along("query head")
+
+
+@node
+class Behind(Mask):
+    """A user's node that is the same for all heads: keys at least n back."""
+
+    n: int
+
+
+@sandwich.register(Reach, Behind)
+def _(mask, layout):  # type: ignore[no-untyped-def]
+    start = layout.kv_start[None]
+    return Sandwich(Spans(start, start), Spans(start, layout.kv_end[None]), mask)
+
+
+@mask_case.register(Reach)
+def _(mask, tables, layout):  # type: ignore[no-untyped-def]
+    return lambda b, h, q, kv: (tables.shift[q] - kv).abs() <= mask.reach[h]
+
+
+@mask_case.register(Behind)
+def _(mask, tables, layout):  # type: ignore[no-untyped-def]
+    return lambda b, h, q, kv: tables.shift[q] - kv >= mask.n
+
+
+@dense.register(Reach)
+def _(mask, segment):  # type: ignore[no-untyped-def]
+    return (segment.i - segment.j).abs() <= mask.reach[:, None, None]
+
+
+@dense.register(Behind)
+def _(mask, segment):  # type: ignore[no-untyped-def]
+    return segment.i - segment.j >= mask.n
+
+
+@pytest.mark.parametrize(
+    ("mask", "reads"),
+    [
+        (~(Causal() | MaskMod(lambda b, h, q, kv: (h == 0) & (q > kv))), True),
+        (Causal() & MaskMod(lambda b, h, q, kv: q > kv + b), False),
+        (PerHead([Causal(), Full()]), True),
+        (Causal() & Reach(torch.tensor([1, 2])), True),
+        (Causal() & Behind(2), False),
+    ],
+    ids=repr,
+)
+def test_reads_head(mask: fj.Mask, reads: bool) -> None:
+    plan = fj.plan(jagged(LENGTHS), mask=mask)
+    assert mods.reads_head(plan.mask_mod, plan.tables) is reads
+
+
+def test_tiles_of_users_nodes_are_refined_unless_they_read_the_head() -> None:
+    x = jagged([64], 2, 16)
+    assert assert_tiles(Behind(17), x).num_full == fj.plan(x, mask=~fj.Window(16, None), block_size=16).num_full == 3
+    assert assert_tiles(Reach(torch.tensor([64, 1])), x).num_full == 0
+
+
+@pytest.mark.parametrize("heads", [2, 4])
+def test_a_mask_per_head_is_for_that_many_heads(heads: int) -> None:
+    """One head too many was silently ignored."""
+    x = jagged([9], 3, 16)
+    with pytest.raises(ShapeError, match=f"must be made for q's heads; got made_for={heads}, heads=3"):
+        fj.attention(x, x, x, mask=Causal() & Reach(torch.ones(heads, dtype=torch.int64)))
+    with pytest.raises(MaskError, match="one mask per head; got heads="):
+        fj.plan(x, mask=PerHead([Full()] * 3) & Reach(torch.ones(heads, dtype=torch.int64)))
+
+
+def test_a_mask_per_head_equals_the_reference() -> None:
+    x = jagged(LENGTHS, 3, 16)
+    assert_matches_reference(x, x, x, mask=Causal() & Reach(torch.tensor([0, 1, 5])), backend="tiled")
 
 
 def test_learned_tensors_finds_closures() -> None:

@@ -10,6 +10,7 @@ from cases import EDGE_LENGTHS, jagged
 
 import flexjag as fj
 from flexjag import Causal, Chunked, Dense, Full, GlobalTokens, MaskMod, Prefix, Rows, SameGroup, Window
+from flexjag.algebra.node import node
 from flexjag.errors import MaskError, UnknownNodeError
 from flexjag.lowering.layout import Layout, build_layout
 from flexjag.lowering.spans import MAX_SPANS, Sandwich, Spans, sandwich
@@ -208,11 +209,9 @@ def test_masks_that_do_not_fit_the_layout_raise(mask: fj.Mask, message: str) -> 
 
 
 def test_unknown_node_says_what_to_register() -> None:
+    @node
     class Odd(fj.Mask):
         """A user's node without cases."""
-
-        def __repr__(self) -> str:
-            return "Odd()"
 
     with pytest.raises(UnknownNodeError, match=r"Odd: this node has no sandwich; got Odd\(\).*register\(Odd\)"):
         fj.plan(jagged(LENGTHS), mask=Causal() & Odd())

@@ -229,7 +229,7 @@ CACHE = KVCache(jagged([3, 0, 4], HEADS, DIM), jagged([3, 0, 4], HEADS, DIM))
         (lambda: PLAIN(jagged([7], 5), PLAN), ShapeError, r"x: values must be \[T, width\] with width 12"),
         (lambda: PLAIN(X.to(torch.float32), PLAN), ShapeError, r"x: must have the dtype of the layer"),
         (lambda: PLAIN(X.to("meta"), PLAN), ShapeError, r"x: must be on the device of the layer"),
-        (lambda: PLAIN(X, hstu_mask(X)), PlanError, r"plan: must come from flexjag.api.plan; got type='Rows'"),
+        (lambda: PLAIN(X, hstu_mask(X)), PlanError, r"plan: must come from flexjag.plan; got type='Rows'"),
         (lambda: PLAIN(X, fj.plan(X)), PlanError, r"normalizer: HSTU's is pointwise.*got normalizer=Softmax\(\)"),
         (lambda: PLAIN(jagged([7], WIDTH), PLAN), PlanError, r"plan: was made for another layout"),
         (lambda: PLAIN(X, PLAN, times=clock([3, 0, 4])), ScoreError, r"times: go with a bias by time"),

@@ -81,7 +81,7 @@ def unit(source: str, dtype: torch.dtype, dim: int, value_dim: int) -> str:
     real = "double" if dtype == torch.float64 else "float"
     types = f"using real = {real};\nstruct float16;\nstruct bfloat16;\nusing element = {ELEMENTS[dtype]};\n"
     sizes = f"constexpr int D = {dim}, E = {value_dim};\n"
-    inside = f"namespace flexjag {{\n{types}{sizes}}}\n#include \"call.h\"\n\nnamespace flexjag {{\n{source}}}\n"
+    inside = f'namespace flexjag {{\n{types}{sizes}}}\n#include "call.h"\n\nnamespace flexjag {{\n{source}}}\n'
     return f'#include <cstdint>\n{inside}\n#include "entry.h"\n'
 
 
@@ -101,7 +101,9 @@ def run(entry: str, problem: Problem, num_heads: tuple[int, int], tensors: dict[
         LayoutError: If the offsets are none.
     """
     q, k, v = (tensors[x] for x in ("q", "k", "v"))
-    assert q is not None and k is not None and v is not None
+    assert isinstance(q, Tensor)
+    assert isinstance(k, Tensor)
+    assert isinstance(v, Tensor)
     library = load(unit(problem.source, q.dtype, q.shape[2], v.shape[2]))
     # Everything that the kernel reads is kept by a name here until it returns.
     captures = [x.contiguous() if x.ndim == 0 else x for x in problem.captures]

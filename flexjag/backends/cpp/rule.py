@@ -9,6 +9,7 @@ import torch
 from flexjag import printing
 from flexjag.backends.base import ALL, Backend, Case, Pair, Promises
 from flexjag.backends.cpp import build
+from flexjag.backends.cpp.cost import cost
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -34,6 +35,12 @@ def _run(*args: Any) -> Pair:
     return run(*args)
 
 
+def _source(recipe: Any) -> str:
+    from flexjag.backends.cpp.source import printed
+
+    return printed(recipe, torch.float32).source
+
+
 CPP = Backend(
     name="cpp",
     title="own kernels, printed in C++ and compiled on first use, CPU",
@@ -41,4 +48,7 @@ CPP = Backend(
     run=_run,
     refuse=refuse,
     promises=Promises(contains_nan=True, unmixed=True, wide=ALL),
+    cost=cost,
+    setup=2.5,
+    source=_source,
 )

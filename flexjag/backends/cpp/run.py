@@ -30,7 +30,7 @@ def run(q: Tensor, k: Tensor, v: Tensor, recipe: Recipe, scale: float, need_rest
     remainder = isinstance(normalizer, StickBreaking) and normalizer.remainder
     if per_row is not None or remainder:  # what is changed afterwards is not rounded before
         q, k, v = q.to(acc), k.to(acc), v.to(acc)
-    text, layout = printed(recipe), recipe.layout
+    text, layout = printed(recipe, acc), recipe.layout
     offsets = [layout.q_offsets, layout.kv_offsets]
     out, rest = attend(
         q, k, v, text.captures, text.learned, text.numbers, text.source, offsets, _spans(recipe), recipe.head_of, scale,

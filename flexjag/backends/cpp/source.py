@@ -17,11 +17,11 @@ from flexjag.lowering.recipe import Recipe
 from flexjag.printing import Cpp, emit_gradient, emit_mask, emit_score, emit_slopes, read, trace
 
 
-def printed(recipe: Recipe) -> Printed:
-    """The source of a plan's functions, and what they read."""
+def printed(recipe: Recipe, dtype: torch.dtype) -> Printed:
+    """The source of a plan's functions of scores in a dtype, and what they read."""
 
     def write(is_checked: bool) -> Printed:
-        traced, language = trace(rest_mod(recipe), _weight_mod(recipe), is_checked), Cpp()
+        traced, language = trace(rest_mod(recipe), _weight_mod(recipe), is_checked, dtype), Cpp()
         parts = [
             f"constexpr Normalizer NORMALIZER = Normalizer::{_kind(recipe.normalizer)};\n",
             emit_mask(traced, language, "mask"),
@@ -31,7 +31,7 @@ def printed(recipe: Recipe) -> Printed:
         ]
         return Printed("\n\n".join(parts), traced.captures, traced.numbers, traced.learned)
 
-    return once(recipe, "cpp", write)
+    return once(recipe, f"cpp, {dtype}", write)
 
 
 def _kind(normalizer: nz.Normalizer) -> str:
@@ -68,9 +68,3 @@ def _weight_mod(recipe: Recipe) -> Callable[..., Any] | None:
         return score
     biased, function = pointwise.weighed(normalizer, score, recipe.layout, read), pointwise.activation(normalizer).fn
     return lambda s, b, h, q, kv: function(s if biased is None else biased(s, b, h, q, kv))
-
-
-def contiguous_learned(recipe: Recipe) -> Recipe:
-    """The recipe with contiguous learned tensors, whose gradients are summed at an entry's place in memory."""
-    wide = recipe.learning_in(torch.float32)
-    return wide

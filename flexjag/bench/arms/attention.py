@@ -21,6 +21,7 @@ from flexjag.api.attention import attention
 from flexjag.api.plan import plan
 from flexjag.backends import choose
 from flexjag.backends.base import Case
+from flexjag.bench.arms import exact
 from flexjag.bench.arms.kinds import KINDS, MAX_DISTANCE
 from flexjag.bench.measuring.padded import Expected, Padding, Tensors, with_gradients
 from flexjag.bench.suites.registry import Arm
@@ -70,27 +71,18 @@ class AttentionBatch:
         self.kind, self.lengths, self.heads, self.dim = KINDS[kind], list(lengths), heads, dim
         self.backward, self.device, self.dtype = backward, device, dtype
         self.longest, self.padding = max(lengths), Padding(lengths, device)
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator(device).manual_seed(seed)
         shape = (sum(lengths), heads, dim)
-        drawn = [torch.randn(shape, generator=generator).to(device, dtype) for _ in range(4)]
+        drawn = [torch.randn(shape, generator=generator, device=device).to(dtype) for _ in range(4)]
         self.leaves, self.grad = drawn[:3], drawn[3]
         if self.kind.score == "relative bias":
-            table = torch.randn(heads, 2 * MAX_DISTANCE + 1, generator=generator)
-            self.leaves.append(table.to(device))
+            self.leaves.append(torch.randn(heads, 2 * MAX_DISTANCE + 1, generator=generator, device=device))
         if backward:
             for x in self.leaves:
                 x.requires_grad_()
         names = ("output", "dq", "dk", "dv", "dbias")
         terms = [dim, dim, dim, dim, sum(n * n for n in self.lengths)]
         self.expected = Expected(self._exact, dtype, names, terms)
-
-    @cached_property
-    def flops(self) -> int:
-        """Floating-point operations that the mask requires: 4·H·D per allowed score, and 2.5 times that backward."""
-        i = torch.arange(self.longest)
-        allowed = self.kind.allowed(i[:, None], i[None]).cumsum(0).cumsum(1).diagonal()
-        useful = 4 * self.heads * self.dim * sum(int(allowed[n - 1]) for n in self.lengths if n)
-        return useful * 7 // 2 if self.backward else useful
 
     def arms(self, compiled: bool = True) -> list[Arm]:
         """All arms of this case; without `compiled` not those of :data:`SLOW`, nor on a CPU our `flex`."""
@@ -141,11 +133,9 @@ class AttentionBatch:
         return inference
 
     def _exact(self, dtype: torch.dtype) -> Tensors:
-        leaves = [x.detach().to(dtype).requires_grad_() for x in self.leaves]
-        q, k, v = (Jagged.from_lengths(x, self.lengths) for x in leaves[:3])
-        out = _values(attention(q, k, v, mask=self.kind.mask, score=self._score(leaves), backend="reference"))
-        grads = torch.autograd.grad(out, leaves, self.grad.to(dtype)) if self.backward else ()
-        return (out.detach(), *grads)
+        inputs = [x.detach().to(dtype) for x in self.leaves]
+        with torch.no_grad():
+            return exact.attend(self.kind, self.lengths, inputs, self.grad.to(dtype) if self.backward else None)
 
     def _score(self, leaves: Sequence[Tensor]) -> Score | None:
         if self.kind.score == "alibi":

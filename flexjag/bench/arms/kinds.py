@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
+import torch
 from torch import Tensor
 
 from flexjag.algebra.masks import Causal, Full, Mask, Prefix, Window
@@ -37,3 +39,20 @@ KINDS = {
     ),
     "causal + trained relative bias": Kind(Causal(), lambda i, j: j <= i, "relative bias"),
 }
+
+
+def useful_flops(kind: str, lengths: Sequence[int], heads: int, dim: int, backward: bool) -> int:
+    """Floating-point operations that a mask requires: 4·H·D per allowed score, and 2.5 times that backward."""
+    useful = 4 * heads * dim * _scores(kind, tuple(lengths))
+    return useful * 7 // 2 if backward else useful
+
+
+@cache
+def _scores(kind: str, lengths: tuple[int, ...]) -> int:
+    """Number of allowed scores in all segments."""
+    i = torch.arange(max(lengths))
+    allowed = KINDS[kind].allowed(i[:, None], i[None])
+    # Position p adds the keys up to p of query p, and the queries before p of key p.
+    before = allowed.tril().sum(1) + allowed.triu(1).sum(0)
+    within = torch.cat([torch.zeros(1, dtype=torch.int64), before.cumsum(0)])
+    return int(within[torch.tensor(lengths)].sum())

@@ -11,7 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from flexjag.bench.measuring.environment import free_memory
-from flexjag.bench.suites.registry import Arm, ArmResult, Case, CaseResult, Options, SelfTimedCase, Suite, Tell
+from flexjag.bench.suites.registry import Arm, ArmResult, Case, CaseResult, Options, Tell
 
 HALF = (torch.float16, torch.bfloat16)
 RESULTS = ("output", "dq", "dk", "dv")
@@ -30,42 +30,8 @@ SLOW_FIRST_CALL = 2.0  # seconds; on a CPU, such an arm's check was warm-up enou
 WARM_UP_MS, SAMPLE_MS = 1, 10  # of calls before a sample on a GPU, and in it
 SLOW_CALL = 0.1  # seconds; do_bench makes eight calls at least
 KERNELS = 8  # that are listed of an arm, those that take longest
-
-
-def run_suite(suite: Suite, options: Options, tell: Tell) -> list[CaseResult]:
-    """Measure every case of a suite; with a budget, as much of it as fits.
-
-    Args:
-        suite: The suite.
-        options: Options of the run.
-        tell: Called with a description of each measurement as it begins.
-    """
-    return list(iterate(suite, options, tell))
-
-
-def iterate(suite: Suite, options: Options, tell: Tell) -> Iterator[CaseResult]:
-    """Yield the results of :func:`run_suite`, case by case as each is done.
-
-    Each case gets an equal share of the remaining budget, so that a slow one cannot starve the others.
-    """
-    deadline = None if options.budget is None else time.monotonic() + options.budget
-    options = replace(options, deadline=deadline)
-    cases = list(suite.cases(options))
-    for i, case in enumerate(cases):
-        left = None if deadline is None else (deadline - time.monotonic()) / (len(cases) - i)
-        cut, arms = None, []
-        if left is not None and left <= 0:
-            cut = "not begun"
-        elif isinstance(case, SelfTimedCase):
-            arms = case.run(lambda text, name=case.name: tell(f"{suite.name}: {name}: {text}"))
-            cut = "ended early" if options.over else None
-        else:
-            share = options if left is None else replace(options, deadline=time.monotonic() + left)
-            arms = run_case(suite.name, case, share, tell)
-            cut = "ended early" if share.over else None
-        reason = None if cut is None else f"{cut}: the suite's {options.budget:.0f} s were used up"
-        yield CaseResult(case.name, dict(case.facts), arms, reason)
-        gc.collect()
+LATER = "no acceptance limit needs it; there was no time left"
+LATE = "the time was used up before it"
 
 
 @dataclass(eq=False)
@@ -75,6 +41,7 @@ class _Live:
     arm: Arm
     call: Callable[[], Any]
     first_seconds: float
+    compiled: dict[str, int]
     sample: Callable[[], float]
     seconds: list[float] = field(default_factory=list)
     spent: float = 0.0  # seconds that its samples took, with all that is not timed in them
@@ -85,19 +52,33 @@ class _Live:
         return len(self.seconds) >= options.rounds or (slow and len(self.seconds) >= enough)
 
 
-def run_case(suite: str, case: Case, options: Options, tell: Tell) -> list[ArmResult]:
-    """Check all arms; of those whose results are right, measure the time, interleaved, and the memory.
+def run_case(
+    suite: str, case: Case, options: Options, tell: Tell, names: Collection[str] | None = None
+) -> list[ArmResult]:
+    """Check arms; of those whose results are right, measure the time, interleaved, and the memory.
 
     Each round times every arm once, in an order that is shuffled from a fixed seed, so that a slow minute of the
     machine or the cache of a neighbour falls on all arms alike.
+
+    Args:
+        suite: Name of the suite.
+        case: The case.
+        options: Options of the run.
+        tell: Called with a description of each measurement as it begins.
+        names: Names of the arms to be measured; the others are skipped. None: all arms.
     """
     results: dict[str, ArmResult] = {}
     live: list[_Live] = []
     arms = list(case.arms())
+    for arm in arms:
+        if names is not None and arm.name not in names:
+            results[arm.name] = ArmResult(arm.name, "skipped", LATER if arm.absent is None else arm.absent)
     # Ours first where time may run out: without them a case says nothing.
     for arm in sorted(arms, key=lambda arm: options.deadline is not None and not arm.name.startswith("flexjag")):
+        if arm.name in results:
+            continue
         if options.over:
-            results[arm.name] = ArmResult(arm.name, "skipped", "the time for this case was used up before it")
+            results[arm.name] = ArmResult(arm.name, "skipped", LATE)
             continue
         tell(f"{suite}: {case.name}: checking {arm.name}")
         outcome = _admit(arm, options)
@@ -120,6 +101,8 @@ def run_case(suite: str, case: Case, options: Options, tell: Tell) -> list[ArmRe
             x.spent += time.perf_counter() - began
     for x in live:
         extra: dict[str, Any] = {"tokens_per_second": x.arm.tokens / median(x.seconds)} if x.arm.tokens else {}
+        if x.compiled:
+            extra["compiled"] = x.compiled
         if options.device == "cuda":
             tell(f"{suite}: {case.name}: kernels of {x.arm.name}")
             extra |= _kernels(x.call, x.arm.steps)
@@ -143,8 +126,9 @@ def _admit(arm: Arm, options: Options) -> _Live | ArmResult:
         why = f"needs about {arm.needs / 1e9:.1f} GB, over {FREE_SHARE:.0%} of the {free / 1e9:.1f} GB that are free"
         return ArmResult(arm.name, "skipped", why)
     try:
-        call = arm.make()
+        call, before = arm.make(), _compilations()
         seconds, result = _timed(call, options.device)
+        compiled = {name: n - before[name] for name, n in _compilations().items() if n > before[name]}
         wrong = arm.check(result)
         if wrong is not None:
             return ArmResult(arm.name, "wrong", wrong)
@@ -157,7 +141,14 @@ def _admit(arm: Arm, options: Options) -> _Live | ArmResult:
             call()
     except Exception as e:  # other people's code: whatever it throws is its result
         return ArmResult(arm.name, "failed", describe_error(e))
-    return _Live(arm, call, seconds, sample)
+    return _Live(arm, call, seconds, compiled, sample)
+
+
+def _compilations() -> dict[str, int]:
+    """Graphs that this process has had compiled by Inductor, and those that it has loaded from the disk cache."""
+    dynamo = sys.modules.get("torch._dynamo.utils")  # not imported for this: it takes seconds
+    counted = {} if dynamo is None else dynamo.counters["inductor"]
+    return {"graphs": counted.get("fxgraph_cache_miss", 0), "from the cache": counted.get("fxgraph_cache_hit", 0)}
 
 
 def describe_error(error: BaseException) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flexjag.algebra.facts import as_window
 from flexjag.algebra.masks import Window
 from flexjag.api.attention import attention
 from flexjag.api.plan import plan
@@ -26,7 +27,7 @@ from flexjag.bench.arms.attention import (
     WITH_PLAN,
     AttentionBatch,
 )
-from flexjag.bench.arms.kinds import KINDS
+from flexjag.bench.arms.kinds import KINDS, useful_flops
 from flexjag.bench.measuring.lengths import constant_lengths, document_lengths, lognormal_lengths, meta_lengths
 from flexjag.bench.measuring.measure import Results, ratio
 from flexjag.bench.measuring.padded import Expected, Tensors, with_gradients
@@ -94,9 +95,9 @@ def _lengths(name: str, sizes: AttentionSizes, seed: int) -> list[int]:
 
 def _product(sizes: AttentionSizes, options: Options) -> Sequence[Arm]:
     """A square matrix product, whose FLOP rate is the reference for those of attention."""
-    generator = torch.Generator().manual_seed(options.seed)
-    a, b = (torch.randn(sizes.gemm, sizes.gemm, generator=generator) for _ in range(2))
-    a, b = (x.to(options.device, _dtype(options)) for x in (a, b))
+    generator = torch.Generator(options.device).manual_seed(options.seed)
+    shape = (sizes.gemm, sizes.gemm)
+    a, b = (torch.randn(shape, generator=generator, device=options.device).to(_dtype(options)) for _ in range(2))
     expected = Expected(lambda dtype: (a.to(dtype) @ b.to(dtype),), a.dtype, terms=sizes.gemm)
     return [Arm("torch.mm", lambda: lambda: (a @ b,), expected.check, memory=False)]
 
@@ -246,28 +247,36 @@ def _figures(options: Options, cases: list[CaseResult]) -> list[Figure]:
 def cases(options: Options) -> list[Case]:
     """All distributions for a causal mask, all masks and scores for one distribution, one case in half precision."""
     sizes = _sizes(options)
-    grid: list[tuple[str, bool, str, int, bool]] = []
     if options.device == "cuda":
-        for dim in sizes.dims:
-            # Each kind compiles kernels: with a time budget, only kinds with acceptance limits.
-            kinds = list(KINDS) if options.budget is None else ["causal", *BEYOND_VARLEN]
-            grid += [(kind, b, "sparsity 0.5", dim, False) for kind in kinds for b in (True, False)]
+        # What limits compare comes first, and of that what compiles nothing.
+        order = ["causal", *BEYOND_VARLEN]
+        # With a time budget, only kinds with acceptance limits, because each compiles kernels.
+        order += [kind for kind in KINDS if kind not in order] if options.budget is None else []
+        grid = [(kind, b, "sparsity 0.5", dim, False) for kind in order for b in (True, False) for dim in sizes.dims]
         if options.budget is None:
             grid += [("causal", True, name, sizes.dims[0], False) for name in (LOGNORMAL, DOCUMENTS, CONSTANT)]
     else:
         spread = [LOGNORMAL, *(f"sparsity {s}" for s in SPARSITIES), DOCUMENTS, CONSTANT]
         dim = sizes.dims[0]
-        grid += [("causal", b, name, dim, False) for b in (False, True) for name in spread]
+        grid = [("causal", b, name, dim, False) for b in (False, True) for name in spread]
         grid += [(kind, b, LOGNORMAL, dim, False) for kind in KINDS if kind != "causal" for b in (False, True)]
         grid += [("causal", b, LOGNORMAL, dim, True) for b in (False, True)]
     out = [_case(*point, sizes, options) for point in grid]
     facts = {"side": sizes.gemm, "dtype": str(_dtype(options)).removeprefix("torch.")}
-    out.append(Case(GEMM, facts, partial(_product, sizes, options), partial(_product, QUICK_SIZES, options)))
+    product, little = (partial(_product, x, options) for x in (sizes, QUICK_SIZES))
+    out.append(Case(GEMM, facts, product, little, compiles=False))
     for tokens in sizes.tokens:
         facts = {"tokens": tokens, "segments": 1, "heads": 1, "dim": sizes.dims[0], "seed": options.seed}
         made, small = partial(_growing, tokens, sizes, options), partial(_growing, 512, QUICK_SIZES, options)
-        out.append(Case(_window_name(tokens), facts, made, small))
+        out.append(Case(_window_name(tokens), facts, made, small, late=True))
     return out
+
+
+def _needed(kind: str, backward: bool) -> tuple[str, ...]:
+    """The arms that the limits on a GPU compare."""
+    if kind != "causal":
+        return (AUTO,)
+    return (AUTO, VARLEN, SHARED, DENSE) if backward else (AUTO, VARLEN)
 
 
 def _case(
@@ -292,10 +301,11 @@ def _case(
         return made if measured else [_unmeasured(arm) for arm in made]
 
     small = _lengths(LOGNORMAL, QUICK_SIZES, options.seed)
-    facts["flops"] = batch(lengths, sizes.heads, dim).flops
+    facts["flops"] = useful_flops(kind, lengths, sizes.heads, dim, backward)
     name = _name(kind, backward, distribution, dim if options.device == "cuda" else None, half)
     run, warm = partial(arms, lengths, sizes.heads, dim), partial(arms, small, QUICK_SIZES.heads, QUICK_SIZES.dims[0])
-    return Case(name, facts, run, warm)
+    is_window = KINDS[kind].score is None and as_window(KINDS[kind].mask) is not None  # which varlen_attn takes
+    return Case(name, facts, run, warm, _needed(kind, backward), compiles=not is_window)
 
 
 def _unmeasured(arm: Arm) -> Arm:

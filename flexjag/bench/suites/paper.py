@@ -59,7 +59,7 @@ class PaperProblem:
         self.dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
         self.lengths = batch_lengths(grid, length, sparsity, options)
         self.padding = Padding(self.lengths, options.device, length)
-        self.generator = torch.Generator().manual_seed(options.seed)
+        self.generator = torch.Generator(options.device).manual_seed(options.seed)
         tokens, segments = sum(self.lengths), grid.segments
         packed = [self._draw(tokens, WIDTH) for _ in range(3)]
         dense = self._draw(segments, TARGETS, WIDTH)
@@ -76,7 +76,7 @@ class PaperProblem:
         self.expected = Expected(self._by_segment, self.dtype, names, terms=WIDTH)  # a score is a sum of D products
 
     def _draw(self, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=self.generator).to(self.device, self.dtype)
+        return torch.randn(shape, generator=self.generator, device=self.device).to(self.dtype)
 
     def arms(self) -> list[Arm]:
         """The arms of this computation."""
@@ -204,7 +204,8 @@ def _grid(options: Options) -> Grid:
 
 
 def _figures(options: Options, cases: list[CaseResult]) -> list[Figure]:
-    """Key figures without limits: the paper's GPU and shapes are not public."""
+    """Key figures beside those of the paper, whose GPU and shapes are not public; on a GPU two of them are limits."""
+    promised = options.device == "cuda" and not options.quick
     found, length = Results(cases), _grid(options).lengths[-1]
 
     def times(job: str, other: str, ours: str = OURS) -> float | None:
@@ -224,8 +225,18 @@ def _figures(options: Options, cases: list[CaseResult]) -> list[Figure]:
         Figure(f"{SELF}: memory saved over {FLASH} (published: 53 %)", saved, "%"),
         Figure(f"{SELF}: time of {DENSE} / {UNFUSED} (published: 2x)", times(SELF, DENSE, UNFUSED), "x"),
         Figure(f"{SELF}: memory of {DENSE} / {UNFUSED} (published: 3.5x)", sizes(DENSE, UNFUSED), "x"),
-        Figure(f"{MATMUL}: time of {DENSE} / {OURS} (published: 2.52x)", times(MATMUL, DENSE), "x"),
-        Figure(f"{SOFTMAX}: time of {DENSE} / {OURS} (published: 3.06x)", times(SOFTMAX, DENSE), "x"),
+        Figure(
+            f"{MATMUL}: time of {DENSE} / {OURS} (published: 2.52x)",
+            times(MATMUL, DENSE),
+            "x",
+            ">= 2.52" if promised else None,
+        ),
+        Figure(
+            f"{SOFTMAX}: time of {DENSE} / {OURS} (published: 3.06x)",
+            times(SOFTMAX, DENSE),
+            "x",
+            ">= 3.06" if promised else None,
+        ),
         Figure(f"{TARGET}: time of {DENSE} / {OURS}", times(TARGET, DENSE), "x"),
         Figure(f"{TARGET}: time of {FLASH} / {OURS}", times(TARGET, FLASH), "x"),
     ]
@@ -239,10 +250,11 @@ def _figures(options: Options, cases: list[CaseResult]) -> list[Figure]:
     _figures,
 )
 def cases(options: Options) -> list[Case]:
-    """Self-attention over the grid; the other computations at its middle sparsity and largest N."""
+    """All computations at the middle sparsity and largest N; self-attention also over the grid."""
     grid = _grid(options)
-    points = [(SELF, s, n) for s in SPARSITIES for n in grid.lengths]
-    points += [(job, MIDDLE, grid.lengths[-1]) for job in (TARGET, MATMUL, SOFTMAX)]
+    # Those with a key figure first.
+    points = [(job, MIDDLE, grid.lengths[-1]) for job in (MATMUL, SOFTMAX, SELF, TARGET)]
+    points += [(SELF, s, n) for s in SPARSITIES for n in grid.lengths if (SELF, s, n) not in points]
     out = []
     for job, sparsity, length in points:
         lengths = batch_lengths(grid, length, sparsity, options)
@@ -253,7 +265,8 @@ def cases(options: Options) -> list[Case]:
             facts["targets"] = TARGETS
         arms = partial(_arms, job, grid, length, sparsity, options)
         small = partial(_arms, job, QUICK_GRID, QUICK_GRID.lengths[0], sparsity, options)
-        out.append(Case(_name(job, sparsity, length), facts, arms, small))
+        has_figure = sparsity == MIDDLE and length == grid.lengths[-1]
+        out.append(Case(_name(job, sparsity, length), facts, arms, small, late=not has_figure))
     return out
 
 

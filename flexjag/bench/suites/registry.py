@@ -30,6 +30,11 @@ Tell = Callable[[str], None]
 """Progress callback; its argument is a line of text on the present measurement."""
 
 
+NOT_BEGUN = "not begun"  # how the description of a case without measurements starts
+ALL, NEEDED, PLAIN = "all", "needed", "plain"
+"""Parts of a suite: everything, the arms that its key figures need, and of those the cases that compile nothing."""
+
+
 class BenchError(FlexjagError, ValueError):
     """An unknown benchmark, invalid arguments, or an invalid results file."""
 
@@ -45,8 +50,9 @@ class Options:
         seconds_per_arm: Time in seconds after which an arm that has three samples is timed no more.
         memory: Whether to measure peak memory.
         seed: Random seed of lengths and values.
-        budget: Maximum duration of a suite in seconds; None for no limit.
-        deadline: End of the budget by ``time.monotonic()``, set when a suite or a case begins.
+        budget: Maximum duration of all suites in seconds; None for no limit.
+        deadline: End of the budget by ``time.monotonic()``, set when the first suite begins.
+        part: What is measured, :data:`ALL`, :data:`NEEDED` or :data:`PLAIN`.
     """
 
     quick: bool = False
@@ -57,6 +63,7 @@ class Options:
     seed: int = 0
     budget: float | None = None
     deadline: float | None = None
+    part: str = "all"
 
     @property
     def over(self) -> bool:
@@ -98,12 +105,18 @@ class Case:
         facts: Sizes and seeds, for the record.
         arms: Builds the inputs, from fixed seeds, and the arms over them.
         small: The same over small inputs; run once before memory is measured, to load code.
+        needed: Names of the arms that acceptance limits compare; with a budget they come first. Empty: all arms.
+        compiles: Whether those arms compile kernels on a GPU.
+        late: Whether, with a budget, it comes after the cases of all suites: no limit needs it.
     """
 
     name: str
     facts: Mapping[str, Any]
     arms: Callable[[], Sequence[Arm]]
     small: Callable[[], Sequence[Arm]]
+    needed: Sequence[str] = ()
+    compiles: bool = True
+    late: bool = False
 
 
 @dataclass(frozen=True)
@@ -161,6 +174,16 @@ class CaseResult:
     facts: dict[str, Any]
     arms: list[ArmResult]
     cut: str | None = None
+
+    @property
+    def begun(self) -> bool:
+        """Whether anything of it was measured, or failed."""
+        return self.cut is None or not self.cut.startswith(NOT_BEGUN)
+
+    @staticmethod
+    def read(entry: Mapping[str, Any]) -> CaseResult:
+        """The case of an entry in a results file."""
+        return CaseResult(**{**entry, "arms": [ArmResult(**arm) for arm in entry["arms"]]})
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
+from flexjag.algebra.facts import as_window
 from flexjag.algebra.masks import Causal, Prefix, Window
 from flexjag.api.attention import attention
 from flexjag.api.plan import plan
@@ -51,11 +52,11 @@ class Layer:
         lengths = [min(n, sizes.longest) for n in document_lengths(sizes.tokens, options.seed)]
         lengths += [sizes.tokens - sum(lengths)]  # the rest of the tokens
         dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
-        generator = torch.Generator().manual_seed(options.seed)
+        generator = torch.Generator(options.device).manual_seed(options.seed)
         width = sizes.heads * sizes.dim
 
         def draw(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator).to(options.device, dtype).requires_grad_()
+            return torch.randn(shape, generator=generator, device=options.device).to(dtype).requires_grad_()
 
         self.x, self.into, self.out = draw(sizes.tokens, width), draw(width, 3 * width), draw(width, width)
         self.grad = draw(sizes.tokens, width).detach()
@@ -141,8 +142,14 @@ def cases(options: Options) -> list[Case]:
     facts = {"tokens": sizes.tokens, "longest": sizes.longest, "heads": sizes.heads, "dim": sizes.dim}
     facts |= {"dtype": "bfloat16" if options.device == "cuda" else "float32", "seed": options.seed}
     return [
-        Case(kind, facts, partial(_arms, kind, sizes, options), partial(_arms, kind, QUICK_SIZES, options))
-        for kind in MASKS
+        Case(
+            kind,
+            facts,
+            partial(_arms, kind, sizes, options),
+            partial(_arms, kind, QUICK_SIZES, options),
+            compiles=as_window(mask) is None,  # else by varlen_attn
+        )
+        for kind, mask in MASKS.items()
     ]
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -101,12 +101,12 @@ class Subject:
         self.name, self.sizes, self.score = name, sizes, score
         self.lengths = document_lengths(sizes.tokens, sizes.seed)
         self.mask = mask(self.lengths, sizes.device)
-        generator = torch.Generator().manual_seed(sizes.seed)
+        generator = torch.Generator(sizes.device).manual_seed(sizes.seed)
+        draw = partial(torch.randn, generator=generator, device=sizes.device)
         heads = (sizes.heads, sizes.kv_heads, sizes.kv_heads, sizes.heads)
-        drawn = [torch.randn(sizes.tokens, h, sizes.dim, generator=generator) for h in heads]
-        *self.leaves, self.grad = (x.to(sizes.device, sizes.dtype) for x in drawn)
+        *self.leaves, self.grad = (draw(sizes.tokens, h, sizes.dim).to(sizes.dtype) for h in heads)
         if learned is not None:
-            self.leaves.append(torch.randn(learned, generator=generator).to(sizes.device))
+            self.leaves.append(draw(learned))
         for x in self.leaves:
             x.requires_grad_()
 

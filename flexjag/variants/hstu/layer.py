@@ -246,7 +246,7 @@ class HSTULayer(nn.Module):
             seen = {"x": x.dtype, "layer": weight.dtype}
             raise ShapeError(explain_values("x", "must have the dtype of the layer, without autocast", **seen))
         if not isinstance(plan, Plan):
-            raise PlanError(explain_values("plan", "must come from flexjag.api.plan", type=type(plan).__name__))
+            raise PlanError(explain_values("plan", "must come from flexjag.plan", type=type(plan).__name__))
         if not isinstance(plan.normalizer, Pointwise):
             rule = "HSTU's is pointwise: make the plan with normalizer=SiLU(1 / maximal length)"
             raise PlanError(explain_values("normalizer", rule, normalizer=plan.normalizer))

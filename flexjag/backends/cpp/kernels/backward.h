@@ -32,6 +32,7 @@ template <bool PARTIAL> static __attribute__((noinline)) void weight_tile(const 
       put(weights + m * QUERIES + n * LANES, x);
     }
   }
+  HAS_EFFECTS;
 }
 
 // Gradients by the products of a tile, in place of those by its weights.
@@ -53,6 +54,7 @@ static __attribute__((noinline)) void slope_tile(const Call& c, const Tile& t, B
       put(by_weight + at, x);
     }
   }
+  HAS_EFFECTS;
 }
 
 // Queries and gradients of a block, as rows and as columns, and what the softmax needs of each query.

@@ -19,6 +19,9 @@
 
 namespace flexjag {
 
+// Ends a function that is not inlined and writes vectors. GCC 12 (its passes modref and pure-const) takes some of them
+// for functions without effects, and drops their calls.
+#define HAS_EFFECTS asm volatile("" ::: "memory")
 #define ROLLED _Pragma("GCC unroll 1")
 #define INLINE_MEMBER inline __attribute__((always_inline))
 

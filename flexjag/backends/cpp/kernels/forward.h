@@ -1,10 +1,11 @@
 // The forward: blocks of queries over blocks of keys, with a running maximum and sum for a softmax.
 #pragma once
+#include <map>
+
 #include "tiles.h"
 
 namespace flexjag {
 
-constexpr bool SOFTMAX = NORMALIZER == Normalizer::softmax;
 constexpr real NO_KEYS = NORMALIZER == Normalizer::stick_breaking ? 1 : -std::numeric_limits<real>::infinity();  // lse of such a row
 constexpr real PER_LOG = (real)1.4426950408889634;  // exp(x) = exp2(PER_LOG x)
 constexpr real LOWEST = std::numeric_limits<real>::lowest();
@@ -25,12 +26,13 @@ template <bool PARTIAL> static __attribute__((noinline)) void score_tile(const C
     }
     if (SOFTMAX) put(tops + n * LANES, top);
   }
+  HAS_EFFECTS;
 }
 
 struct Forward {
-  alignas(64) real packed[D * QUERIES], scores[KEY_BLOCK * QUERIES], out[QUERIES * WIDTH_E];
+  alignas(64) real packed[D * QUERIES], scores[KEY_BLOCK * QUERIES];
   alignas(64) real own[QUERIES * WIDTH_D];  // queries as `real`, if they are of 16 bits
-  alignas(64) real top[QUERIES], before[QUERIES], shrink[QUERIES], sum[QUERIES];
+  alignas(64) real before[QUERIES], shrink[QUERIES];
   Pairs ok;
   Block block;
 };
@@ -45,19 +47,54 @@ INLINE void pack_queries(const Rows3& q, int64_t row, int64_t h, int count, real
   }
 }
 
-static void attend_block(const Call& c, const KeyRows& kv, int64_t s, int64_t h, int64_t row, int count, Forward& w, Ahead& ahead) {
+// What a block of queries found in some of the keys: maxima, sums and outputs before the division by the sums.
+struct Found {
+  alignas(64) real top[QUERIES], sum[QUERIES], out[QUERIES * WIDTH_E];
+};
+
+// Write the results of a block of queries.
+static void finish_block(const Call& c, int64_t h, int64_t row, int count, Found& f) {
+  real factor[QUERIES];
+  if (SOFTMAX) {
+    for (int i = 0; i < count; i += LANES) {
+      const Vec sum = read(f.sum + i), nothing{};
+      put(factor + i, sum == nothing ? nothing : 1 / sum);
+      put(f.top + i, sum == nothing ? nothing - INFINITE : read(f.top + i) + log(sum));
+    }
+    std::memcpy(c.lse + h * c.num_q + row, f.top, count * sizeof(real));
+  }
+  for (int r = 0; r < count; r++) put_row(f.out + r * WIDTH_E, E, SOFTMAX ? factor[r] : (real)c.factor, c.out.row(row + r, h));
+}
+
+// Add what was found in later keys.
+static void merge(Found& f, const Found& other, int count) {
+  real mine[QUERIES], theirs[QUERIES];
+  for (int i = 0; i < count; i += LANES) {
+    const Vec a = read(f.top + i), b = read(other.top + i), top = b > a ? b : a;
+    const Vec x = exp2((a - top) * PER_LOG), y = exp2((b - top) * PER_LOG);
+    put(mine + i, x), put(theirs + i, y), put(f.top + i, top);
+    put(f.sum + i, read(f.sum + i) * x + read(other.sum + i) * y);
+  }
+  for (int r = 0; r < count; r++)
+    for (int i = r * WIDTH_E; i < (r + 1) * WIDTH_E; i += LANES) put(f.out + i, read(f.out + i) * mine[r] + read(other.out + i) * theirs[r]);
+}
+
+// Attend the keys [key, key_end) of a segment.
+static void attend_block(const Call& c, const KeyRows& kv, const Item& item, int64_t h, int64_t row, int count, Forward& w, Found& f, Ahead& ahead) {
+  const int64_t s = item.segment;
   const int first_key = c.kv_offsets[s], keys = c.kv_offsets[s + 1] - first_key, which = c.mask_of ? c.mask_of[h] : 0;
   const int64_t last = row + count - 1;
   Block& b = w.block;
   b.take(c.outer[which], c.inner[which], c.num_q, row, count, first_key, keys);
   pack_queries(c.q, row, h, count, (real)c.scale, w.own, w.packed);
-  for (int i = 0; i < b.vectors * LANES; i += LANES) put(w.top + i, all_lanes(LOWEST)), put(w.sum + i, Vec{});
-  std::memset(w.out, 0, count * WIDTH_E * sizeof(real));
+  for (int i = 0; i < b.vectors * LANES; i += LANES) put(f.top + i, all_lanes(LOWEST)), put(f.sum + i, Vec{});
+  std::memset(f.out, 0, count * WIDTH_E * sizeof(real));
   bool first = true;
-  for (int from = b.lo / KEYS * KEYS; from < b.hi; from += KEY_BLOCK) {
-    const int to = std::min(from + KEY_BLOCK, b.hi);
+  const int last_key = std::min(b.hi, item.key_end);
+  for (int from = std::max(b.lo / KEYS * KEYS, item.key); from < last_key; from += KEY_BLOCK) {
+    const int to = std::min(from + KEY_BLOCK, last_key);
     Live live;
-    if (SOFTMAX) std::memcpy(w.before, w.top, b.vectors * LANES * sizeof(real));
+    if (SOFTMAX) std::memcpy(w.before, f.top, b.vectors * LANES * sizeof(real));
     for (int key = from, g = 0; key < to; key += KEYS, g++) {
       Tile t{key, std::min(KEYS, keys - key), first_key, row, last, 0, 0, (int)h, false};
       find_pairs(c, b, t, w.ok);
@@ -66,7 +103,7 @@ static void attend_block(const Call& c, const KeyRows& kv, int64_t s, int64_t h,
       if (!t.vectors) continue;
       const real* rows[KEYS];
       for (int m = 0; m < KEYS; m++) rows[m] = kv.k + std::min(key + m, keys - 1) * kv.k_step;
-      real *scores = w.scores + g * KEYS * QUERIES + t.v * LANES, *tops = w.top + t.v * LANES;
+      real *scores = w.scores + g * KEYS * QUERIES + t.v * LANES, *tops = f.top + t.v * LANES;
       product_tile<D>(t.vectors, rows, w.packed + t.v * LANES, scores);
       if (t.partial) score_tile<true>(c, t, w.ok, scores, tops);
       else score_tile<false>(c, t, w.ok, scores, tops);
@@ -74,9 +111,9 @@ static void attend_block(const Call& c, const KeyRows& kv, int64_t s, int64_t h,
     if (live.none()) continue;
     if (SOFTMAX)
       for (int i = 0; i < b.vectors * LANES; i += LANES) {
-        const Vec factor = exp2((read(w.before + i) - read(w.top + i)) * PER_LOG);
+        const Vec factor = exp2((read(w.before + i) - read(f.top + i)) * PER_LOG);
         put(w.shrink + i, factor);
-        put(w.sum + i, read(w.sum + i) * factor);
+        put(f.sum + i, read(f.sum + i) * factor);
       }
     for (int g = live.begin; g < live.end; g++) {
       const int some = std::min(KEYS, to - from - g * KEYS);
@@ -85,8 +122,8 @@ static void attend_block(const Call& c, const KeyRows& kv, int64_t s, int64_t h,
         if (!live.has(g, v)) {
           for (int m = 0; m < KEYS; m++) put(x + m * QUERIES, Vec{});
         } else if (SOFTMAX) {
-          const Vec top = read(w.top + v * LANES);
-          Vec sum = read(w.sum + v * LANES);
+          const Vec top = read(f.top + v * LANES);
+          Vec sum = read(f.sum + v * LANES);
           if (some == KEYS)
             UNROLL for (int m = 0; m < KEYS; m++) {
               const Vec p = exp2((read(x + m * QUERIES) - top) * PER_LOG);
@@ -99,7 +136,7 @@ static void attend_block(const Call& c, const KeyRows& kv, int64_t s, int64_t h,
               put(x + m * QUERIES, p);
               sum += p;
             }
-          put(w.sum + v * LANES, sum);
+          put(f.sum + v * LANES, sum);
         }
       }
     }
@@ -110,22 +147,39 @@ static void attend_block(const Call& c, const KeyRows& kv, int64_t s, int64_t h,
       live.keys_of(b, from, to, r, rows, lo, hi);
       if (lo < hi || !first)
         multiply<E, IS_HALF, true>(rows, w.scores + r, QUERIES, kv.v + from * kv.v_step, kv.v_step, lo - from, std::max(lo, hi) - from,
-                                              w.out + r * WIDTH_E, WIDTH_E, SOFTMAX && !first ? w.shrink + r : nullptr);
+                                              f.out + r * WIDTH_E, WIDTH_E, SOFTMAX && !first ? w.shrink + r : nullptr);
     }
     first = false;
   }
-  if (SOFTMAX)
-    for (int i = 0; i < b.vectors * LANES; i += LANES) {
-      const Vec sum = read(w.sum + i), nothing{};
-      put(w.shrink + i, sum == nothing ? nothing : 1 / sum);
-      put(w.top + i, sum == nothing ? nothing - INFINITE : read(w.top + i) + log(sum));
+}
+
+// True if an item has a part of its segment's keys only.
+inline bool is_piece(const Call& c, const Item& x) { return x.key > 0 || x.key_end < c.kv_offsets[x.segment + 1] - c.kv_offsets[x.segment]; }
+
+// Merge the pieces of each segment and group, by their order.
+static void merge_pieces(const Call& c, const Schedule& work, const std::vector<int64_t>& slots, Found* pieces) {
+  const int64_t heads = c.heads / c.groups;
+  std::map<std::pair<int32_t, int32_t>, std::vector<int64_t>> parts;
+  for (int64_t i = 0; i < (int64_t)slots.size(); i++)
+    if (slots[i] >= 0) {
+      const Item& item = work.items[i];
+      std::vector<int64_t>& mine = parts[{item.segment, item.group}];
+      mine.resize(item.parts);
+      mine[item.part] = slots[i];
     }
-  for (int r = 0; r < count; r++) put_row(w.out + r * WIDTH_E, E, SOFTMAX ? w.shrink[r] : (real)c.factor, c.out.row(row + r, h));
-  if (SOFTMAX) std::memcpy(c.lse + h * c.num_q + row, w.top, count * sizeof(real));
+  for (const auto& [at, mine] : parts) {
+    const int64_t row = c.q_offsets[at.first];
+    const int count = (int)(c.q_offsets[at.first + 1] - row);
+    for (int64_t x = 0; x < heads; x++) {
+      for (size_t p = 1; p < mine.size(); p++) merge(pieces[mine[0] + x], pieces[mine[p] + x], count);
+      finish_block(c, at.second * heads + x, row, count, pieces[mine[0] + x]);
+    }
+  }
 }
 
 // The forward by a function of blocks of queries, which computes in `Space`.
-template <class Space, void (*block)(const Call&, const KeyRows&, int64_t, int64_t, int64_t, int, Space&, Ahead&)> static Status forward(const Call& c) {
+template <class Space, void (*block)(const Call&, const KeyRows&, const Item&, int64_t, int64_t, int, Space&, Found&, Ahead&)>
+static Status forward(const Call& c) {
   if (const Status wrong = check(c)) return wrong;
   Schedule work;
   cut(c, false, work);
@@ -136,9 +190,15 @@ template <class Space, void (*block)(const Call&, const KeyRows&, int64_t, int64
     real* lse = c.lse + h * c.num_q;
     std::fill(lse, lse + c.q_offsets[0], NO_KEYS), std::fill(lse + end, lse + c.num_q, NO_KEYS);
   }
+  std::vector<int64_t> slots(n, -1);  // of items that are pieces, by their place
+  int64_t num_pieces = 0;
+  for (int64_t i = 0; i < n; i++)
+    if (is_piece(c, work.items[i])) slots[i] = num_pieces, num_pieces += heads;
+  Room<Found> pieces(num_pieces);
   int64_t next = 0;
   on_threads(std::min<int64_t>(c.threads, n), [&](int64_t) {
     Room<Space> room(1);
+    Room<Found> own(1);
     KeyRows kv;
     int64_t i = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
     while (i < n) {
@@ -158,11 +218,17 @@ template <class Space, void (*block)(const Call&, const KeyRows&, int64_t, int64
       kv.take(c, item.segment, item.group);
       const int64_t from = c.q_offsets[item.segment];
       for (int64_t x = 0; x < heads; x++)
-        for (int64_t a = (item.end - 1) / QUERIES * QUERIES; a >= item.first; a -= QUERIES)
-          block(c, kv, item.segment, item.group * heads + x, from + a, (int)std::min<int64_t>(QUERIES, item.end - a), *room.at, ahead);
+        for (int64_t a = (item.end - 1) / QUERIES * QUERIES; a >= item.first; a -= QUERIES) {
+          const int64_t h = item.group * heads + x;
+          const int count = (int)std::min<int64_t>(QUERIES, item.end - a);
+          Found& found = slots[i] < 0 ? *own.at : pieces.at[slots[i] + x];
+          block(c, kv, item, h, from + a, count, *room.at, found, ahead);
+          if (slots[i] < 0) finish_block(c, h, from + a, count, found);
+        }
       i = j;
     }
   });
+  if (num_pieces) merge_pieces(c, work, slots, pieces.at);
   return DONE;
 }
 

@@ -54,19 +54,17 @@ template <class T, class V> INLINE Like<V, uint16_t> narrowed(V x) {
   }
 }
 
-// x rounded to half precision, as real.
-template <class T, class V> INLINE Like<V, real> rounded(V x) {
-  return cast<real>(widened<T>(narrowed<T>(cast<float>(x))));
+// x rounded to half precision, as float.
+template <class T, class V> INLINE Like<V, float> rounded(V x) {
+  return widened<T>(narrowed<T>(cast<float>(x)));
 }
 
-// A number read as Memory<T>, for computing: bools as conditions, float and half precision as real.
+// A number read as Memory<T>, for computing: bools as conditions, half precision as float.
 template <class T, class V> INLINE auto value_of(V raw) {
   if constexpr (std::is_same<T, bool>::value) {
     return ne(raw, (uint8_t)0);
   } else if constexpr (is_half<T>) {
-    return cast<real>(widened<T>(raw));
-  } else if constexpr (std::is_same<T, float>::value) {
-    return cast<real>(raw);
+    return widened<T>(raw);
   } else {
     return raw;
   }

@@ -37,6 +37,7 @@ template <int DIM, int NV> static __attribute__((noinline)) void multiply_to(con
   Vec sums[KEYS][NV] = {};
   multiply_transposed<DIM, NV>(rows, packed, sums);
   UNROLL for (int m = 0; m < KEYS; m++) UNROLL for (int n = 0; n < NV; n++) put(to + m * QUERIES + n * LANES, sums[m][n]);
+  HAS_EFFECTS;
 }
 
 // c[m][:] = alpha[m] c[m][:] + sum over r in [lo, hi) of a[m * a_row + r * a_column] b[r][:], for M rows and NV vectors
@@ -59,6 +60,7 @@ static void multiply_rows(const real* a, int64_t a_row, int64_t a_column, const 
     }
   }
   UNROLL for (int m = 0; m < M; m++) UNROLL for (int n = 0; n < NV; n++) put(c + m * c_row + n * LANES, sums[m][n]);
+  HAS_EFFECTS;
 }
 
 // Vectors of columns that a product takes at once, and rows of it.
@@ -129,6 +131,7 @@ template <int COLUMNS> static void transpose(const real* from, int64_t from_row,
           memcpy(to + (j + c) * QUERIES + i, &tile[c], sizeof(Eight));
         }
     }
+  HAS_EFFECTS;
 }
 
 }  // namespace flexjag

@@ -43,6 +43,7 @@ struct Sticks {
       put(left + i, rest), put(taken + i, sum);
       put(block_left + i, is_gone ? Vec{} : all_lanes(1)), put(block_taken + i, is_gone ? all_lanes(1) : Vec{});
     }
+    HAS_EFFECTS;
   }
 };
 
@@ -70,6 +71,7 @@ static __attribute__((noinline)) void break_tile(const Call& c, const Tile& t, c
     const auto is_gone = whole * left < TINY;
     put(sticks.block_left + v * LANES, is_gone ? Vec{} : left), put(sticks.block_taken + v * LANES, is_gone ? all_lanes(1) : taken);
   }
+  HAS_EFFECTS;
 }
 
 // A walk of one block of queries along blocks of keys, which are counted from the last key on.
@@ -120,12 +122,12 @@ struct SticksForward : Forward {
   Sticks sticks;
 };
 
-static void break_block(const Call& c, const KeyRows& kv, int64_t s, int64_t h, int64_t row, int count, SticksForward& w, Ahead& ahead) {
-  const int first_key = c.kv_offsets[s], keys = c.kv_offsets[s + 1] - first_key, which = c.mask_of ? c.mask_of[h] : 0;
+static void break_block(const Call& c, const KeyRows& kv, const Item& item, int64_t h, int64_t row, int count, SticksForward& w, Found& f, Ahead& ahead) {
+  const int first_key = c.kv_offsets[item.segment], keys = c.kv_offsets[item.segment + 1] - first_key, which = c.mask_of ? c.mask_of[h] : 0;
   Block& b = w.block;
   b.take(c.outer[which], c.inner[which], c.num_q, row, count, first_key, keys);
   pack_queries(c.q, row, h, count, (real)c.scale, w.own, w.packed);
-  std::memset(w.out, 0, count * WIDTH_E * sizeof(real));
+  std::memset(f.out, 0, count * WIDTH_E * sizeof(real));
   w.sticks.reset(count);
   const Walk walk{c, kv, b, ahead, w.packed, first_key, keys, row, row + count - 1, (int)h};
   for (int n = 0; n < walk.blocks() && !w.sticks.gone(b.vectors); n++) {
@@ -138,10 +140,9 @@ static void break_block(const Call& c, const KeyRows& kv, int64_t s, int64_t h, 
       int lo, hi;
       live.keys_of(b, from, walk.to(n), r, rows, lo, hi);
       if (lo < hi)
-        multiply<E, IS_HALF, true>(rows, w.scores + r, QUERIES, kv.v + from * kv.v_step, kv.v_step, lo - from, hi - from, w.out + r * WIDTH_E, WIDTH_E, nullptr);
+        multiply<E, IS_HALF, true>(rows, w.scores + r, QUERIES, kv.v + from * kv.v_step, kv.v_step, lo - from, hi - from, f.out + r * WIDTH_E, WIDTH_E, nullptr);
     }
   }
-  for (int r = 0; r < count; r++) put_row(w.out + r * WIDTH_E, E, 1, c.out.row(row + r, h));
   std::memcpy(c.lse + h * c.num_q + row, w.sticks.left, count * sizeof(real));
 }
 
@@ -181,6 +182,7 @@ static __attribute__((noinline)) void mend_tile(const Call& c, const Tile& t, St
     }
     put(w.block_before + (t.v + n) * LANES, sum);
   }
+  HAS_EFFECTS;
 }
 
 // Add the gradients by block n of keys.

@@ -40,6 +40,7 @@ static __attribute__((noinline)) void find_pairs(const Call& c, const Block& b, 
     lo = first, hi = std::max(first, past);
   }
   t.v = lo, t.vectors = hi - lo;
+  HAS_EFFECTS;
 }
 
 // Tiles with pairs among a block of keys.
