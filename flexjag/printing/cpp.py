@@ -153,7 +153,7 @@ class Cpp(Language):
                 factor = f"cast<{self.dtype(parameters[0].dtype)}>({factor})"
             total = f"totals[{list(learned).index(line.args[0])}]"
             is_one = not isinstance(slope, Symbol) and slope == 1.0
-            given = [total, ds if is_one else f"{ds} * {factor}", self.place(line)]
+            given = [total, ds if is_one else f"by_chain({ds}, {factor})", self.place(line)]
             added.append(f"  add_at({', '.join([x for x in given if x])});")
         return self._function(f"void {name}", parameters, [*lines, *added], "double* const* totals")
 

@@ -11,6 +11,11 @@ from flexjag.backends.cpp.source import printed
 from flexjag.backends.normalized.pieces import own_key
 from flexjag.backends.normalized.run import own_values, scaled
 from flexjag.lowering.recipe import Recipe
+from flexjag.lowering.spans import Spans, intersect
+from flexjag.lowering.tiles import spans_of_tiles
+
+SPANS = "spans within tiles"
+"""Key of the spans in a recipe's notes."""
 
 
 def run(q: Tensor, k: Tensor, v: Tensor, recipe: Recipe, scale: float, need_rest: bool) -> tuple[Tensor, Tensor]:
@@ -31,11 +36,10 @@ def run(q: Tensor, k: Tensor, v: Tensor, recipe: Recipe, scale: float, need_rest
     if per_row is not None or remainder:  # what is changed afterwards is not rounded before
         q, k, v = q.to(acc), k.to(acc), v.to(acc)
     text, layout = printed(recipe, acc), recipe.layout
-    offsets = [layout.q_offsets, layout.kv_offsets]
+    offsets, spans = [layout.q_offsets, layout.kv_offsets], _without_own(spans_of(recipe), own_key(recipe))
     out, rest = attend(
-        q, k, v, text.captures, text.learned, text.numbers, text.source, offsets, _spans(recipe), recipe.head_of, scale,
-        factor,
-    )  # fmt: skip
+        q, k, v, text.captures, text.learned, text.numbers, text.source, offsets, spans, recipe.head_of, scale, factor
+    )
     rest = rest.t()
     if per_row is not None:
         out = scaled(out, per_row, acc)
@@ -44,14 +48,22 @@ def run(q: Tensor, k: Tensor, v: Tensor, recipe: Recipe, scale: float, need_rest
     return out.to(dtype), rest
 
 
-def _spans(recipe: Recipe) -> list[Tensor]:
-    """Per distinct mask starts and ends of outer and of inner spans, without each row's own key if that is excluded."""
-    own = own_key(recipe)
-    spans = []
-    for sandwich in recipe.sandwiches:
-        hi = sandwich.outer.hi, sandwich.inner.hi
-        if own is not None:  # the mask allows no later key
-            last = torch.minimum(hi[0], own)
-            hi = last, last if hi[1] is hi[0] else torch.minimum(hi[1], own)
-        spans += [sandwich.outer.lo, hi[0], sandwich.inner.lo, hi[1]]
-    return spans
+def spans_of(recipe: Recipe) -> list[Spans]:
+    """The outer and inner spans of each distinct mask, cut to the plan's tiles where a predicate decides."""
+    if recipe.exact or recipe.made_tiles is None or not recipe.layout.may_look:
+        return [x for s in recipe.sandwiches for x in (s.outer, s.inner)]
+    if SPANS not in recipe.notes:
+        layout = recipe.layout
+        within = spans_of_tiles(recipe.tiles.all_heads, layout.num_q, layout.num_kv, recipe.block_size)
+        recipe.notes[SPANS] = [
+            x
+            for s in recipe.sandwiches
+            for x in ((s.outer if s.exact else intersect(s.outer, within, widen=True)[0]), s.inner)
+        ]
+    return recipe.notes[SPANS]
+
+
+def _without_own(spans: list[Spans], own: Tensor | None) -> list[Tensor]:
+    """Starts and ends of spans; they end before each row's `own` key, if any, as no key of a row is later."""
+    ends = {id(x.hi): x.hi if own is None else torch.minimum(x.hi, own) for x in spans}
+    return [t for x in spans for t in (x.lo, ends[id(x.hi)])]

@@ -25,7 +25,7 @@ template <bool PARTIAL> static __attribute__((noinline)) void weight_tile(const 
     const Vec lse = read(w.lse + v * LANES);
     ROLLED for (int m = 0; m < (PARTIAL ? t.keys : KEYS); m++) {
       Vec x = score(read(w.raw + m * QUERIES + n * LANES), t.h, rows, t.first_key + t.key + m, c.captures, c.numbers);
-      if (SOFTMAX) x = exp2((x - lse) * PER_LOG);
+      if (SOFTMAX) x = where(eq(lse, INFINITE), Vec{}, exp2((x - lse) * PER_LOG));  // 0 of rows without keys, also if x is NaN
       if (PARTIAL) {
         x = where(read(w.ok + m * QUERIES + v * LANES), x, Vec{});
       }
@@ -49,9 +49,8 @@ static __attribute__((noinline)) void slope_tile(const Call& c, const Tile& t, B
       if (SOFTMAX) x = read(weights + at) * (x - delta);
       if (PARTIAL) x = where(read(w.ok + m * QUERIES + v * LANES), x, Vec{});  // also if the key is NaN
       slopes(x, raw, t.h, rows, kv, c.captures, c.numbers, totals);
-      x = dscore(x, raw, t.h, rows, kv, c.captures, c.numbers);
-      if (PARTIAL) x = where(read(w.ok + m * QUERIES + v * LANES), x, Vec{});  // also if the derivative is NaN
-      put(by_weight + at, x);
+      const Vec ds = dscore(x, raw, t.h, rows, kv, c.captures, c.numbers);
+      put(by_weight + at, where(ne(x, (real)0), ds, Vec{}));  // also if the derivative is NaN
     }
   }
   HAS_EFFECTS;
