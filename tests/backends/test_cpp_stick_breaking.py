@@ -153,6 +153,15 @@ def test_poison_stays_in_its_segment(which: int, value: float) -> None:
     assert not poisoned[0][~others].isfinite().all()
 
 
+def test_lanes_without_a_query_add_no_nan() -> None:
+    """A function of infinite slope at a product of 0, which lanes without a query have."""
+    batches = scores_of(-2.0, [3, 50, 0, 18], heads=2)
+    table = torch.rand(2, dtype=F64).requires_grad_()
+    score = fj.ScoreMod(lambda s, b, h, q, kv: s + table[h] * torch.log(s * s))
+    plan = fj.plan(*batches[:2], mask=fj.Causal(), score=score, normalizer=StickBreaking(), block_size=16)
+    assert_matches_reference(*batches, plan=plan, backend="cpp", learned=[table])
+
+
 def test_unused_sticks() -> None:
     """Rows without keys, and a remainder alone that needs a gradient."""
     batches = make_qkv([5, 40, 0, 3])

@@ -4,6 +4,8 @@
 
 namespace flexjag {
 
+constexpr bool SOFTMAX = NORMALIZER == Normalizer::softmax;
+
 // Queries [first, end) of a segment, for all heads of a group.
 struct Item {
   int32_t segment, group, first, end;

@@ -43,6 +43,7 @@ struct Sticks {
       put(left + i, rest), put(taken + i, sum);
       put(block_left + i, is_gone ? Vec{} : all_lanes(1)), put(block_taken + i, is_gone ? all_lanes(1) : Vec{});
     }
+    HAS_EFFECTS;
   }
 };
 
@@ -70,6 +71,7 @@ static __attribute__((noinline)) void break_tile(const Call& c, const Tile& t, c
     const auto is_gone = whole * left < TINY;
     put(sticks.block_left + v * LANES, is_gone ? Vec{} : left), put(sticks.block_taken + v * LANES, is_gone ? all_lanes(1) : taken);
   }
+  HAS_EFFECTS;
 }
 
 // A walk of one block of queries along blocks of keys, which are counted from the last key on.
@@ -182,6 +184,7 @@ static __attribute__((noinline)) void mend_tile(const Call& c, const Tile& t, St
     }
     put(w.block_before + (t.v + n) * LANES, sum);
   }
+  HAS_EFFECTS;
 }
 
 // Add the gradients by block n of keys.
