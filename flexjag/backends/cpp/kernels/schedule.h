@@ -23,7 +23,6 @@ struct Schedule {
   int64_t bins() const { return (int64_t)starts.size() - 1; }
 };
 
-constexpr bool SOFTMAX = NORMALIZER == Normalizer::softmax;
 constexpr int32_t MANY_KEYS = 2048;  // of a piece, where a few queries have many keys
 
 // Number of keys that a query may attend, at most.
