@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from cases import make_qkv
+from cases import CPP_SLOWLY, make_qkv
 from torch import Tensor
 
 import flexjag as fj
@@ -14,7 +14,7 @@ from flexjag.algebra.masks import Bound
 from flexjag.backends.cpp.rule import CPP
 
 F64, NAN, INF = torch.float64, float("nan"), torch.inf
-BACKENDS = ["reference", "tiled", "segments", "auto", pytest.param("cpp", marks=pytest.mark.slow)]
+BACKENDS = ["reference", "tiled", "segments", "auto", CPP_SLOWLY]
 NORMALIZERS = [
     fj.Softmax(),
     fj.SiLU(),

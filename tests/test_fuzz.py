@@ -17,6 +17,7 @@ from unittest import mock
 
 import pytest
 import torch
+from cases import CPP_SLOWLY
 from fuzz_cases import F64, INF, NAN, Case, cases
 from hypothesis import Phase, find, given, settings
 from hypothesis import strategies as st
@@ -188,7 +189,7 @@ def check(case: Case, backend: str) -> None:
     assert not faults, f"{backend}: {'; '.join(faults)}"
 
 
-@pytest.mark.parametrize("backend", [*BACKENDS, pytest.param("cpp", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", [*BACKENDS, CPP_SLOWLY])
 @settings(max_examples=CASES)
 @given(data=st.data())
 def test_no_silent_difference_from_float64(data: st.DataObject, backend: str) -> None:
