@@ -12,6 +12,8 @@ import flexjag as fj
 
 T = TypeVar("T")
 TILE = 16
+CPP_SLOWLY = pytest.param("cpp", marks=pytest.mark.slow)
+"""The backend ``cpp`` in tests that compile a kernel for each case."""
 
 CUDA_ONLY = [
     pytest.mark.cuda,

@@ -6,14 +6,15 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from cases import make_qkv
+from cases import CPP_SLOWLY, make_qkv
 from torch import Tensor
 
 import flexjag as fj
 from flexjag.algebra.masks import Bound
+from flexjag.backends.cpp.rule import CPP
 
 F64, NAN, INF = torch.float64, float("nan"), torch.inf
-BACKENDS = ["reference", "tiled", "segments", "auto"]
+BACKENDS = ["reference", "tiled", "segments", "auto", CPP_SLOWLY]
 NORMALIZERS = [
     fj.Softmax(),
     fj.SiLU(),
@@ -41,6 +42,8 @@ def attend(backend: str) -> Callable[..., fj.Jagged]:
 @pytest.mark.parametrize("backend", [*BACKENDS, FLEX, COMPILED])
 def test_spare_rows_may_hold_anything(backend: str, normalizer: fj.Normalizer) -> None:
     """Of q, k, v, of a scale per token, and of what flows back: real rows are as without them, spare ones get zeros."""
+    if backend == "cpp" and not isinstance(normalizer, CPP.promises.normalizers):
+        pytest.skip("not one of its normalizers")
     trains, is_softmax = backend != "flex", isinstance(normalizer, fj.Softmax)
     if not trains and not is_softmax:
         pytest.skip("flex computes a softmax")
@@ -81,6 +84,8 @@ def _ruled_out(where: Callable[[Tensor, Tensor], Tensor]) -> fj.Score:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_score_of_minus_infinity_rules_a_key_out(backend: str, kind: str, normalizer: fj.Normalizer) -> None:
     """As if it were not allowed, for every normalizer; a row that it leaves without keys is one without keys."""
+    if backend == "cpp" and not isinstance(normalizer, CPP.promises.normalizers):
+        pytest.skip("not one of its normalizers")
     if backend == "segments" and kind == "function" and isinstance(normalizer, fj.Softmax):
         pytest.skip("not additive")
     table = torch.zeros(2, 7, dtype=F64)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from cases import make_qkv
+from cases import CPP_SLOWLY, make_qkv
 from torch import Tensor
 
 import flexjag as fj
@@ -37,7 +37,7 @@ def _scores() -> list[tuple[str, Callable[[Tensor], fj.Score], tuple[int, ...]]]
 
 @pytest.mark.parametrize("normalizer", [fj.Softmax(), fj.SiLU()], ids=repr)
 @pytest.mark.parametrize(("name", "make", "shape"), _scores(), ids=[name for name, _, _ in _scores()])
-@pytest.mark.parametrize("backend", ["tiled", "segments", "reference"])
+@pytest.mark.parametrize("backend", ["tiled", "segments", "reference", CPP_SLOWLY])
 def test_a_score_written_to_before_the_backward(
     backend: str, name: str, make: Callable[[Tensor], fj.Score], shape: tuple[int, ...], normalizer: fj.Normalizer
 ) -> None:
@@ -104,7 +104,14 @@ def test_names_bound_anew_before_the_backward(
 
 # A plan holds what its mask was made from.
 
-BACKENDS = ["auto", "reference", "tiled", "segments", pytest.param("flex", marks=pytest.mark.slow)]
+BACKENDS = [
+    "auto",
+    "reference",
+    "tiled",
+    "segments",
+    CPP_SLOWLY,
+    pytest.param("flex", marks=pytest.mark.slow),
+]
 IDS = torch.tensor([0, 1, 0, 1])
 OTHER = torch.tensor([0, 0, 0, 1])
 
@@ -152,7 +159,7 @@ def of_a_global(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
     return SOMEWHERE[i] == SOMEWHERE[j]
 
 
-@pytest.mark.parametrize("backend", ["auto", "reference", "tiled", "segments"])
+@pytest.mark.parametrize("backend", ["auto", "reference", "tiled", "segments", CPP_SLOWLY])
 def test_a_mask_that_reads_what_cannot_be_held_is_an_error_when_it_changes(
     backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -210,7 +217,7 @@ def _write_tensor(x: Reads) -> None:
 @pytest.mark.parametrize("half", [False, True], ids=["double", "half"])
 @pytest.mark.parametrize("change", [_write_number, _bind_tensor, _write_tensor])
 @pytest.mark.parametrize("kind", ["score", "mask"])
-@pytest.mark.parametrize("backend", ["tiled", "segments", "reference"])
+@pytest.mark.parametrize("backend", ["tiled", "segments", "reference", CPP_SLOWLY])
 def test_attributes_that_change_before_the_backward(
     backend: str, kind: str, change: Callable[[Reads], None], half: bool, normalizer: fj.Normalizer
 ) -> None:
@@ -233,7 +240,7 @@ def test_attributes_that_change_before_the_backward(
     _is_right_or_an_error(_outcome(lambda: torch.autograd.grad(total, values)[0]), wanted)
 
 
-@pytest.mark.parametrize("backend", ["tiled", "segments", "reference"])
+@pytest.mark.parametrize("backend", ["tiled", "segments", "reference", CPP_SLOWLY])
 def test_names_in_masks_bound_anew_before_the_backward(backend: str) -> None:
     x, k, v = make_qkv(LENGTHS, dim=8)
     values, wanted, losses = x.values.requires_grad_(), [], []
@@ -322,7 +329,7 @@ def with_attributes(s: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Te
 with_attributes.shift = 1.0  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("backend", ["tiled", "segments"])
+@pytest.mark.parametrize("backend", ["tiled", "segments", CPP_SLOWLY])
 def test_scores_made_in_inference_mode_train(backend: str) -> None:
     x, k, v = make_qkv([7, 3], dim=8)
     with torch.inference_mode():
@@ -333,7 +340,7 @@ def test_scores_made_in_inference_mode_train(backend: str) -> None:
     assert bool(torch.autograd.grad(out.values.sum(), values)[0].any())
 
 
-@pytest.mark.parametrize("backend", ["tiled", "segments", "reference"])
+@pytest.mark.parametrize("backend", ["tiled", "segments", "reference", CPP_SLOWLY])
 def test_tensors_that_a_function_makes_at_each_call_are_no_change(backend: str) -> None:
     x, k, v = make_qkv([7, 3], dim=8)
     table = np.array([True, False] * 4)

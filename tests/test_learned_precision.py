@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from cases import CPP_SLOWLY
 from torch import Tensor
 
 import flexjag as fj
@@ -48,7 +49,7 @@ def gradient(backend: str, score: str, normalizer: str, table: Tensor) -> Tensor
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("normalizer", ["softmax", "silu", "sigmoid"])
 @pytest.mark.parametrize("score", SCORES)
-@pytest.mark.parametrize("backend", ["tiled", "segments", "reference", "auto"])
+@pytest.mark.parametrize("backend", ["tiled", "segments", "reference", "auto", CPP_SLOWLY])
 def test_half_precision_tables(backend: str, score: str, normalizer: str, dtype: torch.dtype) -> None:
     """Within the rounding of half-precision inputs and outputs, which is two units in the last place of the largest."""
     if backend == "segments" and score in ("ScoreMod", "two") and normalizer == "softmax":
@@ -61,7 +62,7 @@ def test_half_precision_tables(backend: str, score: str, normalizer: str, dtype:
     assert float((got.to(torch.float64) - wanted).abs().max()) <= 2 * unit * float(wanted.abs().max())
 
 
-@pytest.mark.parametrize("backend", ["tiled", "reference"])
+@pytest.mark.parametrize("backend", ["tiled", "reference", CPP_SLOWLY])
 def test_a_table_is_rounded_once_not_once_per_segment(backend: str) -> None:
     """Of 300 segments, whose gradients of 1 / 512 and less would each be lost next to a sum of 1."""
     x = fj.Jagged.from_lengths(torch.ones(600, 1, 4), [2] * 300)
@@ -103,7 +104,7 @@ def test_half_precision_tables_in_a_graph(normalizer: str) -> None:
 
 
 @pytest.mark.parametrize("normalizer", ["softmax", "silu"])
-@pytest.mark.parametrize("backend", ["tiled", "segments", "reference"])
+@pytest.mark.parametrize("backend", ["tiled", "segments", "reference", CPP_SLOWLY])
 def test_autocast_changes_nothing(backend: str, normalizer: str) -> None:
     """Outputs and gradients are bitwise those without it: q, k and v say in which precision they are attended."""
     x = fj.Jagged.from_lengths(torch.randn(500, 2, 16), LENGTHS)

@@ -19,7 +19,7 @@ def batch(lengths: list[int], heads: int = 2, dim: int = 8, dtype: torch.dtype =
     return fj.Jagged.from_lengths(torch.randn(sum(lengths), heads, dim, dtype=dtype, requires_grad=grad), lengths)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, "cpp"])
 def test_non_reentrant_checkpointing(backend: str) -> None:
     x = batch([5, 40])
 
@@ -74,7 +74,7 @@ def test_scales_that_are_not_positive(backend: str, scale: float) -> None:
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, "cpp"])
 def test_spare_rows_hand_users_functions_nothing_out_of_range(backend: str) -> None:
     x = fj.Jagged(torch.randn(64, 2, 8, dtype=F64), torch.tensor([0, 10, 30]))
     per_segment, per_position = torch.tensor([3, 4]), torch.arange(20)
