@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from flexjag import printing
-from flexjag.backends.base import ALL, Backend, Case, Pair, Promises
+from flexjag.algebra.normalizers import Pointwise, StickBreaking
+from flexjag.backends.base import Backend, Case, Pair, Promises
 from flexjag.backends.cpp import build
 from flexjag.backends.cpp.cost import cost
 
@@ -47,7 +48,7 @@ CPP = Backend(
     takes="any mask and score it can print (users' functions: not while tracing)",
     run=_run,
     refuse=refuse,
-    promises=Promises(contains_nan=True, unmixed=True, wide=ALL),
+    promises=Promises(contains_nan=True, unmixed=True, wide=(Pointwise, StickBreaking)),
     cost=cost,
     setup=2.5,
     source=_source,
