@@ -81,7 +81,7 @@ def unit(source: str, dtype: torch.dtype, dim: int, value_dim: int) -> str:
     real = "double" if dtype == torch.float64 else "float"
     types = f"using real = {real};\nstruct float16;\nstruct bfloat16;\nusing element = {ELEMENTS[dtype]};\n"
     sizes = f"constexpr int D = {dim}, E = {value_dim};\n"
-    inside = f"namespace flexjag {{\n{types}{sizes}}}\n#include \"call.h\"\n\nnamespace flexjag {{\n{source}}}\n"
+    inside = f'namespace flexjag {{\n{types}{sizes}}}\n#include "call.h"\n\nnamespace flexjag {{\n{source}}}\n'
     return f'#include <cstdint>\n{inside}\n#include "entry.h"\n'
 
 
