@@ -20,7 +20,7 @@ from flexjag.api.plan import Plan
 from flexjag.backends.base import Backend, Case, Pair
 from flexjag.backends.choose import BACKENDS, pick
 from flexjag.differentiation import needs_plain_operations
-from flexjag.errors import PlanError, ShapeError, assert_on_device, explain_values
+from flexjag.errors import BuildError, PlanError, ShapeError, assert_on_device, explain_values
 from flexjag.jagged import Jagged, check_same_layout
 from flexjag.lowering.outline import Bounds, outline, with_tiles
 from flexjag.lowering.recipe import Recipe
@@ -179,31 +179,40 @@ def attention(
         "plain": needs_plain_operations(),
     }
     chosen = BACKENDS[_decide(recipe, backend, known, return_remainder, learns)]
-    if recipe.made_tiles is None and chosen.needs_tiles:
-        recipe = with_tiles(recipe)
     need_rest = return_lse or return_remainder
     if is_empty(q.values.shape[0]) or is_empty(k.values.shape[0]):
         out, rest = _nothing(q.values, k.values, v.values, *(x for x in learned if x.dtype.is_floating_point))
         rest = rest.exp() + 1 if return_remainder else rest
-    elif q.device.type != "meta" and torch.is_autocast_enabled(q.device.type):  # backends choose what they compute in
-        with torch.autocast(q.values.device.type, enabled=False):
-            out, rest = _execute(chosen, q.values, k.values, v.values, recipe, scale, need_rest)
     else:
-        out, rest = _execute(chosen, q.values, k.values, v.values, recipe, scale, need_rest)
+        given = q.values, k.values, v.values, recipe, scale, need_rest
+        try:
+            out, rest = _execute(chosen, *given)
+        except BuildError:
+            if backend != "auto":
+                raise
+            chosen = BACKENDS[_decide(recipe, backend, known, return_remainder, learns, without=chosen.name)]
+            out, rest = _execute(chosen, *given)
     if not need_rest:
         return q.with_values(out)
     assert rest is not None, f"backend {chosen.name!r} promises a log-sum-exp or remainder, and returned None"
     return q.with_values(out), q.with_values(rest)
 
 
-def _decide(recipe: Recipe, backend: str, known: dict[str, Any], return_remainder: bool, learns: bool) -> str:
-    """Name of the backend for a call, after checks of the call.
+def _decide(
+    recipe: Recipe,
+    backend: str,
+    known: dict[str, Any],
+    return_remainder: bool,
+    learns: bool,
+    without: str | None = None,
+) -> str:
+    """Name of the backend for a call, after checks of the call; ``auto`` does not take the one named by `without`.
 
     Cached in the plan outside of traced graphs, as long as no backend is registered or removed.
     """
     facts = (x for name, x in known.items() if name != "scale")
     key = backend, return_remainder, learns, known["scale"] > 0, *facts, *BACKENDS
-    if not known["tracing"] and key in recipe.own_notes:
+    if not known["tracing"] and without is None and key in recipe.own_notes:
         return recipe.own_notes[key]
     normalizer, heads = recipe.normalizer, known["dims"][0]
     if known["lse"] and not isinstance(normalizer, Softmax):
@@ -214,15 +223,23 @@ def _decide(recipe: Recipe, backend: str, known: dict[str, Any], return_remainde
     if recipe.heads is not None and recipe.heads != heads:
         seen = {"made_for": recipe.heads, "heads": heads}
         raise ShapeError(explain_values("mask, score", "must be made for q's heads", **seen))
-    name = pick(backend, Case.of(recipe, **known))
+    name = pick(backend, Case.of(recipe, **known), without)
     if not known["tracing"]:
         recipe.own_notes[key] = name
     return name
 
 
 def _execute(backend: Backend, q: Tensor, k: Tensor, v: Tensor, recipe: Recipe, scale: float, need_rest: bool) -> Pair:
-    """Run a backend. Spare rows contribute nothing to results, nor gradients of their results to anything."""
+    """Run a backend in the dtype of its inputs, autocast or not.
+
+    Spare rows contribute nothing to results, nor gradients of their results to anything.
+    """
+    if q.device.type != "meta" and torch.is_autocast_enabled(q.device.type):  # backends choose what they compute in
+        with torch.autocast(q.device.type, enabled=False):
+            return _execute(backend, q, k, v, recipe, scale, need_rest)
     layout = recipe.layout
+    if recipe.made_tiles is None and backend.needs_tiles:
+        recipe = with_tiles(recipe)
     if not layout.has_spare:
         return backend.run(q, k, v, recipe, scale, need_rest)
     spare, spare_keys = (x >= layout.num_segments for x in (layout.q_segment, layout.kv_segment))

@@ -25,6 +25,7 @@ Where = Literal["everywhere", "on CUDA", "on CPU", "nowhere"]
 ALL: tuple[type[Normalizer], ...] = (Softmax, Pointwise, StickBreaking)
 FIRST_ORDER = "backend 'segments' has no second-order gradients; use backend='tiled' or 'reference'"
 HALF = (torch.float16, torch.bfloat16)
+CALLS = 2500  # over which the seconds of a first call are spread
 ASSUMED_DIMS = (1, 1, 64, 64)  # H, G, D and E where nothing says them
 
 
@@ -203,6 +204,8 @@ class Backend:
         promises: Its guarantees for the cases that it accepts.
         needs_tiles: True if it reads the recipe's tiles.
         cost: Estimated work of a case, by which ``auto`` compares backends on a CPU; None if it was never measured.
+        setup: Seconds that a first call takes once, for compilation; ``auto`` counts them as spread over
+            :data:`CALLS` calls.
         wasteful: The reason why ``auto`` should skip it for a case that it can run, or None.
         before: The backend before which ``auto`` tries this one, if :func:`flexjag.backends.choose.register` adds it;
             None if only its name selects it.
@@ -216,5 +219,6 @@ class Backend:
     promises: Promises = Promises()
     needs_tiles: bool = False
     cost: Callable[[Case], Work] | None = None
+    setup: float = 0.0
     wasteful: Callable[[Case], str | None] = lambda case: None
     before: str | None = None

@@ -6,7 +6,7 @@ so the same ones explain a plan, choose a backend and reject an impossible reque
 
 from __future__ import annotations
 
-from flexjag.backends.base import Backend, Case
+from flexjag.backends.base import CALLS, Backend, Case
 from flexjag.backends.costs import seconds
 from flexjag.backends.cpp.rule import CPP
 from flexjag.backends.flex.rule import FLEX
@@ -21,14 +21,15 @@ OWN = (REFERENCE, TILED, SEGMENTS, CPP, FLEX, VARLEN, TRITON)
 BACKENDS = {x.name: x for x in OWN}
 """All backends by name, flexjag's :data:`OWN` and registered ones."""
 
-ON_CUDA, ELSEWHERE = ["triton", "varlen", "flex", "tiled"], ["segments", "tiled"]
+ON_CUDA, ELSEWHERE = ["triton", "varlen", "flex", "tiled"], ["segments", "cpp", "tiled"]
 """The backends that ``auto`` tries, in order. On CUDA the order is by the kernels' purpose, not yet by a measurement of
-ours; elsewhere no compiler is started unasked. The last one runs everything."""
+ours. In traced graphs, too, the first one that can run the case is taken. The last one runs everything."""
 
 WHY = {
     "triton": "fused Triton kernels for normalizers that are not a softmax",
     "varlen": "the mask is exactly one that the flash-attention kernel of varlen_attn implements",
     "flex": "one fused FlexAttention kernel runs any mask and score",
+    "cpp": "C++ kernels of this plan",
     "tiled": "plain torch over the tiles",
     "segments": "a run of one segment's queries at a time with the keys that they may attend",
 }
@@ -99,10 +100,10 @@ def _order(case: Case) -> list[str]:
     return ON_CUDA if case.on_cuda else ELSEWHERE
 
 
-def _choose(case: Case) -> tuple[str, dict[str, float], str]:
+def _choose(case: Case, without: str | None = None) -> tuple[str, dict[str, float], str]:
     """The selected backend, expected seconds by backend if compared, and the reason for the last skipped one."""
     able: list[str] = []
-    passed, order = "", _order(case)
+    passed, order = "", [name for name in _order(case) if name != without]
     for name in order:
         record = BACKENDS[name]
         if not isinstance(case.normalizer, record.promises.normalizers):
@@ -110,7 +111,7 @@ def _choose(case: Case) -> tuple[str, dict[str, float], str]:
         why_not = refusal(name, case) or record.wasteful(case)
         if why_not is not None:
             passed = f", because of {name}: {why_not}"
-        elif record.cost is None or case.on_cuda:
+        elif record.cost is None or case.on_cuda or case.tracing:
             if not able:
                 return name, {}, passed
         else:
@@ -131,19 +132,27 @@ def _about(seconds: float) -> str:
 
 
 def expected_seconds(case: Case, names: list[str]) -> dict[str, float]:
-    """Expected CPU seconds of backends with a `cost`, on the machine where ``costs.json`` was recorded."""
-    costs = [(name, BACKENDS[name].cost) for name in names]
-    return {name: seconds(cost(case), bool(case.grad)) for name, cost in costs if cost is not None}
+    """Expected CPU seconds of backends with a `cost`, on the machine where ``costs.json`` was recorded.
+
+    They include the setup's seconds, spread over :data:`flexjag.backends.base.CALLS` calls.
+    """
+    records = [BACKENDS[name] for name in names]
+    return {x.name: seconds(x.cost(case), bool(case.grad)) + x.setup / CALLS for x in records if x.cost is not None}
 
 
-def pick(backend: str, case: Case) -> str:
+def pick(backend: str, case: Case, without: str | None = None) -> str:
     """Resolve a requested backend: the selected one for ``"auto"``, else the named one if it can run the case.
+
+    Args:
+        backend: The requested one.
+        case: The requirements.
+        without: A backend that ``auto`` must not select, since it failed.
 
     Raises:
         BackendError: If the named backend cannot run it; the message names one that can.
     """
     if backend == "auto":
-        return _choose(case)[0]
+        return _choose(case, without)[0]
     why_not = refusal(backend, case)
     if why_not is None:
         return backend

@@ -10,6 +10,7 @@ from flexjag import printing
 from flexjag.algebra.normalizers import Pointwise, Softmax
 from flexjag.backends.base import Backend, Case, Pair, Promises
 from flexjag.backends.cpp import build
+from flexjag.backends.cpp.cost import cost
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -42,4 +43,6 @@ CPP = Backend(
     run=_run,
     refuse=refuse,
     promises=Promises(normalizers=(Softmax, Pointwise), contains_nan=True, unmixed=True, wide=(Softmax, Pointwise)),
+    cost=cost,
+    setup=2.5,
 )
