@@ -168,12 +168,12 @@ def _backends(plan: Recipe, f: dict[str, Any]) -> list[str]:
     lines += [f"  not     {name}: {shortened(why, LONGEST)}" for name, why in f["not"].items()]
     inside = f["backend_in_a_graph"]
     if inside != f["backend"]:
-        lines.append(f"compiled  {inside}, as torch.compile cannot trace {f['backend']}{_slower(plan)}")
+        lines.append(f"compiled  {inside}, as torch.compile cannot trace {f['backend']}{_slower(plan, inside)}")
     return lines
 
 
-def _slower(plan: Recipe) -> str:
+def _slower(plan: Recipe, inside: str) -> str:
     """Slowdown of a graph on a CPU, as measured there; only for the kind of attention that was measured."""
-    if plan.layout.device.type != "cpu" or not isinstance(plan.normalizer, Softmax):
+    if inside != "tiled" or plan.layout.device.type != "cpu" or not isinstance(plan.normalizer, Softmax):
         return ""
     return "; on a CPU usually slower than eager: a training step took 1.5 times as long"

@@ -11,7 +11,8 @@ from flexjag.algebra.normalizers import Normalizer
 from flexjag.api import picture as viz
 from flexjag.api.explain import explain
 from flexjag.backends.base import Case
-from flexjag.backends.choose import choose
+from flexjag.backends.choose import BACKENDS, choose, pick
+from flexjag.errors import BackendError, explain_values
 from flexjag.jagged import Jagged
 from flexjag.lowering.outline import Bounds, outline, with_tiles
 from flexjag.lowering.recipe import Recipe
@@ -38,6 +39,27 @@ class Plan(Recipe):
     def explain(self) -> str:
         """Explain the plan's decisions as text: backend, tiles, FLOPs, bytes."""
         return explain(self)
+
+    def source(self, backend: str) -> str:
+        """The code that a backend prints for the plan's mask, score and normalizer: for float32, to be read.
+
+        Args:
+            backend: Name of a backend that prints code: ``"cpp"`` or ``"triton"``.
+
+        Raises:
+            BackendError: If the backend prints none, or cannot run the plan.
+
+        >>> import torch
+        >>> x = Jagged.from_lengths(torch.zeros(6, 2, 16), [2, 4])
+        >>> "return spread<float>(s);" in plan(x, mask=m.Causal()).source("cpp")
+        True
+        """
+        pick(backend, self.case())
+        printer = None if backend == "auto" else BACKENDS[backend].source
+        if printer is None:
+            able = ", ".join([name for name, x in BACKENDS.items() if x.source is not None])
+            raise BackendError(explain_values("backend", f"must be one that prints code: {able}", backend=backend))
+        return printer(self)
 
     def show(self, head: int = 0) -> Figure:
         """Draw the tiles and segments as a matplotlib Figure.

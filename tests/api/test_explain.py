@@ -63,8 +63,11 @@ def test_a_trained_normalizer_needs_a_backward() -> None:
     assert "with gradients" in lines(fj.plan(jagged([5]), normalizer=fj.Sigmoid(bias=bias)))["for"]
 
 
-def test_what_a_graph_takes_instead() -> None:
-    """`segments` cannot be traced, and on a CPU what can is usually slower."""
+def test_what_a_graph_takes_instead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`segments` cannot be traced, and without a C++ compiler what can is usually slower on a CPU."""
+    plan = fj.plan(jagged([300] * 3, 2, 16), mask=Causal())
+    assert lines(plan)["compiled"] == "cpp, as torch.compile cannot trace segments"
+    monkeypatch.setenv("FLEXJAG_CPP", "0")
     plan = fj.plan(jagged([300] * 3, 2, 16), mask=Causal())
     assert plan.backend == "segments"
     assert lines(plan)["compiled"].startswith(

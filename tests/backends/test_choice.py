@@ -140,8 +140,32 @@ CHOICES = [
 ]
 
 
+WITH_CPP = [
+    (case(), "segments"),  # a compilation would not pay
+    (case(tokens=10 * 5000), "cpp"),
+    (case(tokens=10 * 5000, normalizer=fj.SiLU()), "cpp"),
+    (case(tokens=10 * 5000, dtype=torch.bfloat16), "cpp"),
+    (case(score=ALIBI >> SoftCap(1.0), tokens=20_000), "cpp"),
+    (case(score=fj.Alibi(torch.ones(2, requires_grad=True)), tokens=200_000), "cpp"),
+    (case(tracing=True), "cpp"),
+    (case(fj.MaskMod(lambda b, h, q, kv: q >= kv), tracing=True), "tiled"),
+    (case(tokens=10 * 5000, plain=True), "tiled"),
+]
+"""What auto takes with a C++ compiler; above, without one."""
+
+
 @pytest.mark.parametrize(("what", "expected"), CHOICES, ids=[str(i) + "-" + e for i, (_, e) in enumerate(CHOICES)])
-def test_choose(what: Case, expected: str) -> None:
+def test_choose_without_cpp(what: Case, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLEXJAG_CPP", "0")
+    check_choice(what, expected)
+
+
+@pytest.mark.parametrize(("what", "expected"), WITH_CPP, ids=[f"{i}-{e}" for i, (_, e) in enumerate(WITH_CPP)])
+def test_choose_with_cpp(what: Case, expected: str) -> None:
+    check_choice(what, expected)
+
+
+def check_choice(what: Case, expected: str) -> None:
     name, why = choose(what)
     assert name == expected
     assert len(why) > 20

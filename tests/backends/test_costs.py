@@ -2,6 +2,7 @@
 
 import gc
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -84,8 +85,7 @@ def test_more_work_takes_longer() -> None:
 
 def test_explain_gives_the_expected_times() -> None:
     x = fj.Jagged.from_lengths(torch.zeros(300, 2, 16), [100, 200])
-    (line,) = (line for line in fj.plan(x).explain().splitlines() if " ms expected, " in line)
-    assert ", tiled " in line
+    assert re.search(r" ms expected, (cpp .* ms, )?tiled ", fj.plan(x).explain())
 
 
 def test_fit_leaves_out_a_negative_coefficient() -> None:

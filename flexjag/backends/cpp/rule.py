@@ -36,6 +36,12 @@ def _run(*args: Any) -> Pair:
     return run(*args)
 
 
+def _source(recipe: Any) -> str:
+    from flexjag.backends.cpp.source import printed
+
+    return printed(recipe, torch.float32).source
+
+
 CPP = Backend(
     name="cpp",
     title="own kernels, printed in C++ and compiled on first use, CPU",
@@ -45,4 +51,5 @@ CPP = Backend(
     promises=Promises(normalizers=(Softmax, Pointwise), contains_nan=True, unmixed=True, wide=(Softmax, Pointwise)),
     cost=cost,
     setup=2.5,
+    source=_source,
 )

@@ -65,6 +65,12 @@ def _run(*args: Any) -> Pair:
     return run(*args)
 
 
+def _source(recipe: Any) -> str:
+    from flexjag.backends.triton.run import kind_of
+
+    return kind_of(recipe).printed(recipe).source
+
+
 TRITON = Backend(
     name="triton",
     title="own kernels for normalizers that are no softmax, CUDA",
@@ -75,4 +81,5 @@ TRITON = Backend(
         normalizers=(Pointwise, StickBreaking), lse="nowhere", contains_nan=True, deterministic="everywhere"
     ),
     needs_tiles=True,
+    source=_source,
 )

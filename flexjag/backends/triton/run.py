@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 from torch import Tensor
 
 from flexjag.algebra.normalizers import StickBreaking
@@ -16,5 +18,9 @@ def run(q: Tensor, k: Tensor, v: Tensor, recipe: Recipe, scale: float, need_rest
         ``[T_q, H, E]`` in q's dtype, and the remainder of stick-breaking ``[T_q, H]`` in float32; unspecified values
         for other normalizers.
     """
-    kind = stick_breaking if isinstance(recipe.normalizer, StickBreaking) else pointwise
-    return kind.run(q, k, v, recipe, scale, need_rest)
+    return kind_of(recipe).run(q, k, v, recipe, scale, need_rest)
+
+
+def kind_of(recipe: Recipe) -> ModuleType:
+    """The module with the kernels for a recipe's normalizer."""
+    return stick_breaking if isinstance(recipe.normalizer, StickBreaking) else pointwise

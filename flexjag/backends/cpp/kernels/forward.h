@@ -1,5 +1,7 @@
 // The forward: blocks of queries over blocks of keys, with a running maximum and sum for a softmax.
 #pragma once
+#include <map>
+
 #include "tiles.h"
 
 namespace flexjag {
@@ -27,9 +29,9 @@ template <bool PARTIAL> static __attribute__((noinline)) void score_tile(const C
 }
 
 struct Forward {
-  alignas(64) real packed[D * QUERIES], scores[KEY_BLOCK * QUERIES], out[QUERIES * WIDTH_E];
+  alignas(64) real packed[D * QUERIES], scores[KEY_BLOCK * QUERIES];
   alignas(64) real own[QUERIES * WIDTH_D];  // queries as `real`, if they are of 16 bits
-  alignas(64) real top[QUERIES], before[QUERIES], shrink[QUERIES], sum[QUERIES];
+  alignas(64) real before[QUERIES], shrink[QUERIES];
   Pairs ok;
   Block block;
 };
@@ -44,19 +46,54 @@ INLINE void pack_queries(const Rows3& q, int64_t row, int64_t h, int count, real
   }
 }
 
-static void attend_block(const Call& c, const KeyRows& kv, int64_t s, int64_t h, int64_t row, int count, Forward& w, Ahead& ahead) {
+// What a block of queries found in some of the keys: maxima, sums and outputs before the division by the sums.
+struct Found {
+  alignas(64) real top[QUERIES], sum[QUERIES], out[QUERIES * WIDTH_E];
+};
+
+// Write the results of a block of queries.
+static void finish_block(const Call& c, int64_t h, int64_t row, int count, Found& f) {
+  real factor[QUERIES];
+  if (SOFTMAX) {
+    for (int i = 0; i < count; i += LANES) {
+      const Vec sum = read(f.sum + i), nothing{};
+      put(factor + i, sum == nothing ? nothing : 1 / sum);
+      put(f.top + i, sum == nothing ? nothing - INFINITE : read(f.top + i) + log(sum));
+    }
+    std::memcpy(c.lse + h * c.num_q + row, f.top, count * sizeof(real));
+  }
+  for (int r = 0; r < count; r++) put_row(f.out + r * WIDTH_E, E, SOFTMAX ? factor[r] : (real)c.factor, c.out.row(row + r, h));
+}
+
+// Add what was found in later keys.
+static void merge(Found& f, const Found& other, int count) {
+  real mine[QUERIES], theirs[QUERIES];
+  for (int i = 0; i < count; i += LANES) {
+    const Vec a = read(f.top + i), b = read(other.top + i), top = b > a ? b : a;
+    const Vec x = exp2((a - top) * PER_LOG), y = exp2((b - top) * PER_LOG);
+    put(mine + i, x), put(theirs + i, y), put(f.top + i, top);
+    put(f.sum + i, read(f.sum + i) * x + read(other.sum + i) * y);
+  }
+  for (int r = 0; r < count; r++)
+    for (int i = r * WIDTH_E; i < (r + 1) * WIDTH_E; i += LANES) put(f.out + i, read(f.out + i) * mine[r] + read(other.out + i) * theirs[r]);
+}
+
+// Attend the keys [key, key_end) of a segment.
+static void attend_block(const Call& c, const KeyRows& kv, const Item& item, int64_t h, int64_t row, int count, Forward& w, Found& f, Ahead& ahead) {
+  const int64_t s = item.segment;
   const int first_key = c.kv_offsets[s], keys = c.kv_offsets[s + 1] - first_key, which = c.mask_of ? c.mask_of[h] : 0;
   const int64_t last = row + count - 1;
   Block& b = w.block;
   b.take(c.outer[which], c.inner[which], c.num_q, row, count, first_key, keys);
   pack_queries(c.q, row, h, count, (real)c.scale, w.own, w.packed);
-  for (int i = 0; i < b.vectors * LANES; i += LANES) put(w.top + i, all_lanes(LOWEST)), put(w.sum + i, Vec{});
-  std::memset(w.out, 0, count * WIDTH_E * sizeof(real));
+  for (int i = 0; i < b.vectors * LANES; i += LANES) put(f.top + i, all_lanes(LOWEST)), put(f.sum + i, Vec{});
+  std::memset(f.out, 0, count * WIDTH_E * sizeof(real));
   bool first = true;
-  for (int from = b.lo / KEYS * KEYS; from < b.hi; from += KEY_BLOCK) {
-    const int to = std::min(from + KEY_BLOCK, b.hi);
+  const int last_key = std::min(b.hi, item.key_end);
+  for (int from = std::max(b.lo / KEYS * KEYS, item.key); from < last_key; from += KEY_BLOCK) {
+    const int to = std::min(from + KEY_BLOCK, last_key);
     Live live;
-    if (SOFTMAX) std::memcpy(w.before, w.top, b.vectors * LANES * sizeof(real));
+    if (SOFTMAX) std::memcpy(w.before, f.top, b.vectors * LANES * sizeof(real));
     for (int key = from, g = 0; key < to; key += KEYS, g++) {
       Tile t{key, std::min(KEYS, keys - key), first_key, row, last, 0, 0, (int)h, false};
       find_pairs(c, b, t, w.ok);
@@ -65,7 +102,7 @@ static void attend_block(const Call& c, const KeyRows& kv, int64_t s, int64_t h,
       if (!t.vectors) continue;
       const real* rows[KEYS];
       for (int m = 0; m < KEYS; m++) rows[m] = kv.k + std::min(key + m, keys - 1) * kv.k_step;
-      real *scores = w.scores + g * KEYS * QUERIES + t.v * LANES, *tops = w.top + t.v * LANES;
+      real *scores = w.scores + g * KEYS * QUERIES + t.v * LANES, *tops = f.top + t.v * LANES;
       product_tile<D>(t.vectors, rows, w.packed + t.v * LANES, scores);
       if (t.partial) score_tile<true>(c, t, w.ok, scores, tops);
       else score_tile<false>(c, t, w.ok, scores, tops);
@@ -73,9 +110,9 @@ static void attend_block(const Call& c, const KeyRows& kv, int64_t s, int64_t h,
     if (live.none()) continue;
     if (SOFTMAX)
       for (int i = 0; i < b.vectors * LANES; i += LANES) {
-        const Vec factor = exp2((read(w.before + i) - read(w.top + i)) * PER_LOG);
+        const Vec factor = exp2((read(w.before + i) - read(f.top + i)) * PER_LOG);
         put(w.shrink + i, factor);
-        put(w.sum + i, read(w.sum + i) * factor);
+        put(f.sum + i, read(f.sum + i) * factor);
       }
     for (int g = live.begin; g < live.end; g++) {
       const int some = std::min(KEYS, to - from - g * KEYS);
@@ -84,8 +121,8 @@ static void attend_block(const Call& c, const KeyRows& kv, int64_t s, int64_t h,
         if (!live.has(g, v)) {
           for (int m = 0; m < KEYS; m++) put(x + m * QUERIES, Vec{});
         } else if (SOFTMAX) {
-          const Vec top = read(w.top + v * LANES);
-          Vec sum = read(w.sum + v * LANES);
+          const Vec top = read(f.top + v * LANES);
+          Vec sum = read(f.sum + v * LANES);
           if (some == KEYS)
             UNROLL for (int m = 0; m < KEYS; m++) {
               const Vec p = exp2((read(x + m * QUERIES) - top) * PER_LOG);
@@ -98,7 +135,7 @@ static void attend_block(const Call& c, const KeyRows& kv, int64_t s, int64_t h,
               put(x + m * QUERIES, p);
               sum += p;
             }
-          put(w.sum + v * LANES, sum);
+          put(f.sum + v * LANES, sum);
         }
       }
     }
@@ -109,18 +146,34 @@ static void attend_block(const Call& c, const KeyRows& kv, int64_t s, int64_t h,
       live.keys_of(b, from, to, r, rows, lo, hi);
       if (lo < hi || !first)
         multiply<E, IS_HALF, true>(rows, w.scores + r, QUERIES, kv.v + from * kv.v_step, kv.v_step, lo - from, std::max(lo, hi) - from,
-                                              w.out + r * WIDTH_E, WIDTH_E, SOFTMAX && !first ? w.shrink + r : nullptr);
+                                              f.out + r * WIDTH_E, WIDTH_E, SOFTMAX && !first ? w.shrink + r : nullptr);
     }
     first = false;
   }
-  if (SOFTMAX)
-    for (int i = 0; i < b.vectors * LANES; i += LANES) {
-      const Vec sum = read(w.sum + i), nothing{};
-      put(w.shrink + i, sum == nothing ? nothing : 1 / sum);
-      put(w.top + i, sum == nothing ? nothing - INFINITE : read(w.top + i) + log(sum));
+}
+
+// True if an item has a part of its segment's keys only.
+inline bool is_piece(const Call& c, const Item& x) { return x.key > 0 || x.key_end < c.kv_offsets[x.segment + 1] - c.kv_offsets[x.segment]; }
+
+// Merge the pieces of each segment and group, by their order.
+static void merge_pieces(const Call& c, const Schedule& work, const std::vector<int64_t>& slots, Found* pieces) {
+  const int64_t heads = c.heads / c.groups;
+  std::map<std::pair<int32_t, int32_t>, std::vector<int64_t>> parts;
+  for (int64_t i = 0; i < (int64_t)slots.size(); i++)
+    if (slots[i] >= 0) {
+      const Item& item = work.items[i];
+      std::vector<int64_t>& mine = parts[{item.segment, item.group}];
+      mine.resize(item.parts);
+      mine[item.part] = slots[i];
     }
-  for (int r = 0; r < count; r++) put_row(w.out + r * WIDTH_E, E, SOFTMAX ? w.shrink[r] : (real)c.factor, c.out.row(row + r, h));
-  if (SOFTMAX) std::memcpy(c.lse + h * c.num_q + row, w.top, count * sizeof(real));
+  for (const auto& [at, mine] : parts) {
+    const int64_t row = c.q_offsets[at.first];
+    const int count = (int)(c.q_offsets[at.first + 1] - row);
+    for (int64_t x = 0; x < heads; x++) {
+      for (size_t p = 1; p < mine.size(); p++) merge(pieces[mine[0] + x], pieces[mine[p] + x], count);
+      finish_block(c, at.second * heads + x, row, count, pieces[mine[0] + x]);
+    }
+  }
 }
 
 static Status forward(const Call& c) {
@@ -134,9 +187,15 @@ static Status forward(const Call& c) {
     real* lse = c.lse + h * c.num_q;
     std::fill(lse, lse + c.q_offsets[0], -INFINITE), std::fill(lse + end, lse + c.num_q, -INFINITE);
   }
+  std::vector<int64_t> slots(n, -1);  // of items that are pieces, by their place
+  int64_t num_pieces = 0;
+  for (int64_t i = 0; i < n; i++)
+    if (is_piece(c, work.items[i])) slots[i] = num_pieces, num_pieces += heads;
+  Room<Found> pieces(num_pieces);
   int64_t next = 0;
   on_threads(std::min<int64_t>(c.threads, n), [&](int64_t) {
     Room<Forward> room(1);
+    Room<Found> own(1);
     KeyRows kv;
     int64_t i = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
     while (i < n) {
@@ -156,11 +215,17 @@ static Status forward(const Call& c) {
       kv.take(c, item.segment, item.group);
       const int64_t from = c.q_offsets[item.segment];
       for (int64_t x = 0; x < heads; x++)
-        for (int64_t a = (item.end - 1) / QUERIES * QUERIES; a >= item.first; a -= QUERIES)
-          attend_block(c, kv, item.segment, item.group * heads + x, from + a, (int)std::min<int64_t>(QUERIES, item.end - a), *room.at, ahead);
+        for (int64_t a = (item.end - 1) / QUERIES * QUERIES; a >= item.first; a -= QUERIES) {
+          const int64_t h = item.group * heads + x;
+          const int count = (int)std::min<int64_t>(QUERIES, item.end - a);
+          Found& found = slots[i] < 0 ? *own.at : pieces.at[slots[i] + x];
+          attend_block(c, kv, item, h, from + a, count, *room.at, found, ahead);
+          if (slots[i] < 0) finish_block(c, h, from + a, count, found);
+        }
       i = j;
     }
   });
+  if (num_pieces) merge_pieces(c, work, slots, pieces.at);
   return DONE;
 }
 

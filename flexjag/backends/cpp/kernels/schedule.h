@@ -7,7 +7,8 @@ namespace flexjag {
 // Queries [first, end) of a segment, for all heads of a group.
 struct Item {
   int32_t segment, group, first, end;
-  int32_t part, parts;  // of the segment's items in this group; their order is that of the queries
+  int32_t part, parts;  // of the segment's items in this group; their order is that of the queries or keys
+  int32_t key, key_end;  // of the segment; a few queries with many keys are cut along the keys
   double cost;          // estimated number of scores
 };
 
@@ -19,6 +20,8 @@ struct Schedule {
 
   int64_t bins() const { return (int64_t)starts.size() - 1; }
 };
+
+constexpr int32_t MANY_KEYS = 2048;  // of a piece, where a few queries have many keys
 
 // Number of keys that a query may attend, at most.
 inline double keys_of_row(const SpanRows& o, int64_t num_q, int64_t row) {
@@ -48,6 +51,15 @@ inline void cut(const Call& c, bool few, Schedule& out) {
     const int64_t from = c.q_offsets[s], to = c.q_offsets[s + 1], n = to - from;
     if (n == 0) continue;
     out.longest_keys = std::max(out.longest_keys, c.kv_offsets[s + 1] - c.kv_offsets[s]);
+    const int32_t keys = c.kv_offsets[s + 1] - c.kv_offsets[s];
+    const int32_t pieces = few || !SOFTMAX || n > QUERIES ? 1 : (int32_t)std::min<int64_t>(keys / MANY_KEYS, 2 * c.threads);
+    if (pieces > 1) {
+      const int32_t step = (keys / pieces + KEY_BLOCK - 1) / KEY_BLOCK * KEY_BLOCK, count = (keys + step - 1) / step;
+      for (int32_t g = 0; g < c.groups; g++)
+        for (int32_t p = 0; p < count; p++)
+          out.items.push_back({(int32_t)s, g, 0, (int32_t)n, p, count, p * step, std::min(keys, (p + 1) * step), heads * n * step});
+      continue;
+    }
     blocks.clear();
     double sum = 0;
     for (int64_t a = from; a < to; a += QUERIES) sum += scores_of(c, a, std::min<int64_t>(a + QUERIES, to)), blocks.push_back(sum);
@@ -64,7 +76,7 @@ inline void cut(const Call& c, bool few, Schedule& out) {
       for (int32_t p = 0; p < count; p++) {
         const double cost = blocks[cuts[p + 1] - 1] - (cuts[p] ? blocks[cuts[p] - 1] : 0.0);
         const int64_t end = std::min<int64_t>(cuts[p + 1] * QUERIES, n);
-        out.items.push_back({(int32_t)s, g, (int32_t)(cuts[p] * QUERIES), (int32_t)end, p, count, cost * heads});
+        out.items.push_back({(int32_t)s, g, (int32_t)(cuts[p] * QUERIES), (int32_t)end, p, count, 0, keys, cost * heads});
       }
   }
   std::stable_sort(out.items.begin(), out.items.end(), [](const Item& a, const Item& b) { return a.cost > b.cost; });
