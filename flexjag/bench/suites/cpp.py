@@ -55,7 +55,8 @@ class CpuSizes:
         long: Number of long segments, and their length.
         heads: Number of heads H.
         dim: Head dimensions D and E.
-        gemm: Side of the matrices in the reference matrix product.
+        gemm: Side of the matrices in the reference matrix product, which takes about as long as the attention beside
+            it, so that other processes disturb both alike.
         compilations: Samples of the compile time.
     """
 
@@ -78,7 +79,7 @@ class CpuSizes:
         return constant_lengths(*(self.equal if name == EQUAL else self.long))
 
 
-FULL_SIZES = CpuSizes(48, 1024, (48, 128), (128, 64), (2, 2048), 4, 64, 2048, 3)
+FULL_SIZES = CpuSizes(48, 1024, (48, 128), (128, 64), (2, 2048), 4, 64, 1024, 3)
 QUICK_SIZES = CpuSizes(6, 96, (4, 16), (6, 8), (1, 128), 2, 16, 64, 1)
 
 
