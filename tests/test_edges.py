@@ -15,13 +15,14 @@ from flexjag.backends import Backend
 from flexjag.errors import LayoutError
 from flexjag.lowering.layout import build_layout
 
-BACKENDS = pytest.mark.parametrize("backend", ["reference", "tiled", "segments"])
+BACKENDS = pytest.mark.parametrize("backend", ["reference", "tiled", "segments", "cpp"])
 ALL_BACKENDS = pytest.mark.parametrize(
     "backend",
     [
         "reference",
         "tiled",
         "segments",
+        "cpp",
         pytest.param(
             "flex", marks=[pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")]
         ),
@@ -87,7 +88,7 @@ def test_segments_empty_on_one_side(lengths: list[int], kv_lengths: list[int], b
         assert x.values.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("backend", ["auto", "reference", "tiled", "segments", "flex"])
+@pytest.mark.parametrize("backend", ["auto", "reference", "tiled", "segments", "cpp", "flex"])
 @pytest.mark.parametrize("lengths", [[], [0], [0, 0, 0]], ids=str)
 def test_no_tokens_launches_nothing(lengths: list[int], backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module = importlib.import_module("flexjag.api.attention")
@@ -107,7 +108,7 @@ def test_no_tokens_launches_nothing(lengths: list[int], backend: str, monkeypatc
         assert [x.values.grad.shape for x in (q, k, v)] == [x.values.shape for x in (q, k, v)]
 
 
-@pytest.mark.parametrize("backend", ["auto", "reference", "tiled", "segments", "flex"])
+@pytest.mark.parametrize("backend", ["auto", "reference", "tiled", "segments", "cpp", "flex"])
 def test_queries_without_any_key_in_the_batch(backend: str) -> None:
     q, k, v = make_qkv([2, 3], [0, 0], dtype=torch.float32)
     out = fj.attention(q, k, v, backend=backend)
@@ -250,7 +251,7 @@ POISON = pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], id
 
 
 @POISON
-@pytest.mark.parametrize("backend", ["reference", "segments"])
+@pytest.mark.parametrize("backend", ["reference", "segments", "cpp"])
 @pytest.mark.parametrize("which", ["k", "v", "kv"])
 def test_poison_stays_in_its_segment(which: str, backend: str, value: float) -> None:
     out, grads, others = run_poisoned(SHARED_TILE, which, value, backend)
@@ -316,7 +317,7 @@ STRIDED = {
 
 @pytest.mark.parametrize("how", list(STRIDED))
 @pytest.mark.parametrize("mask", [Causal(), Window(5, 0)], ids=repr)
-@pytest.mark.parametrize("backend", ["auto", "tiled", "segments"])
+@pytest.mark.parametrize("backend", ["auto", "tiled", "segments", "cpp"])
 def test_strides_do_not_matter(backend: str, mask: fj.Mask, how: str) -> None:
     """A kernel that reads only some strides is given only those."""
     results = []

@@ -44,7 +44,7 @@ def add_command(commands: Commands) -> None:
         epilog=LANGUAGE,
     )
     names = ", ".join(TARGETS)
-    parser.add_argument("--target", default="sm_90", metavar="GPU", help=f"one of {names} (default sm_90)")
+    parser.add_argument("--target", default="sm_90", metavar="GPU", help=f"one of {names} (default sm_90), or cpu: C++")
     add_batch_options(parser, LENGTHS)
     parser.add_argument("--kv-heads", type=whole(1, 1024), help="key/value heads G (default: as many as --heads)")
     parser.add_argument("--dim", type=whole(1, 2**16), default=64, help="head dimension D (default 64)")
@@ -111,6 +111,8 @@ def run(args: argparse.Namespace) -> int:
     """
     from flexjag.codegen.compile import check_support, compile_for
 
+    if args.target == "cpu":
+        return _run_cpu(args)
     check_support(get_target(args.target))
     request, backward = read_request(args), not args.forward_only
     with progress(3 if args.simulate else 2, quiet=args.json) as say:
@@ -133,6 +135,24 @@ def run(args: argparse.Namespace) -> int:
         return 0
     print(f"flexjag: {' '.join(found['error'].split())}", file=sys.stderr)
     return 1
+
+
+def _run_cpu(args: argparse.Namespace) -> int:
+    """Print the C++ of a plan and how fast it runs here."""
+    from flexjag.cli.compile_cpu import measure, show
+
+    for option, given in (("--simulate", args.simulate), ("--option", args.option), ("--learned", args.learned)):
+        if given:
+            raise CommandError(f"{option}: is for GPUs; the kernels of --target cpu run on this machine")
+    generator = torch.Generator().manual_seed(args.seed)
+    planned = make_plan(read_request(args), lambda *shape, dtype: torch.randn(*shape, generator=generator).to(dtype))
+    if args.save is not None:
+        Path(args.save).mkdir(parents=True, exist_ok=True)
+    with progress(1, quiet=args.json) as say:
+        say("compiling and timing")
+        found = measure(*planned, backward=not args.forward_only)
+    show(found, args.json, args.save)
+    return 0
 
 
 def read_request(args: argparse.Namespace) -> Request:

@@ -121,7 +121,8 @@ def _canonical(lo: Tensor, hi: Tensor, *, widen: bool) -> tuple[Spans, bool]:
     return Spans(torch.where(used, merged_lo, end), torch.where(used, merged_hi, end)), cut
 
 
-def _intersect(a: Spans, b: Spans, *, widen: bool) -> tuple[Spans, bool]:
+def intersect(a: Spans, b: Spans, *, widen: bool) -> tuple[Spans, bool]:
+    """The common keys, at most MAX_SPANS spans, and True if there were more; `widen` as for :func:`_canonical`."""
     if a.count == 1 or b.count == 1:
         one, many = (a, b) if a.count == 1 else (b, a)
         return _clip(many, one.lo[0], one.hi[0]), False
@@ -298,10 +299,10 @@ def _(mask: m.SameGroup, layout: Layout) -> Sandwich:
 @sandwich.register(m.And)
 def _(mask: m.And, layout: Layout) -> Sandwich:
     a, b = sandwich(mask.left, layout), sandwich(mask.right, layout)
-    outer, cut = _intersect(a.outer, b.outer, widen=True)
+    outer, cut = intersect(a.outer, b.outer, widen=True)
     if a.exact and b.exact and not cut:
         return Sandwich(outer, outer)
-    inner, _ = _intersect(a.inner, b.inner, widen=False)
+    inner, _ = intersect(a.inner, b.inner, widen=False)
     if cut:
         return Sandwich(inner, outer, m.And(rest_of(a), rest_of(b)))
     rests = [x.rest for x in (a, b) if x.rest is not None]

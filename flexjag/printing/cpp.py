@@ -35,11 +35,10 @@ class Cpp(Language):
     """Prints C++ functions that call ``lanes.h`` and ``math.h`` of :mod:`flexjag.backends.cpp`.
 
     A value is a scalar if all queries of a vector share it, else a vector with one lane for each query; the types
-    follow by deduction. What a program computes in half precision is computed in float.
+    follow by deduction. float32 is float and float64 is double; half precision is computed in float and rounded.
 
-    A printed function takes h, a vector's rows, kv, and captures and numbers as pointers. It returns ``Lanes<float>``,
-    ``Lanes<double>``
-    or a condition ``Lanes<int32_t>``.
+    A printed function takes h, a vector's rows, kv, and captures and numbers as pointers. It returns the scores'
+    ``Lanes<float>`` or ``Lanes<double>``, or a mask's condition ``Lanes<int32_t>``.
     """
 
     name = "C++"
@@ -145,7 +144,10 @@ class Cpp(Language):
         slopes: Sequence[tuple[Instruction, Value]],
         learned: Sequence[int],
     ) -> str:
-        """Source of a function that adds gradients to ``double* const* totals``, in the order of `learned`."""
+        """Source of a function that adds gradients to ``double* const* totals``, in the order of `learned`.
+
+        A gradient is `ds` times the score's derivative by an entry, in the dtype of the scores; its sum is double.
+        """
         ds, added = self.value(parameters[0]), []
         for line, slope in slopes:
             factor = self.value(slope, parameters[0].dtype)
@@ -153,7 +155,7 @@ class Cpp(Language):
                 factor = f"cast<{self.dtype(parameters[0].dtype)}>({factor})"
             total = f"totals[{list(learned).index(line.args[0])}]"
             is_one = not isinstance(slope, Symbol) and slope == 1.0
-            given = [total, ds if is_one else f"{ds} * {factor}", self.place(line)]
+            given = [total, ds if is_one else f"by_chain({ds}, {factor})", self.place(line)]
             added.append(f"  add_at({', '.join([x for x in given if x])});")
         return self._function(f"void {name}", parameters, [*lines, *added], "double* const* totals")
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from flexjag.printing.program import Program, Symbol, Value, convert
+from flexjag.printing.program import Instruction, Program, Symbol, Value, convert
 from flexjag.printing.torch_table import cos, exp, sign, sin, where
 
 
@@ -48,6 +48,15 @@ def times(a: Value, b: Value) -> Value:
     return a if isinstance(b, float) and b == 1.0 else a * b
 
 
+def _chosen(program: Program, line: Instruction, given: Sequence[Value | None]) -> Symbol:
+    """Derivative of a ``where``, in its dtype also where both choices are plain numbers."""
+    dtype = line.result.dtype
+    a, b = (0.0 if x is None else convert(x, dtype, program) for x in given[1:])
+    if not isinstance(a, Symbol) and not isinstance(b, Symbol):  # of two numbers, torch.where is float32
+        a = program.note("full", (a,), dtype)
+    return where(line.args[0], a, b)
+
+
 def derivative(program: Program, result: Symbol, by: Symbol) -> Value:
     """Derivative of a result by an argument, a symbol or a number; its lines are added to the program."""
     slopes: dict[str, Value] = {by.name: 1.0}
@@ -57,8 +66,7 @@ def derivative(program: Program, result: Symbol, by: Symbol) -> Value:
         if all(x is None for x in given) or not y.dtype.is_floating_point:
             continue
         if line.op == "where":
-            parts = where(line.args[0], *(0.0 if x is None else x for x in given[1:]))
-            slopes[y.name] = convert(parts, y.dtype, program)
+            slopes[y.name] = _chosen(program, line, given)
         elif line.op == "to":
             slopes[y.name] = given[0]
         elif line.op in _SLOPES:

@@ -85,10 +85,11 @@ def trace(
     """
     program = new_program(is_checked)
     h, q, kv = (program.symbol(name, torch.int32) for name in ("h", "q", "kv"))
+    q.is_place = kv.is_place = True  # users' functions see positions in a segment instead
     s, ds = program.symbol("s", dtype), program.symbol("ds", dtype)
     allowed = True if mask is None else as_symbol(mask(0, h, q, kv), program)
     scored = s if score is None else convert(as_symbol(score(s, 0, h, q, kv), program), dtype, program)
-    by_score = times(ds, derivative(program, scored, s))
+    by_score = convert(times(ds, derivative(program, scored, s)), dtype, program)
     learned = [i for i, x in enumerate(program.captures) if x.requires_grad and torch.is_grad_enabled()]
     lookups = [x for x in needed(program, [scored]) if x.op == "load" and x.args[0] in learned]
     slopes = [(x, derivative(program, scored, x.result)) for x in lookups]

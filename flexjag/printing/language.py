@@ -111,10 +111,9 @@ class Language(ABC):
             slopes: Lookups, each with the score's derivative by the entry.
             learned: Indices of the captures that need gradients.
         """
-        entries = [
-            f"({line.args[0]}, {self.place(line)}, {self.value(slope, torch.float32)})" for line, slope in slopes
-        ]
-        return self.function(name, parameters[1:], lines, f"[{', '.join(entries)}]", torch.float32)
+        dtype = parameters[0].dtype
+        entries = [f"({line.args[0]}, {self.place(line)}, {self.value(slope, dtype)})" for line, slope in slopes]
+        return self.function(name, parameters[1:], lines, f"[{', '.join(entries)}]", dtype)
 
     def spread(self, x: str, like: str) -> str:
         """Expression of `x`, which may be shared by several queries or keys, broadcast to the shape of `like`."""

@@ -90,7 +90,12 @@ class Symbol:
         program: Program that it belongs to.
         name: Name in the program.
         dtype: Dtype.
+
+    Attributes:
+        is_place: True if it is the place of a token, which is in range wherever it is an index.
     """
+
+    is_place = False
 
     def __init__(self, program: Program, name: str, dtype: torch.dtype) -> None:
         self.program, self.name, self.dtype = program, name, dtype
@@ -116,6 +121,7 @@ class Program:
         self.captures: list[Tensor] = []
         self.numbers: list[int] = []
         self._known: dict[str, Symbol] = {}
+        self._dense: list[tuple[Tensor, Tensor]] = []
 
     def symbol(self, name: str, dtype: torch.dtype) -> Any:
         """Create a symbol for an argument of the program."""
@@ -135,6 +141,16 @@ class Program:
             self.lines.append(Instruction(op, tuple(args), result))
             self._known[key] = result
         return self._known[key]
+
+    def dense(self, tensor: Tensor) -> Tensor:
+        """The tensor; if it needs a gradient, which kernels sum at an entry's place in memory, a contiguous one."""
+        if not tensor.requires_grad or tensor.is_contiguous():
+            return tensor
+        for known, copy in self._dense:
+            if known is tensor:
+                return copy
+        self._dense.append((tensor, tensor.contiguous()))
+        return self._dense[-1][1]
 
     def capture(self, tensor: Tensor) -> int:
         """Add a tensor to the captures, unless it is there, and return its index."""

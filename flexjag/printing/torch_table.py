@@ -181,16 +181,16 @@ cos = _unary("cos")
 """``torch.cos``."""
 
 
-def _silu(x: Symbol, inplace: bool = False) -> Symbol:
-    return x * _note("sigmoid", (x,), x.dtype)
+def _silu(x: Value, inplace: bool = False) -> Symbol:
+    return x * _unary("sigmoid")(x)
 
 
-def _gelu(x: Symbol, approximate: str = "none") -> Symbol:
+def _gelu(x: Value, approximate: str = "none") -> Symbol:
     """``torch.nn.functional.gelu``: x times the normal distribution's function, or a usual approximation of it."""
     if approximate == "tanh":
         inner = math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)
-        return 0.5 * x * (1.0 + _note("tanh", (inner,), x.dtype))
-    return 0.5 * x * (1.0 + _note("erf", (x * math.sqrt(0.5),), x.dtype))
+        return 0.5 * x * (1.0 + _unary("tanh")(inner))
+    return 0.5 * x * (1.0 + _unary("erf")(x * math.sqrt(0.5)))
 
 
 _TABLE: dict[str, Callable[..., Any]] = {
@@ -228,6 +228,7 @@ _TABLE: dict[str, Callable[..., Any]] = {
     "detach": _detach,
     "clone": lambda x: x,
     "float": lambda x: to_dtype(x, torch.float32),
+    "double": lambda x: to_dtype(x, torch.float64),
     "int": lambda x: to_dtype(x, torch.int32),
     "long": lambda x: to_dtype(x, torch.int64),
     "bool": lambda x: to_dtype(x, torch.bool),

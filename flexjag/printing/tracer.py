@@ -127,6 +127,7 @@ def look_up(program: Program, tensor: Tensor, index: tuple[Value, ...]) -> Any:
 
 
 def _load(program: Program, tensor: Tensor, index: Sequence[Value]) -> Symbol:
+    tensor = program.dense(tensor)
     places: list[Value] = []
     for dim, given in enumerate(index):
         i: Value = _load(program, given, ()) if isinstance(given, Tensor) else given
@@ -134,7 +135,7 @@ def _load(program: Program, tensor: Tensor, index: Sequence[Value]) -> Symbol:
             refuse(f"an index is {i.dtype}")
         if isinstance(i, int) and i < 0:
             i = program.number(tensor.shape[dim] + i)
-        elif program.is_checked and isinstance(i, Symbol):
+        elif program.is_checked and isinstance(i, Symbol) and not i.is_place:
             i = _inside(i, program.number(tensor.shape[dim]))
         stride = tensor.stride(dim)
         places += [i, 1 if stride == 1 else program.number(stride)]

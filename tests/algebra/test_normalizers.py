@@ -21,7 +21,7 @@ from flexjag.errors import PlanError, ShapeError
 from flexjag.testing import Problem, assert_compiles, assert_matches_reference, assert_no_leak, problems
 
 CLOSE = {"rtol": 1e-11, "atol": 1e-12}  # float64: a few hundred roundings of numbers of about 1
-BACKENDS = pytest.mark.parametrize("backend", ["reference", "tiled", "segments"])
+BACKENDS = pytest.mark.parametrize("backend", ["reference", "tiled", "segments", "cpp"])
 FAST = pytest.mark.parametrize("backend", ["tiled", "segments"])
 LENGTHS = [40, 7, 0, 33]
 
@@ -225,7 +225,7 @@ POISON = pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], id
 
 @POISON
 @pytest.mark.parametrize("which", [1, 2], ids=["k", "v"])
-@pytest.mark.parametrize("backend", ["reference", "segments"])
+@pytest.mark.parametrize("backend", ["reference", "segments", "cpp"])
 def test_poison_stays_in_its_segment(which: int, value: float, backend: str) -> None:
     batches = needing_gradients(*make_qkv([3, 5, 8, 0, 11]))
     others = torch.ones(27, dtype=torch.bool)

@@ -29,7 +29,7 @@ from flexjag.errors import LayoutError, PlanError, ShapeError
 LENGTHS = [40, 7, 0, 33]
 TOTAL = sum(LENGTHS)
 CLOSE = {"rtol": 1e-11, "atol": 1e-12}  # float64: a few hundred roundings of numbers of about 1
-BACKENDS = pytest.mark.parametrize("backend", ["tiled", "segments"])
+BACKENDS = pytest.mark.parametrize("backend", ["tiled", "segments", "cpp"])
 
 GENERATOR = torch.Generator().manual_seed(0)
 IDS = torch.randint(0, 3, (TOTAL,), generator=GENERATOR)
@@ -124,7 +124,7 @@ def test_cross_attention(mask: fj.Mask, kv_lengths: list[int], backend: str) -> 
     check_backend(backend, q, k, v, mask=mask)
 
 
-@pytest.mark.parametrize("backend", ["reference", "tiled", "segments"])
+@pytest.mark.parametrize("backend", ["reference", "tiled", "segments", "cpp"])
 def test_scale(backend: str) -> None:
     q, k, v = make_qkv(LENGTHS, dim=16)
     default = fj.attention(q, k, v, backend=backend).values
@@ -260,7 +260,7 @@ def test_plan_with_a_mask_besides_raises() -> None:
 PARTS = [Causal() & Window(3, 0), Causal() & ~Window(3, 0) & Prefix(2), Causal() & ~Window(3, 0) & ~Prefix(2)]
 
 
-@pytest.mark.parametrize("backend", ["reference", "tiled", "segments"])
+@pytest.mark.parametrize("backend", ["reference", "tiled", "segments", "cpp"])
 def test_merge_of_disjoint_keys_is_attention_over_all(backend: str) -> None:
     """Most rows have no key in some part, and the gradient flows through both out and lse."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -12,7 +13,10 @@ from test_choice import case
 
 import flexjag as fj
 from flexjag.backends import Backend
+from flexjag.backends.base import Promises
 from flexjag.backends.choose import BACKENDS, ELSEWHERE, ON_CUDA, refusal
+from flexjag.backends.cpp import build
+from flexjag.backends.cpp.rule import CPP
 from flexjag.lowering.outline import with_tiles
 from flexjag.testing import assert_matches_reference
 
@@ -24,6 +28,12 @@ REPEATABLE = [x for x in BACKENDS.values() if x.promises.deterministic == "every
 LENGTHS = [3, 9, 0, 9, 30, 9, 1, 9, 150]  # four of one length, which may share a call
 
 
+def promising(promised: Callable[[Promises], object]) -> pytest.MarkDecorator:
+    """Backends of a CPU that promise something, with each of their normalizers."""
+    found = [(x, n) for x in HERE if promised(x.promises) for n in NORMALIZERS if isinstance(n, x.promises.normalizers)]
+    return pytest.mark.parametrize(("backend", "normalizer"), found, ids=[f"{x.name}-{n!r}" for x, n in found])
+
+
 def run(backend: Backend, batches: tuple[fj.Jagged, ...], **asked: object) -> list[torch.Tensor]:
     """Output and gradients."""
     q, k, v = needing_gradients(*batches)
@@ -33,12 +43,12 @@ def run(backend: Backend, batches: tuple[fj.Jagged, ...], **asked: object) -> li
 
 
 def test_backends_of_a_cpu() -> None:
-    assert [x.name for x in HERE] == ["reference", "tiled", "segments"]
+    assert [x.name for x in HERE if x.name != "cpp"] == ["reference", "tiled", "segments"]
+    assert (CPP in HERE) == (build.refusal() is None)
 
 
-@pytest.mark.parametrize("normalizer", NORMALIZERS, ids=repr)
 @pytest.mark.parametrize("mask", MASKS, ids=repr)
-@pytest.mark.parametrize("backend", [x for x in HERE if x.promises.unmixed], ids=lambda x: x.name)
+@promising(lambda p: p.unmixed)
 def test_unmixed(backend: Backend, mask: fj.Mask, normalizer: fj.Normalizer) -> None:
     """Each segment alone gives the bits that it gives among others, gradients included."""
     batches = make_qkv(LENGTHS, dtype=torch.float32)
@@ -64,9 +74,8 @@ def repeat(backend: Backend, device: str, mask: fj.Mask, normalizer: fj.Normaliz
     assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
 
 
-@pytest.mark.parametrize("normalizer", NORMALIZERS, ids=repr)
 @pytest.mark.parametrize("mask", MASKS, ids=repr)
-@pytest.mark.parametrize("backend", [x for x in HERE if x.promises.deterministic != "nowhere"], ids=lambda x: x.name)
+@promising(lambda p: p.deterministic != "nowhere")
 def test_deterministic(backend: Backend, mask: fj.Mask, normalizer: fj.Normalizer) -> None:
     repeat(backend, "cpu", mask, normalizer)
 
@@ -79,10 +88,9 @@ def test_deterministic_on_a_gpu(backend: Backend, mask: fj.Mask, normalizer: fj.
     repeat(backend, "cuda", mask, normalizer)
 
 
-@pytest.mark.parametrize("normalizer", NORMALIZERS, ids=repr)
 @pytest.mark.parametrize("mask", MASKS, ids=repr)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-@pytest.mark.parametrize("backend", [x for x in HERE if x.promises.contains_nan], ids=lambda x: x.name)
+@promising(lambda p: p.contains_nan)
 def test_contains_nan(backend: Backend, mask: fj.Mask, value: float, normalizer: fj.Normalizer) -> None:
     q, k, v = make_qkv(LENGTHS, dtype=torch.float32)
     clean = fj.attention(q, k, v, mask=mask, normalizer=normalizer, backend=backend.name).values
@@ -94,8 +102,7 @@ def test_contains_nan(backend: Backend, mask: fj.Mask, value: float, normalizer:
     assert torch.equal(dirty, clean)
 
 
-@pytest.mark.parametrize("normalizer", NORMALIZERS, ids=repr)
-@pytest.mark.parametrize("backend", [x for x in HERE if x.promises.wide], ids=lambda x: x.name)
+@promising(lambda p: p.wide)
 def test_wide(backend: Backend, normalizer: fj.Normalizer) -> None:
     """Half precision computed in float32 is as exact as the oracle then asks."""
     q, k, v = make_qkv(LENGTHS, dtype=torch.bfloat16)

@@ -19,8 +19,9 @@ from flexjag.errors import MaskError, PlanError
 from flexjag.testing import assert_compiles, assert_matches_reference, assert_no_leak, jagged_batches, masks, problems
 
 CLOSE = {"rtol": 1e-11, "atol": 1e-12}  # float64: a few hundred roundings of numbers of about 1
-BACKENDS = pytest.mark.parametrize("backend", ["reference", "tiled", "segments"])
+BACKENDS = pytest.mark.parametrize("backend", ["reference", "tiled", "segments", "cpp"])
 FAST = pytest.mark.parametrize("backend", ["tiled", "segments"])
+WITH_GRADIENTS = pytest.mark.parametrize("backend", ["tiled", "segments", "cpp"])
 VARIANTS = pytest.mark.parametrize(
     "normalizer",
     [StickBreaking(), StickBreaking(True), StickBreaking(False, True), StickBreaking(True, True)],
@@ -122,7 +123,7 @@ def test_cross_attention(kv_lengths: list[int], align: Align) -> None:
     for normalizer in (StickBreaking(), StickBreaking(True)):
         plan = fj.plan(q, k, mask=fj.Causal(align), normalizer=normalizer, block_size=16)
         wanted, wanted_rest = run(q, k, v, plan=plan, backend="reference")
-        for backend in ("tiled", "segments"):
+        for backend in ("tiled", "segments", "cpp"):
             out, rest = run(q, k, v, plan=plan, backend=backend)
             torch.testing.assert_close(out, wanted, **CLOSE)
             torch.testing.assert_close(rest, wanted_rest, **CLOSE)
@@ -176,7 +177,7 @@ def test_extreme_scores(z: float, dtype: torch.dtype, backend: str) -> None:
         assert grad.isfinite().all()
 
 
-@FAST
+@WITH_GRADIENTS
 @VARIANTS
 def test_gradcheck(normalizer: StickBreaking, backend: str) -> None:
     """Numerical differentiation shares no code with any backend; row 0 of each segment has no key but its own."""
@@ -280,7 +281,7 @@ def test_spare_rows_are_left_alone() -> None:
     k, v = (q.with_values(x.values) for x in (k, v))
     normalizer = StickBreaking(remainder=True)
     plan = fj.plan(q, mask=fj.Causal(), normalizer=normalizer, max_tokens=40, max_length=16, block_size=16)
-    for backend in ("reference", "tiled", "segments"):
+    for backend in ("reference", "tiled", "segments", "cpp"):
         out, rest = run(q, k, v, plan=plan, backend=backend)
         assert out[:20].any()
         assert not out[20:].any()
@@ -312,7 +313,7 @@ def test_masks_that_may_allow_later_keys_raise(mask: fj.Mask, backend: str) -> N
 def test_masks_of_causal_type_run(mask: fj.Mask) -> None:
     q, k, v = make_qkv([25, 6])
     wanted = fj.attention(q, k, v, mask=mask, normalizer=StickBreaking(), backend="reference").values
-    for backend in ("tiled", "segments", "auto"):
+    for backend in ("tiled", "segments", "cpp", "auto"):
         got = fj.attention(q, k, v, mask=mask, normalizer=StickBreaking(), backend=backend).values
         torch.testing.assert_close(got, wanted, **CLOSE)
 

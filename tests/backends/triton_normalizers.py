@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from cases import make_qkv, needing_gradients
 from torch import Tensor
+from torch.nn import functional
 
 import flexjag as fj
 from flexjag.algebra.masks import Not
@@ -76,6 +77,11 @@ def _more(x: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
     return grown + torch.sin(x) * torch.cos(x) + torch.erf(x) + torch.floor(x) * 0.1 - torch.ceil(x) * 0.2
 
 
+def _smooth(x: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+    grown = functional.silu(x) + functional.gelu(x) - functional.gelu(x, approximate="tanh") * 0.5
+    return grown + torch.where(q % 2 == 0, x * 0.3, x * 0.7)
+
+
 SCORES: dict[str, Callable[[int], fj.Score | None]] = {
     "none": lambda tokens: None,
     "alibi": lambda tokens: fj.Alibi(torch.tensor([0.3, -0.2])),
@@ -92,6 +98,7 @@ SCORES: dict[str, Callable[[int], fj.Score | None]] = {
     "chain": lambda tokens: fj.Alibi(rand(HEADS)) >> fj.SoftCap(2.0) >> fj.RelativeBias(rand(HEADS, 9)),
     "function": lambda tokens: fj.ScoreMod(_bend),
     "function of more functions": lambda tokens: fj.ScoreMod(_more),
+    "function of activations": lambda tokens: fj.ScoreMod(_smooth),
     "function of a table's row": lambda tokens: fj.ScoreMod(lambda x, b, h, q, kv: x + PAIRS[1, q % 2]),
     "function of whole numbers": lambda tokens: fj.ScoreMod(_whole),
     "function without the product": lambda tokens: fj.ScoreMod(lambda x, b, h, q, kv: (q - kv).to(x.dtype)),

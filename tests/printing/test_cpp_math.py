@@ -8,7 +8,7 @@ from functools import cache
 
 import pytest
 import torch
-from cpp_units import REALS, compiled, unit
+from printed_cpp import REALS, compiled, unit
 from torch import Tensor
 
 FUNCTIONS = {

@@ -9,6 +9,7 @@ import torch
 from cases import make_qkv
 from test_choice import case
 from torch import Tensor
+from torch.nn import functional
 
 import flexjag as fj
 from flexjag.algebra.node import node
@@ -56,6 +57,7 @@ ONE: dict[str, Callable[[Tensor], Tensor]] = {
     "exp": lambda x: torch.exp(x) + torch.exp2(x) * torch.log(x * x + 1) + torch.log2(x * x + 2),
     "roots": lambda x: torch.sqrt(x * x + 1) + torch.rsqrt(x * x + 2) + (x * x) ** 0.5,
     "waves": lambda x: torch.sin(x) * torch.cos(x) + torch.erf(x),
+    "smooth": lambda x: functional.silu(x) + functional.gelu(x) * functional.gelu(x, approximate="tanh"),
     "bounded": lambda x: torch.tanh(x) + torch.sigmoid(x) + x.clamp(-1, 1) * x.abs() + x.relu(),
     "choice": lambda x: torch.where(x > 0.3, x**3, -x) + torch.maximum(x, x * x) - torch.minimum(x, 2 * x),
     "detached": lambda x: x * x.detach() + (x.clamp(-1, 1) - x).detach(),

@@ -43,7 +43,8 @@ def attend(
         factor: Factor on the output, without a softmax.
 
     Returns:
-        ``[T_q, H, E]``, and the log-sum-exp ``[H, T_q]`` of a softmax in at least float32; unspecified values else.
+        ``[T_q, H, E]``, and ``[H, T_q]`` in at least float32: the log-sum-exp of a softmax, the remainder of
+        stick-breaking, which is not in the output; unspecified values else.
     """
     q, k, v = (_packed(x) for x in (q, k, v))
     out, lse = _empty(q, v)
@@ -116,14 +117,15 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) 
 
 def _backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
     ends = list(itertools.accumulate(ctx.sizes, initial=0))
-    (q, k, v, out, lse), captures, offsets, spans = (list(ctx.saved_tensors[a:b]) for a, b in itertools.pairwise(ends))
+    saved = ctx.saved_tensors  # once: checkpointing gives them away
+    (q, k, v, out, lse), captures, offsets, spans = (list(saved[a:b]) for a, b in itertools.pairwise(ends))
     by_capture: list[Tensor | None] = [None] * len(captures)
     dq = dk = dv = None
     if grad is not None or grad_lse is not None:
         grad = torch.zeros_like(out) if grad is None else grad.to(q.dtype)
         dq, dk, dv, *found = differentiate(
             grad, grad_lse, q, k, v, out, lse, captures, ctx.learned, ctx.numbers, ctx.source, offsets, spans,
-            ctx.saved_tensors[ends[-1]], *ctx.factors,
+            saved[ends[-1]], *ctx.factors,
         )  # fmt: skip
         for i, x in zip(ctx.learned, found, strict=True):
             by_capture[i] = x

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 
 from flexjag import printing
-from flexjag.algebra.normalizers import Pointwise, Softmax
-from flexjag.backends.base import Backend, Case, Pair, Promises
+from flexjag.backends.base import ALL, Backend, Case, Pair, Promises
 from flexjag.backends.cpp import build
 from flexjag.backends.cpp.cost import cost
 
@@ -48,7 +47,7 @@ CPP = Backend(
     takes="any mask and score it can print (users' functions: not while tracing)",
     run=_run,
     refuse=refuse,
-    promises=Promises(normalizers=(Softmax, Pointwise), contains_nan=True, unmixed=True, wide=(Softmax, Pointwise)),
+    promises=Promises(contains_nan=True, unmixed=True, wide=ALL),
     cost=cost,
     setup=2.5,
     source=_source,

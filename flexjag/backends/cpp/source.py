@@ -23,7 +23,7 @@ def printed(recipe: Recipe, dtype: torch.dtype) -> Printed:
     def write(is_checked: bool) -> Printed:
         traced, language = trace(rest_mod(recipe), _weight_mod(recipe), is_checked, dtype), Cpp()
         parts = [
-            f"constexpr bool SOFTMAX = {str(isinstance(recipe.normalizer, nz.Softmax)).lower()};\n",
+            f"constexpr Normalizer NORMALIZER = Normalizer::{_kind(recipe.normalizer)};\n",
             emit_mask(traced, language, "mask"),
             emit_score(traced, language, "score"),
             emit_gradient(traced, language, "dscore"),
@@ -32,6 +32,12 @@ def printed(recipe: Recipe, dtype: torch.dtype) -> Printed:
         return Printed("\n\n".join(parts), traced.captures, traced.numbers, traced.learned)
 
     return once(recipe, f"cpp, {dtype}", write)
+
+
+def _kind(normalizer: nz.Normalizer) -> str:
+    """Name of a normalizer's kind in ``kernels/call.h``."""
+    kinds = {nz.Softmax: "softmax", nz.Pointwise: "pointwise", nz.StickBreaking: "stick_breaking"}
+    return next(name for kind, name in kinds.items() if isinstance(normalizer, kind))
 
 
 def rest_mod(recipe: Recipe) -> mods.MaskMod | None:

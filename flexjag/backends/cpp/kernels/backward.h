@@ -25,7 +25,7 @@ template <bool PARTIAL> static __attribute__((noinline)) void weight_tile(const 
     const Vec lse = read(w.lse + v * LANES);
     ROLLED for (int m = 0; m < (PARTIAL ? t.keys : KEYS); m++) {
       Vec x = score(read(w.raw + m * QUERIES + n * LANES), t.h, rows, t.first_key + t.key + m, c.captures, c.numbers);
-      if (SOFTMAX) x = exp2((x - lse) * PER_LOG);
+      if (SOFTMAX) x = where(eq(lse, INFINITE), Vec{}, exp2((x - lse) * PER_LOG));  // 0 of rows without keys, also if x is NaN
       if (PARTIAL) {
         x = where(read(w.ok + m * QUERIES + v * LANES), x, Vec{});
       }
@@ -49,9 +49,8 @@ static __attribute__((noinline)) void slope_tile(const Call& c, const Tile& t, B
       if (SOFTMAX) x = read(weights + at) * (x - delta);
       if (PARTIAL) x = where(read(w.ok + m * QUERIES + v * LANES), x, Vec{});  // also if the key is NaN
       slopes(x, raw, t.h, rows, kv, c.captures, c.numbers, totals);
-      x = dscore(x, raw, t.h, rows, kv, c.captures, c.numbers);
-      if (PARTIAL) x = where(read(w.ok + m * QUERIES + v * LANES), x, Vec{});  // also if the derivative is NaN
-      put(by_weight + at, x);
+      const Vec ds = dscore(x, raw, t.h, rows, kv, c.captures, c.numbers);
+      put(by_weight + at, where(ne(x, (real)0), ds, Vec{}));  // also if the derivative is NaN
     }
   }
   HAS_EFFECTS;
@@ -90,6 +89,32 @@ INLINE void pack_block(const Call& c, int64_t row, int64_t h, Backward& w) {
   transpose<E>(w.g, WIDTH_E, b.vectors * LANES, 1, w.packed_g);
 }
 
+// Add what the keys of a block get from queries and what they give, by their weights and slopes.
+static void add_products(const KeyRows& kv, const Live& live, int from, int to, const real* by_key, Backward& w, real* dk, real* dv) {
+  const Block& b = w.block;
+  const int first = from + live.begin * KEYS, past = std::min(from + live.end * KEYS, to);
+  const auto add_keys = [&](auto columns, const real* weights, const real* rows, real* sums) {
+    constexpr int COLUMNS = decltype(columns)::value, WIDTH = vectors_of(COLUMNS) * LANES, ROWS = rows_at_once(vectors_of(COLUMNS));
+    for (int key = first; key < past; key += ROWS) {
+      const int some = std::min(ROWS, past - key);
+      int lo, hi;
+      live.queries_of(b, from, key, some, lo, hi);
+      if (lo < hi)
+        multiply<COLUMNS, true, false>(some, weights + (key - from) * QUERIES, QUERIES, rows, WIDTH, lo, hi, sums + (int64_t)key * WIDTH, WIDTH, nullptr);
+    }
+  };
+  add_keys(std::integral_constant<int, E>{}, by_key, w.g, dv);
+  add_keys(std::integral_constant<int, D>{}, w.slopes, w.q, dk);
+  constexpr int ROWS = rows_at_once(vectors_of(D));
+  for (int r = 0; r < b.queries; r += ROWS) {
+    const int rows = std::min(ROWS, b.queries - r);
+    int lo, hi;
+    live.keys_of(b, from, to, r, rows, lo, hi);
+    if (lo < hi)
+      multiply<D, IS_HALF, true>(rows, w.slopes + r, QUERIES, kv.k + from * kv.k_step, kv.k_step, lo - from, hi - from, w.dq + r * WIDTH_D, WIDTH_D, nullptr);
+  }
+}
+
 static void differentiate_block(const Call& c, const KeyRows& kv, int64_t s, int64_t h, int64_t row, int count, real* dk, real* dv,
                                 double* const* totals, Backward& w, Ahead& ahead) {
   const int first_key = c.kv_offsets[s], keys = c.kv_offsets[s + 1] - first_key, which = c.mask_of ? c.mask_of[h] : 0;
@@ -122,27 +147,7 @@ static void differentiate_block(const Call& c, const KeyRows& kv, int64_t s, int
       else weight_tile<false>(c, t, w, weights), slope_tile<false>(c, t, w, weights, by_weight, totals);
     }
     if (live.none()) continue;
-    const int first = from + live.begin * KEYS, past = std::min(from + live.end * KEYS, to);
-    const auto add_keys = [&](auto columns, const real* weights, const real* rows, real* sums) {
-      constexpr int COLUMNS = decltype(columns)::value, WIDTH = vectors_of(COLUMNS) * LANES, ROWS = rows_at_once(vectors_of(COLUMNS));
-      for (int key = first; key < past; key += ROWS) {
-        const int some = std::min(ROWS, past - key);
-        int lo, hi;
-        live.queries_of(b, from, key, some, lo, hi);
-        if (lo < hi)
-          multiply<COLUMNS, true, false>(some, weights + (key - from) * QUERIES, QUERIES, rows, WIDTH, lo, hi, sums + (int64_t)key * WIDTH, WIDTH, nullptr);
-      }
-    };
-    add_keys(std::integral_constant<int, E>{}, w.weights, w.g, dv);
-    add_keys(std::integral_constant<int, D>{}, w.slopes, w.q, dk);
-    constexpr int ROWS = rows_at_once(vectors_of(D));
-    for (int r = 0; r < count; r += ROWS) {
-      const int rows = std::min(ROWS, count - r);
-      int lo, hi;
-      live.keys_of(b, from, to, r, rows, lo, hi);
-      if (lo < hi)
-        multiply<D, IS_HALF, true>(rows, w.slopes + r, QUERIES, kv.k + from * kv.k_step, kv.k_step, lo - from, hi - from, w.dq + r * WIDTH_D, WIDTH_D, nullptr);
-    }
+    add_products(kv, live, from, to, w.weights, w, dk, dv);
   }
   for (int r = 0; r < count; r++) put_row(w.dq + r * WIDTH_D, D, (real)c.scale, c.dq.row(row + r, h));
 }
@@ -173,6 +178,8 @@ inline void key_range(const Call& c, const Item& item, int& lo, int& hi) {
   lo = std::max(lo, 0) / KEYS * KEYS, hi = std::min(hi, keys);
 }
 
+// The backward by a function of blocks of queries, which computes in `Space`.
+template <class Space, void (*block)(const Call&, const KeyRows&, int64_t, int64_t, int64_t, int, real*, real*, double* const*, Space&, Ahead&)>
 static Status backward(const Call& c) {
   if (const Status wrong = check(c)) return wrong;
   Schedule work;
@@ -202,7 +209,7 @@ static Status backward(const Call& c) {
   std::memset(all_totals.at, 0, bins * entries * sizeof(double));
   int64_t next = 0;
   on_threads(std::min<int64_t>(c.threads, std::max<int64_t>(bins, 1)), [&](int64_t) {
-    Room<Backward> room(1);
+    Room<Space> room(1);
     Room<real> own((int64_t)work.longest_keys * (WIDTH_D + WIDTH_E));
     KeyRows kv;
     std::vector<double*> totals(std::max<int64_t>(c.num_learned, 1));
@@ -231,8 +238,8 @@ static Status backward(const Call& c) {
         kv.take(c, item.segment, item.group);
         for (int64_t x = 0; x < heads; x++)
           for (int64_t a = item.first; a < item.end; a += QUERIES)
-            differentiate_block(c, kv, item.segment, item.group * heads + x, from + a, (int)std::min<int64_t>(QUERIES, item.end - a), mine.keys(), mine.values(),
-                                totals.data(), *room.at, ahead);
+            block(c, kv, item.segment, item.group * heads + x, from + a, (int)std::min<int64_t>(QUERIES, item.end - a), mine.keys(), mine.values(),
+                  totals.data(), *room.at, ahead);
         if (item.parts == 1)
           for (int64_t r = 0; r < mine.hi; r++) {
             put_row(mine.keys() + r * WIDTH_D, D, 1, c.dk.row(first_key + r, item.group));

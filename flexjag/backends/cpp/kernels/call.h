@@ -24,10 +24,13 @@ struct SpanRows {
   int64_t count;
 };
 
+// What becomes of scores; a unit says which as NORMALIZER.
+enum class Normalizer { softmax, pointwise, stick_breaking };
+
 // Passed from Python; the fields' order and types are those of flexjag/backends/cpp/library.py.
 struct Call {
   Rows3 q, k, v, out, grad, dq, dk, dv;
-  real *lse, *grad_lse;  // [H, T_q], log-sum-exp of the scores, and the gradient by it; null: none
+  real *lse, *grad_lse;  // [H, T_q], log-sum-exp of the scores or remainder, and the gradient by it; null: none
   const int32_t *q_offsets, *kv_offsets;
   const SpanRows *outer, *inner;  // per mask: keys that may be allowed, and keys that certainly are
   const int32_t* mask_of;         // [H]: the mask of a head; null: the first

@@ -6,6 +6,7 @@
 
 namespace flexjag {
 
+constexpr real NO_KEYS = NORMALIZER == Normalizer::stick_breaking ? 1 : -std::numeric_limits<real>::infinity();  // lse of such a row
 constexpr real PER_LOG = (real)1.4426950408889634;  // exp(x) = exp2(PER_LOG x)
 constexpr real LOWEST = std::numeric_limits<real>::lowest();
 constexpr real INFINITE = std::numeric_limits<real>::infinity();
@@ -28,7 +29,13 @@ template <bool PARTIAL> static __attribute__((noinline)) void score_tile(const C
   HAS_EFFECTS;
 }
 
+// What a block of queries found in some of the keys: maxima, sums and outputs before the division by the sums.
+struct Found {
+  alignas(64) real top[QUERIES], sum[QUERIES], out[QUERIES * WIDTH_E];
+};
+
 struct Forward {
+  Found found;
   alignas(64) real packed[D * QUERIES], scores[KEY_BLOCK * QUERIES];
   alignas(64) real own[QUERIES * WIDTH_D];  // queries as `real`, if they are of 16 bits
   alignas(64) real before[QUERIES], shrink[QUERIES];
@@ -45,11 +52,6 @@ INLINE void pack_queries(const Rows3& q, int64_t row, int64_t h, int count, real
     transpose<D>((const real*)q.row(row, h), q.token, count, scale, packed);
   }
 }
-
-// What a block of queries found in some of the keys: maxima, sums and outputs before the division by the sums.
-struct Found {
-  alignas(64) real top[QUERIES], sum[QUERIES], out[QUERIES * WIDTH_E];
-};
 
 // Write the results of a block of queries.
 static void finish_block(const Call& c, int64_t h, int64_t row, int count, Found& f) {
@@ -78,8 +80,9 @@ static void merge(Found& f, const Found& other, int count) {
     for (int i = r * WIDTH_E; i < (r + 1) * WIDTH_E; i += LANES) put(f.out + i, read(f.out + i) * mine[r] + read(other.out + i) * theirs[r]);
 }
 
-// Attend the keys [key, key_end) of a segment.
-static void attend_block(const Call& c, const KeyRows& kv, const Item& item, int64_t h, int64_t row, int count, Forward& w, Found& f, Ahead& ahead) {
+// Attend the keys of an item. If they are a piece of the segment's, what was found is left in `piece`.
+static void attend_block(const Call& c, const KeyRows& kv, const Item& item, int64_t h, int64_t row, int count, Forward& w, Found* piece, Ahead& ahead) {
+  Found& f = piece ? *piece : w.found;
   const int64_t s = item.segment;
   const int first_key = c.kv_offsets[s], keys = c.kv_offsets[s + 1] - first_key, which = c.mask_of ? c.mask_of[h] : 0;
   const int64_t last = row + count - 1;
@@ -90,7 +93,9 @@ static void attend_block(const Call& c, const KeyRows& kv, const Item& item, int
   std::memset(f.out, 0, count * WIDTH_E * sizeof(real));
   bool first = true;
   const int last_key = std::min(b.hi, item.key_end);
-  for (int from = std::max(b.lo / KEYS * KEYS, item.key); from < last_key; from += KEY_BLOCK) {
+  // Where a predicate decides, the first key depends on where the batch's tiles lie, which must not change a rounding.
+  const int grid = b.inner == b.outer_at ? KEYS : KEY_BLOCK;
+  for (int from = std::max(b.lo / grid * grid, item.key); from < last_key; from += KEY_BLOCK) {
     const int to = std::min(from + KEY_BLOCK, last_key);
     Live live;
     if (SOFTMAX) std::memcpy(w.before, f.top, b.vectors * LANES * sizeof(real));
@@ -150,6 +155,7 @@ static void attend_block(const Call& c, const KeyRows& kv, const Item& item, int
     }
     first = false;
   }
+  if (!piece) finish_block(c, h, row, count, f);
 }
 
 // True if an item has a part of its segment's keys only.
@@ -176,7 +182,8 @@ static void merge_pieces(const Call& c, const Schedule& work, const std::vector<
   }
 }
 
-static Status forward(const Call& c) {
+// The forward by a function of blocks of queries, which computes in `Space`.
+template <class Space, void (*block)(const Call&, const KeyRows&, const Item&, int64_t, int64_t, int, Space&, Found*, Ahead&)> static Status forward(const Call& c) {
   if (const Status wrong = check(c)) return wrong;
   Schedule work;
   cut(c, false, work);
@@ -185,7 +192,7 @@ static Status forward(const Call& c) {
   fill_rows(c.out, c.heads, E, 0, c.q_offsets[0]), fill_rows(c.out, c.heads, E, end, c.num_q);
   for (int64_t h = 0; h < c.heads; h++) {
     real* lse = c.lse + h * c.num_q;
-    std::fill(lse, lse + c.q_offsets[0], -INFINITE), std::fill(lse + end, lse + c.num_q, -INFINITE);
+    std::fill(lse, lse + c.q_offsets[0], NO_KEYS), std::fill(lse + end, lse + c.num_q, NO_KEYS);
   }
   std::vector<int64_t> slots(n, -1);  // of items that are pieces, by their place
   int64_t num_pieces = 0;
@@ -194,8 +201,7 @@ static Status forward(const Call& c) {
   Room<Found> pieces(num_pieces);
   int64_t next = 0;
   on_threads(std::min<int64_t>(c.threads, n), [&](int64_t) {
-    Room<Forward> room(1);
-    Room<Found> own(1);
+    Room<Space> room(1);
     KeyRows kv;
     int64_t i = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
     while (i < n) {
@@ -215,13 +221,9 @@ static Status forward(const Call& c) {
       kv.take(c, item.segment, item.group);
       const int64_t from = c.q_offsets[item.segment];
       for (int64_t x = 0; x < heads; x++)
-        for (int64_t a = (item.end - 1) / QUERIES * QUERIES; a >= item.first; a -= QUERIES) {
-          const int64_t h = item.group * heads + x;
-          const int count = (int)std::min<int64_t>(QUERIES, item.end - a);
-          Found& found = slots[i] < 0 ? *own.at : pieces.at[slots[i] + x];
-          attend_block(c, kv, item, h, from + a, count, *room.at, found, ahead);
-          if (slots[i] < 0) finish_block(c, h, from + a, count, found);
-        }
+        for (int64_t a = (item.end - 1) / QUERIES * QUERIES; a >= item.first; a -= QUERIES)
+          block(c, kv, item, item.group * heads + x, from + a, (int)std::min<int64_t>(QUERIES, item.end - a), *room.at, slots[i] < 0 ? nullptr : pieces.at + slots[i] + x,
+                ahead);
       i = j;
     }
   });

@@ -240,6 +240,11 @@ template <class A, class B> INLINE Joint<A, B> maximum(A a, B b) {
   return where(either(gt(a, b), ne(a, a)), a, b);
 }
 
+// The gradient by an argument, from the one by the result and a slope that may be no number where that is 0.
+template <class V, class S> INLINE Joint<V, S> by_chain(V gradient, S slope) {
+  return where(ne(gradient, (Element<V>)0), gradient * slope, V{});
+}
+
 // x rounded down and up, of numbers with a fraction.
 template <class V> INLINE V floor(V x) {
   using T = Element<V>;

@@ -53,8 +53,8 @@ struct Live {
 
   void add(int g, const Tile& t) {
     lo[g] = t.v, hi[g] = t.v + t.vectors;
-    if (t.vectors) begin = std::min(begin, g), end = g + 1;
-    for (int v = lo[g]; v < hi[g]; v++) first[v] = std::min(first[v], g), past[v] = g + 1;
+    if (t.vectors) begin = std::min(begin, g), end = std::max(end, g + 1);
+    for (int v = lo[g]; v < hi[g]; v++) first[v] = std::min(first[v], g), past[v] = std::max(past[v], g + 1);
   }
   bool none() const { return begin >= end; }
   bool has(int g, int v) const { return v >= lo[g] && v < hi[g]; }

@@ -133,19 +133,17 @@ def run(library: ctypes.CDLL, name: str, traced: Traced, s: Tensor, ds: Tensor) 
 
 
 def in_torch(traced: Traced, s: Tensor, ds: Tensor) -> Result:
-    """A program as the torch printer writes it, with float64 for float32 if `s` is float64."""
+    """A program as the torch printer writes it."""
     language, space, captures = Torch(), {}, [x.detach() for x in traced.captures]
     writers: dict[str, Callable[..., str]] = {
         "mask": emit_mask, "score": emit_score, "dscore": emit_gradient, "slopes": emit_slopes,
     }  # fmt: skip
     text = "\n".join([language.header, *[write(traced, language, name) for name, write in writers.items()]])
-    if s.dtype == torch.float64:
-        text = text.replace("torch.float32", "torch.float64")
-        captures = [x.double() if x.dtype == torch.float32 else x for x in captures]
     exec(text, space)
     sizes = [torch.arange(n, dtype=torch.int32) for n in s.shape]
     at = (sizes[0][:, None, None], sizes[2], sizes[1][:, None], captures, traced.numbers)
-    made = Result(space["mask"](*at).expand(s.shape), space["score"](s, *at), space["dscore"](ds, s, *at), [])
+    allowed = torch.as_tensor(space["mask"](*at)).expand(s.shape)  # without a mask, True
+    made = Result(allowed, space["score"](s, *at), space["dscore"](ds, s, *at), [])
     offsets = {i: _offsets(traced.captures[i]).flatten() for i in traced.learned}
     totals = {i: torch.zeros(int(x.max()) + 1, dtype=torch.float64) for i, x in offsets.items()}
     for i, place, slope in space["slopes"](s, *at):
