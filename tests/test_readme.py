@@ -13,6 +13,7 @@ import torch
 
 import flexjag as fj
 from flexjag.backends.choose import BACKENDS
+from flexjag.backends.cpp import build
 from flexjag.bench.arms.attention import AUTO, DENSE, LOOP, PADDED, SHARED, SLICED
 
 ROOT = Path(__file__).parent.parent
@@ -30,13 +31,27 @@ def test_the_example_runs_and_is_right() -> None:
     assert q.values.grad is not None
 
 
+def run_page(page: str) -> dict[str, Any]:
+    """Run the Python of a page as one module, and return its names."""
+    code = "\n".join(re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL))
+    names: dict[str, Any] = {"__name__": "page"}
+    exec(compile(code, page, "exec", dont_inherit=True), names)
+    return names
+
+
 def test_the_example_of_a_node_runs() -> None:
-    text = (ROOT / "docs/extending.md").read_text(encoding="utf-8")
-    code = "\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
-    exec(compile(code, "docs/extending.md", "exec", dont_inherit=True), {"__name__": "extending"})
+    run_page("docs/extending.md")
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/design.md"])
+@pytest.mark.skipif(build.refusal() is not None, reason=str(build.refusal()))
+def test_the_example_of_the_cpu_page_runs_and_is_right() -> None:
+    names = run_page("docs/cpu.md")
+    wanted = fj.attention(*(names[x] for x in "qkv"), plan=names["plan"], backend="reference")
+    torch.testing.assert_close(names["out"].values, wanted.values, rtol=1e-5, atol=1e-5)  # float32, at most 133 keys
+    assert names["q"].values.grad is not None
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/design.md", "docs/cpu.md"])
 def test_relative_links_exist(page: str) -> None:
     path = ROOT / page
     links = re.findall(r"\]\((?!https?:)([^)#]+)", path.read_text(encoding="utf-8"))

@@ -68,6 +68,12 @@ def _run(argv: list[str]) -> int:
         help="for all of them: what acceptance limits need comes first, and what does not fit is left out",
     )
     parser.add_argument(
+        "--arm-seconds",
+        type=float,
+        metavar="SECONDS",
+        help="after which an arm with three samples has no more; default 4, with a budget 1.5; at most 31 are taken",
+    )
+    parser.add_argument(
         "--part",
         choices=(ALL, NEEDED, PLAIN),
         default=ALL,
@@ -133,7 +139,7 @@ def make_options(args: argparse.Namespace) -> Options:
     """Convert parsed arguments to the options of a run.
 
     Raises:
-        BenchError: If the device is not available or not supported here, or the budget is not positive.
+        BenchError: If the device is not available or not supported here, or a time is not positive.
     """
     import torch
 
@@ -149,7 +155,11 @@ def make_options(args: argparse.Namespace) -> Options:
     if part != ALL and budget is None:
         raise BenchError(f"--part: needs a --budget; got part={part!r}")
     options = Options(args.quick, device, memory=not args.no_memory, seed=args.seed, budget=budget, part=part)
-    options = options if budget is None else replace(options, seconds_per_arm=HASTE)
+    patience = getattr(args, "arm_seconds", None)
+    if patience is not None and not patience > 0:
+        raise BenchError(f"--arm-seconds: must be over 0; got arm_seconds={patience}")
+    if patience is not None or budget is not None:
+        options = replace(options, seconds_per_arm=HASTE if patience is None else patience)
     return replace(options, rounds=2) if args.quick else options
 
 

@@ -50,7 +50,7 @@ def test_every_arm_is_right(name):
 
 
 def test_full_figures_carry_their_limits():
-    assert [f.limit for f in find("train").figures(Options(), [])] == [">= 2", None, None, None]
+    assert [f.limit for f in find("train").figures(Options(), [])] == [">= 2", ">= 1.4", None, None, None]
     assert all(f.limit is None for f in find("paper").figures(Options(), [])), "facts beside the published ones"
     published = [f.text for f in find("paper").figures(Options(), []) if "published" in f.text]
     assert [text.rsplit(": ", 1)[1].rstrip(")") for text in published] == [

@@ -64,12 +64,13 @@ class Decoder(nn.Module):
             x = block(x, attend)
         return self.head(self.norm(x))
 
-    def packed(self, tokens: Jagged) -> Tensor:
+    def packed(self, tokens: Jagged, backend: str = "auto") -> Tensor:
         """Logits ``[T, 256]`` with flexjag's attention; planned in the call, once for all layers."""
         made = plan(tokens, mask=Causal())
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            out = attention(tokens.with_values(q), tokens.with_values(k), tokens.with_values(v), plan=made)
+            x, y, z = (tokens.with_values(t) for t in (q, k, v))
+            out = attention(x, y, z, plan=made, backend=backend)
             assert isinstance(out, Jagged)
             return out.values
 

@@ -42,6 +42,12 @@ def document_lengths(tokens: int, seed: int, mean: float = 400.0, sigma: float =
     return [*lengths[: count - 1].tolist(), tokens - int(ends[count - 1] - lengths[count - 1])]
 
 
+def uniform_lengths(segments: int, longest: int, seed: int) -> list[int]:
+    """Lengths uniform in 1 … `longest`."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(1, longest + 1, (segments,), generator=generator).tolist()
+
+
 def constant_lengths(segments: int, length: int) -> list[int]:
     """Equal lengths: there is no padding, so packing has the least to gain."""
     return [length] * segments

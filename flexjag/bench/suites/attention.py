@@ -28,6 +28,7 @@ from flexjag.bench.arms.attention import (
     AttentionBatch,
 )
 from flexjag.bench.arms.kinds import KINDS, useful_flops
+from flexjag.bench.arms.product import PRODUCT, product, product_flops
 from flexjag.bench.measuring.lengths import constant_lengths, document_lengths, lognormal_lengths, meta_lengths
 from flexjag.bench.measuring.measure import Results, ratio
 from flexjag.bench.measuring.padded import Expected, Tensors, with_gradients
@@ -94,12 +95,7 @@ def _lengths(name: str, sizes: AttentionSizes, seed: int) -> list[int]:
 
 
 def _product(sizes: AttentionSizes, options: Options) -> Sequence[Arm]:
-    """A square matrix product, whose FLOP rate is the reference for those of attention."""
-    generator = torch.Generator(options.device).manual_seed(options.seed)
-    shape = (sizes.gemm, sizes.gemm)
-    a, b = (torch.randn(shape, generator=generator, device=options.device).to(_dtype(options)) for _ in range(2))
-    expected = Expected(lambda dtype: (a.to(dtype) @ b.to(dtype),), a.dtype, terms=sizes.gemm)
-    return [Arm("torch.mm", lambda: lambda: (a @ b,), expected.check, memory=False)]
+    return [product(sizes.gemm, _dtype(options), options.device, options.seed)]
 
 
 def _growing(tokens: int, sizes: AttentionSizes, options: Options) -> Sequence[Arm]:
@@ -227,8 +223,8 @@ def _rates(found: Results, flops: dict[str, int], sizes: AttentionSizes) -> list
             rate = ratio(count, found.kernel_seconds(case, arm))
             if rate is not None:
                 out.append(Figure(f"{case}: useful rate of {arm}, kernels alone", rate / 1e9, "GFLOP/s"))
-    rate = ratio(2 * sizes.gemm**3, found.seconds(GEMM, "torch.mm"))
-    return [*out, Figure(f"{GEMM}: rate of torch.mm", None if rate is None else rate / 1e9, "GFLOP/s")]
+    rate = ratio(product_flops(sizes.gemm), found.seconds(GEMM, PRODUCT))
+    return [*out, Figure(f"{GEMM}: rate of {PRODUCT}", None if rate is None else rate / 1e9, "GFLOP/s")]
 
 
 def _figures(options: Options, cases: list[CaseResult]) -> list[Figure]:

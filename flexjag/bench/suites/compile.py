@@ -21,7 +21,7 @@ from flexjag.bench.suites.registry import ArmResult, CaseResult, Figure, Options
 from flexjag.jagged import Jagged
 
 HEADS, DIM = 4, 32
-BATCHES, QUICK_BATCHES = 50, 4
+BATCHES, QUICK_BATCHES = {"cpu": 100, "cuda": 50}, 4
 LAYERS, QUICK_LAYERS = 2, 1
 MOST_SEGMENTS, LONGEST = 16, 256
 MASK = Causal() & (Window(64, 0) | Prefix(4))
@@ -260,12 +260,12 @@ def _figures(options: Options, cases: list[CaseResult]) -> list[Figure]:
 
 @suite(
     "compile",
-    "50 random batches, planning included, through a two-layer model under torch.compile(fullgraph=True).",
+    "Random batches, planning included, through a two-layer model under torch.compile(fullgraph=True).",
     _figures,
 )
 def cases(options: Options) -> list[SelfTimedCase]:
     """Training by the backend that auto chooses while tracing, inference by flex. A quick run generates no code."""
-    count, layers = (QUICK_BATCHES, QUICK_LAYERS) if options.quick else (BATCHES, LAYERS)
+    count, layers = (QUICK_BATCHES, QUICK_LAYERS) if options.quick else (BATCHES[options.device], LAYERS)
     lengths = batch_lengths(count, options.seed)
     facts = {"batches": count, "layers": layers, "heads": HEADS, "dim": DIM, "seed": options.seed}
     facts |= {"fewest_tokens": min(map(sum, lengths)), "most_tokens": max(map(sum, lengths))}

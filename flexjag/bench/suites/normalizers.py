@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property, partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from flexjag.algebra.masks import Causal
 from flexjag.algebra.normalizers import Normalizer, Sigmoid, SiLU, StickBreaking
 from flexjag.algebra.scores import RelativeBias
 from flexjag.api.attention import attention
-from flexjag.api.plan import plan
+from flexjag.api.plan import Plan, plan
 from flexjag.bench.arms.weights import Dense
 from flexjag.bench.measuring.lengths import constant_lengths, meta_lengths
 from flexjag.bench.measuring.measure import Results, ratio
@@ -184,14 +185,21 @@ class AttentionJob(Job):
 
     def flexjag(self, backend: str, ready: bool) -> Callable[[], Tensor]:
         """Prepare one call of ``attention``; with `ready` it is given a plan."""
-        q, *rest = self.leaves
-        x = Jagged.from_lengths(q, self.n)
-        y, z, score = x.with_values(rest[0]), x.with_values(rest[1]), _score(rest[2:])
-        given = {"mask": Causal(), "score": score, "normalizer": self.normalizer}
+        x = Jagged.from_lengths(self.leaves[0], self.n)
+        y, z = x.with_values(self.leaves[1]), x.with_values(self.leaves[2])
         if not ready:
-            return lambda: _values(attention(x, y, z, **given, scale=self.scale, backend=backend))
-        made = plan(x, **given)
+            return lambda: _values(attention(x, y, z, **self.asked, scale=self.scale, backend=backend))
+        made = self.plan()
         return lambda: _values(attention(x, y, z, plan=made, scale=self.scale, backend=backend))
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """Mask, score and normalizer, as arguments of ``plan``."""
+        return {"mask": Causal(), "score": _score(self.leaves[3:]), "normalizer": self.normalizer}
+
+    def plan(self) -> Plan:
+        """The plan of the batch."""
+        return plan(Jagged.from_lengths(self.leaves[0], self.n), **self.asked)
 
     def compute(self, dtype: torch.dtype) -> Tensors:
         """Results of the ``reference`` backend for the checked segments and heads, in `dtype`."""

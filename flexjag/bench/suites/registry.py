@@ -19,6 +19,7 @@ MODULES = (
     "attention",
     "ops",
     "normalizers",
+    "cpp",
     "compile",
     "train",
     "energy",

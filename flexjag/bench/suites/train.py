@@ -34,9 +34,12 @@ TEXTS = (argparse, ast, dataclasses, inspect, typing)
 """Modules of the standard library whose sources the language model reads."""
 
 PACKED, LOOP, PADDED = "flexjag, packed", "SDPA loop over segments, packed", "padded"
+SEGMENTS, COMPILED = "flexjag segments, packed", "flexjag, packed, compiled"
 DECODER, RECOMMENDER = "decoder on bytes", "HSTU on items"
 
 Model = Decoder | Recommender
+Loss = Callable[[Any, "TrainingBatch"], Tensor]
+"""The loss of a model on a batch."""
 
 
 @dataclass(frozen=True)
@@ -138,6 +141,7 @@ class Training:
 
     def __init__(self, case: str, sizes: TrainingSizes, options: Options) -> None:
         self.device, self.is_decoder = options.device, case == DECODER
+        self.compiler = "aot_eager" if options.quick else "inductor"
         self.batches = [
             TrainingBatch.of(pieces, options.device) for pieces in _pieces(case, sizes, options.seed * STEPS, STEPS)
         ]
@@ -149,29 +153,35 @@ class Training:
         self.needs = 4 * (3 * places * sizes.vocabulary + 30 * sizes.layers * places * sizes.width + scores)
 
     def arms(self) -> list[Arm]:
-        """Arms: training with packed batches, with a loop over segments, and with padded batches."""
+        """Arms: training with packed batches, with a loop over segments, and with padded batches.
+
+        The decoder on a CPU also runs with the backend ``segments``, and compiled.
+        """
         tokens = sum(sum(x.lengths) for x in self.batches) // STEPS
-        losses: dict[str, Callable[[Any, TrainingBatch], Tensor]] = {PACKED: _packed_loss, PADDED: _padded_loss}
+        losses: dict[str, Loss] = {PACKED: _packed_loss, PADDED: _padded_loss}
         if self.is_decoder:
             losses[LOOP] = _looped_loss
+        if self.is_decoder and self.device == "cpu":
+            losses |= {SEGMENTS: _segments_loss, COMPILED: _compiled_loss(self.compiler)}
         return [
             Arm(
                 name,
                 partial(self._make, losses[name]),
                 partial(self._check, losses[name]),
                 self.needs if name == PADDED else 0,
+                memory=name != COMPILED,  # the compiler's own
                 steps=STEPS,
                 tokens=tokens,
             )
-            for name in (PACKED, LOOP, PADDED)
+            for name in (PACKED, SEGMENTS, COMPILED, LOOP, PADDED)
             if name in losses
         ]
 
-    def _make(self, loss: Callable[[Any, TrainingBatch], Tensor]) -> Callable[[], Tensor]:
+    def _make(self, loss: Loss) -> Callable[[], Tensor]:
         model = copy.deepcopy(self.model)
         return lambda: self._train(model, loss)
 
-    def _train(self, model: nn.Module, loss: Callable[[Any, TrainingBatch], Tensor]) -> Tensor:
+    def _train(self, model: nn.Module, loss: Loss) -> Tensor:
         """The loss of each step ``[STEPS]``, from the initial weights and a fresh optimizer."""
         with torch.no_grad():
             for x, first in zip(model.parameters(), self.model.parameters(), strict=True):
@@ -188,7 +198,7 @@ class Training:
             curve.append(value.detach())
         return torch.stack(curve)
 
-    def _check(self, loss: Callable[[Any, TrainingBatch], Tensor], curve: Tensor) -> str | None:
+    def _check(self, loss: Loss, curve: Tensor) -> str | None:
         if self.device == "cuda":
             # An error of one token at a boundary is hidden by half precision, but not in a first loss in float32.
             wrong = self._check_first(loss)
@@ -199,7 +209,7 @@ class Training:
         unit = torch.finfo(torch.bfloat16 if self.device == "cuda" else curve.dtype).eps
         return curve_disagreement(curve, exact, rounded, unit, terms)
 
-    def _check_first(self, loss: Callable[[Any, TrainingBatch], Tensor]) -> str | None:
+    def _check_first(self, loss: Loss) -> str | None:
         """Check the loss of the initial weights in float32: the error's description or None, as :meth:`_check`."""
         batch, terms = self.batches[0], max(sum(x.lengths) for x in self.batches)
         with torch.no_grad():
@@ -244,6 +254,15 @@ def curve_disagreement(got: Tensor, exact: Tensor, rounded: Tensor, unit: float,
 
 def _packed_loss(model: Model, batch: TrainingBatch) -> Tensor:
     return _loss(model.packed(batch.tokens), batch.targets)
+
+
+def _segments_loss(model: Decoder, batch: TrainingBatch) -> Tensor:
+    return _loss(model.packed(batch.tokens, "segments"), batch.targets)
+
+
+def _compiled_loss(compiler: str) -> Loss:
+    packed = torch.compile(Decoder.packed, fullgraph=True, dynamic=True, backend=compiler)
+    return lambda model, batch: _loss(packed(model, batch.tokens), batch.targets)
 
 
 def _looped_loss(model: Decoder, batch: TrainingBatch) -> Tensor:
@@ -293,6 +312,10 @@ def _figures(options: Options, cases: list[CaseResult]) -> list[Figure]:
         ours, theirs = found.seconds(case, PACKED), found.seconds(case, PADDED)
         limit = ">= 2" if case == DECODER and not options.quick else None
         figures.append(Figure(f"{case}: tokens per second of {PACKED} / {PADDED}", ratio(theirs, ours), "x", limit))
+        if case == DECODER and options.device == "cpu":
+            value = ratio(found.seconds(case, SEGMENTS), found.seconds(case, COMPILED))
+            text = f"{case}: tokens per second of {COMPILED} / {SEGMENTS}"
+            figures.append(Figure(text, value, "x", None if options.quick else ">= 1.4"))
         share = ratio(found.memory(case, PACKED), found.memory(case, PADDED))
         figures.append(Figure(f"{case}: memory of {PACKED} / {PADDED}", share, "x"))
     return figures

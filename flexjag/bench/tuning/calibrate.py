@@ -12,11 +12,12 @@ from typing import Any
 import torch
 
 from flexjag.algebra.masks import Causal, Mask, Prefix, Window
-from flexjag.algebra.normalizers import Normalizer, SiLU, Softmax
+from flexjag.algebra.normalizers import Normalizer, SiLU, Softmax, StickBreaking
 from flexjag.api.attention import attention
 from flexjag.api.plan import plan
 from flexjag.backends import costs
 from flexjag.backends.costs import Line, Sizes, Work
+from flexjag.backends.cpp import cost as cpp_cost
 from flexjag.backends.segments import cost as segments_cost
 from flexjag.backends.tiled import cost as tiled_cost
 from flexjag.bench.measuring.environment import describe
@@ -34,7 +35,10 @@ KINDS: tuple[tuple[str, Mask, Normalizer], ...] = (
     ("runs", Window(128, 0) | Prefix(4), Softmax()),
     ("pointwise", Causal(), SiLU()),
     ("pointwise", Window(128, 0), SiLU()),
+    ("stick-breaking", Causal(), StickBreaking()),
 )
+ESTIMATES = {"segments": segments_cost.work, "tiled": tiled_cost.work, "cpp": cpp_cost.work}
+"""Estimated work of a way, by backend."""
 
 
 @dataclass(frozen=True)
@@ -54,12 +58,22 @@ class Point:
 
 
 def ways(kind: str) -> dict[str, str]:
-    """Way of computing (the cost line's name) of each backend, for a kind of call."""
-    return {"segments": f"segments, {kind}", "tiled": "tiled, pointwise" if kind == "pointwise" else "tiled"}
+    """Way of computing (the cost line's name) of each backend that has one for a kind of call.
+
+    Stick-breaking has one in ``cpp``; elsewhere the line of pointwise normalizers stands for it.
+    """
+    if kind == "stick-breaking":
+        return {"cpp": "cpp, stick-breaking"}
+    if kind == "pointwise":
+        return {backend: f"{backend}, pointwise" for backend in ESTIMATES}
+    return {"segments": f"segments, {kind}", "tiled": "tiled", "cpp": "cpp, softmax"}
 
 
 def measure(tell: Tell, rounds: int = 5) -> list[Point]:
-    """Time both backends over :data:`KINDS` and :data:`LENGTHS`, forward and with gradients."""
+    """Time the backends over :data:`KINDS` and :data:`LENGTHS`, forward and with gradients.
+
+    A backend that refuses a kind here, such as ``cpp`` without a compiler, has no points.
+    """
     points = []
     options = Options(rounds=rounds, memory=False, seconds_per_arm=2.0)
     for (kind, mask, normalizer), length, grad in product(KINDS, LENGTHS, (False, True)):
@@ -74,8 +88,8 @@ def measure(tell: Tell, rounds: int = 5) -> list[Point]:
         for result in run_case("calibrate", case, options, tell):
             if result.seconds:
                 way = ways(kind)[result.name]
-                estimate = tiled_cost.work if result.name == "tiled" else segments_cost.work
-                work = estimate(way, mask, Sizes(segments, tokens, tokens, HEADS * 2 * DIM / costs.DIMS))
+                sizes = Sizes(segments, tokens, tokens, HEADS * 2 * DIM / costs.DIMS)
+                work = ESTIMATES[result.name](way, mask, sizes)
                 points.append(Point(work, grad, f"{mask!r}, {kind}", length, median(result.seconds)))
     return points
 
