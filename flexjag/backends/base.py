@@ -23,7 +23,7 @@ Pair = tuple[Tensor, Tensor | None]
 Where = Literal["everywhere", "on CUDA", "on CPU", "nowhere"]
 
 ALL: tuple[type[Normalizer], ...] = (Softmax, Pointwise, StickBreaking)
-FIRST_ORDER = "backend 'segments' has no second-order gradients; use backend='tiled' or 'reference'"
+FIRST_ORDER = "backend {!r} has no second-order gradients; use backend='tiled' or 'reference'"
 HALF = (torch.float16, torch.bfloat16)
 CALLS = 2500  # over which the seconds of a first call are spread
 ASSUMED_DIMS = (1, 1, 64, 64)  # H, G, D and E where nothing says them

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
+from flexjag.backends.base import FIRST_ORDER
 from flexjag.backends.cpp.library import Problem, run
+from flexjag.errors import DifferentiationError
 
 
 @torch.library.custom_op("flexjag::cpp_attention", mutates_args=())
@@ -101,6 +103,13 @@ def differentiate(
 def _(grad: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> list[Tensor]:
     captures, learned = rest[2:4]
     return _like(q, k, v, *(captures[i] for i in learned))
+
+
+def _refuse(ctx: Any, *grads: Any) -> NoReturn:
+    raise DifferentiationError(FIRST_ORDER.format("cpp"))
+
+
+differentiate.register_autograd(_refuse)
 
 
 def _like(*tensors: Tensor) -> list[Tensor]:

@@ -190,7 +190,7 @@ class _PieceByPiece(torch.autograd.Function):
             return None, *differentiable_gradients(attend, job.held, tensors, grads)
 
 
-@first_order_only(FIRST_ORDER)
+@first_order_only(FIRST_ORDER.format("segments"))
 def _backward(
     ctx: Any, saved: Sequence[Tensor], grad_out: Tensor | None, grad_left: Tensor | None
 ) -> tuple[Tensor | None, ...]:

@@ -115,7 +115,7 @@ class _Whole(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @first_order_only(FIRST_ORDER)
+    @first_order_only(FIRST_ORDER.format("segments"))
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, saved: Sequence[Tensor], grad_out: Tensor | None, grad_lse: Tensor | None
     ) -> tuple[Tensor | None, ...]:
