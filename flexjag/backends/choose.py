@@ -109,17 +109,14 @@ def _choose(case: Case, without: str | None = None) -> tuple[str, dict[str, floa
         if not isinstance(case.normalizer, record.promises.normalizers):
             continue
         why_not = refusal(name, case) or record.wasteful(case)
-        if why_not is not None:
-            passed = f", because of {name}: {why_not}"
-        elif record.cost is None or case.on_cuda or case.tracing:
-            if not able:
-                return name, {}, passed
-        else:
+        if why_not is None:
             able.append(name)
-    if len(able) < 2:
-        return able[0] if able else order[-1], {}, passed
-    expected = expected_seconds(case, able)
-    return min(able, key=expected.__getitem__), expected, passed
+        else:
+            passed = f", because of {name}: {why_not}"
+    expected = {} if case.on_cuda or case.tracing else expected_seconds(case, able)
+    fastest = min(expected, key=expected.__getitem__, default=order[-1])
+    first = next((name for name in able if name not in expected or name == fastest), fastest)
+    return first, expected if first in expected and len(expected) > 1 else {}, passed
 
 
 def _about(seconds: float) -> str:

@@ -226,7 +226,7 @@ def test_a_score_and_its_derivatives_in_one_more_language(score: str) -> None:
         for capture, place, slope in made["slopes"](raw.item(), *given):
             totals[capture][place] += slope * ds.item()
         for i in traced.learned:
-            which = next(n for n, x in enumerate(leaves) if x is traced.captures[i])
+            which = next(n for n, x in enumerate(leaves) if torch.equal(x, traced.captures[i]))  # maybe a dense copy
             check(totals[i], grads[1 + which])
 
 
