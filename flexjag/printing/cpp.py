@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 
 import torch
@@ -160,11 +159,9 @@ class Cpp(Language):
         return self._function(f"void {name}", parameters, [*lines, *added], "double* const* totals")
 
     def _function(self, head: str, parameters: Sequence[Symbol], body: Sequence[str], *others: str) -> str:
-        """Source of a function. The names of parameters that it does not use are comments."""
-        declared = [self._declared(x) for x in parameters]
-        declared += ["const void* const* captures", "const int64_t* numbers", *others]
-        used = set(re.findall(r"[a-z]\w*", "\n".join(body)))
-        taken = [re.sub(r"(\w+)$", r"\1" if x.split()[-1] in used else r"/*\1*/", x) for x in declared]
+        """Source of a function, which need not use all of its parameters."""
+        taken = [self._declared(x) for x in parameters]
+        taken += ["const void* const* captures", "const int64_t* numbers", *others]
         return "\n".join([f"INLINE {head}({', '.join(taken)}) {{", *body, "}", ""])
 
     def _declared(self, x: Symbol) -> str:

@@ -21,7 +21,7 @@ from flexjag.printing import Cpp, Torch, Traced, emit_gradient, emit_mask, emit_
 
 HEADERS = Path(flexjag.__file__).parent / "backends" / "cpp" / "kernels"
 FLAGS = ("-std=c++17", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
-WARNINGS = ("-Wall", "-Wextra", "-Werror", "-Wno-psabi")
+WARNINGS = ("-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-Wno-unused-parameter")
 REALS = {torch.float32: ("float", 16), torch.float64: ("double", 8)}
 """What ``real`` is, and the lanes of a vector."""
 
