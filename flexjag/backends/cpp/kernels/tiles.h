@@ -5,7 +5,7 @@
 
 namespace flexjag {
 
-constexpr int GROUPS = KEY_BLOCK / KEYS;  // of keys in a block
+constexpr int KEY_GROUPS = KEY_BLOCK / KEYS;  // of keys in a block
 
 // KEYS keys, of which `keys` exist, and the vectors [v, v + vectors) of a block's queries.
 struct Tile {
@@ -45,11 +45,11 @@ static __attribute__((noinline)) void find_pairs(const Call& c, const Block& b, 
 
 // Tiles with pairs among a block of keys.
 struct Live {
-  int begin = GROUPS, end = 0;                 // groups of keys
-  int lo[GROUPS], hi[GROUPS];                  // vectors of queries of each group
+  int begin = KEY_GROUPS, end = 0;                 // groups of keys
+  int lo[KEY_GROUPS], hi[KEY_GROUPS];                  // vectors of queries of each group
   int first[VECTORS], past[VECTORS];           // groups of keys of each vector
 
-  Live() { for (int v = 0; v < VECTORS; v++) first[v] = GROUPS, past[v] = 0; }
+  Live() { for (int v = 0; v < VECTORS; v++) first[v] = KEY_GROUPS, past[v] = 0; }
 
   void add(int g, const Tile& t) {
     lo[g] = t.v, hi[g] = t.v + t.vectors;
@@ -62,7 +62,7 @@ struct Live {
   // The keys [first, end) of a block at `from` that queries [r, r + rows) may attend.
   void keys_of(const Block& b, int from, int to, int r, int rows, int& a, int& z) const {
     b.keys_of(r, rows, a, z);
-    int one = GROUPS, last = 0;
+    int one = KEY_GROUPS, last = 0;
     for (int v = r / LANES; v <= (r + rows - 1) / LANES; v++) one = std::min(one, first[v]), last = std::max(last, past[v]);
     a = std::max(a, from + one * KEYS), z = std::min(z, std::min(from + last * KEYS, to));
   }
