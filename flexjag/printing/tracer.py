@@ -106,7 +106,7 @@ def _argument(x: Any, program: Program, name: str) -> Any:
         return look_up(program, x, ())
     if isinstance(x, Rows) or (isinstance(x, Tensor) and name != "bucketize"):
         refuse("it computes with a whole row of a tensor: index all of its dimensions")
-    if not isinstance(x, (Symbol, Tensor)) and hasattr(x, "dtype") and hasattr(x, "item"):
+    if not isinstance(x, (Symbol, Tensor, int)) and hasattr(x, "dtype") and hasattr(x, "item"):
         return x.item()  # a scalar of numpy, which prints as code of its own
     return x
 

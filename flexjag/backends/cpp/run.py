@@ -38,8 +38,10 @@ def run(q: Tensor, k: Tensor, v: Tensor, recipe: Recipe, scale: float, need_rest
     text, layout = printed(recipe, acc), recipe.layout
     spans = [x for one in spans_of(recipe) for x in (one.lo, one.hi)]
     offsets = [layout.q_offsets, layout.kv_offsets]
+    captures, offsets, spans = (_savable(x) for x in (text.captures, offsets, spans))
+    mask_of = None if recipe.head_of is None else _savable([recipe.head_of])[0]
     out, rest = attend(
-        q, k, v, text.captures, text.learned, text.numbers, text.source, offsets, spans, recipe.head_of, scale, factor
+        q, k, v, captures, text.learned, text.numbers, text.source, offsets, spans, mask_of, scale, factor
     )
     rest = rest.t()
     if per_row is not None:
@@ -47,6 +49,13 @@ def run(q: Tensor, k: Tensor, v: Tensor, recipe: Recipe, scale: float, need_rest
     elif remainder:
         out = out + rest[..., None] * own_values(v, q.shape[1], layout)
     return out.to(dtype), rest
+
+
+def _savable(tensors: list[Tensor]) -> list[Tensor]:
+    """The tensors, as copies if they were made in inference mode: autograd saves none of those."""
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        return tensors
+    return [x.clone() if x.is_inference() else x for x in tensors]
 
 
 def spans_of(recipe: Recipe) -> list[Spans]:
