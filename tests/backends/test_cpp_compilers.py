@@ -34,7 +34,7 @@ PARAMETERS = "int32_t h, const Rows& rows, int32_t kv, const void* const* captur
 def functions(softmax: bool) -> str:
     """What is printed for a causal mask, the score + 1/2, and the softmax or the identity."""
     return f"""
-constexpr Normalizer NORMALIZER = Normalizer::{'softmax' if softmax else 'pointwise'};
+constexpr Normalizer NORMALIZER = Normalizer::{"softmax" if softmax else "pointwise"};
 INLINE Lanes<int32_t> mask({PARAMETERS}) {{ return ge(rows.index, kv); }}
 INLINE Lanes<real> score(Lanes<real> s, {PARAMETERS}) {{ return s + (real)0.5; }}
 INLINE Lanes<real> dscore(Lanes<real> ds, Lanes<real> s, {PARAMETERS}) {{ return ds; }}
