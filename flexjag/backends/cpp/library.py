@@ -106,8 +106,9 @@ def run(entry: str, problem: Problem, num_heads: tuple[int, int], tensors: dict[
     assert isinstance(v, Tensor)
     library = load(unit(problem.source, q.dtype, q.shape[2], v.shape[2]))
     # Everything that the kernel reads is kept by a name here until it returns.
-    captures = [x.contiguous() if x.ndim == 0 else x for x in problem.captures]
-    spans = [x if x.is_contiguous() else x.contiguous() for x in problem.spans]
+    captures = list(problem.captures)
+    spans = [x.contiguous() for x in problem.spans]
+    assert all(x.shape[0] <= MOST_SPANS for x in spans), "lowering makes fewer spans"  # the kernels have room for these
     offsets = [x.contiguous() for x in problem.offsets]
     learned = [captures[i] for i in problem.learned] if entry == "differentiate" else []
     totals = [torch.empty(x.numel(), dtype=torch.float64) for x in learned]

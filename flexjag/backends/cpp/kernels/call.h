@@ -42,7 +42,7 @@ struct Call {
   double scale, factor;
 };
 
-enum Status : int64_t { DONE = 0, BAD_OFFSETS = 1, NO_MEMORY = 2, TOO_MANY_SPANS = 3 };
+enum Status : int64_t { DONE = 0, BAD_OFFSETS = 1 };
 
 constexpr int MOST_SPANS = 16;
 
