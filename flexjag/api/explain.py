@@ -76,7 +76,7 @@ def _bytes(plan: Recipe) -> int:
             for name in x.__dataclass_fields__:  # type: ignore[attr-defined]
                 visit(getattr(x, name))
 
-    visit((plan.layout, plan.sandwiches, plan.tables, plan.made_tiles, plan.head_of))
+    visit((plan.layout, plan.sandwiches, plan.tables, plan.tiles, plan.head_of))
     return sum(storages.values())
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from flexjag.algebra import masks as m
@@ -14,11 +14,13 @@ from flexjag.backends.base import Case
 from flexjag.backends.choose import BACKENDS, choose, pick
 from flexjag.errors import BackendError, explain_values
 from flexjag.jagged import Jagged
-from flexjag.lowering.outline import Bounds, outline, with_tiles
+from flexjag.lowering.outline import Bounds, mark_sizes, outline, with_tiles
 from flexjag.lowering.recipe import Recipe
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from flexjag.lowering.tiles import Tiles
 
 __all__ = ["Plan", "plan"]
 
@@ -26,6 +28,11 @@ __all__ = ["Plan", "plan"]
 @dataclass(frozen=True, eq=False, repr=False)
 class Plan(Recipe):
     """A recipe that can explain and draw itself. Made by :func:`plan`; its attributes are :class:`Recipe`'s."""
+
+    @property
+    def tiles(self) -> Tiles:
+        """Tile lists and tables, made when they are first read if no kernel of the plan's needs them."""
+        return with_tiles(self).made_tiles or super().tiles
 
     @property
     def backend(self) -> str:
@@ -129,5 +136,18 @@ def plan(
     >>> p.num_tiles, p.num_full, p.grid
     (20, 4, (8, 8))
     """
-    bounds = Bounds(block_size, max_tokens, max_length, validate)
-    return with_tiles(outline(Plan, q, k, mask, score, normalizer, bounds), refine_tiles)
+    made = outline(Plan, q, k, mask, score, normalizer, Bounds(block_size, max_tokens, max_length, validate))
+    if _needs_tiles(made):
+        return with_tiles(made, refine_tiles)
+    mark_sizes(made)
+    return made
+
+
+def _needs_tiles(made: Plan) -> bool:
+    """True if tiles are better made at once: if later they would wait for a device or be made by each layer of a graph.
+
+    They also refine the spans of a mask that is not exact.
+    """
+    if not made.layout.may_look or not made.exact:
+        return True
+    return BACKENDS[choose(replace(made.case(), tracing=True))[0]].needs_tiles

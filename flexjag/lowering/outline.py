@@ -33,6 +33,9 @@ from flexjag.lowering.tiles import TileList, Tiles, build_tables, list_tiles, re
 from flexjag.upstream import holds_no_numbers
 
 R = TypeVar("R", bound=Recipe)
+TILES = "tiles"
+"""Key of the tiles in a recipe's notes, if they were made after it."""
+
 REFINE_LIMIT = 2**26  # predicate evaluations that refining may cost when nobody asked for it
 
 
@@ -143,7 +146,22 @@ def outline(
 
 
 def with_tiles(recipe: R, refine_tiles: bool | None = None) -> R:
-    """Add the tiles to an outlined recipe; `refine_tiles` as in :func:`flexjag.plan`."""
+    """Add the tiles to an outlined recipe; `refine_tiles` as in :func:`flexjag.plan`.
+
+    Outside of graphs they are made once for all recipes that share its notes.
+    """
+    if recipe.made_tiles is not None:
+        return recipe
+    if holds_no_numbers(recipe.layout.q_offsets):
+        return replace(recipe, made_tiles=_tiles(recipe, refine_tiles))
+    if TILES not in recipe.notes:
+        recipe.notes[TILES] = _tiles(recipe, refine_tiles)
+    made = replace(recipe, made_tiles=recipe.notes[TILES])
+    mark_sizes(made)
+    return made
+
+
+def _tiles(recipe: Recipe, refine_tiles: bool | None) -> Tiles:
     layout, block, sandwiches, max_length = recipe.layout, recipe.block_size, recipe.sandwiches, recipe.max_length
     if max_length is not None:
         for offsets in (layout.q_offsets, layout.kv_offsets):
@@ -161,10 +179,7 @@ def with_tiles(recipe: R, refine_tiles: bool | None = None) -> R:
         lo, hi = (torch.cat([getattr(x.outer, end) for x in sandwiches]) for end in ("lo", "hi"))
         nothing = Spans(layout.kv_start[None], layout.kv_start[None])
         union = list_tiles(Spans(lo, hi), nothing, layout.num_kv, block, size)
-    tables = build_tables(by_head, layout.num_q, layout.num_kv, block, width)
-    made = replace(recipe, made_tiles=Tiles(union, *tables))
-    mark_sizes(made)
-    return made
+    return Tiles(union, *build_tables(by_head, layout.num_q, layout.num_kv, block, width))
 
 
 def for_gpu(recipe: R) -> R:
@@ -185,10 +200,12 @@ def mark_sizes(recipe: Recipe) -> None:
         return
     _mark(recipe.layout, 0)
     _mark(recipe.tables, 0)
-    _mark(recipe.tiles.all_heads, 0)
-    for table in (recipe.tiles.kv_partial, recipe.tiles.kv_full, recipe.tiles.q_partial, recipe.tiles.q_full):
-        mark_varying(table.count, 2)
-        mark_varying(table.index, 2, 3)
+    tiles = recipe.made_tiles
+    if tiles is not None:
+        _mark(tiles.all_heads, 0)
+        for table in (tiles.kv_partial, tiles.kv_full, tiles.q_partial, tiles.q_full):
+            mark_varying(table.count, 2)
+            mark_varying(table.index, 2, 3)
     for x in recipe.sandwiches:
         _mark(x.outer, 1)
         _mark(x.inner, 1)

@@ -54,7 +54,7 @@ class Recipe:
         tables: Per-row tensors that the mods read.
         kernel_masks: The masks that kernels evaluate, one per sandwich, padded like `tables`.
         kernel_score: The score, padded like `tables`.
-        made_tiles: Tile lists and tables; None in an outline, which only backends without `needs_tiles` can run.
+        made_tiles: Tile lists and tables; None if they were not made yet: backends with `needs_tiles` get them made.
         max_length: The given bound on segment lengths, in tokens, or None.
         reading: The tensors and values that the mask's functions read.
         notes: Backends' cache of values derived from layout and mask, shared by all layers.
@@ -94,7 +94,7 @@ class Recipe:
         >>> from flexjag.api.plan import plan
         >>> x = Jagged.from_lengths(torch.zeros(6, 2, 16), [2, 4])
         >>> p = plan(x, mask=m.Causal())
-        >>> p.with_score(s.Alibi.from_heads(2)).made_tiles is p.made_tiles
+        >>> p.with_score(s.Alibi.from_heads(2)).tiles is p.tiles
         True
         """
         score = None if score is None else check_node(ScoreError, s.Score, score)
