@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from flexjag.backends.cpp import build
 from flexjag.backends.cpp.library import unit
+from flexjag.kernels.cpp import build
 
 X86 = platform.machine() == "x86_64"
 ON_ARM = "qemu-aarch64 -L /usr/aarch64-linux-gnu"

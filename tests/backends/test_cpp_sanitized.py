@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 from cpp_cases import STRUCTURES
 
-from flexjag.backends.cpp import build
+from flexjag.kernels.cpp import build
 
 FLAGS = ("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 
 RUN = """
 import sys
 import torch
-from flexjag.backends.cpp import build
+from flexjag.kernels.cpp import build
 build.FLAGS = tuple([y for x in build.FLAGS for y in ({flags} if x == "-O3" else (x,))])
 {body}
 """
