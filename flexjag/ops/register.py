@@ -77,7 +77,6 @@ class Operator(Generic[P, R]):
         The module is imported on the first call. If it needs Triton and that is missing, or the function returns
         NotImplemented because it has no kernel for the arguments, the plain kernel runs.
         """
-
         function: Function | None = None
 
         def find() -> Function:

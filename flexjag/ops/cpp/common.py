@@ -15,8 +15,11 @@ LEAST = 2e-5
 """Estimated seconds of a call without a kernel below which none is looked for."""
 
 ENOUGH = 0.5
-"""Estimated seconds that the calls without a kernel have taken from which on it is compiled. That takes about as long:
-a process which calls an operator a few times does not wait for the compiler, and no process loses more than it costs."""
+"""Estimated seconds that calls without a kernel have taken from which on it is compiled, which takes about as long.
+
+So a process that calls an operator a few times does not wait for the compiler, and one that calls it often loses no
+more by waiting than it had lost before.
+"""
 
 GRAIN = 2**15
 """Numbers that are worth a thread."""

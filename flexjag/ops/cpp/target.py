@@ -87,8 +87,8 @@ def _call(
     assert value is not None
     rows = [x if x.stride(1) == 1 else x.contiguous() for x in (key, value)]
     dense = [None if x is None else x.contiguous() for x in (bias, *others)]
-    tables = [_table(x) for x in (query.contiguous(), *rows, *dense)]
-    tables += [_Table()] * (10 - len(tables))
+    kept = [query.contiguous(), *rows, *dense]  # until the kernel returns
+    tables = [_table(x) for x in kept] + [_Table()] * (10 - len(kept))
     lse, offsets = lse.contiguous(), offsets.long().contiguous()
     longest, threads_ = 0 if bias is None else bias.shape[1], threads(key.numel() + value.numel())
     sizes = (query.shape[0], key.shape[0], query.shape[1], longest, query.shape[2], value.shape[1], threads_)
