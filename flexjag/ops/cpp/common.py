@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from pathlib import Path
 
 import torch
 
@@ -54,6 +55,19 @@ def find(header: str, dtype: torch.dtype, seconds: float) -> ctypes.CDLL | None:
         return build.load(text)
     except BuildError:
         return None
+
+
+def prepare(dtype: torch.dtype) -> None:
+    """Compile all kernels for a dtype now, for a process that measures them. It does nothing without a compiler.
+
+    Raises:
+        BuildError: If a unit does not compile or load.
+        CacheError: As :func:`flexjag.caches.limit`.
+    """
+    for text in [unit(file.stem, dtype) for file in sorted(Path(__file__).parent.glob("*.h"))]:
+        if build.refusal() is None:
+            build.load(text)
+            _spent[text] = float("inf")
 
 
 @functools.cache
