@@ -81,13 +81,14 @@ class Operator(Generic[P, R]):
 
         def find() -> Function:
             nonlocal function
+            found: Function = _without_kernel
             try:
-                function = getattr(importlib.import_module(module), self.name)
+                found = getattr(importlib.import_module(module), self.name)
             except ModuleNotFoundError as missing:
                 if missing.name != "triton":
                     raise
-                function = _without_kernel
-            return function
+            function = found
+            return found
 
         def launch(*args: Any, **kwargs: Any) -> Any:
             return (function or find())(*args, **kwargs)
