@@ -32,7 +32,7 @@ struct Call {
   Rows3 q, k, v, out, grad, dq, dk, dv;
   real *lse, *grad_lse;  // [H, T_q], log-sum-exp of the scores or remainder, and the gradient by it; null: none
   const int32_t *q_offsets, *kv_offsets;
-  const SpanRows *outer, *inner;  // per mask: keys that may be allowed, and keys that certainly are
+  const SpanRows *outer, *inner;  // per mask: keys that may be allowed, and keys that certainly are; the mask if equal
   const int32_t* mask_of;         // [H]: the mask of a head; null: the first
   const void* const* captures;
   const int64_t* numbers;
@@ -56,6 +56,7 @@ struct Block {
   int queries, vectors;  // of the block
   int lo, hi;            // keys that any query may attend
   int outer_count, inner_count;
+  bool exact;  // the spans are the mask: there is nothing to ask the predicate
   Reach outer_at[MOST_SPANS][VECTORS], inner_at[MOST_SPANS][VECTORS];
   const Reach (*inner)[VECTORS];
   alignas(64) int32_t span_lo[MOST_SPANS][QUERIES], span_hi[MOST_SPANS][QUERIES];  // of the outer spans
@@ -70,12 +71,17 @@ struct Block {
         outer_at[s][v] = reach(o, s * num_q + row + v * LANES, count - v * LANES, first_key, keys, span_lo[s] + v * LANES, span_hi[s] + v * LANES);
         lo = std::min(lo, outer_at[s][v].min_lo), hi = std::max(hi, outer_at[s][v].max_hi);
       }
-    inner = outer_at;
+    inner = outer_at, exact = true;
     if (i.lo == o.lo && i.hi == o.hi) return;
-    inner = inner_at;
     int32_t from[LANES], to[LANES];
     for (int s = 0; s < inner_count; s++)
-      for (int v = 0; v < vectors; v++) inner_at[s][v] = reach(i, s * num_q + row + v * LANES, count - v * LANES, first_key, keys, from, to);
+      for (int v = 0; v < vectors; v++) {
+        inner_at[s][v] = reach(i, s * num_q + row + v * LANES, count - v * LANES, first_key, keys, from, to);
+        const int32_t *lo_of = span_lo[s] + v * LANES, *hi_of = span_hi[s] + v * LANES;
+        exact = exact && s < outer_count && !flexjag::any((read(from) != read(lo_of)) | (read(to) != read(hi_of)));
+      }
+    exact = exact && inner_count == outer_count;
+    if (!exact) inner = inner_at;
   }
 
   // Spans of the `rows` first of LANES rows, clipped to the segment, and their bounds. Other rows have empty ones.

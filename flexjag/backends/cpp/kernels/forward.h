@@ -93,9 +93,7 @@ static void attend_block(const Call& c, const KeyRows& kv, const Item& item, int
   std::memset(f.out, 0, count * WIDTH_E * sizeof(real));
   bool first = true;
   const int last_key = std::min(b.hi, item.key_end);
-  // Where a predicate decides, the first key depends on where the batch's tiles lie, which must not change a rounding.
-  const int grid = b.inner == b.outer_at ? KEYS : KEY_BLOCK;
-  for (int from = std::max(b.lo / grid * grid, item.key); from < last_key; from += KEY_BLOCK) {
+  for (int from = std::max(b.lo / KEYS * KEYS, item.key); from < last_key; from += KEY_BLOCK) {
     const int to = std::min(from + KEY_BLOCK, last_key);
     Live live;
     if (SOFTMAX) std::memcpy(w.before, f.top, b.vectors * LANES * sizeof(real));

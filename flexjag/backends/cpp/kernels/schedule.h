@@ -38,9 +38,6 @@ inline double scores_of(const Call& c, int64_t first, int64_t end) {
   return (end - first) * (0.5 * (keys_of_row(o, c.num_q, first) + keys_of_row(o, c.num_q, end - 1)) + LANES);
 }
 
-// True if the spans are the mask: elsewhere the outer ones depend on where the batch's tiles lie.
-inline bool is_exact(const Call& c) { return c.inner[0].lo == c.outer[0].lo && c.inner[0].hi == c.outer[0].hi; }
-
 // Cut segments into items. A segment whose items must be few (their gradients of keys are summed afterwards) is only
 // cut as often as its own size and the number of threads ask for, so that other segments do not matter.
 inline void cut(const Call& c, bool few, Schedule& out) {
@@ -69,7 +66,7 @@ inline void cut(const Call& c, bool few, Schedule& out) {
     double sum = 0;
     for (int64_t a = from; a < to; a += QUERIES) {
       const int64_t end = std::min<int64_t>(a + QUERIES, to);
-      sum += few && !is_exact(c) ? (double)(end - a) * (keys + LANES) : scores_of(c, a, end);
+      sum += scores_of(c, a, end);
       blocks.push_back(sum);
     }
     int64_t parts = few ? std::min<int64_t>((int64_t)(sum * heads / 65536), (2 * c.threads + c.groups - 1) / c.groups)
