@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from flexjag.backends.cpp.library import MOST_SPANS
 from flexjag.backends.cpp.openmp import threads

@@ -95,17 +95,7 @@ struct Block {
     a = a > none ? a : none, b = b < end ? b : end;
     const Int inside = iota<int32_t>() < none + rows, some = (b > a) & inside;
     put(from, some ? a : none), put(to, some ? b : none);
-    return Reach{least(some ? a : none + most), greatest(inside ? a : none), least(inside ? b : none + most), greatest(some ? b : none)};
-  }
-  static int least(Int x) {
-    int found = x[0];
-    for (int r = 1; r < LANES; r++) found = std::min(found, (int)x[r]);
-    return found;
-  }
-  static int greatest(Int x) {
-    int found = x[0];
-    for (int r = 1; r < LANES; r++) found = std::max(found, (int)x[r]);
-    return found;
+    return Reach{smallest(some ? a : none + most), largest(inside ? a : none), smallest(inside ? b : none + most), largest(some ? b : none)};
   }
 
   // True if a query of vector v may attend one of the keys [a, b).

@@ -111,7 +111,7 @@ static void attend_block(const Call& c, const KeyRows& kv, const Item& item, int
       else score_tile<false>(c, t, w.ok, scores, tops);
     }
     if (live.none()) continue;
-    if (SOFTMAX)
+    if (SOFTMAX && !first)
       for (int i = 0; i < b.vectors * LANES; i += LANES) {
         const Vec factor = exp2((read(w.before + i) - read(f.top + i)) * PER_LOG);
         put(w.shrink + i, factor);
@@ -185,7 +185,7 @@ template <class Space, void (*block)(const Call&, const KeyRows&, const Item&, i
   if (const Status wrong = check(c)) return wrong;
   Schedule work;
   cut(c, false, work);
-  fill_bins(0, work);
+  fill_bins(c.threads, 0, work);
   const int64_t end = c.q_offsets[c.segments], n = (int64_t)work.items.size(), heads = c.heads / c.groups;
   fill_rows(c.out, c.heads, E, 0, c.q_offsets[0]), fill_rows(c.out, c.heads, E, end, c.num_q);
   for (int64_t h = 0; h < c.heads; h++) {
@@ -198,15 +198,13 @@ template <class Space, void (*block)(const Call&, const KeyRows&, const Item&, i
     if (is_piece(c, work.items[i])) slots[i] = num_pieces, num_pieces += heads;
   Room<Found> pieces(num_pieces);
   int64_t next = 0;
-  on_threads(std::min<int64_t>(c.threads, n), [&](int64_t) {
+  on_threads(std::min<int64_t>(c.threads, work.bins()), [&](int64_t) {
     Room<Space> room(1);
     KeyRows kv;
-    int64_t i = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
-    while (i < n) {
-      const int64_t j = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
+    work_through(work, next, [&](int64_t, int64_t i, int64_t j) {
       const Item& item = work.items[i];
       Ahead ahead;
-      if (j < n) {
+      if (j >= 0) {
         const Item& later = work.items[j];
         const int64_t q0 = c.q_offsets[later.segment] + later.first, k0 = c.kv_offsets[later.segment];
         for (int64_t x = 0; x < std::min<int64_t>(heads, 2); x++) ahead.add(c.q, q0, later.group * heads + x, later.end - later.first, D);
@@ -222,8 +220,7 @@ template <class Space, void (*block)(const Call&, const KeyRows&, const Item&, i
         for (int64_t a = (item.end - 1) / QUERIES * QUERIES; a >= item.first; a -= QUERIES)
           block(c, kv, item, item.group * heads + x, from + a, (int)std::min<int64_t>(QUERIES, item.end - a), *room.at, slots[i] < 0 ? nullptr : pieces.at + slots[i] + x,
                 ahead);
-      i = j;
-    }
+    });
   });
   if (num_pieces) merge_pieces(c, work, slots, pieces.at);
   return DONE;

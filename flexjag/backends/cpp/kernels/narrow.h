@@ -6,7 +6,7 @@
 namespace flexjag {
 
 constexpr int MOST_RUNS = 8;     // spans of a query
-constexpr int PATIENCE = 64;     // runs of keys after which a query's further ones are joined without looking for gaps
+constexpr int PATIENCE = 16;     // runs of keys after which a query's further ones are joined without looking for gaps
 
 // Passed from Python; the fields' order and types are those of flexjag/backends/cpp/narrow.py.
 struct Narrowing {

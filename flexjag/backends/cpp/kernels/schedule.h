@@ -49,6 +49,7 @@ inline void cut(const Call& c, bool few, Schedule& out) {
       for (int64_t a = c.q_offsets[s]; a < c.q_offsets[s + 1]; a += QUERIES)
         total += scores_of(c, a, std::min<int64_t>(a + QUERIES, c.q_offsets[s + 1]));
   const double most = total * c.groups / (8.0 * c.threads);  // of an item, if they may be many
+  std::vector<Item> parts_of;                                // of all segments, for the first group
   for (int64_t s = 0; s < c.segments; s++) {
     const int64_t from = c.q_offsets[s], to = c.q_offsets[s + 1], n = to - from;
     if (n == 0) continue;
@@ -57,9 +58,8 @@ inline void cut(const Call& c, bool few, Schedule& out) {
     const int32_t pieces = few || !SOFTMAX || n > QUERIES ? 1 : (int32_t)std::min<int64_t>(keys / MANY_KEYS, 2 * c.threads);
     if (pieces > 1) {
       const int32_t step = (keys / pieces + KEY_BLOCK - 1) / KEY_BLOCK * KEY_BLOCK, count = (keys + step - 1) / step;
-      for (int32_t g = 0; g < c.groups; g++)
-        for (int32_t p = 0; p < count; p++)
-          out.items.push_back({(int32_t)s, g, 0, (int32_t)n, p, count, p * step, std::min(keys, (p + 1) * step), heads * n * step});
+      for (int32_t p = 0; p < count; p++)
+        parts_of.push_back({(int32_t)s, 0, 0, (int32_t)n, p, count, p * step, std::min(keys, (p + 1) * step), heads * n * step});
       continue;
     }
     blocks.clear();
@@ -78,21 +78,31 @@ inline void cut(const Call& c, bool few, Schedule& out) {
       if (blocks[b] >= sum * cuts.size() / parts) cuts.push_back(b + 1);
     cuts.push_back((int64_t)blocks.size());
     const int32_t count = (int32_t)cuts.size() - 1;
-    for (int32_t g = 0; g < c.groups; g++)
-      for (int32_t p = 0; p < count; p++) {
-        const double cost = blocks[cuts[p + 1] - 1] - (cuts[p] ? blocks[cuts[p] - 1] : 0.0);
-        const int64_t end = std::min<int64_t>(cuts[p + 1] * QUERIES, n);
-        out.items.push_back({(int32_t)s, g, (int32_t)(cuts[p] * QUERIES), (int32_t)end, p, count, 0, keys, cost * heads});
-      }
+    for (int32_t p = 0; p < count; p++) {
+      const double cost = blocks[cuts[p + 1] - 1] - (cuts[p] ? blocks[cuts[p] - 1] : 0.0);
+      const int64_t end = std::min<int64_t>(cuts[p + 1] * QUERIES, n);
+      parts_of.push_back({(int32_t)s, 0, (int32_t)(cuts[p] * QUERIES), (int32_t)end, p, count, 0, keys, cost * heads});
+    }
   }
-  std::stable_sort(out.items.begin(), out.items.end(), [](const Item& a, const Item& b) { return a.cost > b.cost; });
+  std::stable_sort(parts_of.begin(), parts_of.end(), [](const Item& a, const Item& b) { return a.cost > b.cost; });
+  out.items.reserve(parts_of.size() * c.groups);
+  for (Item x : parts_of)
+    for (x.group = 0; x.group < c.groups; x.group++) out.items.push_back(x);
 }
 
-// Each item in a bin of its own; or, if sums over items are kept per bin, at most `most` bins of about the same cost.
-inline void fill_bins(int64_t most, Schedule& x) {
+constexpr double FEW_SCORES = 8192;  // of a bin: a claim takes about as long as a hundred scores
+
+// Put items in bins: small ones together, so that threads claim less often; or, if sums over items are kept per bin,
+// at most `most` bins of about the same cost.
+inline void fill_bins(int64_t threads, int64_t most, Schedule& x) {
   const int64_t n = (int64_t)x.items.size();
   if (most <= 0 || most >= n) {
-    for (int64_t i = 0; i <= n; i++) x.starts.push_back((int32_t)i);
+    double total = 0, sum = 0;
+    for (const Item& item : x.items) total += item.cost;
+    const double enough = most > 0 ? 0 : std::min(FEW_SCORES, total / (16 * threads));
+    x.starts.push_back(0);
+    for (int64_t i = 0; i < n; i++)
+      if ((sum += x.items[i].cost) >= enough || i + 1 == n) x.starts.push_back((int32_t)(i + 1)), sum = 0;
     return;
   }
   std::vector<std::vector<Item>> bins(most);
@@ -128,6 +138,18 @@ template <class Work> void on_threads(int64_t threads, Work work) {
   };
   if (threads <= 1) body(&shared);
   else GOMP_parallel(body, &shared, (unsigned)threads, 0);
+}
+
+// Run work(bin, item, next item) for all items on a thread; the next one is -1 at the end. Bins are claimed one ahead.
+template <class Work> void work_through(const Schedule& x, int64_t& next, Work work) {
+  const int64_t bins = x.bins();
+  int64_t bin = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
+  while (bin < bins) {
+    const int64_t claimed = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
+    const int64_t later = claimed < bins && x.starts[claimed] < x.starts[claimed + 1] ? x.starts[claimed] : -1;
+    for (int64_t i = x.starts[bin], end = x.starts[bin + 1]; i < end; i++) work(bin, i, i + 1 < end ? i + 1 : later);
+    bin = claimed;
+  }
 }
 
 // Memory that is aligned for vectors and released with its scope.
