@@ -83,7 +83,7 @@ INLINE void pack_block(const Call& c, int64_t row, int64_t h, Backward& w) {
 }
 
 // Add what the keys of a block get from queries and what they give, by their weights and slopes.
-static void add_products(const KeyRows& kv, const Live& live, int from, int to, const real* by_key, Backward& w, real* dk, real* dv) {
+static void add_products(const KeyRows& kv, const Live& live, int from, int to, const real* by_key, Backward& w, real* dk, real* dv, Ahead& ahead) {
   const Block& b = w.block;
   const int first = from + live.begin * KEYS, past = std::min(from + live.end * KEYS, to);
   const auto add_keys = [&](auto columns, const real* weights, const real* rows, real* sums) {
@@ -92,6 +92,7 @@ static void add_products(const KeyRows& kv, const Live& live, int from, int to, 
       const int some = std::min(ROWS, past - key);
       int lo, hi;
       live.queries_of(b, from, key, some, lo, hi);
+      ahead.step();
       if (lo < hi)
         multiply<COLUMNS, true, false>(some, weights + (key - from) * QUERIES, QUERIES, rows, WIDTH, lo, hi, sums + (int64_t)key * WIDTH, WIDTH, nullptr);
     }
@@ -103,6 +104,7 @@ static void add_products(const KeyRows& kv, const Live& live, int from, int to, 
     const int rows = std::min(ROWS, b.queries - r);
     int lo, hi;
     live.keys_of(b, from, to, r, rows, lo, hi);
+    ahead.step();
     if (lo < hi)
       multiply<D, IS_HALF, true>(rows, w.slopes + r, QUERIES, kv.k + from * kv.k_step, kv.k_step, lo - from, hi - from, w.dq + r * WIDTH_D, WIDTH_D, nullptr);
   }
@@ -140,7 +142,7 @@ static void differentiate_block(const Call& c, const KeyRows& kv, int64_t s, int
       else weight_tile<false>(c, t, w, weights), slope_tile<false>(c, t, w, weights, by_weight, totals);
     }
     if (live.none()) continue;
-    add_products(kv, live, from, to, w.weights, w, dk, dv);
+    add_products(kv, live, from, to, w.weights, w, dk, dv, ahead);
   }
   for (int r = 0; r < count; r++) put_row(w.dq + r * WIDTH_D, D, (real)c.scale, c.dq.row(row + r, h));
 }
@@ -222,7 +224,7 @@ static Status backward(const Call& c) {
         ahead.add(c.q, q0, h, queries, D), ahead.add(c.grad, q0, h, queries, E);
         if (SOFTMAX) ahead.add(c.out, q0, h, queries, E);
         if (later.segment != item.segment || later.group != item.group) ahead.add(c.k, k0, later.group, keys, D), ahead.add(c.v, k0, later.group, keys, E);
-        ahead.pace = (int64_t)std::ceil((double)ahead.total * KEYS * QUERIES / std::max(item.cost, 1.0));
+        ahead.spread(item, heads, 1 + 2.0 * KEYS / rows_at_once(vectors_of(D)), 1.0 / rows_at_once(vectors_of(D)));
       }
       const int64_t from = c.q_offsets[item.segment], first_key = c.kv_offsets[item.segment];
       Sums mine = sums[i];

@@ -68,7 +68,7 @@ struct Block {
     lo = keys, hi = 0;
     for (int s = 0; s < outer_count; s++)
       for (int v = 0; v < vectors; v++) {
-        outer_at[s][v] = reach(o, s * num_q + row + v * LANES, count - v * LANES, first_key, keys, span_lo[s] + v * LANES, span_hi[s] + v * LANES);
+        outer_at[s][v] = reach(o, s, num_q, row + v * LANES, count - v * LANES, first_key, keys, span_lo[s] + v * LANES, span_hi[s] + v * LANES);
         lo = std::min(lo, outer_at[s][v].min_lo), hi = std::max(hi, outer_at[s][v].max_hi);
       }
     inner = outer_at, exact = true;
@@ -76,7 +76,7 @@ struct Block {
     int32_t from[LANES], to[LANES];
     for (int s = 0; s < inner_count; s++)
       for (int v = 0; v < vectors; v++) {
-        inner_at[s][v] = reach(i, s * num_q + row + v * LANES, count - v * LANES, first_key, keys, from, to);
+        inner_at[s][v] = reach(i, s, num_q, row + v * LANES, count - v * LANES, first_key, keys, from, to);
         const int32_t *lo_of = span_lo[s] + v * LANES, *hi_of = span_hi[s] + v * LANES;
         exact = exact && s < outer_count && !flexjag::any((read(from) != read(lo_of)) | (read(to) != read(hi_of)));
       }
@@ -84,13 +84,15 @@ struct Block {
     if (!exact) inner = inner_at;
   }
 
-  // Spans of the `rows` first of LANES rows, clipped to the segment, and their bounds. Other rows have empty ones.
-  static Reach reach(const SpanRows& spans, int64_t at, int rows, int first_key, int keys, int32_t* from, int32_t* to) {
+  // Spans with number s of the `rows` first of LANES rows from `row` on, clipped to the segment, and their bounds. Other
+  // rows have empty ones.
+  static Reach reach(const SpanRows& spans, int s, int64_t num_q, int64_t row, int rows, int first_key, int keys, int32_t* from, int32_t* to) {
+    const int32_t *lo = spans.lo + s * num_q + row, *hi = spans.hi + s * num_q + row;
     constexpr int32_t most = std::numeric_limits<int32_t>::max();
     const Int none = Int{}, end = none + keys;
     Int a{}, b{};
-    if (rows >= LANES) a = read(spans.lo + at), b = read(spans.hi + at);
-    else for (int r = 0; r < rows; r++) a[r] = spans.lo[at + r], b[r] = spans.hi[at + r];
+    if (row + LANES <= num_q) a = read(lo), b = read(hi);
+    else for (int r = 0; r < rows; r++) a[r] = lo[r], b[r] = hi[r];
     a -= first_key, b -= first_key;
     a = a > none ? a : none, b = b < end ? b : end;
     const Int inside = iota<int32_t>() < none + rows, some = (b > a) & inside;

@@ -147,6 +147,7 @@ static void attend_block(const Call& c, const KeyRows& kv, const Item& item, int
       const int rows = std::min(ROWS, count - r);
       int lo, hi;
       live.keys_of(b, from, to, r, rows, lo, hi);
+      ahead.step();
       if (lo < hi || !first)
         multiply<E, IS_HALF, true>(rows, w.scores + r, QUERIES, kv.v + from * kv.v_step, kv.v_step, lo - from, std::max(lo, hi) - from,
                                               f.out + r * WIDTH_E, WIDTH_E, SOFTMAX && !first ? w.shrink + r : nullptr);
@@ -212,7 +213,7 @@ template <class Space, void (*block)(const Call&, const KeyRows&, const Item&, i
           const int64_t keys = c.kv_offsets[later.segment + 1] - k0;
           ahead.add(c.k, k0, later.group, keys, D), ahead.add(c.v, k0, later.group, keys, E);
         }
-        ahead.pace = (int64_t)std::ceil((double)ahead.total * KEYS * QUERIES / std::max(item.cost, 1.0));
+        ahead.spread(item, heads, 1, 1.0 / rows_at_once(vectors_of(E)));
       }
       kv.take(c, item.segment, item.group);
       const int64_t from = c.q_offsets[item.segment];

@@ -169,16 +169,27 @@ struct Ahead {
     int bytes;
   } part[8];
   int parts = 0, now = 0;
-  int64_t row = 0, total = 0, pace = 0;
+  int64_t row = 0, total = 0, bytes = 0, pace = 0;
+  bool near = false;  // all of it fits beside what is computed on, into the first cache
 
   void add(const Rows3& x, int64_t token, int64_t head, int64_t rows, int columns) {
     part[parts++] = {(const char*)x.row(token, head), x.token * (int64_t)sizeof(element), rows, columns * (int)sizeof(element)};
-    total += rows;
+    total += rows, bytes += rows * part[parts - 1].bytes;
+    if (rows == 0) parts--;
+  }
+  // Spread the rows over an item's steps: `by_keys` of each block of queries and group of keys, and `by_rows` of each
+  // query of a block and block of keys. A few more at a step than that would be, as items differ.
+  void spread(const Item& item, int64_t heads, double by_keys, double by_rows) {
+    const double queries = item.end - item.first, blocks = std::ceil(queries / QUERIES);
+    const double groups = std::min(item.cost / (heads * queries * KEYS), std::ceil((item.key_end - item.key) / (double)KEYS));
+    const double steps = heads * blocks * (groups * by_keys + queries / blocks * by_rows * (1 + groups * KEYS / KEY_BLOCK));
+    pace = (int64_t)std::ceil(1.25 * total / std::max(steps, 1.0)), near = bytes <= (64 << 10);
   }
   INLINE_MEMBER void step() {
     for (int64_t n = pace; n > 0 && now < parts; n--) {
       const char* p = part[now].at + row * part[now].step;
-      for (int i = 0; i < part[now].bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
+      if (near) for (int i = 0; i < part[now].bytes; i += 64) __builtin_prefetch(p + i, 0, 3);
+      else for (int i = 0; i < part[now].bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
       if (++row == part[now].rows) row = 0, now++;
     }
   }

@@ -206,7 +206,7 @@ static void mend(const Walk& walk, int n, const Broken& x, SticksBackward& w, re
     mend_tile(walk.c, t, w, x, first, totals);
   }
   for (int i = 0; i < QUERIES; i += LANES) put(w.before + i, read(w.before + i) + read(w.block_before + i));
-  add_products(walk.kv, live, from, walk.to(n), x.weights, w, dk, dv);
+  add_products(walk.kv, live, from, walk.to(n), x.weights, w, dk, dv, walk.ahead);
 }
 
 static void mend_block(const Call& c, const KeyRows& kv, int64_t s, int64_t h, int64_t row, int count, real* dk, real* dv,
