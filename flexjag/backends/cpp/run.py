@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -40,7 +42,7 @@ def run(q: Tensor, k: Tensor, v: Tensor, recipe: Recipe, scale: float, need_rest
     if per_row is not None or remainder:  # what is changed afterwards is not rounded before
         q, k, v = q.to(acc), k.to(acc), v.to(acc)
     text, layout = printed(recipe, acc), recipe.layout
-    found, mask_of = _spans(recipe, text, unit(text.source, q.dtype, q.shape[2], v.shape[2]), q.shape[1])
+    found, mask_of = _spans(recipe, text, q, v)
     spans = [x for one in found for x in (one.lo, one.hi)]
     offsets = [layout.q_offsets, layout.kv_offsets]
     captures, offsets, spans = (_savable(x) for x in (text.captures, offsets, spans))
@@ -63,7 +65,7 @@ def _savable(tensors: list[Tensor]) -> list[Tensor]:
     return [x.clone() if x.is_inference() else x for x in tensors]
 
 
-def _spans(recipe: Recipe, text: Printed, source: str, heads: int) -> tuple[list[Spans], Tensor | None]:
+def _spans(recipe: Recipe, text: Printed, q: Tensor, v: Tensor) -> tuple[list[Spans], Tensor | None]:
     """The outer and inner spans of each distinct mask, without each row's own key if that is excluded.
 
     Where a predicate decides, the spans are found by evaluating it, once for a plan. In a traced graph, where values
@@ -74,9 +76,10 @@ def _spans(recipe: Recipe, text: Printed, source: str, heads: int) -> tuple[list
     """
     mask_of, given = recipe.head_of, [(x.outer, x.outer if x.exact else x.inner) for x in recipe.sandwiches]
     if not recipe.exact and not holds_no_numbers(recipe.layout.q_offsets):
-        key = NARROWED, heads if text.masks_heads else 1
+        key = NARROWED, q.shape[1] if text.masks_heads else 1
         if key not in recipe.notes:
-            recipe.notes[key] = _narrowed(recipe, text, source, key[1])
+            library = load(unit(text.source, q.dtype, q.shape[2], v.shape[2]))
+            recipe.notes[key] = _narrowed(recipe, text, library, key[1])
         given, mask_of = recipe.notes[key]
     own, spans = own_key(recipe), []
     for outer, inner in given:
@@ -85,9 +88,9 @@ def _spans(recipe: Recipe, text: Printed, source: str, heads: int) -> tuple[list
     return spans, mask_of
 
 
-def _narrowed(recipe: Recipe, text: Printed, source: str, heads: int) -> tuple[list[Sides], Tensor | None]:
+def _narrowed(recipe: Recipe, text: Printed, library: Any, heads: int) -> tuple[list[Sides], Tensor | None]:
     """The outer and inner spans of each distinct mask by its predicate, and the mask of each head."""
-    library, found, mask_of = load(source), [], [0] * heads
+    found, mask_of = [], [0] * heads
     which = [0] * heads if recipe.head_of is None else recipe.head_of.tolist()
     for i, one in enumerate(recipe.sandwiches):
         mine, first = [h for h in range(heads) if which[h] == i], len(found)
