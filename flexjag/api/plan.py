@@ -137,17 +137,15 @@ def plan(
     (20, 4, (8, 8))
     """
     made = outline(Plan, q, k, mask, score, normalizer, Bounds(block_size, max_tokens, max_length, validate))
-    if _needs_tiles(made):
+    if refine_tiles is not None or _needs_tiles(made):
         return with_tiles(made, refine_tiles)
     mark_sizes(made)
     return made
 
 
 def _needs_tiles(made: Plan) -> bool:
-    """True if tiles are better made at once: if a GPU reads them, or what ``auto`` takes in a traced graph.
+    """True if tiles are better made at once: a GPU reads them, or what ``auto`` takes in a traced graph.
 
-    Layers of a graph would each make their own. Tiles also refine the spans of a mask that is not exact.
+    Layers of a graph would each make their own.
     """
-    if made.layout.on_gpu or not made.exact:
-        return True
-    return BACKENDS[choose(replace(made.case(), tracing=True))[0]].needs_tiles
+    return made.layout.on_gpu or BACKENDS[choose(replace(made.case(), tracing=True))[0]].needs_tiles

@@ -27,12 +27,14 @@ class Printed:
         captures: The tensors that the functions read.
         numbers: The integers that they read.
         learned: Indices of the captures that need gradients.
+        masks_heads: True if the mask reads the head. Of backends that ask for it.
     """
 
     source: str
     captures: list[Tensor]
     numbers: list[int]
     learned: list[int]
+    masks_heads: bool = False
 
 
 _known: WeakKeyDictionary[Recipe, dict[tuple[object, ...], Printed]] = WeakKeyDictionary()
@@ -41,7 +43,8 @@ _known: WeakKeyDictionary[Recipe, dict[tuple[object, ...], Printed]] = WeakKeyDi
 def once(plan: Recipe, backend: str, write: Callable[[bool], Printed]) -> Printed:
     """The printed source of a plan, cached for all layers that share it.
 
-    A plan with users' functions is printed on each call: they may close over values that change.
+    A plan whose score has users' functions is printed on each call: they may close over values that change. What a
+    mask's functions read must not: :attr:`Recipe.reading` notices.
 
     Args:
         plan: The plan, whose kernels' source `write` prints.
@@ -49,7 +52,7 @@ def once(plan: Recipe, backend: str, write: Callable[[bool], Printed]) -> Printe
         write: ``write(is_checked)``; True if the plan has users' functions, whose lookups may be out of range.
     """
     is_checked = has_functions(plan.mask, plan.score)
-    if is_checked or torch.compiler.is_compiling():
+    if has_functions(None, plan.score) or torch.compiler.is_compiling():
         return write(is_checked)
     learns = [x.requires_grad for x in (*s.tensors(plan.score), *nz.tensors(plan.normalizer))]
     known, key = _known.setdefault(plan, {}), (backend, torch.is_grad_enabled(), *learns)

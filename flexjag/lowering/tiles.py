@@ -16,7 +16,7 @@ from torch import Tensor
 
 from flexjag.errors import PlanError, assert_on_device, explain_values
 from flexjag.lowering.layout import blocks
-from flexjag.lowering.spans import MAX_SPANS, Spans
+from flexjag.lowering.spans import Spans
 from flexjag.offsets import surely
 from flexjag.upstream import holds_no_numbers
 
@@ -43,35 +43,6 @@ class TileList:
     col: Tensor
     full: Tensor
     live: Tensor
-
-
-def spans_of_tiles(tiles: TileList, num_q: int, num_kv: int, block: int) -> Spans:
-    """The keys of the tiles in each query row's tile row, as at most MAX_SPANS spans. Reads the device.
-
-    Args:
-        tiles: The tiles.
-        num_q: T_q.
-        num_kv: T_kv.
-        block: Tile size.
-    """
-    row, col = tiles.row[tiles.live], tiles.col[tiles.live]
-    if not row.shape[0]:
-        return Spans(*row.new_zeros(2, 1, num_q, dtype=torch.int32))
-    starts = torch.ones_like(tiles.live[: row.shape[0]])  # of runs of adjacent tiles
-    starts[1:] = (row[1:] != row[:-1]) | (col[1:] != col[:-1] + 1)
-    begin = starts.nonzero().flatten()
-    end = torch.cat([begin[1:], begin.new_tensor([row.shape[0]])]) - 1
-    at = row[begin]
-    place = torch.arange(at.shape[0], device=at.device) - torch.searchsorted(at, at)
-    place.clamp_(max=MAX_SPANS - 1)  # what is beyond is joined into the last span
-    rows = blocks(num_q, block)
-    shape, flat = (int(place.max()) + 1, rows), place * rows + at
-    lo = row.new_full(shape, num_kv).view(-1).scatter_reduce_(0, flat, col[begin] * block, "amin").view(shape)
-    hi = row.new_zeros(shape).view(-1).scatter_reduce_(0, flat, (col[end] + 1) * block, "amax").view(shape)
-    hi = hi.clamp(max=num_kv).cummax(0).values
-    lo = torch.minimum(lo, hi)  # rows with fewer spans end in empty ones
-    lo, hi = (x.to(torch.int32).repeat_interleave(block, 1)[:, :num_q].contiguous() for x in (lo, hi))
-    return Spans(lo, hi)
 
 
 @dataclass(frozen=True, eq=False)

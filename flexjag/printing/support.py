@@ -20,7 +20,7 @@ def functions(mask: m.Mask | None, score: s.Score | None) -> list[tuple[Callable
     return [(one.fn, isinstance(one, s.ScoreMod)) for one in nodes if isinstance(one, (m.MaskMod, s.ScoreMod))]
 
 
-def has_functions(mask: m.Mask, score: s.Score | None) -> bool:
+def has_functions(mask: m.Mask | None, score: s.Score | None) -> bool:
     """True if a mask or a score has functions or nodes of the user's."""
     return not all(one.printable for one in (*walk(mask), *walk(score)))
 

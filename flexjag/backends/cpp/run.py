@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from flexjag.algebra.normalizers import Pointwise, StickBreaking
+from flexjag.kernels.cpp.build import load
+from flexjag.backends.cpp.library import unit
+from flexjag.backends.cpp.narrow import Sides, narrowed
 from flexjag.backends.cpp.operator import attend
 from flexjag.backends.cpp.source import printed
 from flexjag.backends.normalized.pieces import own_key
 from flexjag.backends.normalized.run import own_values, scaled
+from flexjag.backends.printed import Printed
 from flexjag.lowering.recipe import Recipe
-from flexjag.lowering.spans import Spans, intersect
-from flexjag.lowering.tiles import spans_of_tiles
+from flexjag.lowering.spans import Spans
+from flexjag.upstream import holds_no_numbers
 
-WITHIN = "spans of tiles"
-"""Key of the tiles' spans in a recipe's notes."""
+NARROWED = "spans by the predicate"
+"""Key of the spans of a mask that a predicate decides in a recipe's notes, with the number of heads evaluated."""
 
 
 def run(q: Tensor, k: Tensor, v: Tensor, recipe: Recipe, scale: float, need_rest: bool) -> tuple[Tensor, Tensor]:
@@ -36,10 +42,11 @@ def run(q: Tensor, k: Tensor, v: Tensor, recipe: Recipe, scale: float, need_rest
     if per_row is not None or remainder:  # what is changed afterwards is not rounded before
         q, k, v = q.to(acc), k.to(acc), v.to(acc)
     text, layout = printed(recipe, acc), recipe.layout
-    spans = [x for one in spans_of(recipe) for x in (one.lo, one.hi)]
+    found, mask_of = _spans(recipe, text, q, v)
+    spans = [x for one in found for x in (one.lo, one.hi)]
     offsets = [layout.q_offsets, layout.kv_offsets]
     captures, offsets, spans = (_savable(x) for x in (text.captures, offsets, spans))
-    mask_of = None if recipe.head_of is None else _savable([recipe.head_of])[0]
+    mask_of = None if mask_of is None else _savable([mask_of])[0]
     out, rest = attend(
         q, k, v, captures, text.learned, text.numbers, text.source, offsets, spans, mask_of, scale, factor
     )
@@ -58,25 +65,42 @@ def _savable(tensors: list[Tensor]) -> list[Tensor]:
     return [x.clone() if x.is_inference() else x for x in tensors]
 
 
-def spans_of(recipe: Recipe) -> list[Spans]:
+def _spans(recipe: Recipe, text: Printed, q: Tensor, v: Tensor) -> tuple[list[Spans], Tensor | None]:
     """The outer and inner spans of each distinct mask, without each row's own key if that is excluded.
 
-    Where a predicate decides, the outer spans are cut to the plan's tiles.
+    Where a predicate decides, the spans are found by evaluating it, once for a plan. In a traced graph, where values
+    are unknown, the kernels evaluate it instead.
+
+    Returns:
+        The spans, and the mask of each head ``[H]``; None if one serves all heads.
     """
-    within = None
-    if not recipe.exact and recipe.made_tiles is not None and recipe.layout.may_look:
-        if WITHIN not in recipe.notes:
-            sizes = recipe.layout.num_q, recipe.layout.num_kv, recipe.block_size
-            recipe.notes[WITHIN] = spans_of_tiles(recipe.tiles.all_heads, *sizes)
-        within = recipe.notes[WITHIN]
-    own, found = own_key(recipe), []
-    for sandwich in recipe.sandwiches:
-        outer = sandwich.outer
-        if within is not None and not sandwich.exact:
-            outer, _ = intersect(outer, within, widen=True)
-        outer = _before(outer, own)
-        found += [outer, outer if sandwich.exact else _before(sandwich.inner, own)]
-    return found
+    mask_of, given = recipe.head_of, [(x.outer, x.outer if x.exact else x.inner) for x in recipe.sandwiches]
+    if not recipe.exact and not holds_no_numbers(recipe.layout.q_offsets):
+        key = NARROWED, q.shape[1] if text.masks_heads else 1
+        if key not in recipe.notes:
+            library = load(unit(text.source, q.dtype, q.shape[2], v.shape[2]))
+            recipe.notes[key] = _narrowed(recipe, text, library, key[1])
+        given, mask_of = recipe.notes[key]
+    own, spans = own_key(recipe), []
+    for outer, inner in given:
+        cut = _before(outer, own)
+        spans += [cut, cut if inner is outer else _before(inner, own)]
+    return spans, mask_of
+
+
+def _narrowed(recipe: Recipe, text: Printed, library: Any, heads: int) -> tuple[list[Sides], Tensor | None]:
+    """The outer and inner spans of each distinct mask by its predicate, and the mask of each head."""
+    found, mask_of = [], [0] * heads
+    which = [0] * heads if recipe.head_of is None else recipe.head_of.tolist()
+    for i, one in enumerate(recipe.sandwiches):
+        mine, first = [h for h in range(heads) if which[h] == i], len(found)
+        if one.exact:
+            found.append((one.outer, one.outer))
+        else:
+            found += narrowed(library, text, one.outer, recipe.layout.num_kv, mine)
+        for n, h in enumerate(mine):
+            mask_of[h] = first if one.exact else first + n
+    return found, None if heads == 1 else torch.tensor(mask_of, dtype=torch.int32)
 
 
 def _before(spans: Spans, key: Tensor | None) -> Spans:

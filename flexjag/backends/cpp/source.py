@@ -15,6 +15,8 @@ from flexjag.backends.printed import Printed, once
 from flexjag.lowering import mods
 from flexjag.lowering.recipe import Recipe
 from flexjag.printing import Cpp, emit_gradient, emit_mask, emit_score, emit_slopes, read, trace
+from flexjag.printing.emit import Traced
+from flexjag.printing.program import needed, reads
 
 
 def printed(recipe: Recipe, dtype: torch.dtype) -> Printed:
@@ -29,9 +31,14 @@ def printed(recipe: Recipe, dtype: torch.dtype) -> Printed:
             emit_gradient(traced, language, "dscore"),
             emit_slopes(traced, language, "slopes"),
         ]
-        return Printed("\n\n".join(parts), traced.captures, traced.numbers, traced.learned)
+        return Printed("\n\n".join(parts), traced.captures, traced.numbers, traced.learned, reads_head(traced))
 
     return once(recipe, f"cpp, {dtype}", write)
+
+
+def reads_head(traced: Traced) -> bool:
+    """True if a program's mask reads the head."""
+    return reads(needed(traced.program, [traced.allowed]), traced.at[0])
 
 
 def _kind(normalizer: nz.Normalizer) -> str:

@@ -23,14 +23,21 @@ constexpr int KEY_BLOCK = 96;  // keys of a step: a multiple of KEYS
 
 // sums[key][n] += sum over DIM of rows[key][d] * packed[d][n]: a tile of scores. `packed` has QUERIES columns.
 template <int DIM, int NV> INLINE void multiply_transposed(const real* const* rows, const real* packed, Vec (&sums)[KEYS][NV]) {
-  for (int d = 0; d < DIM; d++) {
+  constexpr int AT_ONCE = NV == 1 && DIM % 2 == 0 ? 2 : 1;  // one sum per key would wait for the sums before
+  Vec more[KEYS] = {};
+  for (int d = 0; d < DIM; d += AT_ONCE) {
     Vec x[NV];
     UNROLL for (int n = 0; n < NV; n++) x[n] = read(packed + d * QUERIES + n * LANES);
     UNROLL for (int m = 0; m < KEYS; m++) {
       const Vec y = all_lanes(rows[m][d]);
       UNROLL for (int n = 0; n < NV; n++) sums[m][n] += y * x[n];
     }
+    if constexpr (AT_ONCE == 2) {
+      const Vec z = read(packed + (d + 1) * QUERIES);
+      UNROLL for (int m = 0; m < KEYS; m++) more[m] += all_lanes(rows[m][d + 1]) * z;
+    }
   }
+  if constexpr (AT_ONCE == 2) UNROLL for (int m = 0; m < KEYS; m++) sums[m][0] += more[m];
 }
 
 template <int DIM, int NV> static __attribute__((noinline)) void multiply_to(const real* const* rows, const real* packed, real* to) {

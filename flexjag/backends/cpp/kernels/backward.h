@@ -9,7 +9,7 @@ namespace flexjag {
 
 struct Backward {
   alignas(64) real packed_q[D * QUERIES], packed_g[E * QUERIES];
-  alignas(64) real q[QUERIES * WIDTH_D], g[QUERIES * WIDTH_E], out[WIDTH_E], dq[QUERIES * WIDTH_D];
+  alignas(64) real q[QUERIES * WIDTH_D], g[QUERIES * WIDTH_E], dq[QUERIES * WIDTH_D];
   alignas(64) real weights[KEY_BLOCK * QUERIES], slopes[KEY_BLOCK * QUERIES];  // P and dS
   alignas(64) real raw[KEYS * QUERIES];                                        // products of a tile
   Pairs ok;
@@ -60,37 +60,30 @@ static __attribute__((noinline)) void slope_tile(const Call& c, const Tile& t, B
 INLINE void pack_block(const Call& c, int64_t row, int64_t h, Backward& w) {
   const Block& b = w.block;
   for (int r = 0; r < b.vectors * LANES; r++) {
-    real *q = w.q + r * WIDTH_D, *g = w.g + r * WIDTH_E, lse = INFINITE, delta = 0;
-    for (int i = 0; i < WIDTH_D; i += LANES) put(q + i, Vec{});
-    for (int i = 0; i < WIDTH_E; i += LANES) put(g + i, Vec{});
-    if (r < b.queries && b.attends(r)) {
-      if (SOFTMAX) lse = c.lse[h * c.num_q + row + r];
-      if (lse != -INFINITE) {
-        copy_row(c.q.row(row + r, h), D, q);
-        copy_row(c.grad.row(row + r, h), E, g);
-        for (int i = 0; i < WIDTH_D; i += LANES) put(q + i, read(q + i) * (real)c.scale);
-        if (SOFTMAX) {
-          for (int i = WIDTH_E - LANES; i < WIDTH_E; i += LANES) put(w.out + i, Vec{});
-          copy_row(c.out.row(row + r, h), E, w.out);
-          Vec sum{};
-          for (int i = 0; i < WIDTH_E; i += LANES) sum += read(g + i) * read(w.out + i);
-          for (int i = 0; i < LANES; i++) delta += sum[i];
-          if (c.grad_lse) delta -= c.grad_lse[h * c.num_q + row + r];
-        } else {
-          for (int i = 0; i < WIDTH_E; i += LANES) put(g + i, read(g + i) * (real)c.factor);
-        }
-      } else {
-        lse = INFINITE;
-      }
+    real *q = w.q + r * WIDTH_D, *g = w.g + r * WIDTH_E;
+    const int64_t at = h * c.num_q + row + r;
+    w.lse[r] = INFINITE, w.delta[r] = 0;
+    if (r >= b.queries || !b.attends(r) || (SOFTMAX && c.lse[at] == -INFINITE)) {
+      for (int i = 0; i < WIDTH_D; i += LANES) put(q + i, Vec{});
+      for (int i = 0; i < WIDTH_E; i += LANES) put(g + i, Vec{});
+      continue;
     }
-    w.lse[r] = lse, w.delta[r] = delta;
+    const element *own_q = c.q.row(row + r, h), *own_g = c.grad.row(row + r, h), *out = c.out.row(row + r, h);
+    Vec sum{};
+    for (int i = 0; i < WIDTH_D; i += LANES) put(q + i, load_row(own_q + i, D - i) * (real)c.scale);
+    for (int i = 0; i < WIDTH_E; i += LANES) {
+      const Vec x = load_row(own_g + i, E - i);
+      put(g + i, SOFTMAX ? x : x * (real)c.factor);
+      if (SOFTMAX) sum += x * load_row(out + i, E - i);
+    }
+    if (SOFTMAX) w.lse[r] = c.lse[at], w.delta[r] = flexjag::sum(sum) - (c.grad_lse ? c.grad_lse[at] : 0);
   }
   transpose<D>(w.q, WIDTH_D, b.vectors * LANES, 1, w.packed_q);
   transpose<E>(w.g, WIDTH_E, b.vectors * LANES, 1, w.packed_g);
 }
 
 // Add what the keys of a block get from queries and what they give, by their weights and slopes.
-static void add_products(const KeyRows& kv, const Live& live, int from, int to, const real* by_key, Backward& w, real* dk, real* dv) {
+static void add_products(const KeyRows& kv, const Live& live, int from, int to, const real* by_key, Backward& w, real* dk, real* dv, Ahead& ahead) {
   const Block& b = w.block;
   const int first = from + live.begin * KEYS, past = std::min(from + live.end * KEYS, to);
   const auto add_keys = [&](auto columns, const real* weights, const real* rows, real* sums) {
@@ -99,6 +92,7 @@ static void add_products(const KeyRows& kv, const Live& live, int from, int to, 
       const int some = std::min(ROWS, past - key);
       int lo, hi;
       live.queries_of(b, from, key, some, lo, hi);
+      ahead.step();
       if (lo < hi)
         multiply<COLUMNS, true, false>(some, weights + (key - from) * QUERIES, QUERIES, rows, WIDTH, lo, hi, sums + (int64_t)key * WIDTH, WIDTH, nullptr);
     }
@@ -110,6 +104,7 @@ static void add_products(const KeyRows& kv, const Live& live, int from, int to, 
     const int rows = std::min(ROWS, b.queries - r);
     int lo, hi;
     live.keys_of(b, from, to, r, rows, lo, hi);
+    ahead.step();
     if (lo < hi)
       multiply<D, IS_HALF, true>(rows, w.slopes + r, QUERIES, kv.k + from * kv.k_step, kv.k_step, lo - from, hi - from, w.dq + r * WIDTH_D, WIDTH_D, nullptr);
   }
@@ -147,7 +142,7 @@ static void differentiate_block(const Call& c, const KeyRows& kv, int64_t s, int
       else weight_tile<false>(c, t, w, weights), slope_tile<false>(c, t, w, weights, by_weight, totals);
     }
     if (live.none()) continue;
-    add_products(kv, live, from, to, w.weights, w, dk, dv);
+    add_products(kv, live, from, to, w.weights, w, dk, dv, ahead);
   }
   for (int r = 0; r < count; r++) put_row(w.dq + r * WIDTH_D, D, (real)c.scale, c.dq.row(row + r, h));
 }
@@ -187,7 +182,7 @@ static Status backward(const Call& c) {
   int64_t entries = 0;
   for (int64_t i = 0; i < c.num_learned; i++) entries += c.total_sizes[i];
   const int64_t fit = std::max<int64_t>(1, (int64_t)(64 << 20) / std::max<int64_t>(1, entries * 8));
-  fill_bins(c.num_learned ? std::min<int64_t>(4 * c.threads, fit) : 0, work);
+  fill_bins(c.threads, c.num_learned ? std::min<int64_t>(4 * c.threads, fit) : 0, work);
   const int64_t bins = work.bins(), n = (int64_t)work.items.size(), heads = c.heads / c.groups;
   const int64_t q_end = c.q_offsets[c.segments], k_end = c.kv_offsets[c.segments];
   fill_rows(c.dq, c.heads, D, 0, c.q_offsets[0]), fill_rows(c.dq, c.heads, D, q_end, c.num_q);
@@ -213,41 +208,39 @@ static Status backward(const Call& c) {
     Room<real> own((int64_t)work.longest_keys * (WIDTH_D + WIDTH_E));
     KeyRows kv;
     std::vector<double*> totals(std::max<int64_t>(c.num_learned, 1));
-    int64_t bin = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
-    while (bin < bins) {
-      const int64_t claimed = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
-      double* at = all_totals.at + bin * entries;
-      for (int64_t i = 0; i < c.num_learned; i++) totals[i] = at, at += c.total_sizes[i];
-      for (int64_t i = work.starts[bin]; i < work.starts[bin + 1]; i++) {
-        const Item& item = work.items[i];
-        const int64_t j = i + 1 < work.starts[bin + 1] ? i + 1 : claimed < bins && work.starts[claimed] < work.starts[claimed + 1] ? work.starts[claimed] : -1;
-        Ahead ahead;
-        if (j >= 0) {
-          const Item& later = work.items[j];
-          const int64_t q0 = c.q_offsets[later.segment] + later.first, k0 = c.kv_offsets[later.segment], h = later.group * heads;
-          const int64_t queries = later.end - later.first, keys = c.kv_offsets[later.segment + 1] - k0;
-          ahead.add(c.q, q0, h, queries, D), ahead.add(c.grad, q0, h, queries, E);
-          if (SOFTMAX) ahead.add(c.out, q0, h, queries, E);
-          if (later.segment != item.segment || later.group != item.group) ahead.add(c.k, k0, later.group, keys, D), ahead.add(c.v, k0, later.group, keys, E);
-          ahead.pace = (int64_t)std::ceil((double)ahead.total * KEYS * QUERIES / std::max(item.cost, 1.0));
-        }
-        const int64_t from = c.q_offsets[item.segment], first_key = c.kv_offsets[item.segment];
-        Sums mine = sums[i];
-        if (item.parts == 1) mine = {0, (int)(c.kv_offsets[item.segment + 1] - first_key), own.at};
-        std::memset(mine.at, 0, mine.size() * sizeof(real));
-        kv.take(c, item.segment, item.group);
-        for (int64_t x = 0; x < heads; x++)
-          for (int64_t a = item.first; a < item.end; a += QUERIES)
-            block(c, kv, item.segment, item.group * heads + x, from + a, (int)std::min<int64_t>(QUERIES, item.end - a), mine.keys(), mine.values(),
-                  totals.data(), *room.at, ahead);
-        if (item.parts == 1)
-          for (int64_t r = 0; r < mine.hi; r++) {
-            put_row(mine.keys() + r * WIDTH_D, D, 1, c.dk.row(first_key + r, item.group));
-            put_row(mine.values() + r * WIDTH_E, E, 1, c.dv.row(first_key + r, item.group));
-          }
+    int64_t filled = -1;
+    work_through(work, next, [&](int64_t bin, int64_t i, int64_t j) {
+      if (bin != filled) {
+        double* at = all_totals.at + bin * entries;
+        for (int64_t x = 0; x < c.num_learned; x++) totals[x] = at, at += c.total_sizes[x];
+        filled = bin;
       }
-      bin = claimed;
-    }
+      const Item& item = work.items[i];
+      Ahead ahead;
+      if (j >= 0) {
+        const Item& later = work.items[j];
+        const int64_t q0 = c.q_offsets[later.segment] + later.first, k0 = c.kv_offsets[later.segment], h = later.group * heads;
+        const int64_t queries = later.end - later.first, keys = c.kv_offsets[later.segment + 1] - k0;
+        ahead.add(c.q, q0, h, queries, D), ahead.add(c.grad, q0, h, queries, E);
+        if (SOFTMAX) ahead.add(c.out, q0, h, queries, E);
+        if (later.segment != item.segment || later.group != item.group) ahead.add(c.k, k0, later.group, keys, D), ahead.add(c.v, k0, later.group, keys, E);
+        ahead.spread(item, heads, 1 + 2.0 * KEYS / rows_at_once(vectors_of(D)), 1.0 / rows_at_once(vectors_of(D)));
+      }
+      const int64_t from = c.q_offsets[item.segment], first_key = c.kv_offsets[item.segment];
+      Sums mine = sums[i];
+      if (item.parts == 1) mine = {0, (int)(c.kv_offsets[item.segment + 1] - first_key), own.at};
+      std::memset(mine.at, 0, mine.size() * sizeof(real));
+      kv.take(c, item.segment, item.group);
+      for (int64_t x = 0; x < heads; x++)
+        for (int64_t a = item.first; a < item.end; a += QUERIES)
+          block(c, kv, item.segment, item.group * heads + x, from + a, (int)std::min<int64_t>(QUERIES, item.end - a), mine.keys(), mine.values(),
+                totals.data(), *room.at, ahead);
+      if (item.parts == 1)
+        for (int64_t r = 0; r < mine.hi; r++) {
+          put_row(mine.keys() + r * WIDTH_D, D, 1, c.dk.row(first_key + r, item.group));
+          put_row(mine.values() + r * WIDTH_E, E, 1, c.dv.row(first_key + r, item.group));
+        }
+    });
   });
   // The parts of a segment and group, by their order.
   std::vector<int64_t> order(n), heads_of;

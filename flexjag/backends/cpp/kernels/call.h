@@ -32,7 +32,7 @@ struct Call {
   Rows3 q, k, v, out, grad, dq, dk, dv;
   real *lse, *grad_lse;  // [H, T_q], log-sum-exp of the scores or remainder, and the gradient by it; null: none
   const int32_t *q_offsets, *kv_offsets;
-  const SpanRows *outer, *inner;  // per mask: keys that may be allowed, and keys that certainly are
+  const SpanRows *outer, *inner;  // per mask: keys that may be allowed, and keys that certainly are; the mask if equal
   const int32_t* mask_of;         // [H]: the mask of a head; null: the first
   const void* const* captures;
   const int64_t* numbers;
@@ -56,6 +56,7 @@ struct Block {
   int queries, vectors;  // of the block
   int lo, hi;            // keys that any query may attend
   int outer_count, inner_count;
+  bool exact;  // the spans are the mask: there is nothing to ask the predicate
   Reach outer_at[MOST_SPANS][VECTORS], inner_at[MOST_SPANS][VECTORS];
   const Reach (*inner)[VECTORS];
   alignas(64) int32_t span_lo[MOST_SPANS][QUERIES], span_hi[MOST_SPANS][QUERIES];  // of the outer spans
@@ -67,39 +68,36 @@ struct Block {
     lo = keys, hi = 0;
     for (int s = 0; s < outer_count; s++)
       for (int v = 0; v < vectors; v++) {
-        outer_at[s][v] = reach(o, s * num_q + row + v * LANES, count - v * LANES, first_key, keys, span_lo[s] + v * LANES, span_hi[s] + v * LANES);
+        outer_at[s][v] = reach(o, s, num_q, row + v * LANES, count - v * LANES, first_key, keys, span_lo[s] + v * LANES, span_hi[s] + v * LANES);
         lo = std::min(lo, outer_at[s][v].min_lo), hi = std::max(hi, outer_at[s][v].max_hi);
       }
-    inner = outer_at;
+    inner = outer_at, exact = true;
     if (i.lo == o.lo && i.hi == o.hi) return;
-    inner = inner_at;
     int32_t from[LANES], to[LANES];
     for (int s = 0; s < inner_count; s++)
-      for (int v = 0; v < vectors; v++) inner_at[s][v] = reach(i, s * num_q + row + v * LANES, count - v * LANES, first_key, keys, from, to);
+      for (int v = 0; v < vectors; v++) {
+        inner_at[s][v] = reach(i, s, num_q, row + v * LANES, count - v * LANES, first_key, keys, from, to);
+        const int32_t *lo_of = span_lo[s] + v * LANES, *hi_of = span_hi[s] + v * LANES;
+        exact = exact && s < outer_count && !flexjag::any((read(from) != read(lo_of)) | (read(to) != read(hi_of)));
+      }
+    exact = exact && inner_count == outer_count;
+    if (!exact) inner = inner_at;
   }
 
-  // Spans of the `rows` first of LANES rows, clipped to the segment, and their bounds. Other rows have empty ones.
-  static Reach reach(const SpanRows& spans, int64_t at, int rows, int first_key, int keys, int32_t* from, int32_t* to) {
+  // Spans with number s of the `rows` first of LANES rows from `row` on, clipped to the segment, and their bounds. Other
+  // rows have empty ones.
+  static Reach reach(const SpanRows& spans, int s, int64_t num_q, int64_t row, int rows, int first_key, int keys, int32_t* from, int32_t* to) {
+    const int32_t *lo = spans.lo + s * num_q + row, *hi = spans.hi + s * num_q + row;
     constexpr int32_t most = std::numeric_limits<int32_t>::max();
     const Int none = Int{}, end = none + keys;
     Int a{}, b{};
-    if (rows >= LANES) a = read(spans.lo + at), b = read(spans.hi + at);
-    else for (int r = 0; r < rows; r++) a[r] = spans.lo[at + r], b[r] = spans.hi[at + r];
+    if (row + LANES <= num_q) a = read(lo), b = read(hi);
+    else for (int r = 0; r < rows; r++) a[r] = lo[r], b[r] = hi[r];
     a -= first_key, b -= first_key;
     a = a > none ? a : none, b = b < end ? b : end;
     const Int inside = iota<int32_t>() < none + rows, some = (b > a) & inside;
     put(from, some ? a : none), put(to, some ? b : none);
-    return Reach{least(some ? a : none + most), greatest(inside ? a : none), least(inside ? b : none + most), greatest(some ? b : none)};
-  }
-  static int least(Int x) {
-    int found = x[0];
-    for (int r = 1; r < LANES; r++) found = std::min(found, (int)x[r]);
-    return found;
-  }
-  static int greatest(Int x) {
-    int found = x[0];
-    for (int r = 1; r < LANES; r++) found = std::max(found, (int)x[r]);
-    return found;
+    return Reach{smallest(some ? a : none + most), largest(inside ? a : none), smallest(inside ? b : none + most), largest(some ? b : none)};
   }
 
   // True if a query of vector v may attend one of the keys [a, b).

@@ -93,9 +93,7 @@ static void attend_block(const Call& c, const KeyRows& kv, const Item& item, int
   std::memset(f.out, 0, count * WIDTH_E * sizeof(real));
   bool first = true;
   const int last_key = std::min(b.hi, item.key_end);
-  // Where a predicate decides, the first key depends on where the batch's tiles lie, which must not change a rounding.
-  const int grid = b.inner == b.outer_at ? KEYS : KEY_BLOCK;
-  for (int from = std::max(b.lo / grid * grid, item.key); from < last_key; from += KEY_BLOCK) {
+  for (int from = std::max(b.lo / KEYS * KEYS, item.key); from < last_key; from += KEY_BLOCK) {
     const int to = std::min(from + KEY_BLOCK, last_key);
     Live live;
     if (SOFTMAX) std::memcpy(w.before, f.top, b.vectors * LANES * sizeof(real));
@@ -113,7 +111,7 @@ static void attend_block(const Call& c, const KeyRows& kv, const Item& item, int
       else score_tile<false>(c, t, w.ok, scores, tops);
     }
     if (live.none()) continue;
-    if (SOFTMAX)
+    if (SOFTMAX && !first)
       for (int i = 0; i < b.vectors * LANES; i += LANES) {
         const Vec factor = exp2((read(w.before + i) - read(f.top + i)) * PER_LOG);
         put(w.shrink + i, factor);
@@ -149,6 +147,7 @@ static void attend_block(const Call& c, const KeyRows& kv, const Item& item, int
       const int rows = std::min(ROWS, count - r);
       int lo, hi;
       live.keys_of(b, from, to, r, rows, lo, hi);
+      ahead.step();
       if (lo < hi || !first)
         multiply<E, IS_HALF, true>(rows, w.scores + r, QUERIES, kv.v + from * kv.v_step, kv.v_step, lo - from, std::max(lo, hi) - from,
                                               f.out + r * WIDTH_E, WIDTH_E, SOFTMAX && !first ? w.shrink + r : nullptr);
@@ -187,7 +186,7 @@ template <class Space, void (*block)(const Call&, const KeyRows&, const Item&, i
   if (const Status wrong = check(c)) return wrong;
   Schedule work;
   cut(c, false, work);
-  fill_bins(0, work);
+  fill_bins(c.threads, 0, work);
   const int64_t end = c.q_offsets[c.segments], n = (int64_t)work.items.size(), heads = c.heads / c.groups;
   fill_rows(c.out, c.heads, E, 0, c.q_offsets[0]), fill_rows(c.out, c.heads, E, end, c.num_q);
   for (int64_t h = 0; h < c.heads; h++) {
@@ -200,15 +199,13 @@ template <class Space, void (*block)(const Call&, const KeyRows&, const Item&, i
     if (is_piece(c, work.items[i])) slots[i] = num_pieces, num_pieces += heads;
   Room<Found> pieces(num_pieces);
   int64_t next = 0;
-  on_threads(std::min<int64_t>(c.threads, n), [&](int64_t) {
+  on_threads(std::min<int64_t>(c.threads, work.bins()), [&](int64_t) {
     Room<Space> room(1);
     KeyRows kv;
-    int64_t i = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
-    while (i < n) {
-      const int64_t j = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
+    work_through(work, next, [&](int64_t, int64_t i, int64_t j) {
       const Item& item = work.items[i];
       Ahead ahead;
-      if (j < n) {
+      if (j >= 0) {
         const Item& later = work.items[j];
         const int64_t q0 = c.q_offsets[later.segment] + later.first, k0 = c.kv_offsets[later.segment];
         for (int64_t x = 0; x < std::min<int64_t>(heads, 2); x++) ahead.add(c.q, q0, later.group * heads + x, later.end - later.first, D);
@@ -216,7 +213,7 @@ template <class Space, void (*block)(const Call&, const KeyRows&, const Item&, i
           const int64_t keys = c.kv_offsets[later.segment + 1] - k0;
           ahead.add(c.k, k0, later.group, keys, D), ahead.add(c.v, k0, later.group, keys, E);
         }
-        ahead.pace = (int64_t)std::ceil((double)ahead.total * KEYS * QUERIES / std::max(item.cost, 1.0));
+        ahead.spread(item, heads, 1, 1.0 / rows_at_once(vectors_of(E)));
       }
       kv.take(c, item.segment, item.group);
       const int64_t from = c.q_offsets[item.segment];
@@ -224,8 +221,7 @@ template <class Space, void (*block)(const Call&, const KeyRows&, const Item&, i
         for (int64_t a = (item.end - 1) / QUERIES * QUERIES; a >= item.first; a -= QUERIES)
           block(c, kv, item, item.group * heads + x, from + a, (int)std::min<int64_t>(QUERIES, item.end - a), *room.at, slots[i] < 0 ? nullptr : pieces.at + slots[i] + x,
                 ahead);
-      i = j;
-    }
+    });
   });
   if (num_pieces) merge_pieces(c, work, slots, pieces.at);
   return DONE;

@@ -39,9 +39,6 @@ inline double scores_of(const Call& c, int64_t first, int64_t end) {
   return (end - first) * (0.5 * (keys_of_row(o, c.num_q, first) + keys_of_row(o, c.num_q, end - 1)) + LANES);
 }
 
-// True if the spans are the mask: elsewhere the outer ones depend on where the batch's tiles lie.
-inline bool is_exact(const Call& c) { return c.inner[0].lo == c.outer[0].lo && c.inner[0].hi == c.outer[0].hi; }
-
 // Cut segments into items. A segment whose items must be few (their gradients of keys are summed afterwards) is only
 // cut as often as its own size and the number of threads ask for, so that other segments do not matter.
 inline void cut(const Call& c, bool few, Schedule& out) {
@@ -53,6 +50,7 @@ inline void cut(const Call& c, bool few, Schedule& out) {
       for (int64_t a = c.q_offsets[s]; a < c.q_offsets[s + 1]; a += QUERIES)
         total += scores_of(c, a, std::min<int64_t>(a + QUERIES, c.q_offsets[s + 1]));
   const double most = total * c.groups / (8.0 * c.threads);  // of an item, if they may be many
+  std::vector<Item> parts_of;                                // of all segments, for the first group
   for (int64_t s = 0; s < c.segments; s++) {
     const int64_t from = c.q_offsets[s], to = c.q_offsets[s + 1], n = to - from;
     if (n == 0) continue;
@@ -61,16 +59,15 @@ inline void cut(const Call& c, bool few, Schedule& out) {
     const int32_t pieces = few || !SOFTMAX || n > QUERIES ? 1 : (int32_t)std::min<int64_t>(keys / MANY_KEYS, 2 * c.threads);
     if (pieces > 1) {
       const int32_t step = (keys / pieces + KEY_BLOCK - 1) / KEY_BLOCK * KEY_BLOCK, count = (keys + step - 1) / step;
-      for (int32_t g = 0; g < c.groups; g++)
-        for (int32_t p = 0; p < count; p++)
-          out.items.push_back({(int32_t)s, g, 0, (int32_t)n, p, count, p * step, std::min(keys, (p + 1) * step), heads * n * step});
+      for (int32_t p = 0; p < count; p++)
+        parts_of.push_back({(int32_t)s, 0, 0, (int32_t)n, p, count, p * step, std::min(keys, (p + 1) * step), heads * n * step});
       continue;
     }
     blocks.clear();
     double sum = 0;
     for (int64_t a = from; a < to; a += QUERIES) {
       const int64_t end = std::min<int64_t>(a + QUERIES, to);
-      sum += few && !is_exact(c) ? (double)(end - a) * (keys + LANES) : scores_of(c, a, end);
+      sum += scores_of(c, a, end);
       blocks.push_back(sum);
     }
     int64_t parts = few ? std::min<int64_t>((int64_t)(sum * heads / 65536), (2 * c.threads + c.groups - 1) / c.groups)
@@ -82,21 +79,31 @@ inline void cut(const Call& c, bool few, Schedule& out) {
       if (blocks[b] >= sum * cuts.size() / parts) cuts.push_back(b + 1);
     cuts.push_back((int64_t)blocks.size());
     const int32_t count = (int32_t)cuts.size() - 1;
-    for (int32_t g = 0; g < c.groups; g++)
-      for (int32_t p = 0; p < count; p++) {
-        const double cost = blocks[cuts[p + 1] - 1] - (cuts[p] ? blocks[cuts[p] - 1] : 0.0);
-        const int64_t end = std::min<int64_t>(cuts[p + 1] * QUERIES, n);
-        out.items.push_back({(int32_t)s, g, (int32_t)(cuts[p] * QUERIES), (int32_t)end, p, count, 0, keys, cost * heads});
-      }
+    for (int32_t p = 0; p < count; p++) {
+      const double cost = blocks[cuts[p + 1] - 1] - (cuts[p] ? blocks[cuts[p] - 1] : 0.0);
+      const int64_t end = std::min<int64_t>(cuts[p + 1] * QUERIES, n);
+      parts_of.push_back({(int32_t)s, 0, (int32_t)(cuts[p] * QUERIES), (int32_t)end, p, count, 0, keys, cost * heads});
+    }
   }
-  std::stable_sort(out.items.begin(), out.items.end(), [](const Item& a, const Item& b) { return a.cost > b.cost; });
+  std::stable_sort(parts_of.begin(), parts_of.end(), [](const Item& a, const Item& b) { return a.cost > b.cost; });
+  out.items.reserve(parts_of.size() * c.groups);
+  for (Item x : parts_of)
+    for (x.group = 0; x.group < c.groups; x.group++) out.items.push_back(x);
 }
 
-// Each item in a bin of its own; or, if sums over items are kept per bin, at most `most` bins of about the same cost.
-inline void fill_bins(int64_t most, Schedule& x) {
+constexpr double FEW_SCORES = 8192;  // of a bin: a claim takes about as long as a hundred scores
+
+// Put items in bins: small ones together, so that threads claim less often; or, if sums over items are kept per bin,
+// at most `most` bins of about the same cost.
+inline void fill_bins(int64_t threads, int64_t most, Schedule& x) {
   const int64_t n = (int64_t)x.items.size();
   if (most <= 0 || most >= n) {
-    for (int64_t i = 0; i <= n; i++) x.starts.push_back((int32_t)i);
+    double total = 0, sum = 0;
+    for (const Item& item : x.items) total += item.cost;
+    const double enough = most > 0 ? 0 : std::min(FEW_SCORES, total / (16 * threads));
+    x.starts.push_back(0);
+    for (int64_t i = 0; i < n; i++)
+      if ((sum += x.items[i].cost) >= enough || i + 1 == n) x.starts.push_back((int32_t)(i + 1)), sum = 0;
     return;
   }
   std::vector<std::vector<Item>> bins(most);
@@ -118,6 +125,18 @@ inline void fill_bins(int64_t most, Schedule& x) {
   x.starts.push_back(n);
 }
 
+// Run work(bin, item, next item) for all items on a thread; the next one is -1 at the end. Bins are claimed one ahead.
+template <class Work> void work_through(const Schedule& x, int64_t& next, Work work) {
+  const int64_t bins = x.bins();
+  int64_t bin = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
+  while (bin < bins) {
+    const int64_t claimed = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
+    const int64_t later = claimed < bins && x.starts[claimed] < x.starts[claimed + 1] ? x.starts[claimed] : -1;
+    for (int64_t i = x.starts[bin], end = x.starts[bin + 1]; i < end; i++) work(bin, i, i + 1 < end ? i + 1 : later);
+    bin = claimed;
+  }
+}
+
 // Rows that the next item will read, fetched into the cache while this one computes.
 struct Ahead {
   struct Part {
@@ -126,16 +145,27 @@ struct Ahead {
     int bytes;
   } part[8];
   int parts = 0, now = 0;
-  int64_t row = 0, total = 0, pace = 0;
+  int64_t row = 0, total = 0, bytes = 0, pace = 0;
+  bool near = false;  // all of it fits beside what is computed on, into the first cache
 
   void add(const Rows3& x, int64_t token, int64_t head, int64_t rows, int columns) {
     part[parts++] = {(const char*)x.row(token, head), x.token * (int64_t)sizeof(element), rows, columns * (int)sizeof(element)};
-    total += rows;
+    total += rows, bytes += rows * part[parts - 1].bytes;
+    if (rows == 0) parts--;
+  }
+  // Spread the rows over an item's steps: `by_keys` of each block of queries and group of keys, and `by_rows` of each
+  // query of a block and block of keys. A few more at a step than that would be, as items differ.
+  void spread(const Item& item, int64_t heads, double by_keys, double by_rows) {
+    const double queries = item.end - item.first, blocks = std::ceil(queries / QUERIES);
+    const double groups = std::min(item.cost / (heads * queries * KEYS), std::ceil((item.key_end - item.key) / (double)KEYS));
+    const double steps = heads * blocks * (groups * by_keys + queries / blocks * by_rows * (1 + groups * KEYS / KEY_BLOCK));
+    pace = (int64_t)std::ceil(1.25 * total / std::max(steps, 1.0)), near = bytes <= (64 << 10);
   }
   INLINE_MEMBER void step() {
     for (int64_t n = pace; n > 0 && now < parts; n--) {
       const char* p = part[now].at + row * part[now].step;
-      for (int i = 0; i < part[now].bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
+      if (near) for (int i = 0; i < part[now].bytes; i += 64) __builtin_prefetch(p + i, 0, 3);
+      else for (int i = 0; i < part[now].bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
       if (++row == part[now].rows) row = 0, now++;
     }
   }

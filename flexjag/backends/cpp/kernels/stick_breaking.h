@@ -85,10 +85,8 @@ struct Walk {
   int64_t row, last;    // the block's first and last query (packed)
   int h;
 
-  // Where a predicate decides, the first and last key depend on where the batch's tiles lie, which must not change a rounding.
-  int grid() const { return block.inner == block.outer_at ? KEYS : KEY_BLOCK; }
-  int start() const { return block.lo / grid() * grid(); }
-  int end() const { return (block.hi + grid() - 1) / grid() * grid(); }
+  int start() const { return block.lo / KEYS * KEYS; }
+  int end() const { return (block.hi + KEYS - 1) / KEYS * KEYS; }
   int blocks() const { return std::max(0, end() - start() + KEY_BLOCK - 1) / KEY_BLOCK; }
   int from(int n) const { return std::max(start(), end() - (n + 1) * KEY_BLOCK); }
   int to(int n) const { return std::min(end() - n * KEY_BLOCK, block.hi); }
@@ -208,7 +206,7 @@ static void mend(const Walk& walk, int n, const Broken& x, SticksBackward& w, re
     mend_tile(walk.c, t, w, x, first, totals);
   }
   for (int i = 0; i < QUERIES; i += LANES) put(w.before + i, read(w.before + i) + read(w.block_before + i));
-  add_products(walk.kv, live, from, walk.to(n), x.weights, w, dk, dv);
+  add_products(walk.kv, live, from, walk.to(n), x.weights, w, dk, dv, walk.ahead);
 }
 
 static void mend_block(const Call& c, const KeyRows& kv, int64_t s, int64_t h, int64_t row, int count, real* dk, real* dv,

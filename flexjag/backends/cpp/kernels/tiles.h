@@ -20,7 +20,8 @@ struct Tile {
 using Pairs = int32_t[KEYS * QUERIES];
 
 // Find the vectors of queries with pairs in a tile of keys; none: vectors is 0. If some pairs are masked, fill `ok`.
-static __attribute__((noinline)) void find_pairs(const Call& c, const Block& b, Tile& t, Pairs& ok) {
+// ASK: spans are not the mask, so the predicate is evaluated.
+template <bool ASK> static __attribute__((noinline)) void find_pairs_by(const Call& c, const Block& b, Tile& t, Pairs& ok) {
   int lo = 0, hi = b.vectors;
   while (lo < hi && !b.any(lo, t.key, t.key + t.keys)) lo++;
   while (hi > lo && !b.any(hi - 1, t.key, t.key + t.keys)) hi--;
@@ -31,7 +32,8 @@ static __attribute__((noinline)) void find_pairs(const Call& c, const Block& b, 
       const Rows rows = rows_of(t.row + v * LANES, t.last);
       Int some{};
       ROLLED for (int m = 0; m < t.keys; m++) {
-        const Int pairs = b.allowed(v, t.key + m) & mask(t.h, rows, t.first_key + t.key + m, c.captures, c.numbers);
+        Int pairs = b.allowed(v, t.key + m);
+        if (ASK) pairs &= mask(t.h, rows, t.first_key + t.key + m, c.captures, c.numbers);
         put(ok + m * QUERIES + v * LANES, pairs);
         some |= pairs;
       }
@@ -41,6 +43,10 @@ static __attribute__((noinline)) void find_pairs(const Call& c, const Block& b, 
   }
   t.v = lo, t.vectors = hi - lo;
   HAS_EFFECTS;
+}
+INLINE void find_pairs(const Call& c, const Block& b, Tile& t, Pairs& ok) {
+  if (b.exact) find_pairs_by<false>(c, b, t, ok);
+  else find_pairs_by<true>(c, b, t, ok);
 }
 
 // Tiles with pairs among a block of keys.
