@@ -1,6 +1,7 @@
 """flexjag: a compiler frontend on FlexAttention for jagged (variable-length, unpadded) batches."""
 
 from flexjag import errors, extend, nn, ops
+from flexjag.algebra import positions
 from flexjag.algebra.masks import (
     Causal,
     Chunked,
@@ -16,6 +17,7 @@ from flexjag.algebra.masks import (
     Window,
 )
 from flexjag.algebra.normalizers import GELU, Identity, Normalizer, Pointwise, Sigmoid, SiLU, Softmax, StickBreaking
+from flexjag.algebra.positions import rope
 from flexjag.algebra.scores import Alibi, BucketedBias, RelativeBias, Score, ScoreMod, SoftCap, TimeBias
 from flexjag.api.attention import attention, merge
 from flexjag.api.plan import Plan, plan
@@ -62,4 +64,6 @@ __all__ = [
     "nn",
     "ops",
     "plan",
+    "positions",
+    "rope",
 ]
