@@ -18,7 +18,7 @@ from flexjag.algebra.masks import (
 )
 from flexjag.algebra.normalizers import GELU, Identity, Normalizer, Pointwise, Sigmoid, SiLU, Softmax, StickBreaking
 from flexjag.algebra.positions import rope
-from flexjag.algebra.scores import Alibi, BucketedBias, RelativeBias, Score, ScoreMod, SoftCap, TimeBias
+from flexjag.algebra.scores import Alibi, BucketedBias, RelativeBias, Score, ScoreMod, SoftCap, T5Bias, TimeBias
 from flexjag.api.attention import attention, merge
 from flexjag.api.plan import Plan, plan
 from flexjag.codegen.compile import compile_for
@@ -54,6 +54,7 @@ __all__ = [
     "SoftCap",
     "Softmax",
     "StickBreaking",
+    "T5Bias",
     "TimeBias",
     "Window",
     "attention",

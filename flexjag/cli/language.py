@@ -97,7 +97,7 @@ _MASKS = {
     "causal": _Form({"align": "align"}, 0, m.Causal),
     "window": _Form({"left": "limit", "right": "limit", "align": "align"}, 1, m.Window),
     "prefix": _Form({"n": "bound"}, 1, m.Prefix),
-    "chunked": _Form({"size": "size"}, 1, m.Chunked),
+    "chunked": _Form({"size": "size", "align": "align"}, 1, m.Chunked),
     "global": _Form({"n": "bound"}, 1, m.GlobalTokens),
 }
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from flexjag.algebra import masks as m
 from flexjag.algebra import scores as s
+from flexjag.algebra.node import Align
 from flexjag.api.plan import Plan
 from flexjag.api.plan import plan as make_plan
 from flexjag.jagged import Jagged
@@ -134,9 +135,10 @@ class _Nodes:
         if self.portable or draw(st.integers(0, 2)):
             return draw(value)
         g, dtype = _generator(draw(SEEDS)), draw(st.sampled_from(INTEGERS))
+        least = least if dtype.is_signed else max(least, 0)
         values = torch.randint(least, 20, (len(self.q_lengths),), generator=g).tolist()
         if values and draw(st.booleans()):
-            values[0] = torch.iinfo(dtype).max
+            values[0] = draw(st.sampled_from([torch.iinfo(dtype).max, torch.iinfo(dtype).min if least < 0 else least]))
         return torch.tensor(values, dtype=dtype)
 
     def leaf(self, draw: st.DrawFn) -> m.Mask:
@@ -144,19 +146,21 @@ class _Nodes:
         kinds = ["full", "causal", "window", "prefix", "chunked", "global"]
         kinds += [] if self.portable else ["rows"]
         kinds += [] if self.interval else ["dense", "mod"] if self.portable else ["dense", "mod", "group", "packed"]
-        align: st.SearchStrategy[m.Align] = st.sampled_from(("start", "end"))
+        align: st.SearchStrategy[Align] = st.sampled_from(("start", "end"))
         match draw(st.sampled_from(kinds)):
             case "full":
                 return m.Full()
             case "causal":
                 return m.Causal(draw(align))
             case "window":
-                sides = [None if draw(st.integers(0, 3)) == 0 else self.bound(draw, 0) for _ in range(2)]
-                return m.Window(*sides, align=draw(align))
+                left, right = (None if draw(st.integers(0, 3)) == 0 else self.bound(draw, -3) for _ in range(2))
+                if isinstance(left, int) and isinstance(right, int):
+                    right = max(right, -left)  # two ints must leave a key
+                return m.Window(left, right, align=draw(align))
             case "prefix":
                 return m.Prefix(self.bound(draw, 0))
             case "chunked":
-                return m.Chunked(self.bound(draw, 1))
+                return m.Chunked(self.bound(draw, 1), draw(align))
             case "global":
                 return m.GlobalTokens(self.bound(draw, 0))
             case "mod":
@@ -264,14 +268,20 @@ def scores(  # noqa: D417 (callers do not pass `draw`)
             leaves.append(out.requires_grad_())
         return out
 
-    kinds = ["alibi", "bias"] if additive else ["alibi", "bias", "cap", "temperature", "replace"]
+    kinds = ["alibi", "bias", "t5", "buckets"]
+    kinds += [] if additive else ["cap", "temperature", "replace"]
+    align: st.SearchStrategy[Align] = st.sampled_from(("start", "end"))
     kinds += [] if additive or portable else ["by segment"]
     chain: s.Score | None = None
     for kind in [draw(st.sampled_from(kinds)) for _ in range(draw(st.sampled_from([0, 1, 2, 3])))]:
         if kind == "alibi":
-            one: s.Score = s.Alibi(tensor(num_heads))
+            one: s.Score = s.Alibi(tensor(num_heads), draw(st.booleans()), draw(align))
         elif kind == "bias":
-            one = s.RelativeBias(tensor(num_heads, 2 * draw(st.integers(0, 3)) + 1))
+            one = s.RelativeBias(tensor(num_heads, 2 * draw(st.integers(0, 3)) + 1), draw(align))
+        elif kind == "t5":
+            one = s.T5Bias(tensor(num_heads, 8), draw(st.booleans()), draw(st.sampled_from([5, 9])), draw(align))
+        elif kind == "buckets":
+            one = s.BucketedBias(tensor(num_heads, 4), torch.tensor([-3, 0, 5]), draw(align))
         elif kind == "cap":
             one = s.SoftCap(draw(st.sampled_from([1, 2.5, 30.0])))
         else:
