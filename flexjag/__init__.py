@@ -19,6 +19,7 @@ from flexjag.algebra.masks import (
 from flexjag.algebra.normalizers import GELU, Identity, Normalizer, Pointwise, Sigmoid, SiLU, Softmax, StickBreaking
 from flexjag.algebra.positions import rope
 from flexjag.algebra.scores import Alibi, BucketedBias, RelativeBias, Score, ScoreMod, SoftCap, T5Bias, TimeBias
+from flexjag.algebra.tokens import Keys, Queries
 from flexjag.api.attention import attention, merge
 from flexjag.api.plan import Plan, plan
 from flexjag.codegen.compile import compile_for
@@ -37,6 +38,7 @@ __all__ = [
     "GlobalTokens",
     "Identity",
     "Jagged",
+    "Keys",
     "Mask",
     "MaskMod",
     "Normalizer",
@@ -44,6 +46,7 @@ __all__ = [
     "Plan",
     "Pointwise",
     "Prefix",
+    "Queries",
     "RelativeBias",
     "Rows",
     "SameGroup",

@@ -19,6 +19,7 @@ from flexjag.algebra.dispatch import Interpretation
 from flexjag.algebra.facts import diagonal_align
 from flexjag.algebra.node import is_integer, saturated
 from flexjag.algebra.scalars import blamed
+from flexjag.algebra.tokens import Keys, Queries
 from flexjag.backends.base import ALL, Asked, Backend, Promises
 from flexjag.errors import MaskError, ScoreError
 
@@ -127,6 +128,16 @@ def _(mask: m.Dense, seg: Segment) -> Tensor:
     part = mask.values[: seg.n, : seg.m]
     allowed[: part.shape[0], : part.shape[1]] = part
     return allowed
+
+
+@dense.register(Keys)
+def _(mask: Keys, seg: Segment) -> Tensor:
+    return mask.marked[None, seg.kv_rows].expand(seg.n, seg.m)
+
+
+@dense.register(Queries)
+def _(mask: Queries, seg: Segment) -> Tensor:
+    return mask.marked[seg.q_rows, None].expand(seg.n, seg.m)
 
 
 @dense.register(m.MaskMod)

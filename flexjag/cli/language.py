@@ -53,6 +53,8 @@ _KINDS = {  # kind of parameter: the types it takes, and how to say so
 }
 _PYTHON_WORDS = {"and": "&", "or": "|", "not": "~", "!": "~"}
 _PYTHON_ONLY = (
+    "keys",
+    "queries",
     "rows",
     "samegroup",
     "dense",
@@ -62,6 +64,7 @@ _PYTHON_ONLY = (
     "relativebias",
     "bucketedbias",
     "bucketed",
+    "t5bias",
     "timebias",
     "time",
 )

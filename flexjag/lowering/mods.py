@@ -21,6 +21,7 @@ from flexjag.algebra import scalars
 from flexjag.algebra import scores as s
 from flexjag.algebra.dispatch import Interpretation
 from flexjag.algebra.node import Align, NodeKind
+from flexjag.algebra.tokens import Keys
 from flexjag.algebra.tree import filled, replaced
 from flexjag.algebra.user_functions import RecordedCall
 from flexjag.errors import MaskError, ScoreError
@@ -179,6 +180,11 @@ def _(mask: m.SameGroup, t: RowTables, layout: Layout) -> MaskMod:
         return q_ids[q] == kv_ids[kv]
 
     return same_group
+
+
+@mask_case.register(Keys)
+def _(mask: Keys, t: RowTables, layout: Layout) -> MaskMod:
+    return lambda b, h, q, kv: mask.marked[kv]
 
 
 @mask_case.register(DenseRows)

@@ -14,6 +14,7 @@ from torch import Tensor
 from flexjag.algebra import masks as m
 from flexjag.algebra.dispatch import Interpretation
 from flexjag.algebra.node import along, is_integer, node, saturated
+from flexjag.algebra.tokens import Keys, Queries
 from flexjag.algebra.tree import rebuilt
 from flexjag.errors import MaskError, explain_values
 from flexjag.lowering.layout import INT32_MAX, Layout
@@ -294,6 +295,24 @@ def _(mask: m.SameGroup, layout: Layout) -> Sandwich:
     whole = hi - lo == last - first
     outer = _clip(Spans(lo[None].to(torch.int32), hi[None].to(torch.int32)), layout.kv_start, layout.kv_end)
     inner = Spans(outer.lo, torch.where(whole, outer.hi, outer.lo))
+    return Sandwich(inner, outer, mask)
+
+
+@sandwich.register(Queries)
+def _(mask: Queries, layout: Layout) -> Sandwich:
+    return _exact(layout, layout.kv_start, torch.where(mask.marked, layout.kv_end, layout.kv_start))
+
+
+@sandwich.register(Keys)
+def _(mask: Keys, layout: Layout) -> Sandwich:
+    """Outer: first to last marked key of the segment. Inner: the same where no key in between is unmarked."""
+    upto = mask.marked.cumsum(0)
+    before = torch.cat([upto.new_zeros(1), upto])
+    start, end = before[layout.kv_start.long()], before[layout.kv_end.long()]
+    lo, hi = torch.searchsorted(upto, start + 1), torch.searchsorted(upto, end) + 1  # the marks of those numbers
+    found = end > start
+    outer = _exact(layout, torch.where(found, lo, layout.kv_start), torch.where(found, hi, layout.kv_start)).outer
+    inner = Spans(outer.lo, torch.where(hi - lo == end - start, outer.hi, outer.lo))
     return Sandwich(inner, outer, mask)
 
 

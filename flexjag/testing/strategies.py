@@ -16,6 +16,7 @@ from torch import Tensor
 from flexjag.algebra import masks as m
 from flexjag.algebra import scores as s
 from flexjag.algebra.node import Align
+from flexjag.algebra.tokens import Keys, Queries
 from flexjag.api.plan import Plan
 from flexjag.api.plan import plan as make_plan
 from flexjag.jagged import Jagged
@@ -144,8 +145,9 @@ class _Nodes:
     def leaf(self, draw: st.DrawFn) -> m.Mask:
         """Draw a leaf node."""
         kinds = ["full", "causal", "window", "prefix", "chunked", "global"]
-        kinds += [] if self.portable else ["rows"]
-        kinds += [] if self.interval else ["dense", "mod"] if self.portable else ["dense", "mod", "group", "packed"]
+        kinds += [] if self.portable else ["rows", "queries"]
+        if not self.interval:
+            kinds += ["dense", "mod"] if self.portable else ["dense", "mod", "group", "packed", "keys"]
         align: st.SearchStrategy[Align] = st.sampled_from(("start", "end"))
         match draw(st.sampled_from(kinds)):
             case "full":
@@ -184,6 +186,11 @@ class _Nodes:
                     ends = torch.iinfo(torch.int64)
                     lo, hi = lo.masked_fill(lo < 0, ends.min), hi.masked_fill(hi > longest, ends.max)
                 return m.Rows(lo, hi)
+            case "queries":
+                return Queries(torch.rand(q_total, generator=g) < draw(st.sampled_from([0.1, 0.5, 1.0])))
+            case "keys":
+                marked = torch.rand(kv_total, generator=g) < draw(st.sampled_from([0.1, 0.5, 1.0]))
+                return Keys(marked.sort(descending=True).values if draw(st.booleans()) else marked)
             case "group":
                 groups = draw(st.integers(1, 4))
                 ids = torch.randint(-1, groups, (q_total,), generator=g)
