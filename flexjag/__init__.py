@@ -1,6 +1,7 @@
 """flexjag: a compiler frontend on FlexAttention for jagged (variable-length, unpadded) batches."""
 
 from flexjag import errors, extend, nn, ops
+from flexjag.algebra import positions
 from flexjag.algebra.masks import (
     Causal,
     Chunked,
@@ -16,7 +17,9 @@ from flexjag.algebra.masks import (
     Window,
 )
 from flexjag.algebra.normalizers import GELU, Identity, Normalizer, Pointwise, Sigmoid, SiLU, Softmax, StickBreaking
-from flexjag.algebra.scores import Alibi, BucketedBias, RelativeBias, Score, ScoreMod, SoftCap, TimeBias
+from flexjag.algebra.positions import rope
+from flexjag.algebra.scores import Alibi, BucketedBias, RelativeBias, Score, ScoreMod, SoftCap, T5Bias, TimeBias
+from flexjag.algebra.tokens import Keys, Queries
 from flexjag.api.attention import attention, merge
 from flexjag.api.plan import Plan, plan
 from flexjag.codegen.compile import compile_for
@@ -35,6 +38,7 @@ __all__ = [
     "GlobalTokens",
     "Identity",
     "Jagged",
+    "Keys",
     "Mask",
     "MaskMod",
     "Normalizer",
@@ -42,6 +46,7 @@ __all__ = [
     "Plan",
     "Pointwise",
     "Prefix",
+    "Queries",
     "RelativeBias",
     "Rows",
     "SameGroup",
@@ -52,6 +57,7 @@ __all__ = [
     "SoftCap",
     "Softmax",
     "StickBreaking",
+    "T5Bias",
     "TimeBias",
     "Window",
     "attention",
@@ -62,4 +68,6 @@ __all__ = [
     "nn",
     "ops",
     "plan",
+    "positions",
+    "rope",
 ]

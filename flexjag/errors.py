@@ -30,6 +30,10 @@ class ScoreError(FlexjagError, ValueError):
     """Raised for a score function that is malformed or does not match the number of heads."""
 
 
+class PositionError(FlexjagError, ValueError):
+    """Raised for rotary positions, or parameters of their scaling, that are out of range."""
+
+
 class AmbiguousMaskError(FlexjagError, TypeError):
     """Raised for a mask used as a truth value, mostly by a mistaken ``and``, ``or`` or ``not``."""
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from flexjag.algebra import scores as s
+from flexjag.algebra.node import Align
 
 
 class _Score(nn.Module):
@@ -41,6 +42,8 @@ class Alibi(_Score):
     Args:
         num_heads: H.
         learned: Whether the slopes are a parameter instead of a buffer.
+        symmetric: As in the score.
+        align: As in the score.
         device: Device of the slopes.
 
     >>> Alibi(4)()
@@ -49,8 +52,18 @@ class Alibi(_Score):
 
     slopes: Tensor
 
-    def __init__(self, num_heads: int, *, learned: bool = False, device: torch.device | str | None = None) -> None:
+    def __init__(
+        self,
+        num_heads: int,
+        *,
+        learned: bool = False,
+        symmetric: bool = False,
+        align: Align = "start",
+        device: torch.device | str | None = None,
+    ) -> None:
         super().__init__()
+        self.symmetric = symmetric
+        self.align: Align = align
         slopes = s.Alibi.from_heads(num_heads, device).slopes
         if learned:
             self.slopes = nn.Parameter(slopes)
@@ -64,7 +77,7 @@ class Alibi(_Score):
 
     def forward(self) -> s.Alibi:
         """Return the score node."""
-        return s.Alibi(self.slopes)
+        return s.Alibi(self.slopes, self.symmetric, self.align)
 
 
 class RelativeBias(_Score):
@@ -73,6 +86,7 @@ class RelativeBias(_Score):
     Args:
         num_heads: H.
         max_distance: R, the distance beyond which the bias is constant.
+        align: As in the score.
         device: Device of the table.
         dtype: Dtype of the table. Default: torch's.
 
@@ -85,15 +99,17 @@ class RelativeBias(_Score):
         num_heads: int,
         max_distance: int,
         *,
+        align: Align = "start",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        self.align: Align = align
         self.table = nn.Parameter(torch.zeros(num_heads, 2 * max_distance + 1, device=device, dtype=dtype))
 
     def forward(self) -> s.RelativeBias:
         """Return the score node."""
-        return s.RelativeBias(self.table)
+        return s.RelativeBias(self.table, self.align)
 
 
 class BucketedBias(_Score):
@@ -102,6 +118,7 @@ class BucketedBias(_Score):
     Args:
         num_heads: H.
         boundaries: ``[K]``, ascending.
+        align: As in the score.
         device: Device of the table.
         dtype: Dtype of the table. Default: torch's.
 
@@ -114,15 +131,67 @@ class BucketedBias(_Score):
         num_heads: int,
         boundaries: Tensor,
         *,
+        align: Align = "start",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(boundaries, device)
+        self.align: Align = align
         self.table = nn.Parameter(torch.zeros(num_heads, boundaries.shape[0] + 1, device=device, dtype=dtype))
 
     def forward(self) -> s.BucketedBias:
         """Return the score node."""
-        return s.BucketedBias(self.table, self.boundaries)
+        return s.BucketedBias(self.table, self.boundaries, self.align)
+
+
+class T5Bias(_Score):
+    """:class:`flexjag.T5Bias` with a learned table, initialized with zeros.
+
+    ``bias.table.data.copy_(block.relative_attention_bias.weight.T)`` takes the table of a model of ``transformers``.
+
+    Args:
+        num_heads: H.
+        num_buckets: K.
+        bidirectional: As in the score.
+        max_distance: As in the score.
+        align: As in the score.
+        device: Device of the table.
+        dtype: Dtype of the table. Default: torch's.
+
+    >>> T5Bias(2)()
+    T5Bias(<float32[2, 32]>, True, 128, <int32[257]>)
+    """
+
+    buckets: Tensor
+
+    def __init__(
+        self,
+        num_heads: int,
+        num_buckets: int = 32,
+        *,
+        bidirectional: bool = True,
+        max_distance: int = 128,
+        align: Align = "start",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_buckets, self.bidirectional, self.max_distance = num_buckets, bidirectional, max_distance
+        self.align: Align = align
+        self.table = nn.Parameter(torch.zeros(num_heads, num_buckets, device=device, dtype=dtype))
+        self.register_buffer("buckets", self._made().to(device), persistent=False)
+
+    def _made(self) -> Tensor:
+        return s.t5_buckets(self.num_buckets, self.bidirectional, self.max_distance)
+
+    def reset_parameters(self) -> None:
+        """Set the table to zeros, and make the buckets anew."""
+        super().reset_parameters()
+        self.buckets.copy_(self._made())
+
+    def forward(self) -> s.T5Bias:
+        """Return the score node."""
+        return s.T5Bias(self.table, self.bidirectional, self.max_distance, self.align, self.buckets)
 
 
 class TimeBias(_Score):

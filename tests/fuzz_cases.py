@@ -21,7 +21,7 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16)
 NORMALIZERS = ("softmax", "silu", "gelu", "tanh", "identity", "sigmoid", "stick")
 KERNELS = {name: x.promises.normalizers for name, x in BACKENDS.items()}
-ADDITIVE = ("alibi", "relative", "bucketed", "time")
+ADDITIVE = ("alibi", "relative", "bucketed", "t5", "time")
 OTHERS = ("cap", "temperature", "per key", "per query", "per pair", "ruled out", "replaced")
 Make = Callable[[Tensor], fj.Score]
 
@@ -141,12 +141,17 @@ class _Drawer:
         heads = self.q.values.shape[1]
         match kind:
             case "alibi":
-                return fj.Alibi, self.table(heads)
+                symmetric, align = self.pick(False, True), self.pick("start", "end")
+                return lambda t: fj.Alibi(t, symmetric, align), self.table(heads)
             case "relative":
-                return fj.RelativeBias, self.table(heads, self.pick(1, 3, 7), lower=True)
+                align = self.pick("start", "end")
+                return lambda t: fj.RelativeBias(t, align), self.table(heads, self.pick(1, 3, 7), lower=True)
             case "bucketed":
-                bounds = self.boundaries()
-                return lambda t: fj.BucketedBias(t, bounds), self.table(heads, len(bounds) + 1, lower=True)
+                bounds, align = self.boundaries(), self.pick("start", "end")
+                return lambda t: fj.BucketedBias(t, bounds, align), self.table(heads, len(bounds) + 1, lower=True)
+            case "t5":
+                both, most, align = self.pick(False, True), self.pick(5, 11), self.pick("start", "end")
+                return lambda t: fj.T5Bias(t, both, most, align), self.table(heads, 8, lower=True)
             case "time":
                 bounds, own = self.boundaries(), self.q.offsets is self.k.offsets and self.pick(True, False)
                 times = self.integers(-5, 20, self.q.values.shape[0])

@@ -19,12 +19,14 @@ MODULES = {
     "alibi": lambda **kw: fj.nn.Alibi(2, learned=True, **kw),
     "relative": lambda **kw: fj.nn.RelativeBias(2, 3, **kw),
     "bucketed": lambda **kw: fj.nn.BucketedBias(2, ENDS, **kw),
+    "t5": lambda **kw: fj.nn.T5Bias(2, 8, max_distance=9, **kw),
     "time": lambda **kw: fj.nn.TimeBias(2, ENDS, **kw),
 }
 NODES = {
     "alibi": lambda x: fj.Alibi(x),
     "relative": lambda x: fj.RelativeBias(x),
     "bucketed": lambda x: fj.BucketedBias(x, ENDS),
+    "t5": lambda x: fj.T5Bias(x, max_distance=9),
     "time": lambda x: fj.TimeBias(x, TIMES, ENDS),
 }
 

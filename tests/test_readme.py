@@ -43,6 +43,10 @@ def test_the_example_of_a_node_runs() -> None:
     run_page("docs/extending.md")
 
 
+def test_positions_run_as_printed() -> None:
+    run_page("docs/positions.md")
+
+
 @pytest.mark.skipif(build.refusal() is not None, reason=str(build.refusal()))
 def test_the_example_of_the_cpu_page_runs_and_is_right() -> None:
     names = run_page("docs/cpu.md")

@@ -26,9 +26,12 @@ def _(mask: m.Causal) -> SlidingWindow:
 
 @as_window.register(m.Window)
 def _(mask: m.Window) -> SlidingWindow | None:
-    if isinstance(mask.left, Tensor) or isinstance(mask.right, Tensor):
+    left, right = mask.left, mask.right
+    if isinstance(left, Tensor) or isinstance(right, Tensor):
         return None
-    return mask.left, mask.right, mask.align
+    if min(0 if x is None else x for x in (left, right)) < 0:
+        return None  # kernels take a negative bound for an unlimited one
+    return left, right, mask.align
 
 
 @as_window.register(m.And)
@@ -58,7 +61,7 @@ def _(mask: m.Causal) -> set[m.Align]:
 
 @causal_aligns.register(m.Window)
 def _(mask: m.Window) -> set[m.Align]:
-    return {mask.align} if isinstance(mask.right, int) and mask.right == 0 else set()
+    return {mask.align} if isinstance(mask.right, int) and mask.right <= 0 else set()
 
 
 @causal_aligns.register(m.And)
@@ -125,7 +128,7 @@ def _(mask: m.Causal, keys: float) -> float:
 @attended.register(m.Window)
 def _(mask: m.Window, keys: float) -> float:
     sides = [keys / 2 if x is None or not isinstance(x, int) else float(x) for x in (mask.left, mask.right)]
-    return min(keys, sum(sides) + 1)
+    return min(keys, max(0.0, sum(sides) + 1))
 
 
 @attended.register(m.Prefix)

@@ -8,12 +8,11 @@ or a per-segment integer tensor ``[S]``.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from flexjag.algebra.node import Node, along, check_tensor, is_integer, node, saturated
+from flexjag.algebra.node import Align, Node, along, check_align, check_tensor, is_integer, node, saturated
 from flexjag.algebra.tree import head_counts, rebuilt, walk
 from flexjag.errors import AmbiguousMaskError, MaskError, explain_values
 from flexjag.upstream import holds_no_numbers, mend_dynamo_invert
@@ -21,7 +20,6 @@ from flexjag.upstream import holds_no_numbers, mend_dynamo_invert
 mend_dynamo_invert()  # for ``~mask`` in functions that are compiled
 
 Bound = int | Tensor
-Align = Literal["start", "end"]
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -51,31 +49,19 @@ def _check_mask(other: object, operator: str) -> Mask:
     return other
 
 
-def _check_bound(name: str, value: object, minimum: int) -> None:
+def _check_bound(name: str, value: object, minimum: int | None) -> None:
     if isinstance(value, Tensor):
         if value.ndim != 1 or not is_integer(value):
-            raise MaskError(
-                explain_values(
-                    name,
-                    "a per-segment bound must be a 1-D integer tensor [S]",
-                    shape=tuple(value.shape),
-                    dtype=value.dtype,
-                )
-            )
-        if value.device.type == "cpu" and not holds_no_numbers(value):
-            least = int(saturated(value).min()) if value.shape[0] else minimum
+            seen = {"shape": tuple(value.shape), "dtype": value.dtype}
+            raise MaskError(explain_values(name, "a per-segment bound must be a 1-D integer tensor [S]", **seen))
+        if minimum is not None and value.shape[0] and value.device.type == "cpu" and not holds_no_numbers(value):
+            least = int(saturated(value).min())
             if least < minimum:
                 raise MaskError(explain_values(name, f"must be at least {minimum} everywhere", least=least))
     elif not isinstance(value, int) or isinstance(value, bool):
         raise MaskError(explain_values(name, "must be an int or a per-segment integer tensor", value=value))
-    elif value < minimum:
-        hint = "; use None for unlimited" if name in ("left", "right") else ""
-        raise MaskError(explain_values(name, f"must be at least {minimum}{hint}", value=value))
-
-
-def _check_align(align: str) -> None:
-    if align not in ("start", "end"):
-        raise MaskError(explain_values("align", "must be 'start' or 'end'", align=align))
+    elif minimum is not None and value < minimum:
+        raise MaskError(explain_values(name, f"must be at least {minimum}", value=value))
 
 
 @node
@@ -108,12 +94,14 @@ class Causal(Mask):
     align: Align = "start"
 
     def __post_init__(self) -> None:
-        _check_align(self.align)
+        check_align(MaskError, self.align)
 
 
 @node
 class Window(Mask):
     """Key j for query i when ``i - left <= j <= i + right``.
+
+    A negative bound shifts the window past the query itself: ``Window(8, -1)`` is the 8 keys before it.
 
     Args:
         left: How far back, int or ``[S]``; None is unlimited.
@@ -121,7 +109,7 @@ class Window(Mask):
         align: As in :class:`Causal`.
 
     Raises:
-        MaskError: If a bound is negative (unlimited is None, not -1).
+        MaskError: If two ints leave no key in any row (unlimited is None, not -1).
     """
 
     by_position = printable = True
@@ -135,8 +123,11 @@ class Window(Mask):
         super().__post_init__()
         for name in ("left", "right"):
             if getattr(self, name) is not None:
-                _check_bound(name, getattr(self, name), 0)
-        _check_align(self.align)
+                _check_bound(name, getattr(self, name), None)
+        if isinstance(self.left, int) and isinstance(self.right, int) and self.left < -self.right:
+            rule = "must leave a key: left + right is at least 0; unlimited is None, not -1"
+            raise MaskError(explain_values("left, right", rule, left=self.left, right=self.right))
+        check_align(MaskError, self.align)
 
 
 @node
@@ -165,16 +156,19 @@ class Chunked(Mask):
 
     Args:
         size: Chunk length, int or ``[S]``, at least 1.
+        align: As in :class:`Causal`: ``"end"`` puts query i at ``i + m - n``, and chunks begin with the keys.
     """
 
     by_position = printable = True
     reads_pairs = False
 
     size: Bound = along("segment")
+    align: Align = "start"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_bound("size", self.size, 1)
+        check_align(MaskError, self.align)
 
 
 @node

@@ -15,6 +15,8 @@ NodeType = TypeVar("NodeType", bound=type)
 NodeKind = TypeVar("NodeKind")
 
 
+Align = Literal["start", "end"]
+
 Axis = Literal["query token", "key token", "pair", "segment", "query head"]
 """Axes of a node's tensors. Pairs are (query, key) of one segment, in row-major matrices back to back."""
 
@@ -71,6 +73,12 @@ def check_tensor(error: type[ValueError], name: str, given: object, hint: str = 
     """
     if not isinstance(given, Tensor):
         raise error(explain_values(name, f"must be a tensor{hint}", **{name: given}))
+
+
+def check_align(error: type[ValueError], align: str) -> None:
+    """Check that an alignment of queries and keys is one."""
+    if align not in ("start", "end"):
+        raise error(explain_values("align", "must be 'start' or 'end'", align=align))
 
 
 def is_integer(x: Tensor) -> bool:
@@ -165,7 +173,8 @@ class Node:
         parts: list[str] = []
         for name in field_names(self) if is_dataclass(self) else ():
             value = getattr(self, name)
-            if name == "align" and value == "start":
+            named = name in ("align", "symmetric")
+            if named and value == getattr(type(self), name):  # the default
                 continue
             if isinstance(value, Tensor):
                 text = f"<{str(value.dtype).removeprefix('torch.')}{shown(list(value.shape))}>"
@@ -173,7 +182,7 @@ class Node:
                 text = getattr(value, "__name__", type(value).__name__)
             else:
                 text = repr(value)
-            parts.append(f"align={text}" if name == "align" else text)
+            parts.append(f"{name}={text}" if named else text)
         return f"{type(self).__name__}({', '.join(parts)})"
 
 
@@ -184,7 +193,7 @@ def _structure(value: Any) -> Any:
         return ("tensor", value.ndim, value.dtype)
     if isinstance(value, tuple):
         return tuple(_structure(x) for x in value)  # pyright: ignore[reportUnknownVariableType]
-    if isinstance(value, int):
+    if isinstance(value, int) and not isinstance(value, bool):
         return int  # bounds end up in the spans, which are data
     if callable(value):  # a function, a functools.partial, or an object with __call__
         function: Any = getattr(value, "func", value)

@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from flexjag.algebra.node import Node, along, check_tensor, node
+from flexjag.algebra.node import Align, Node, along, check_align, check_tensor, node
 from flexjag.algebra.tree import head_counts, held_tensors, walk
 from flexjag.errors import ScoreError, explain_values
 from flexjag.offsets import can_look
@@ -56,6 +56,9 @@ class Alibi(Score):
 
     Args:
         slopes: ``[H]`` floating point, may need gradients.
+        symmetric: ``s - slopes[h] * |j - i|`` instead, for models that also attend later keys.
+        align: ``"end"`` counts i so that the last query is on the last key, ``j - (i + m - n)``: a decoding step then
+            equals the last rows of the whole.
 
     >>> Alibi.from_heads(4).slopes.tolist()
     [0.25, 0.0625, 0.015625, 0.00390625]
@@ -65,8 +68,11 @@ class Alibi(Score):
     reads_pairs = False
 
     slopes: Tensor = along("query head")
+    symmetric: bool = False
+    align: Align = "start"
 
     def __post_init__(self) -> None:
+        check_align(ScoreError, self.align)
         check_tensor(ScoreError, "slopes", self.slopes, "; for the paper's slopes call Alibi.from_heads(H)")
         if self.slopes.ndim != 1 or not self.slopes.dtype.is_floating_point:
             raise ScoreError(
@@ -109,13 +115,16 @@ class RelativeBias(Score):
 
     Args:
         table: ``[H, 2R + 1]`` floating point, may need gradients.
+        align: As in :class:`Alibi`.
     """
 
     additive = by_position = printable = True
 
     table: Tensor = along("query head")
+    align: Align = "start"
 
     def __post_init__(self) -> None:
+        check_align(ScoreError, self.align)
         check_tensor(ScoreError, "table", self.table)
         if self.table.ndim != 2 or self.table.shape[1] % 2 != 1 or not self.table.dtype.is_floating_point:
             raise ScoreError(
@@ -140,6 +149,7 @@ class BucketedBias(Score):
     Args:
         table: ``[H, K + 1]`` floating point, may need gradients.
         boundaries: ``[K]``, ascending, of any dtype; distances are compared in it. Repeated ones skip a bucket.
+        align: As in :class:`Alibi`.
 
     >>> BucketedBias(torch.zeros(2, 4), torch.tensor([-8, 0, 8]))
     BucketedBias(<float32[2, 4]>, <int64[3]>)
@@ -149,9 +159,79 @@ class BucketedBias(Score):
 
     table: Tensor = along("query head")
     boundaries: Tensor = along(None)
+    align: Align = "start"
 
     def __post_init__(self) -> None:
+        check_align(ScoreError, self.align)
         _check_buckets(self.table, self.boundaries)
+
+
+@node
+class T5Bias(Score):
+    """T5's relative bias: ``s + table[h, bucket(j - i)]`` (arXiv 1910.10683).
+
+    Half of the buckets hold a distance each, the others more and more of them, up to `max_distance`; farther keys share
+    the last one. The buckets are those of ``transformers``.
+
+    Args:
+        table: ``[H, K]`` floating point, may need gradients: the transpose of ``relative_attention_bias.weight``.
+        bidirectional: Later keys have buckets of their own, the second half, as in encoders; else they share bucket 0
+            with the query's own position, as in decoders.
+        max_distance: The distance from which on the bias is constant.
+        align: As in :class:`Alibi`.
+        buckets: ``[2 * max_distance + 1]`` int32, the bucket of each distance from ``-max_distance`` on. Made from the
+            other arguments if None.
+
+    >>> T5Bias(torch.zeros(2, 8), max_distance=9).buckets.tolist()
+    [3, 3, 3, 3, 3, 2, 2, 2, 1, 0, 5, 6, 6, 6, 7, 7, 7, 7, 7]
+    """
+
+    additive = by_position = printable = True
+
+    table: Tensor = along("query head")
+    bidirectional: bool = True
+    max_distance: int = 128
+    align: Align = "start"
+    buckets: Tensor = along(None, default=None)
+
+    def __post_init__(self) -> None:
+        check_tensor(ScoreError, "table", self.table)
+        check_align(ScoreError, self.align)
+        if self.table.ndim != 2 or not self.table.dtype.is_floating_point:
+            seen = {"shape": tuple(self.table.shape), "dtype": self.table.dtype}
+            raise ScoreError(explain_values("table", "must be float [H, K]", **seen))
+        if self.buckets is None:  # pyright: ignore[reportUnnecessaryComparison]
+            buckets = t5_buckets(self.table.shape[1], self.bidirectional, self.max_distance, self.table.device)
+            object.__setattr__(self, "buckets", buckets)
+        elif self.buckets.shape != (2 * self.max_distance + 1,) or self.buckets.dtype != torch.int32:
+            seen = {"shape": tuple(self.buckets.shape), "dtype": self.buckets.dtype, "max_distance": self.max_distance}
+            raise ScoreError(explain_values("buckets", "must be int32 [2 * max_distance + 1]", **seen))
+
+
+def t5_buckets(count: int, bidirectional: bool, max_distance: int, device: torch.device | str | None = None) -> Tensor:
+    """The bucket of each distance ``j - i`` from ``-max_distance`` to ``max_distance``, int32, of `count` in all.
+
+    Raises:
+        ScoreError: If there are too few buckets, or `max_distance` is not beyond those of a single distance.
+    """
+    sides = 2 if bidirectional else 1
+    each = count // sides
+    exact = each // 2
+    if count % sides or exact < 1 or not isinstance(max_distance, int) or max_distance <= exact:  # pyright: ignore[reportUnnecessaryIsInstance]
+        rule = (
+            "needs 2 buckets at least, an even number of 4 if bidirectional, and a max_distance beyond half of a side"
+        )
+        seen = {"buckets": count, "bidirectional": bidirectional, "max_distance": max_distance}
+        raise ScoreError(explain_values("table", rule, **seen))
+    distance = torch.arange(-max_distance, max_distance + 1)
+    back = distance.abs() if bidirectional else distance.clamp(max=0).neg()
+    # In float32, operation by operation as the models are trained: a boundary may hang on the rounding.
+    steps = torch.log(back.float() / exact) / math.log(max_distance / exact) * (each - exact)
+    far = (exact + steps.clamp(min=0).long()).clamp(max=each - 1)
+    bucket = torch.where(back < exact, back, far)
+    if bidirectional:
+        bucket = bucket + (distance > 0) * each
+    return bucket.to(device=device, dtype=torch.int32)
 
 
 @node

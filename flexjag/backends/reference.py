@@ -19,6 +19,7 @@ from flexjag.algebra.dispatch import Interpretation
 from flexjag.algebra.facts import diagonal_align
 from flexjag.algebra.node import is_integer, saturated
 from flexjag.algebra.scalars import blamed
+from flexjag.algebra.tokens import Keys, Queries
 from flexjag.backends.base import ALL, Asked, Backend, Promises
 from flexjag.errors import MaskError, ScoreError
 
@@ -62,7 +63,7 @@ dense = Interpretation("dense mask", m.Mask, decorator="dense")
 
 def _at(bound: m.Bound, seg: Segment) -> int:
     value: int = bound.tolist()[seg.index] if isinstance(bound, Tensor) else bound
-    return min(value, 2**32)  # more than any position, and what arithmetic on positions can hold
+    return max(-(2**32), min(value, 2**32))  # more than any position, and what arithmetic on positions can hold
 
 
 def _lined_up(align: str, seg: Segment) -> Tensor:
@@ -97,7 +98,7 @@ def _(mask: m.Prefix, seg: Segment) -> Tensor:
 @dense.register(m.Chunked)
 def _(mask: m.Chunked, seg: Segment) -> Tensor:
     size = _at(mask.size, seg)
-    return seg.i // size == seg.j // size
+    return _lined_up(mask.align, seg) // size == seg.j // size
 
 
 @dense.register(m.GlobalTokens)
@@ -127,6 +128,16 @@ def _(mask: m.Dense, seg: Segment) -> Tensor:
     part = mask.values[: seg.n, : seg.m]
     allowed[: part.shape[0], : part.shape[1]] = part
     return allowed
+
+
+@dense.register(Keys)
+def _(mask: Keys, seg: Segment) -> Tensor:
+    return mask.marked[None, seg.kv_rows].expand(seg.n, seg.m)
+
+
+@dense.register(Queries)
+def _(mask: Queries, seg: Segment) -> Tensor:
+    return mask.marked[seg.q_rows, None].expand(seg.n, seg.m)
 
 
 @dense.register(m.MaskMod)
@@ -179,7 +190,8 @@ def _(score: s.ScoreMod, x: Tensor, seg: Segment) -> Tensor:
 
 @rescore.register(s.Alibi)
 def _(score: s.Alibi, x: Tensor, seg: Segment) -> Tensor:
-    return x + score.slopes.to(x.dtype)[:, None, None] * (seg.j - seg.i)
+    distance = seg.j - _lined_up(score.align, seg)
+    return x + score.slopes.to(x.dtype)[:, None, None] * (-distance.abs() if score.symmetric else distance)
 
 
 @rescore.register(s.SoftCap)
@@ -190,13 +202,27 @@ def _(score: s.SoftCap, x: Tensor, seg: Segment) -> Tensor:
 @rescore.register(s.RelativeBias)
 def _(score: s.RelativeBias, x: Tensor, seg: Segment) -> Tensor:
     reach = score.table.shape[1] // 2
-    return x + score.table.to(x.dtype)[:, (seg.j - seg.i).clamp(-reach, reach) + reach]
+    distance = seg.j - _lined_up(score.align, seg)
+    return x + score.table.to(x.dtype)[:, distance.clamp(-reach, reach) + reach]
 
 
 @rescore.register(s.BucketedBias)
 def _(score: s.BucketedBias, x: Tensor, seg: Segment) -> Tensor:
-    bucket = (score.boundaries <= (seg.j - seg.i)[..., None]).sum(2)
+    distance = seg.j - _lined_up(score.align, seg)
+    bucket = (score.boundaries <= distance[..., None]).sum(2)
     return x + score.table.to(x.dtype)[:, bucket]
+
+
+@rescore.register(s.T5Bias)
+def _(score: s.T5Bias, x: Tensor, seg: Segment) -> Tensor:
+    distance, count = seg.j - _lined_up(score.align, seg), score.table.shape[1]
+    later = (distance > 0) & score.bidirectional
+    count = count // 2 if score.bidirectional else count
+    steps = distance.abs().where(later | (distance < 0), 0)
+    single = count // 2  # so many distances have a bucket of their own
+    share = torch.log(steps.clamp(min=1).float() / single) / math.log(score.max_distance / single)
+    shared = (single + (share * (count - single)).long()).clamp(max=count - 1)
+    return x + score.table.to(x.dtype)[:, torch.where(steps < single, steps, shared) + later * count]
 
 
 @rescore.register(s.TimeBias)

@@ -53,6 +53,8 @@ _KINDS = {  # kind of parameter: the types it takes, and how to say so
 }
 _PYTHON_WORDS = {"and": "&", "or": "|", "not": "~", "!": "~"}
 _PYTHON_ONLY = (
+    "keys",
+    "queries",
     "rows",
     "samegroup",
     "dense",
@@ -62,6 +64,7 @@ _PYTHON_ONLY = (
     "relativebias",
     "bucketedbias",
     "bucketed",
+    "t5bias",
     "timebias",
     "time",
 )
@@ -97,7 +100,7 @@ _MASKS = {
     "causal": _Form({"align": "align"}, 0, m.Causal),
     "window": _Form({"left": "limit", "right": "limit", "align": "align"}, 1, m.Window),
     "prefix": _Form({"n": "bound"}, 1, m.Prefix),
-    "chunked": _Form({"size": "size"}, 1, m.Chunked),
+    "chunked": _Form({"size": "size", "align": "align"}, 1, m.Chunked),
     "global": _Form({"n": "bound"}, 1, m.GlobalTokens),
 }
 

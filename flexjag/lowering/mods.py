@@ -20,12 +20,13 @@ from flexjag.algebra import masks as m
 from flexjag.algebra import scalars
 from flexjag.algebra import scores as s
 from flexjag.algebra.dispatch import Interpretation
-from flexjag.algebra.node import NodeKind
+from flexjag.algebra.node import Align, NodeKind
+from flexjag.algebra.tokens import Keys
 from flexjag.algebra.tree import filled, replaced
 from flexjag.algebra.user_functions import RecordedCall
 from flexjag.errors import MaskError, ScoreError
 from flexjag.lowering.layout import Layout, blocks
-from flexjag.lowering.spans import DenseRows, InSpans, Sandwich
+from flexjag.lowering.spans import DenseRows, InSpans, Sandwich, diagonal
 from flexjag.upstream import fence
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -46,6 +47,7 @@ class RowTables:
         kv_start: ``[T']`` int32, first packed key of the segment.
         kv_last: ``[T']`` int32, local position of the segment's last key (at least 0).
         shift: ``[T']`` int32, ``kv_start + q_pos``: ``kv - shift[q]`` is the relative position.
+        shift_end: ``[T']`` int32, the same for queries lined up with the last keys, ``kv_start + q_pos + m - n``.
         rounded: True if T' is T rounded up to a tile, False if T' is T.
         look_up: ``look_up(table, *index)``, by which built-in scores read a table that may need gradients. A backend
             whose gradients must not depend on the order of threads replaces it.
@@ -56,8 +58,13 @@ class RowTables:
     kv_start: Tensor
     kv_last: Tensor
     shift: Tensor
+    shift_end: Tensor
     rounded: bool
     look_up: Callable[..., Tensor] = _look_up
+
+    def shift_of(self, align: Align) -> Tensor:
+        """`shift` or `shift_end`, as a node's `align` says."""
+        return self.shift if align == "start" else self.shift_end
 
     def padded(self, x: Tensor) -> Tensor:
         """Pad the last dimension of a per-row tensor like the tables here.
@@ -85,8 +92,7 @@ def row_tables(layout: Layout, block: int) -> RowTables:
     all_exist = layout.may_look and (layout.is_self or bool((keys > 0).all()))
     rows = blocks(layout.num_q, block) * block if layout.on_gpu else layout.num_q
     if all_exist:
-        at = layout.kv_start + layout.q_pos
-        return RowTables(layout.q_segment, layout.q_pos, layout.kv_start, keys - 1, at, rounded=False)
+        return RowTables(layout.q_segment, layout.q_pos, layout.kv_start, keys - 1, *_shifts(layout), rounded=False)
     zero = layout.q_pos.new_zeros(1)
     most, some = torch.cat([keys, zero]).max(0, keepdim=True)
 
@@ -95,16 +101,21 @@ def row_tables(layout: Layout, block: int) -> RowTables:
         x = torch.where(keys > 0, x, known)
         return fence(torch.cat([x, known.expand(rows - layout.num_q)])) if layout.on_gpu else x
 
-    others = layout.kv_start, (keys - 1).clamp(min=0), layout.kv_start + layout.q_pos
+    others = layout.kv_start, (keys - 1).clamp(min=0), *_shifts(layout)
     if layout.on_gpu:
         others = (_pad_rows(x, rows) for x in others)
     return RowTables(existing(layout.q_segment), existing(layout.q_pos), *others, rounded=layout.on_gpu)
 
 
+def _shifts(layout: Layout) -> tuple[Tensor, Tensor]:
+    at = diagonal(layout, "start")
+    return at, at if layout.is_self else diagonal(layout, "end")
+
+
 def one_row() -> RowTables:
     """Tables of one row on the meta device, for tracing a mod without a batch."""
     zero = torch.zeros(1, dtype=torch.int32, device="meta")
-    return RowTables(zero, zero, zero, zero, zero, rounded=False)
+    return RowTables(*[zero] * 6, rounded=False)
 
 
 def _pad_rows(x: Tensor, rows: int) -> Tensor:
@@ -169,6 +180,11 @@ def _(mask: m.SameGroup, t: RowTables, layout: Layout) -> MaskMod:
         return q_ids[q] == kv_ids[kv]
 
     return same_group
+
+
+@mask_case.register(Keys)
+def _(mask: Keys, t: RowTables, layout: Layout) -> MaskMod:
+    return lambda b, h, q, kv: mask.marked[kv]
 
 
 @mask_case.register(DenseRows)
@@ -246,9 +262,11 @@ def _(score: s.ScoreMod, t: RowTables) -> ScoreMod:
 
 @score_case.register(s.Alibi)
 def _(score: s.Alibi, t: RowTables) -> ScoreMod:
-    slopes, look_up = score.slopes, t.look_up
+    slopes, look_up, shift = score.slopes, t.look_up, t.shift_of(score.align)
     # In the scores' dtype: a half-precision slope times a distance loses whole units.
-    return lambda x, b, h, q, kv: x + look_up(slopes, h).to(x.dtype) * (kv - t.shift[q])
+    if score.symmetric:
+        return lambda x, b, h, q, kv: x - look_up(slopes, h).to(x.dtype) * (kv - shift[q]).abs()
+    return lambda x, b, h, q, kv: x + look_up(slopes, h).to(x.dtype) * (kv - shift[q])
 
 
 @score_case.register(s.SoftCap)
@@ -259,8 +277,15 @@ def _(score: s.SoftCap, t: RowTables) -> ScoreMod:
 
 @score_case.register(s.RelativeBias)
 def _(score: s.RelativeBias, t: RowTables) -> ScoreMod:
-    bias, reach, look_up = score.table, score.max_distance, t.look_up
-    return lambda x, b, h, q, kv: x + look_up(bias, h, (kv - t.shift[q]).clamp(-reach, reach) + reach)
+    bias, reach, look_up, shift = score.table, score.max_distance, t.look_up, t.shift_of(score.align)
+    return lambda x, b, h, q, kv: x + look_up(bias, h, (kv - shift[q]).clamp(-reach, reach) + reach)
+
+
+@score_case.register(s.T5Bias)
+def _(score: s.T5Bias, t: RowTables) -> ScoreMod:
+    table, buckets, look_up, shift = score.table, score.buckets, t.look_up, t.shift_of(score.align)
+    reach = score.max_distance
+    return lambda x, b, h, q, kv: x + look_up(table, h, buckets[(kv - shift[q]).clamp(-reach, reach) + reach])
 
 
 def _bucket(x: Tensor, boundaries: Tensor) -> Tensor:
@@ -278,8 +303,8 @@ def _bucket(x: Tensor, boundaries: Tensor) -> Tensor:
 
 @score_case.register(s.BucketedBias)
 def _(score: s.BucketedBias, t: RowTables) -> ScoreMod:
-    table, boundaries, look_up = score.table, score.boundaries, t.look_up
-    return lambda x, b, h, q, kv: x + look_up(table, h, _bucket(kv - t.shift[q], boundaries))
+    table, boundaries, look_up, shift = score.table, score.boundaries, t.look_up, t.shift_of(score.align)
+    return lambda x, b, h, q, kv: x + look_up(table, h, _bucket(kv - shift[q], boundaries))
 
 
 @score_case.register(s.TimeBias)

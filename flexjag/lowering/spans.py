@@ -14,6 +14,7 @@ from torch import Tensor
 from flexjag.algebra import masks as m
 from flexjag.algebra.dispatch import Interpretation
 from flexjag.algebra.node import along, is_integer, node, saturated
+from flexjag.algebra.tokens import Keys, Queries
 from flexjag.algebra.tree import rebuilt
 from flexjag.errors import MaskError, explain_values
 from flexjag.lowering.layout import INT32_MAX, Layout
@@ -164,11 +165,11 @@ def _exact(layout: Layout, lo: Tensor, hi: Tensor) -> Sandwich:
 
 def _bound(value: m.Bound, layout: Layout) -> Tensor | int:
     if isinstance(value, int):
-        return min(value, INT32_MAX)
-    return layout.per_row(saturated(value).clamp(max=INT32_MAX).to(torch.int32))
+        return max(-INT32_MAX, min(value, INT32_MAX))
+    return layout.per_row(saturated(value).clamp(-INT32_MAX, INT32_MAX).to(torch.int32))
 
 
-def _diagonal(layout: Layout, align: m.Align) -> Tensor:
+def diagonal(layout: Layout, align: m.Align) -> Tensor:
     """Packed index ``[T_q]`` of the key on the diagonal of each query row."""
     at = layout.kv_start + layout.q_pos
     if align == "end" and not layout.is_self:
@@ -183,15 +184,15 @@ def _(mask: m.Full, layout: Layout) -> Sandwich:
 
 @sandwich.register(m.Causal)
 def _(mask: m.Causal, layout: Layout) -> Sandwich:
-    return _exact(layout, layout.kv_start, _diagonal(layout, mask.align) + 1)
+    return _exact(layout, layout.kv_start, diagonal(layout, mask.align) + 1)
 
 
 @sandwich.register(m.Window)
 def _(mask: m.Window, layout: Layout) -> Sandwich:
-    at = _diagonal(layout, mask.align).long()  # long: a window may be as wide as int32 itself
+    at = diagonal(layout, mask.align).long()  # long: a window may be as wide as int32 itself
     lo = layout.kv_start if mask.left is None else at - _bound(mask.left, layout)
     hi = layout.kv_end if mask.right is None else at + _bound(mask.right, layout) + 1
-    return _exact(layout, lo.clamp(min=-1), hi.clamp(max=INT32_MAX))
+    return _exact(layout, lo.clamp(-1, INT32_MAX), hi.clamp(-1, INT32_MAX))
 
 
 @sandwich.register(m.Prefix)
@@ -205,7 +206,8 @@ def _(mask: m.Chunked, layout: Layout) -> Sandwich:
     size = _bound(mask.size, layout)
     if isinstance(size, Tensor):
         size = size.clamp(min=1).long()  # spare rows hold 0
-    first = torch.div(layout.q_pos.long(), size, rounding_mode="floor") * size + layout.kv_start
+    at = (diagonal(layout, mask.align) - layout.kv_start).long()
+    first = torch.div(at, size, rounding_mode="floor") * size + layout.kv_start
     return _exact(layout, first.clamp(max=INT32_MAX), (first + size).clamp(max=INT32_MAX))
 
 
@@ -293,6 +295,24 @@ def _(mask: m.SameGroup, layout: Layout) -> Sandwich:
     whole = hi - lo == last - first
     outer = _clip(Spans(lo[None].to(torch.int32), hi[None].to(torch.int32)), layout.kv_start, layout.kv_end)
     inner = Spans(outer.lo, torch.where(whole, outer.hi, outer.lo))
+    return Sandwich(inner, outer, mask)
+
+
+@sandwich.register(Queries)
+def _(mask: Queries, layout: Layout) -> Sandwich:
+    return _exact(layout, layout.kv_start, torch.where(mask.marked, layout.kv_end, layout.kv_start))
+
+
+@sandwich.register(Keys)
+def _(mask: Keys, layout: Layout) -> Sandwich:
+    """Outer: first to last marked key of the segment. Inner: the same where no key in between is unmarked."""
+    upto = mask.marked.cumsum(0)
+    before = torch.cat([upto.new_zeros(1), upto])
+    start, end = before[layout.kv_start.long()], before[layout.kv_end.long()]
+    lo, hi = torch.searchsorted(upto, start + 1), torch.searchsorted(upto, end) + 1  # the marks of those numbers
+    found = end > start
+    outer = _exact(layout, torch.where(found, lo, layout.kv_start), torch.where(found, hi, layout.kv_start)).outer
+    inner = Spans(outer.lo, torch.where(hi - lo == end - start, outer.hi, outer.lo))
     return Sandwich(inner, outer, mask)
 
 

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from flexjag.algebra import masks as m
 from flexjag.algebra import scores as s
+from flexjag.algebra.node import Align
+from flexjag.algebra.tokens import Keys, Queries
 from flexjag.api.plan import Plan
 from flexjag.api.plan import plan as make_plan
 from flexjag.jagged import Jagged
@@ -134,29 +136,33 @@ class _Nodes:
         if self.portable or draw(st.integers(0, 2)):
             return draw(value)
         g, dtype = _generator(draw(SEEDS)), draw(st.sampled_from(INTEGERS))
+        least = least if dtype.is_signed else max(least, 0)
         values = torch.randint(least, 20, (len(self.q_lengths),), generator=g).tolist()
         if values and draw(st.booleans()):
-            values[0] = torch.iinfo(dtype).max
+            values[0] = draw(st.sampled_from([torch.iinfo(dtype).max, torch.iinfo(dtype).min if least < 0 else least]))
         return torch.tensor(values, dtype=dtype)
 
     def leaf(self, draw: st.DrawFn) -> m.Mask:
         """Draw a leaf node."""
         kinds = ["full", "causal", "window", "prefix", "chunked", "global"]
-        kinds += [] if self.portable else ["rows"]
-        kinds += [] if self.interval else ["dense", "mod"] if self.portable else ["dense", "mod", "group", "packed"]
-        align: st.SearchStrategy[m.Align] = st.sampled_from(("start", "end"))
+        kinds += [] if self.portable else ["rows", "queries"]
+        if not self.interval:
+            kinds += ["dense", "mod"] if self.portable else ["dense", "mod", "group", "packed", "keys"]
+        align: st.SearchStrategy[Align] = st.sampled_from(("start", "end"))
         match draw(st.sampled_from(kinds)):
             case "full":
                 return m.Full()
             case "causal":
                 return m.Causal(draw(align))
             case "window":
-                sides = [None if draw(st.integers(0, 3)) == 0 else self.bound(draw, 0) for _ in range(2)]
-                return m.Window(*sides, align=draw(align))
+                left, right = (None if draw(st.integers(0, 3)) == 0 else self.bound(draw, -3) for _ in range(2))
+                if isinstance(left, int) and isinstance(right, int):
+                    right = max(right, -left)  # two ints must leave a key
+                return m.Window(left, right, align=draw(align))
             case "prefix":
                 return m.Prefix(self.bound(draw, 0))
             case "chunked":
-                return m.Chunked(self.bound(draw, 1))
+                return m.Chunked(self.bound(draw, 1), draw(align))
             case "global":
                 return m.GlobalTokens(self.bound(draw, 0))
             case "mod":
@@ -180,6 +186,11 @@ class _Nodes:
                     ends = torch.iinfo(torch.int64)
                     lo, hi = lo.masked_fill(lo < 0, ends.min), hi.masked_fill(hi > longest, ends.max)
                 return m.Rows(lo, hi)
+            case "queries":
+                return Queries(torch.rand(q_total, generator=g) < draw(st.sampled_from([0.1, 0.5, 1.0])))
+            case "keys":
+                marked = torch.rand(kv_total, generator=g) < draw(st.sampled_from([0.1, 0.5, 1.0]))
+                return Keys(marked.sort(descending=True).values if draw(st.booleans()) else marked)
             case "group":
                 groups = draw(st.integers(1, 4))
                 ids = torch.randint(-1, groups, (q_total,), generator=g)
@@ -264,14 +275,20 @@ def scores(  # noqa: D417 (callers do not pass `draw`)
             leaves.append(out.requires_grad_())
         return out
 
-    kinds = ["alibi", "bias"] if additive else ["alibi", "bias", "cap", "temperature", "replace"]
+    kinds = ["alibi", "bias", "t5", "buckets"]
+    kinds += [] if additive else ["cap", "temperature", "replace"]
+    align: st.SearchStrategy[Align] = st.sampled_from(("start", "end"))
     kinds += [] if additive or portable else ["by segment"]
     chain: s.Score | None = None
     for kind in [draw(st.sampled_from(kinds)) for _ in range(draw(st.sampled_from([0, 1, 2, 3])))]:
         if kind == "alibi":
-            one: s.Score = s.Alibi(tensor(num_heads))
+            one: s.Score = s.Alibi(tensor(num_heads), draw(st.booleans()), draw(align))
         elif kind == "bias":
-            one = s.RelativeBias(tensor(num_heads, 2 * draw(st.integers(0, 3)) + 1))
+            one = s.RelativeBias(tensor(num_heads, 2 * draw(st.integers(0, 3)) + 1), draw(align))
+        elif kind == "t5":
+            one = s.T5Bias(tensor(num_heads, 8), draw(st.booleans()), draw(st.sampled_from([5, 9])), draw(align))
+        elif kind == "buckets":
+            one = s.BucketedBias(tensor(num_heads, 4), torch.tensor([-3, 0, 5]), draw(align))
         elif kind == "cap":
             one = s.SoftCap(draw(st.sampled_from([1, 2.5, 30.0])))
         else:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from flexjag.algebra import masks as m
 from flexjag.algebra.dispatch import Interpretation
+from flexjag.algebra.tokens import Queries
 from flexjag.api.plan import Plan
 from flexjag.api.plan import plan as make_plan
 from flexjag.backends.reference import dense
@@ -32,7 +33,7 @@ _spans_needed = Interpretation("bound on its spans", m.Mask, otherwise=lambda ma
 """``_spans_needed(mask) -> int | None``: maximum spans per row; None if the mask is not made of intervals."""
 
 
-@_spans_needed.register(m.Full, m.Causal, m.Window, m.Prefix, m.Chunked, m.GlobalTokens)
+@_spans_needed.register(m.Full, m.Causal, m.Window, m.Prefix, m.Chunked, m.GlobalTokens, Queries)
 def _(mask: m.Mask) -> int | None:
     return 1
 

@@ -30,6 +30,7 @@ EXAMPLES: dict[type[Node], Node] = {
         fj.Full(), fj.Causal(), fj.Window(2, 1), fj.Prefix(1), fj.Chunked(2), fj.GlobalTokens(1), fj.Rows(IDS, IDS + 1),
         fj.SameGroup(IDS), fj.Dense(torch.ones(5, 5, dtype=torch.bool)), fj.MaskMod(lambda b, h, q, kv: q == kv),
         fj.PerHead([fj.Full()]), fj.Full() & fj.Causal(), fj.Full() | fj.Causal(), ~fj.Causal(),
+        fj.Keys(IDS > 0), fj.Queries(IDS > 0),
     )
 }  # fmt: skip
 

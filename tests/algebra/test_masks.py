@@ -112,8 +112,9 @@ def test_operators_refuse_what_is_no_mask(other: object) -> None:
 
 
 BAD = [
-    (lambda: Window(-1, 0), r"left: must be at least 0; use None for unlimited; got value=-1"),
-    (lambda: Window(0, -2), r"right: must be at least 0; use None for unlimited; got value=-2"),
+    (lambda: Window(-1, 0), r"left, right: must leave a key.*unlimited is None, not -1; got left=-1, right=0"),
+    (lambda: Window(1, -2), r"left, right: must leave a key.*got left=1, right=-2"),
+    (lambda: Chunked(2, "middle"), r"align: must be 'start' or 'end'; got align='middle'"),
     (lambda: Window(1.5, 0), r"left: must be an int or a per-segment integer tensor; got value=1.5"),
     (lambda: Window(True, 0), r"left: must be an int or a per-segment integer tensor; got value=True"),
     (lambda: Window(torch.ones(2), 0), r"left: a per-segment bound must be a 1-D integer tensor.*dtype=torch.float32"),

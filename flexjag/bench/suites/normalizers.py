@@ -271,7 +271,7 @@ class LayerJob(Job):
 
 
 def _score(table: Sequence[Tensor]) -> RelativeBias | None:
-    return RelativeBias(*table) if table else None
+    return RelativeBias(table[0]) if table else None
 
 
 def _values(out: Jagged | tuple[Jagged, Jagged]) -> Tensor:
