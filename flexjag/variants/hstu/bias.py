@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from flexjag.algebra.scores import RelativeBias, Score, TimeBias
 from flexjag.errors import LayoutError, ScoreError, explain_values
-from flexjag.jagged import Jagged, check_same_layout
+from flexjag.jagged import Jagged
+from flexjag.offsets import check_same_layout
 from flexjag.ops.checks import check_jagged
 from flexjag.ops.packed import wide
 
