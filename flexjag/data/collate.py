@@ -87,7 +87,7 @@ def collate(
     """
     max_tokens, max_samples, max_length = as_int(max_tokens), as_int(max_samples), as_int(max_length)
     columns = _columns(samples, fields)
-    packed = {name: values for name, values in columns.items() if _is_per_token(values[0])}
+    packed = {name: values for name, values in columns.items() if is_per_token(values[0])}
     if not packed:
         raise DataError(explain_values("samples", "must have a field per token", fields=list(columns)))
     lengths = _lengths(packed, max_length)
@@ -136,7 +136,8 @@ def _columns(samples: Sequence[Mapping[str, Any]], fields: Collection[str] | Non
     return {name: [sample[name] for sample in samples] for name in names}
 
 
-def _is_per_token(value: Any) -> bool:
+def is_per_token(value: Any) -> bool:
+    """True for lists, and arrays and tensors of at least one dimension: a field's entries per token."""
     return value.ndim > 0 if isinstance(value, Tensor | np.ndarray) else isinstance(value, list | tuple | range)
 
 
@@ -144,7 +145,7 @@ def _lengths(packed: Mapping[str, list[Any]], max_length: int | None) -> list[in
     found: list[int] | None = None
     first = next(iter(packed))
     for name, values in packed.items():
-        odd = [i for i, x in enumerate(values) if not _is_per_token(x)]
+        odd = [i for i, x in enumerate(values) if not is_per_token(x)]
         if odd:
             kind = type(values[odd[0]]).__name__
             raise DataError(explain_values(f"samples[{odd[0]}][{name!r}]", "must be per token", type=kind))
@@ -164,10 +165,8 @@ def _tensor(name: str, value: Any) -> Tensor:
     try:
         return torch.from_numpy(np.asarray(value).copy()) if isinstance(value, np.ndarray) else torch.tensor(value)
     except (TypeError, ValueError, RuntimeError) as reason:
-        rule = "must be numbers, arrays or tensors"
-        raise DataError(
-            explain_values(name, rule, type=type(value).__name__, error=str(reason).split("\n")[0])
-        ) from None
+        rule, kind = "must be numbers, arrays or tensors", type(value).__name__
+        raise DataError(explain_values(name, rule, type=kind, error=str(reason).split("\n")[0])) from None
 
 
 def _joined(name: str, pieces: list[Any]) -> Tensor:

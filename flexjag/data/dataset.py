@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from flexjag.data.collate import Batch, collate
+from flexjag.data.collate import Batch, collate, is_per_token
 from flexjag.data.packing import Budget, best_fit_decreasing, check_lengths, fit
 from flexjag.data.sampler import squares
 from flexjag.data.statistics import Statistics
@@ -52,10 +52,8 @@ def lengths_of(dataset: MapStyle, field: str | None = None) -> np.ndarray:
     if not isinstance(first, Mapping):
         raise DataError(explain_values("dataset[0]", "must be a mapping of field names", type=type(first).__name__))
     if field is None:
-        field = next(
-            (name for name, x in first.items() if not isinstance(x, str | bytes) and hasattr(x, "__len__")), ""
-        )
-    if field not in first or not hasattr(first[field], "__len__"):
+        field = next((name for name, x in first.items() if is_per_token(x)), "")
+    if field not in first or not is_per_token(first[field]):
         raise DataError(explain_values("field", "must be one with entries per token", field=field, fields=list(first)))
     if hasattr(dataset, "column_names"):
         return _column_lengths(dataset, field)
@@ -77,8 +75,8 @@ class PackedDataset(Dataset[Batch]):
     """A map-style dataset of packs: item b is the :class:`Batch` of the samples packed together.
 
     The packs are made once, best-fit-decreasing over all samples, and stay: any sampler, any trainer and
-    ``DistributedSampler`` shuffle and share them. ``DataLoader(packed, batch_size=None, shuffle=True)`` gives one pack a
-    step; with a `batch_size` the default collate joins the segments of several (without `plan` and fixed capacity).
+    ``DistributedSampler`` shuffle and share them. ``DataLoader(packed, batch_size=None, shuffle=True)`` gives one pack
+    a step; with a `batch_size` the default collate joins the segments of several (without `plan` and fixed capacity).
     :class:`TokenBudgetSampler` packs anew for each epoch and balances ranks.
 
     Args:
@@ -147,5 +145,5 @@ class PackedDataset(Dataset[Batch]):
 
     def statistics(self) -> Statistics:
         """Statistics of the packs, one a step."""
-        parts = (np.diff(self.packs.bounds), self.packs.sums(self.lengths), self.packs.sums(squares(self.lengths)))
-        return Statistics.of(*(x[:, None] for x in parts), self.budget)
+        tokens, work = (self.packs.sums(x)[:, None] for x in (self.lengths, squares(self.lengths)))
+        return Statistics.of(np.diff(self.packs.bounds)[:, None], tokens, work, self.budget)

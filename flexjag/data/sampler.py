@@ -70,7 +70,7 @@ class TokenBudgetSampler(Sampler[list[int]]):
 
     >>> sampler = TokenBudgetSampler([5, 3, 8, 2, 7], max_tokens=10, shuffle=False)
     >>> list(sampler)
-    [[0, 1], [2, 3], [4]]
+    [[0], [2, 3], [4, 1]]
     """
 
     def __init__(
