@@ -176,6 +176,8 @@ def _joined(name: str, pieces: list[Any]) -> Tensor:
             return torch.cat(pieces)
         kept = [x for x in pieces if len(x)] or pieces[:1]  # an empty list has no dtype
         joined = np.concatenate([np.asarray(x) for x in kept])
+        if not joined.size and not isinstance(pieces[0], np.ndarray):
+            joined = joined.astype(np.int64)  # lists without entries: most likely of token ids
         if joined.dtype.kind not in "biufc":
             raise TypeError(f"no numbers but {joined.dtype}")
         made = torch.from_numpy(joined)
