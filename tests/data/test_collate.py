@@ -29,9 +29,10 @@ def sample(n: int, seed: int = 0) -> dict[str, Any]:
     }
 
 
-@given(
-    st.lists(st.integers(0, 9), min_size=1, max_size=8), st.integers(0, 5), st.integers(0, 3), st.none() | st.just(4)
-)
+LENGTHS = st.lists(st.integers(0, 9), min_size=1, max_size=8)
+
+
+@given(LENGTHS, st.integers(0, 5), st.integers(0, 3), st.none() | st.just(4))
 def test_fields_are_aligned(lengths: list[int], spare: int, empty: int, longest: int | None) -> None:
     samples = [sample(n, seed=s) for s, n in enumerate(lengths)]
     cut = [n if longest is None else min(n, longest) for n in lengths]
@@ -170,16 +171,8 @@ def test_packs_hold_every_sample_once() -> None:
 
 def test_packs_of_fixed_capacity_and_cut_samples() -> None:
     plan = functools.partial(fj.plan, mask=fj.Causal(), max_tokens=8)
-    packed = PackedDataset(
-        SAMPLES,
-        8,
-        max_samples=4,
-        truncate=True,
-        fixed=True,
-        fields=["tokens", "labels"],
-        fill={"labels": -100},
-        plan=plan,
-    )
+    options = {"fields": ["tokens", "labels"], "fill": {"labels": -100}, "plan": plan}
+    packed = PackedDataset(SAMPLES, 8, max_samples=4, truncate=True, fixed=True, **options)
     for b in range(len(packed)):
         x = packed[b]
         assert x["tokens"].values.shape == (8,)

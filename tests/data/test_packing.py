@@ -63,9 +63,8 @@ def test_a_long_tail_fills_its_packs() -> None:
 
 def test_samples_over_the_budget_are_named_or_cut() -> None:
     lengths = np.array([3, 9, 2, 11])
-    with pytest.raises(
-        DataError, match=r"lengths: must fit .*truncate=True.*lengths\[1\]=9, longest=8, samples_over=2"
-    ):
+    message = r"lengths: must fit .*truncate=True.*lengths\[1\]=9, longest=8, samples_over=2"
+    with pytest.raises(DataError, match=message):
         fit(lengths, Budget(8), truncate=False)
     assert fit(lengths, Budget(8), truncate=True).tolist() == [3, 8, 2, 8]
     assert fit(lengths, Budget(None, 30), truncate=True).tolist() == [3, 5, 2, 5]
