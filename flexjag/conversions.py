@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexjag.errors import LayoutError, ShapeError, explain_values
+from flexjag.errors import LayoutError, ShapeError, assert_on_device, explain_values
 from flexjag.offsets import can_look, check_ends, check_tensor, listed, offsets_of
 from flexjag.upstream import holds_no_numbers
 
@@ -16,6 +16,7 @@ Packed = tuple[Tensor, Tensor]
 """Values ``[T, ...]`` and offsets ``[S+1]``."""
 
 COMPACT = "compact=True leaves them out and numbers the others anew"
+TOGETHER = f"must have the tokens of a row together; {COMPACT}"
 
 
 def join(tensors: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
@@ -83,21 +84,25 @@ def cut_by_positions(values: Tensor, position_ids: Tensor) -> Packed:
         devices = {"position_ids_device": str(ids.device), "values_device": str(values.device)}
         raise LayoutError(explain_values("position_ids", rule, **seen, **devices))
     starts = ids == 0
-    goes_on = torch.zeros_like(starts)
-    goes_on[1:] = ids[1:] == ids[:-1] + 1
-    row = position_ids.shape[-1]
-    if position_ids.ndim == 2 and row:
-        goes_on[::row] = False
-    wrong = (~(starts | goes_on)).nonzero().flatten()
-    if wrong.shape[0]:
-        at = int(wrong[0])
-        if at % row == 0 if position_ids.ndim == 2 else at == 0:
-            rule, before = "must begin with 0", {}
-        else:
-            rule, before = "must count on by 1 or restart at 0", {f"position_ids[{at - 1}]": int(ids[at - 1])}
-        text = explain_values("position_ids", rule, **before, **{f"position_ids[{at}]": int(ids[at])})
-        raise LayoutError(f"{text}; Jagged.from_lengths takes segments whose positions are others")
-    return values, torch.cat([starts.nonzero().flatten(), starts.new_full((1,), ids.shape[0], dtype=torch.int64)])
+    goes_on = torch.cat([starts[:1] & False, ids[1:] == ids[:-1] + 1])
+    if position_ids.ndim == 2:
+        goes_on = goes_on.view(position_ids.shape).clone()
+        goes_on[:, :1] = False
+    wrong = ~(starts | goes_on.flatten())
+    if holds_no_numbers(ids):
+        assert_on_device(~wrong.any(), "position_ids: must begin with 0, and count on by 1 or restart at 0")
+    elif bool(wrong.any()):
+        raise _misplaced(ids, int(wrong.int().argmax()), position_ids.shape[-1])
+    end = ids.new_full((1,), ids.shape[0])
+    return values, torch.cat([starts.nonzero().flatten(), end])
+
+
+def _misplaced(ids: Tensor, at: int, row: int) -> LayoutError:
+    """The error of the first position that neither begins nor continues a segment."""
+    seen = {f"position_ids[{i}]": int(ids[i]) for i in ((at - 1, at) if at % row else (at,))}
+    rule = "must count on by 1 or restart at 0" if at % row else "must begin with 0"
+    text = explain_values("position_ids", rule, **seen)
+    return LayoutError(f"{text}; Jagged.from_lengths takes segments whose positions are others")
 
 
 def remove_padding(dense: Tensor, mask: Tensor, compact: bool) -> Packed:
@@ -113,15 +118,16 @@ def remove_padding(dense: Tensor, mask: Tensor, compact: bool) -> Packed:
         at = tuple(((mask != 0) & (mask != 1)).nonzero()[0].tolist())
         rule = "must be bool, or hold 0 for padding and 1 for tokens"
         raise LayoutError(explain_values("mask", rule, **{f"mask{list(at)}": mask[at].item()}))
-    if not compact and not holds_no_numbers(mask):
-        ends = kept[:, :-1] & ~kept[:, 1:]
-        again = (ends.cumsum(1) > 0) & kept[:, 1:]
-        rows = again.any(1).nonzero().flatten()
-        if rows.shape[0]:
+    if not compact:
+        ended = (kept[:, :-1] & ~kept[:, 1:]).cumsum(1) > 0
+        again = ended & kept[:, 1:]
+        if holds_no_numbers(mask):
+            assert_on_device(~again.any(), f"mask: {TOGETHER}")
+        elif bool(again.any()):
+            rows = again.any(1).nonzero().flatten()
             s = int(rows[0])
             seen = {"row": s, "hole_before": int(again[s].int().argmax()) + 1, "rows_with_holes": rows.shape[0]}
-            rule = f"must have the tokens of a row together; {COMPACT}"
-            raise LayoutError(explain_values("mask", rule, **seen))
+            raise LayoutError(explain_values("mask", TOGETHER, **seen))
     index = kept.flatten().nonzero().flatten()
     return dense.flatten(0, 1).index_select(0, index), offsets_of(kept.sum(1))
 

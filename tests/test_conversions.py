@@ -12,6 +12,7 @@ from cases import EDGE_LENGTHS, jagged
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
 import flexjag as fj
 from flexjag import Jagged, ops
@@ -260,3 +261,25 @@ def test_numpys_arrays_are_copied_and_checked() -> None:
         fj.Prefix(np.array([0.5]))  # type: ignore[arg-type]
     with pytest.raises(LayoutError, match=r"offsets: must be int32 or int64; got dtype=torch\.uint64"):
         Jagged(X.values, OFFSETS.astype(np.uint64))  # type: ignore[arg-type]
+
+
+def test_graphs_convert_where_sizes_may_depend_on_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch._dynamo.config, "capture_dynamic_output_shape_ops", True)
+    graphs = CompileCounter()
+    by_positions = torch.compile(Jagged.from_position_ids, fullgraph=True, backend=graphs, dynamic=True)
+    for lengths in ([2, 3], [4, 1, 1], [7, 2]):
+        want = jagged(lengths, 3)
+        found = by_positions(want.values, want.positions)
+        assert torch.equal(found.values, want.values)
+        assert torch.equal(found.offsets, want.offsets)
+    with pytest.raises(RuntimeError, match="position_ids: must begin with 0, and count on by 1"):
+        by_positions(jagged([5], 3).values, torch.tensor([0, 1, 2, 1, 2]))
+    assert graphs.frame_count == 1
+    by_mask = torch.compile(Jagged.from_padding_mask, fullgraph=True, backend=graphs, dynamic=True)
+    for mask in ([[1, 1, 0], [0, 1, 0]], [[0, 1, 1], [1, 1, 1], [0, 1, 0]]):
+        given_mask = torch.tensor(mask)
+        dense = torch.randn(*given_mask.shape, 5)
+        assert torch.equal(by_mask(dense, given_mask).values, Jagged.from_padding_mask(dense, given_mask).values)
+    with pytest.raises(RuntimeError, match="mask: must have the tokens of a row together"):
+        by_mask(torch.randn(2, 3, 5), torch.tensor([[1, 0, 1], [1, 1, 1]]))
+    assert graphs.frame_count == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import pickle
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
@@ -17,6 +18,8 @@ from flexjag.errors import DataError, explain_values
 from flexjag.jagged import Jagged
 from flexjag.moving import Change, Movable, changed_value
 from flexjag.offsets import as_int
+
+HOST = torch.device("cpu")  # whatever the default device is: batches are made in workers
 
 PLAN = "plan"
 """Key of the plan in a batch."""
@@ -97,9 +100,8 @@ def collate(
     if max_samples is not None and len(lengths) > max_samples:
         seen = {"samples": len(lengths), "max_samples": max_samples}
         raise DataError(explain_values("samples", "must fit max_samples", **seen))
-    offsets = torch.zeros(1 + (len(lengths) if max_samples is None else max_samples), dtype=torch.int64)
-    torch.cumsum(torch.tensor(lengths), 0, out=offsets[1 : len(lengths) + 1])
-    offsets[len(lengths) + 1 :] = total
+    first = next(iter(packed.values()))[0]
+    offsets = _offsets(lengths, max_samples, first.device if isinstance(first, Tensor) else HOST)
     batch, filled = Batch(), {} if fill is None else fill
     for name, values in columns.items():
         spare = filled.get(name, 0)
@@ -117,6 +119,13 @@ def collate(
         if get_worker_info() is not None:
             _check_sendable(batch[PLAN])
     return batch
+
+
+def _offsets(lengths: list[int], segments: int | None, device: torch.device) -> Tensor:
+    """Offsets ``[S+1]``, with empty segments at the end up to a fixed number of them."""
+    ends = [0, *itertools.accumulate(lengths)]
+    ends += ends[-1:] * (0 if segments is None else segments + 1 - len(ends))
+    return torch.tensor(ends, dtype=torch.int64, device=device)
 
 
 def _columns(samples: Sequence[Mapping[str, Any]], fields: Collection[str] | None) -> dict[str, list[Any]]:
@@ -163,7 +172,7 @@ def _tensor(name: str, value: Any) -> Tensor:
     if isinstance(value, Tensor):
         return value
     try:
-        return torch.from_numpy(np.asarray(value).copy()) if isinstance(value, np.ndarray) else torch.tensor(value)
+        return torch.tensor(value, device=HOST)
     except (TypeError, ValueError, RuntimeError) as reason:
         rule, kind = "must be numbers, arrays or tensors", type(value).__name__
         raise DataError(explain_values(name, rule, type=kind, error=str(reason).split("\n")[0])) from None

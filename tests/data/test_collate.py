@@ -199,3 +199,14 @@ def test_lengths_of_datasets() -> None:
         lengths_of(SAMPLES, "name")
     with pytest.raises(DataError, match=r"dataset\[0\]: must be a mapping of field names; got type='list'"):
         lengths_of([[1, 2]])
+
+
+def test_the_default_device_is_not_asked() -> None:
+    samples = [sample(3), sample(2)]
+    wanted = collate(samples, max_tokens=7, max_samples=3)
+    with torch.device("meta"):
+        found = collate(samples, max_tokens=7, max_samples=3)
+    for a, b in zip(pytree.tree_leaves(found), pytree.tree_leaves(wanted), strict=True):
+        assert not isinstance(a, torch.Tensor) or torch.equal(a, b)
+    there = collate([{"tokens": torch.ones(3, device="meta")}])["tokens"]
+    assert there.offsets.device.type == "meta"
