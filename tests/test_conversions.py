@@ -17,6 +17,9 @@ from torch._dynamo.testing import CompileCounter
 import flexjag as fj
 from flexjag import Jagged, ops
 from flexjag.errors import LayoutError, MaskError, ShapeError
+from flexjag.variants.hstu.bias import HSTUBias
+from flexjag.variants.hstu.layer import HSTULayer
+from flexjag.variants.hstu.mask import hstu_mask
 
 LENGTHS = pytest.mark.parametrize("lengths", EDGE_LENGTHS.values(), ids=EDGE_LENGTHS.keys())
 pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
@@ -236,11 +239,17 @@ def test_numpys_integers_are_taken_for_integers(name: str) -> None:
     assert torch.equal(found, wanted)
 
 
+def hstu(number: Callable[[int], Any], counts: Callable[[list[int]], Any]) -> fj.Mask:
+    options = {"target_group_size": number(2), "max_attn_len": number(2), "min_full": number(1)}
+    return hstu_mask(X, contextual=number(1), targets=counts([1, 0, 1]), **options)
+
+
 NODES: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
     "window": (lambda: fj.Window(np.int64(1), np.int32(1)), lambda: fj.Window(1, 1)),  # type: ignore[arg-type]
     "prefix": (lambda: fj.Prefix(np.array([1, 0, 2])), lambda: fj.Prefix(torch.tensor([1, 0, 2]))),  # type: ignore[arg-type]
     "chunked": (lambda: fj.Chunked(np.uint8(2)), lambda: fj.Chunked(2)),  # type: ignore[arg-type]
     "global": (lambda: fj.GlobalTokens(np.int64(1)), lambda: fj.GlobalTokens(1)),  # type: ignore[arg-type]
+    "hstu": (lambda: hstu(np.int64, np.array), lambda: hstu(int, torch.tensor)),
     "group": (lambda: fj.SameGroup(np.array([1, 2, 2, 1, 2])), lambda: fj.SameGroup(torch.tensor([1, 2, 2, 1, 2]))),  # type: ignore[arg-type]
 }
 
@@ -283,3 +292,8 @@ def test_graphs_convert_where_sizes_may_depend_on_data(monkeypatch: pytest.Monke
     with pytest.raises(RuntimeError, match="mask: must have the tokens of a row together"):
         by_mask(torch.randn(2, 3, 5), torch.tensor([[1, 0, 1], [1, 1, 1]]))
     assert graphs.frame_count == 2
+
+
+def test_layers_take_numpys_integers() -> None:
+    layer = HSTULayer(np.int64(8), np.int64(2), np.int64(4), bias=HSTUBias(np.int64(2), max_distance=np.int64(3)))  # type: ignore[arg-type]
+    assert repr(layer) == repr(HSTULayer(8, 2, 4, bias=HSTUBias(2, max_distance=3)))

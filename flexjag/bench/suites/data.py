@@ -128,6 +128,8 @@ def _name(sizes: DataSizes) -> str:
 
 
 def _figures(options: Options, cases: list[CaseResult]) -> list[Figure]:
+    if options.device != "cpu":
+        return []
     found, case = Results(cases), _name(QUICK_SIZES if options.quick else SIZES)
     memory = found.memory(case, OURS)
     limits = (None,) * 3 if options.quick else ("<= 5", "<= 500", ">= 0.98")
@@ -154,7 +156,9 @@ def _figures(options: Options, cases: list[CaseResult]) -> list[Figure]:
     _figures,
 )
 def cases(options: Options) -> list[SelfTimedCase]:
-    """One epoch. It runs on the host, whatever the device."""
+    """One epoch; none for a GPU, which has no part in it."""
+    if options.device != "cpu":
+        return []
     sizes = QUICK_SIZES if options.quick else SIZES
     facts = {"samples": sizes.samples, "longest": sizes.longest, "budget_tokens": sizes.max_tokens}
     facts |= {"location": LOCATION, "sigma": SIGMA, "ranks": RANKS, "seed": options.seed}
