@@ -64,7 +64,7 @@ wheel:
     pip wheel -q --no-deps -w "$work" .
     python -m zipfile -l "$work"/flexjag-*.whl > "$work/files"
     grep flexjag/py.typed "$work/files"
-    grep 'flexjag/backends/cpp/kernels/.*\.h' "$work/files"
+    for folder in kernels/cpp backends/cpp/kernels ops/cpp; do grep "flexjag/$folder/.*\.h" "$work/files"; done
 
 # Run the notebooks
 notebooks:

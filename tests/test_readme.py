@@ -13,8 +13,8 @@ import torch
 
 import flexjag as fj
 from flexjag.backends.choose import BACKENDS
-from flexjag.backends.cpp import build
 from flexjag.bench.arms.attention import LOOP, PADDED, SHARED
+from flexjag.kernels.cpp import build
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -158,10 +158,10 @@ def plan(
 
 
 def _needs_tiles(made: Plan) -> bool:
-    """True if tiles are better made at once: if later they would wait for a device or be made by each layer of a graph.
+    """True if tiles are better made at once: if a GPU reads them, or what ``auto`` takes in a traced graph.
 
-    They also refine the spans of a mask that is not exact.
+    Layers of a graph would each make their own. Tiles also refine the spans of a mask that is not exact.
     """
-    if not made.layout.may_look or not made.exact:
+    if made.layout.on_gpu or not made.exact:
         return True
     return BACKENDS[choose(replace(made.case(), tracing=True))[0]].needs_tiles

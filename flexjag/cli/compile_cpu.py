@@ -32,7 +32,7 @@ def measure(plan: Plan, q: Jagged, k: Jagged, v: Jagged, backward: bool) -> dict
     Raises:
         BackendError: If the kernels cannot run the plan, or cannot be built.
     """
-    from flexjag.backends.cpp import build
+    from flexjag.kernels.cpp import build
 
     inputs = [x.with_values(x.values.requires_grad_(backward)) for x in (q, k, v)]
     source = plan.source("cpp")

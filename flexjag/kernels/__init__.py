@@ -1,1 +1,1 @@
-"""Launching and arithmetic shared by our own Triton kernels."""
+"""What our own kernels share: how those of Triton are launched, and those of C++ compiled."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from flexjag.differentiation import is_mapped
 from flexjag.errors import LayoutError, PlanError, assert_on_device, explain_values
 from flexjag.jagged import Jagged
-from flexjag.offsets import assert_ends, can_look, check_offsets, same_size, segment_ids, surely
+from flexjag.offsets import assert_ends, can_look, check_offsets, same_size, surely
 from flexjag.upstream import holds_no_numbers
 
 INT32_MAX = 2**31 - 1
@@ -114,7 +114,8 @@ class Layout:
 
     def q_length(self) -> Tensor:
         """``[T_q]`` int32: the query length n of each row's segment."""
-        return _gather(self.q_offsets, self.q_segment + 1) - _gather(self.q_offsets, self.q_segment)
+        starts, ends = (_gather(self.q_offsets, self.q_segment + i, self.has_spare) for i in (0, 1))
+        return ends - starts
 
     def kv_length(self) -> Tensor:
         """``[T_q]`` int32: the key length m of each row's segment."""
@@ -125,8 +126,14 @@ class Layout:
         return torch.cat([per_segment, per_segment.new_zeros(1)])[self.q_segment.long()]
 
 
-def _gather(offsets: Tensor, index: Tensor) -> Tensor:
-    return offsets[index.long().clamp(max=offsets.shape[0] - 1)]
+def _gather(offsets: Tensor, index: Tensor, has_spare: bool) -> Tensor:
+    """Entries of the offsets; the last one for spare rows, which have index S or S + 1."""
+    return offsets.index_select(0, index.clamp(max=offsets.shape[0] - 1) if has_spare else index)
+
+
+def _segments(offsets: Tensor, token: Tensor) -> Tensor:
+    """Segment index of each token as int32, as :func:`flexjag.offsets.segment_ids` has it as int64."""
+    return torch.searchsorted(offsets, token, right=True, out_int32=True) - 1
 
 
 def _are_offsets(x: Jagged, has_spare: bool) -> Tensor:
@@ -141,8 +148,12 @@ def _are_offsets(x: Jagged, has_spare: bool) -> Tensor:
 
 def _looks_right(x: Jagged, max_length: int | None) -> bool:
     """True if x's offsets are valid and no segment is longer than `max_length`. Reads the device."""
-    right = bool(_are_offsets(x, has_spare=False))
-    return right and (max_length is None or bool((x.offsets.diff() <= max_length).all()))
+    lengths, rows = x.offsets.diff(), x.values.shape[0]
+    if not x.num_segments:
+        return int(x.offsets[0]) == rows == 0
+    least, longest = (int(n) for n in lengths.aminmax())
+    right = least >= 0 and int(x.offsets[0]) == 0 and int(x.offsets[-1]) == rows
+    return right and (max_length is None or longest <= max_length)
 
 
 def build_layout(
@@ -208,19 +219,22 @@ def build_layout(
                         "max_length", f"must bound every segment of {name}", max_length=max_length, longest=longest
                     )
                 )
-    q_offsets = q.offsets.to(torch.int32)
-    q_segment = segment_ids(q_offsets, num_q).to(torch.int32)
-    kv_offsets = q_offsets if is_self else k.offsets.to(torch.int32)
-    kv_segment = q_segment if is_self else segment_ids(kv_offsets, num_kv).to(torch.int32)
+    q_offsets = q.offsets.to(torch.int32).contiguous()
     token = torch.arange(num_q, device=q_offsets.device, dtype=torch.int32)
+    kv_offsets, keys = q_offsets, token
+    if not is_self:
+        kv_offsets = k.offsets.to(torch.int32).contiguous()
+        keys = torch.arange(num_kv, device=q_offsets.device, dtype=torch.int32)
+    q_segment = _segments(q_offsets, token)
+    kv_start = _gather(kv_offsets, q_segment, has_spare)
     return Layout(
         q_offsets=q_offsets,
         kv_offsets=kv_offsets,
         q_segment=q_segment,
-        kv_segment=kv_segment,
-        q_pos=token - _gather(q_offsets, q_segment),
-        kv_start=_gather(kv_offsets, q_segment),
-        kv_end=_gather(kv_offsets, q_segment + 1),
+        kv_segment=q_segment if is_self else _segments(kv_offsets, keys),
+        q_pos=token - (kv_start if is_self else _gather(q_offsets, q_segment, has_spare)),
+        kv_start=kv_start,
+        kv_end=_gather(kv_offsets, q_segment + 1, has_spare),
         is_self=is_self,
         has_spare=has_spare,
         on_gpu=runs_on_gpu(q_offsets.device),

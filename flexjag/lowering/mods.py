@@ -80,14 +80,17 @@ def row_tables(layout: Layout, block: int) -> RowTables:
     A GPU's kernels round the query rows up to a tile, so everything per row is padded to one. FlexAttention's CPU
     kernels never read past T, so there nothing is padded and one size symbol serves all.
     """
-    keys, zero = layout.kv_length(), layout.q_pos.new_zeros(1)
-    all_exist = layout.may_look and bool((keys > 0).all())
+    keys = layout.kv_length()
+    # A row of a plan without spare rows is a key of its own segment, if queries and keys share their offsets.
+    all_exist = layout.may_look and (layout.is_self or bool((keys > 0).all()))
     rows = blocks(layout.num_q, block) * block if layout.on_gpu else layout.num_q
-    most, some = (zero, zero) if all_exist else torch.cat([keys, zero]).max(0, keepdim=True)
+    if all_exist:
+        at = layout.kv_start + layout.q_pos
+        return RowTables(layout.q_segment, layout.q_pos, layout.kv_start, keys - 1, at, rounded=False)
+    zero = layout.q_pos.new_zeros(1)
+    most, some = torch.cat([keys, zero]).max(0, keepdim=True)
 
     def existing(x: Tensor) -> Tensor:
-        if all_exist:
-            return x
         known = torch.where(most > 0, torch.cat([x, zero]).index_select(0, some), 0)
         x = torch.where(keys > 0, x, known)
         return fence(torch.cat([x, known.expand(rows - layout.num_q)])) if layout.on_gpu else x

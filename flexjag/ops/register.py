@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Sequence
 from itertools import chain
-from typing import Any, Generic, ParamSpec, TypeVar
+from typing import Any, Generic, Literal, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ PLAIN = (Tensor, torch.nn.Parameter)
 
 
 class Operator(Generic[P, R]):
-    """The operator ``torch.ops.flexjag.<name>``: a plain-torch kernel for all devices, optionally others for CUDA.
+    """The operator ``torch.ops.flexjag.<name>``: a plain-torch kernel for all devices, optionally others by device.
 
     Equivalent to ``torch.library.custom_op`` with two differences. The first call of a custom op imports TorchDynamo,
     which takes seconds; this does not. And its dispatcher and autograd cost about 5 and 20 µs a call, as much as a
@@ -71,28 +71,37 @@ class Operator(Generic[P, R]):
         torch.library.register_fake(f"flexjag::{self.name}", fake, lib=LIBRARY)
         return fake
 
-    def register_kernel(self, module: str) -> None:
-        """Register the function of the operator's name in `module` as the CUDA kernel.
+    def register_kernel(self, module: str, device: Literal["CPU", "CUDA"] = "CUDA") -> None:
+        """Register the function of the operator's name in `module` as the kernel of a device.
 
-        The module is imported on the first CUDA call. If Triton is missing, or the function returns NotImplemented
-        because it has no kernel for a dtype, the plain kernel runs.
+        The module is imported on the first call. If it needs Triton and that is missing, or the function returns
+        NotImplemented because it has no kernel for the arguments, the plain kernel runs.
         """
+        function: Function | None = None
 
-        def launch(*args: Any, **kwargs: Any) -> Any:
+        def find() -> Function:
+            nonlocal function
+            found: Function = _without_kernel
             try:
-                function = getattr(importlib.import_module(module), self.name)
+                found = getattr(importlib.import_module(module), self.name)
             except ModuleNotFoundError as missing:
                 if missing.name != "triton":
                     raise
-                return NotImplemented
-            return function(*args, **kwargs)
+            function = found
+            return found
+
+        def launch(*args: Any, **kwargs: Any) -> Any:
+            return (function or find())(*args, **kwargs)
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            found = launch(*args, **kwargs)
+            found = (function or find())(*args, **kwargs)
             return self.kernel(*args, **kwargs) if found is NotImplemented else found
 
-        self.launcher = launch
-        LIBRARY.impl(self.name, _untraced(run), "CUDA")
+        if device == "CPU":
+            self.on_cpu = run
+        else:
+            self.launcher = launch
+        LIBRARY.impl(self.name, _untraced(run), device)
 
     def register_autograd(self, backward: Function, *, setup_context: Function) -> None:
         """Register the gradient formula; see ``torch.library.register_autograd``.
@@ -117,6 +126,10 @@ class Operator(Generic[P, R]):
         run = self.on_cpu if not _is_watched() and _are_plain(args) else self.overload
         with torch._C._AutoDispatchBelowAutograd():  # pyright: ignore[reportPrivateUsage]
             return run(*args)
+
+
+def _without_kernel(*args: Any, **kwargs: Any) -> Any:
+    return NotImplemented
 
 
 def define(name: str) -> Callable[[Callable[P, R]], Operator[P, R]]:

@@ -31,7 +31,7 @@ COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
 
 
 class Cpp(Language):
-    """Prints C++ functions that call ``lanes.h`` and ``math.h`` of :mod:`flexjag.backends.cpp`.
+    """Prints C++ functions that call ``lanes.h`` and ``math.h`` of :mod:`flexjag.kernels.cpp`.
 
     A value is a scalar if all queries of a vector share it, else a vector with one lane for each query; the types
     follow by deduction. float32 is float and float64 is double; half precision is computed in float and rounded.
@@ -42,8 +42,8 @@ class Cpp(Language):
 
     name = "C++"
     header = """\
-#include "lanes.h"
-#include "math.h"
+#include "kernels/cpp/lanes.h"
+#include "kernels/cpp/math.h"
 """
     words = with_bounds(
         {

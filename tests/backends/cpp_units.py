@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from flexjag.backends.cpp import build
+from flexjag.kernels.cpp import build
 
 ANSWER = 'extern "C" int answer() { return 42; }\n'
 
@@ -61,5 +61,5 @@ def run(code: str, first: str = "") -> str:
 
 def preamble(code: str) -> str:
     """Code after what it imports, and the units above."""
-    imports = "import ctypes, os, sys, threading, torch\nfrom flexjag.backends.cpp import build, openmp\n"
+    imports = "import ctypes, os, sys, threading, torch\nfrom flexjag.kernels.cpp import build, openmp\n"
     return f"{imports}ANSWER, COUNT = {ANSWER!r}, {COUNT!r}\n{textwrap.dedent(code)}"

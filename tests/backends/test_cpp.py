@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import flexjag as fj
-from flexjag.backends.cpp import build
+from flexjag.kernels.cpp import build
 from flexjag.testing import assert_matches_reference, problems
 
 pytestmark = pytest.mark.skipif(build.refusal() is not None, reason=str(build.refusal()))

@@ -16,8 +16,8 @@ import pytest
 import torch
 from cpp_units import ANSWER, COUNT, files, forget, own_folder, program
 
-from flexjag.backends.cpp import build, openmp
 from flexjag.errors import BackendError, BuildError, CacheError
+from flexjag.kernels.cpp import build, openmp
 
 folder = own_folder
 
@@ -75,11 +75,17 @@ def test_the_key_holds_unit_headers_flags_compiler_and_cpu(monkeypatch: pytest.M
     monkeypatch.setattr(build, "HEADERS", tmp_path)
     for content in ("1", "2"):
         (tmp_path / "lanes.h").write_text(content)
-        keys.append(build._key(one, "x"))
+        keys.append(build._key(one, '#include "lanes.h"\n'))
+    (tmp_path / "inner").mkdir()
+    for content in ("1", "2"):
+        (tmp_path / "inner" / "lanes.h").write_text('#include "math.h"\n')  # the one beside it comes first
+        (tmp_path / "inner" / "math.h").write_text(content)
+        keys.append(build._key(one, '#include "inner/lanes.h"\n'))
     monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-g"))
-    keys.append(build._key(one, "x"))
+    keys.append(build._key(one, '#include "inner/lanes.h"\n'))
     assert len(set(keys)) == len(keys)
-    assert build._key(build.Compiler(("/b/g++",), "g++ 12.2.0", "0"), "x") == keys[-1], "its path does not matter"
+    same = build.Compiler(("/b/g++",), "g++ 12.2.0", "0")
+    assert build._key(same, '#include "inner/lanes.h"\n') == keys[-1], "its path does not matter"
 
 
 def test_macros_tell_features_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

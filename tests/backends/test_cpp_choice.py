@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import flexjag as fj
-from flexjag.backends.cpp import build, library
+from flexjag.backends.cpp import library
 from flexjag.errors import BackendError, BuildError
+from flexjag.kernels.cpp import build
 
 pytestmark = pytest.mark.skipif(build.refusal() is not None, reason=str(build.refusal()))
 

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from flexjag.backends.cpp import build
 from flexjag.backends.cpp.library import unit
+from flexjag.kernels.cpp import build
+from flexjag.ops.cpp import common
 
 X86 = platform.machine() == "x86_64"
 ON_ARM = "qemu-aarch64 -L /usr/aarch64-linux-gnu"
@@ -66,3 +67,20 @@ def test_kernels_are_right_for(tmp_path: Path, target: str, dtype, sizes: tuple[
     errors = dict(zip(("out", "lse", "dq", "dk", "dv"), map(float, done.stdout.split()), strict=True))
     # Rounding of sums of at most 70 terms, each a product of sums of at most 64: an order of magnitude below.
     assert all(x < 70 for x in errors.values()), errors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("header", ["softmax", "target"])
+@pytest.mark.parametrize("target", TARGETS)
+def test_operators_compile_for(tmp_path: Path, target: str, header: str, dtype: torch.dtype) -> None:
+    """They use nothing besides the shared headers, which are tested above."""
+    compiler = shlex.split(target)
+    if not shutil.which(compiler[0]) or ("aarch64" in target and not shutil.which("aarch64-linux-gnu-g++")):
+        pytest.skip(f"needs {compiler[0]}")
+    source = tmp_path / "unit.cpp"
+    source.write_text(common.unit(header, dtype))
+    flags = [x for x in build.FLAGS if "native" not in x and x != "-shared" and not x.startswith("-Wl")]
+    command = [*compiler, *flags, "-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-iquote", str(build.HEADERS)]
+    done = subprocess.run([*command, "-c", str(source), "-o", str(tmp_path / "unit.o")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

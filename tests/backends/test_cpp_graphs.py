@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import flexjag as fj
-from flexjag.backends.cpp import build, operator
+from flexjag.backends.cpp import operator
 from flexjag.backends.cpp.source import printed
 from flexjag.errors import BackendError, LayoutError
+from flexjag.kernels.cpp import build
 from flexjag.lowering.recipe import Recipe
 from flexjag.testing import assert_compiles
 

@@ -11,7 +11,7 @@ from cpp_cases import F32, STRUCTURES, Shape, batches
 from torch import Tensor
 
 import flexjag as fj
-from flexjag.backends.cpp import build
+from flexjag.kernels.cpp import build
 from flexjag.testing import assert_matches_reference, assert_no_leak
 
 pytestmark = pytest.mark.skipif(build.refusal() is not None, reason=str(build.refusal()))

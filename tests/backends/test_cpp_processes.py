@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from cpp_units import ANSWER, files, own_folder, preamble, program, run
 
-from flexjag.backends.cpp import build
+from flexjag.kernels.cpp import build
 
 folder = own_folder
 

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 from cpp_cases import STRUCTURES
 
-from flexjag.backends.cpp import build
+from flexjag.kernels.cpp import build
 
 FLAGS = ("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 
 RUN = """
 import sys
 import torch
-from flexjag.backends.cpp import build
+from flexjag.kernels.cpp import build
 build.FLAGS = tuple([y for x in build.FLAGS for y in ({flags} if x == "-O3" else (x,))])
 {body}
 """
@@ -28,6 +28,23 @@ from flexjag.backends.cpp import library
 library._rows = lambda x, rows=library._rows: library._Rows(x.data_ptr() + x.element_size(), x.stride(0), x.stride(1))
 x = fj.Jagged.from_lengths(torch.randn(20, 1, 16), [20])
 fj.attention(x, x, x, backend="cpp")
+"""
+
+
+OPS = """
+from flexjag import Jagged, ops
+from flexjag.ops.cpp import common, softmax
+common.ENOUGH, common.LEAST, softmax.FEW = 0, 0, 1
+for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+    for lengths in ([0, 1, 97, 0], [200, 3], []):
+        s, t, longest = len(lengths), sum(lengths), max(lengths, default=0)
+        for n in (1, 3, 8, 16, 17, 64, 70):
+            x, y = (Jagged.from_lengths(torch.randn(t, n, dtype=dtype), lengths).requires_grad_() for _ in range(2))
+            ops.jagged_softmax(x).values.sum().backward()
+            for m in (1, 5, 16, 50):
+                query, bias = (torch.randn(s, *z, dtype=dtype).requires_grad_() for z in ((m, n), (longest, m)))
+                ops.jagged_dense_attention(query, x, y, bias).sum().backward()
+print(sum("ops/cpp" in x for x in common.build._state.loaded))
 """
 
 
@@ -74,3 +91,10 @@ def test_nothing_is_read_or_written_out_of_bounds(name: str, tmp_path: Path) -> 
     done = _sanitized(f"import cpp_cases\nprint(cpp_cases.run_all(({name!r},)))", tmp_path)
     assert done.returncode == 0, done.stderr[-4000:]
     assert int(done.stdout.split()[-1]) > 0
+
+
+@pytest.mark.slow
+def test_ops_read_and_write_nothing_out_of_bounds(tmp_path: Path) -> None:
+    done = _sanitized(OPS, tmp_path)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert int(done.stdout.split()[-1]) == 8

@@ -15,8 +15,8 @@ import flexjag as fj
 from flexjag.backends import Backend
 from flexjag.backends.base import Promises
 from flexjag.backends.choose import BACKENDS, ELSEWHERE, ON_CUDA, refusal
-from flexjag.backends.cpp import build
 from flexjag.backends.cpp.rule import CPP
+from flexjag.kernels.cpp import build
 from flexjag.lowering.outline import with_tiles
 from flexjag.testing import assert_matches_reference
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flexjag.backends.cpp import build
 from flexjag.bench import main
 from flexjag.bench.arms.attention import LOOP, PADDED, SHARED
 from flexjag.bench.arms.cpu import CPP, IN_PYTHON, PLANNED, SEGMENTS, CpuBatch
@@ -15,6 +14,7 @@ from flexjag.bench.measuring.schedule import run_suite
 from flexjag.bench.suites.cpp import BIAS, COMPILATION, POINTS, WINDOW, CpuJob
 from flexjag.bench.suites.normalizers import HSTU, QUICK_SIZES
 from flexjag.bench.suites.registry import ArmResult, CaseResult, Options, find
+from flexjag.kernels.cpp import build
 
 QUICK = Options(quick=True, device="cpu", rounds=2, memory=False)
 needs_compiler = pytest.mark.skipif(build.refusal() is not None, reason=str(build.refusal()))

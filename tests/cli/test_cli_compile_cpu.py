@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from flexjag.__main__ import main
-from flexjag.backends.cpp import build
+from flexjag.kernels.cpp import build
 
 pytestmark = pytest.mark.skipif(build.refusal() is not None, reason=str(build.refusal()))
 BATCH = ["compile", "--target", "cpu", "--lengths", "40,0,9", "--heads", "2", "--dim", "16", "--dtype", "fp32"]

@@ -19,7 +19,7 @@ from torch import Tensor
 import flexjag
 from flexjag.printing import Cpp, Torch, Traced, emit_gradient, emit_mask, emit_score, emit_slopes
 
-HEADERS = Path(flexjag.__file__).parent / "backends" / "cpp" / "kernels"
+HEADERS = Path(flexjag.__file__).parent
 FLAGS = ("-std=c++17", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
 WARNINGS = ("-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-Wno-unused-parameter")
 REALS = {torch.float32: ("float", 16), torch.float64: ("double", 8)}

@@ -10,17 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexjag.backends.cpp.build import load
-from flexjag.backends.cpp.openmp import threads
 from flexjag.errors import LayoutError
-
-ELEMENTS = {
-    torch.float32: "float",
-    torch.float64: "double",
-    torch.bfloat16: "bfloat16",
-    torch.float16: "float16",
-}
-"""C++ types of q, k and v, by dtype."""
+from flexjag.kernels.cpp.build import load
+from flexjag.kernels.cpp.openmp import threads
+from flexjag.kernels.cpp.units import heading
 
 MOST_SPANS = 16
 """Spans of a query row, at most; as in ``kernels/call.h``."""
@@ -78,11 +71,9 @@ class Problem:
 
 def unit(source: str, dtype: torch.dtype, dim: int, value_dim: int) -> str:
     """The translation unit of printed functions for a dtype and the sizes D and E."""
-    real = "double" if dtype == torch.float64 else "float"
-    types = f"using real = {real};\nstruct float16;\nstruct bfloat16;\nusing element = {ELEMENTS[dtype]};\n"
     sizes = f"constexpr int D = {dim}, E = {value_dim};\n"
-    inside = f'namespace flexjag {{\n{types}{sizes}}}\n#include "call.h"\n\nnamespace flexjag {{\n{source}}}\n'
-    return f'#include <cstdint>\n{inside}\n#include "entry.h"\n'
+    call = f'#include "backends/cpp/kernels/call.h"\n\nnamespace flexjag {{\n{source}}}\n'
+    return f'{heading(dtype, sizes)}{call}\n#include "backends/cpp/kernels/entry.h"\n'
 
 
 def run(entry: str, problem: Problem, num_heads: tuple[int, int], tensors: dict[str, Tensor | None]) -> list[Tensor]:

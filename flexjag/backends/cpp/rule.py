@@ -9,8 +9,8 @@ import torch
 from flexjag import printing
 from flexjag.algebra.normalizers import Pointwise, StickBreaking
 from flexjag.backends.base import Backend, Case, Pair, Promises
-from flexjag.backends.cpp import build
 from flexjag.backends.cpp.cost import cost
+from flexjag.kernels.cpp import build
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 

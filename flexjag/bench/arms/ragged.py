@@ -24,6 +24,8 @@ from flexjag.ops.packed import offsets_of
 
 FLEXJAG = "flexjag"
 PADDED = "padding"
+PLAIN = "flexjag, plain torch"
+"""flexjag without the kernels in C++, as where there is no compiler."""
 SDPA = "padding, SDPA"
 FBGEMM = "FBGEMM"
 FAR = -1e9  # a score with weight 0; unlike -inf, a column of nothing else does not give NaN

@@ -17,7 +17,6 @@ from flexjag import caches
 from flexjag.algebra.scores import Alibi, RelativeBias, Score
 from flexjag.api.plan import Plan, plan
 from flexjag.backends import choose
-from flexjag.backends.cpp import build
 from flexjag.backends.cpp.library import unit
 from flexjag.backends.cpp.source import printed
 from flexjag.bench.arms.attention import LOOP, PADDED, SHARED
@@ -31,6 +30,7 @@ from flexjag.bench.suites.normalizers import FULL_SIZES as NORMALIZER_SIZES
 from flexjag.bench.suites.normalizers import QUICK_SIZES as QUICK_NORMALIZER_SIZES
 from flexjag.bench.suites.registry import Arm, ArmResult, Case, CaseResult, Figure, Options, SelfTimedCase, Tell, suite
 from flexjag.jagged import Jagged
+from flexjag.kernels.cpp import build
 
 MIXED, EQUAL, SHORT, LONG = "log-normal", "128 tokens each", "up to 64 tokens", "2,048 tokens each"
 WINDOW, BIAS = "window | prefix + ALiBi", "causal + trained relative bias"

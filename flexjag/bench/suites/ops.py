@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import os
 from collections.abc import Callable
 from functools import cache, cached_property, partial
 from typing import Any
@@ -11,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexjag.bench.arms.ragged import FBGEMM, FLEXJAG, OPS, PADDED, RaggedBatch, RaggedSizes
+from flexjag.bench.arms.ragged import FBGEMM, FLEXJAG, OPS, PADDED, PLAIN, RaggedBatch, RaggedSizes
 from flexjag.bench.measuring.measure import Results, ratio
 from flexjag.bench.measuring.padded import Expected
 from flexjag.bench.suites.registry import Arm, Case, CaseResult, Figure, Options, suite
+from flexjag.kernels.cpp import build
+from flexjag.ops.cpp.common import prepare
 
 FULL_SIZES = RaggedSizes(segments=256, longest=512, features=64, queries=8)
 QUICK_SIZES = RaggedSizes(segments=6, longest=24, features=16, queries=3)
@@ -23,6 +26,8 @@ GRID = [(s, n) for s in (0.1, 0.5, 0.95) for n in (128, 512, 2048, 8192)]
 
 GRID_SEGMENTS = 512
 ATTENTION = "jagged_dense_attention"
+COMPILED = ("jagged_softmax", ATTENTION)
+"""Ops with kernels in C++."""
 DIRECTIONS = ("forward", "forward + backward")
 
 Tensors = tuple[Tensor, ...]
@@ -39,7 +44,7 @@ class Job:
     """
 
     def __init__(self, name: str, sizes: RaggedSizes, backward: bool, options: Options) -> None:
-        self.op, self.backward, self.device = OPS[name], backward, options.device
+        self.name, self.op, self.backward, self.device = name, OPS[name], backward, options.device
         self.batch = RaggedBatch(sizes, options.device, options.seed)
         self.leaves = [x.requires_grad_(backward) for x in self.batch.operands(self.op)]
         self.memory = options.device == "cuda" or name == ATTENTION
@@ -48,6 +53,9 @@ class Job:
         """Arms: flexjag, padding, the op's further implementations, and FBGEMM if it has the op."""
         arms = [self._arm(FLEXJAG, self.op.flexjag), self._arm(PADDED, self.op.padded, self._padded_bytes())]
         arms += [self._arm(name, call, self._padded_bytes()) for name, call in self.op.more.items()]
+        if self.device == "cpu" and self.name in COMPILED and build.refusal() is None:
+            prepare(torch.float32)
+            arms.append(self._arm(PLAIN, self.op.flexjag))
         if self.op.fbgemm is not None:
             assert self.op.name_there is not None
             there, absent = find_fbgemm(self.op.name_there, self.device)
@@ -64,9 +72,21 @@ class Job:
     def _arm(self, name: str, run: Callable[..., Any], needs: int = 0, absent: str | None = None) -> Arm:
         def make() -> Callable[[], Tensors]:
             directions = self.directions
+            if name == PLAIN:
+                return lambda: self._plain(run, directions)
             return lambda: self._results(run, self.leaves, directions)
 
         return Arm(name, make, lambda got: self._expected.check(got), needs, absent, self.memory)
+
+    def _plain(self, run: Callable[..., Any], directions: Tensors) -> Tensors:
+        """The results without kernels in C++."""
+        before = os.environ.get(build.SWITCH)
+        os.environ[build.SWITCH] = "0"
+        try:
+            return self._results(run, self.leaves, directions)
+        finally:
+            del os.environ[build.SWITCH]
+            os.environ.update({} if before is None else {build.SWITCH: before})
 
     def _results(self, run: Callable[..., Any], leaves: list[Tensor], directions: Tensors) -> Tensors:
         """Run an implementation: its outputs and, with `backward`, the gradients of `leaves`."""
@@ -155,7 +175,15 @@ def _figures(options: Options, cases: list[CaseResult]) -> list[Figure]:
     logs = [math.log(x) for x in gains if x is not None]
     mean = math.exp(sum(logs) / len(logs)) if logs and len(logs) == len(gains) else None
     text = f"time of {PADDED} / {FLEXJAG}, geometric mean of all ops but the norms per token, both directions"
-    return [Figure(text, mean, "x", ">= 2" if promised else None), *figures, *_grid_figures(found, cases)]
+    found_figures = [*figures, *_compiled_figures(found, cases), *_grid_figures(found, cases)]
+    return [Figure(text, mean, "x", ">= 2" if promised else None), *found_figures]
+
+
+def _compiled_figures(found: Results, cases: list[CaseResult]) -> list[Figure]:
+    """What kernels in C++ gain."""
+    names = [case.name for case in cases if any(arm.name == PLAIN for arm in case.arms)]
+    times = [(name, ratio(found.seconds(name, PLAIN), found.seconds(name, FLEXJAG))) for name in names]
+    return [Figure(f"{name}: time of {PLAIN} / {FLEXJAG}", value, "x") for name, value in times]
 
 
 def _grid_figures(found: Results, cases: list[CaseResult]) -> list[Figure]:

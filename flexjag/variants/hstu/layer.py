@@ -215,7 +215,8 @@ class HSTULayer(nn.Module):
         values, keys = self.heads * self.value_dim, self.heads * self.dim
         uvqk = self.projection(self.input_norm(x.values))
         if self.silu == "uvqk":
-            uvqk = functional.silu(uvqk)
+            # In place where no gradient needs its argument: on a CPU, fresh memory of this size takes longer.
+            uvqk = functional.silu(uvqk, inplace=not torch.is_grad_enabled())
         u, *rest = uvqk.split([values, values, keys, keys], 1)
         if self.silu == "u":
             u = functional.silu(u)

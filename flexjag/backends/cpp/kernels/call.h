@@ -7,7 +7,7 @@
 #include <limits>
 #include <vector>
 
-#include "products.h"
+#include "kernels/cpp/products.h"
 
 namespace flexjag {
 

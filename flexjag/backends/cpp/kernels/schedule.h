@@ -1,6 +1,7 @@
 // Items of work, longest first, and the threads that claim them.
 #pragma once
 #include "call.h"
+#include "kernels/cpp/threads.h"
 
 namespace flexjag {
 
@@ -116,31 +117,6 @@ inline void fill_bins(int64_t most, Schedule& x) {
   }
   x.starts.push_back(n);
 }
-
-extern "C" void GOMP_parallel(void (*)(void*), void*, unsigned, unsigned);
-
-// Run work(thread) on each thread.
-template <class Work> void on_threads(int64_t threads, Work work) {
-  struct Shared {
-    Work* work;
-    int64_t next;
-  } shared{&work, 0};
-  const auto body = [](void* at) {
-    Shared* s = (Shared*)at;
-    (*s->work)(__atomic_fetch_add(&s->next, 1, __ATOMIC_RELAXED));
-  };
-  if (threads <= 1) body(&shared);
-  else GOMP_parallel(body, &shared, (unsigned)threads, 0);
-}
-
-// Memory that is aligned for vectors and released with its scope.
-template <class T> struct Room {
-  T* at;
-  explicit Room(int64_t count) : at((T*)aligned_alloc(64, (std::max<int64_t>(count, 1) * sizeof(T) + 63) / 64 * 64)) {}
-  ~Room() { free(at); }
-  Room(const Room&) = delete;
-  Room& operator=(const Room&) = delete;
-};
 
 // Rows that the next item will read, fetched into the cache while this one computes.
 struct Ahead {

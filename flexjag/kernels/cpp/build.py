@@ -1,7 +1,7 @@
 """The C++ compiler of this machine, and what it compiled: kept on disk, loaded once.
 
-A unit is the text of one file of C++17, which may include the headers of the folder ``kernels`` and the standard
-library. It is compiled for the CPU of this machine.
+A unit is the text of one file of C++17, which may include the package's headers and the standard library. It is
+compiled for the CPU of this machine.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flexjag import caches
-from flexjag.backends.cpp import openmp
 from flexjag.errors import BackendError, BuildError
+from flexjag.kernels.cpp import openmp
 
 SWITCH = "FLEXJAG_CPP"
-"""Environment variable that turns the backend off, if it is 0."""
+"""Environment variable that turns C++ kernels off, if it is 0."""
 
-HEADERS = Path(__file__).with_name("kernels")
-"""Folder of the headers that units include by ``#include "name.h"``."""
+HEADERS = Path(__file__).parents[2]
+"""Folder of the package. Units include its headers by their paths in it, such as ``#include "kernels/cpp/lanes.h"``."""
 
 FLAGS = (
     "-std=c++17",
@@ -231,9 +231,22 @@ def _identify(command: tuple[str, ...]) -> Compiler | str:
 def _key(compiler: Compiler, text: str) -> str:
     """Hash of everything that a library depends on."""
     found = hashlib.sha256(repr((compiler.version, compiler.macros, FLAGS, text)).encode())
-    for header in sorted(HEADERS.glob("*.h")):
-        found.update(repr((header.name, header.read_bytes())).encode())
+    for name, content in _included(text, HEADERS, {}).items():
+        found.update(repr((name, content)).encode())
     return found.hexdigest()
+
+
+def _included(text: str, folder: Path, found: dict[str, str]) -> dict[str, str]:
+    """The texts of the headers that a text in `folder` includes, and that those include, by their paths: `found`.
+
+    As compilers do, it looks in `folder` before it looks in :data:`HEADERS`.
+    """
+    for name in re.findall(r'^\s*#include "(.+)"', text, re.MULTILINE):
+        path = next((path for path in (folder / name, HEADERS / name) if path.is_file()), None)
+        if path is not None and (key := path.relative_to(HEADERS).as_posix()) not in found:
+            found[key] = path.read_text(encoding="utf-8")
+            _included(found[key], path.parent, found)
+    return found
 
 
 def _path(key: str) -> Path:
