@@ -1,6 +1,6 @@
 """flexjag: a compiler frontend on FlexAttention for jagged (variable-length, unpadded) batches."""
 
-from flexjag import errors, extend, nn, ops
+from flexjag import data, errors, extend, nn, ops
 from flexjag.algebra import positions
 from flexjag.algebra.masks import (
     Causal,
@@ -62,6 +62,7 @@ __all__ = [
     "Window",
     "attention",
     "compile_for",
+    "data",
     "errors",
     "extend",
     "merge",

@@ -98,6 +98,10 @@ class CacheError(FlexjagError, ValueError):
     """A setting of the caches on disk that makes no sense."""
 
 
+class DataError(FlexjagError, ValueError):
+    """Raised for samples or budgets that cannot be batched, and for a state of other data than it is loaded for."""
+
+
 class MissingExtraError(FlexjagError, ImportError):
     """A package that only a part of flexjag needs is not installed. The message names the extra that brings it."""
 

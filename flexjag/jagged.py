@@ -14,16 +14,17 @@ from torch.utils import _pytree as pytree
 from torch.utils.data._utils.collate import default_collate_fn_map
 
 from flexjag.arithmetic import Arithmetic
+from flexjag.conversions import cut_by_positions, join, join_batches, nest, remove_padding, select, unnest
 from flexjag.errors import LayoutError, SegmentError, ShapeError, explain_values, shown
+from flexjag.moving import Change, Movable
 from flexjag.offsets import (
-    can_look,
     check_ends,
     check_offsets,
+    check_same_layout,
     check_tensor,
-    listed,
+    index_tensor,
     mark_varying,
     offsets_from,
-    offsets_of,
     same_size,
     segment_ids,
 )
@@ -31,7 +32,7 @@ from flexjag.padding import pad, unpad
 
 
 @dataclass(frozen=True, eq=False)
-class Jagged(Arithmetic):
+class Jagged(Arithmetic, Movable):
     """A batch of S segments of different lengths, concatenated without padding.
 
     Segment s is ``values[offsets[s]:offsets[s+1]]``. An immutable pytree of two tensors, supported by
@@ -42,7 +43,8 @@ class Jagged(Arithmetic):
 
     Args:
         values: ``[T, ...]``, the tokens of all segments.
-        offsets: ``[S+1]`` int32 or int64 on the same device, 0 first, non-decreasing, T last.
+        offsets: ``[S+1]`` int32 or int64 on the same device, 0 first, non-decreasing, T last; other libraries'
+            ``cu_seqlens``. A NumPy array is copied.
 
     Raises:
         LayoutError: If `offsets` is not a 1-D integer tensor on the device of `values`.
@@ -60,6 +62,8 @@ class Jagged(Arithmetic):
     def __post_init__(self) -> None:
         values, offsets = self.values, self.offsets
         if not (isinstance(values, Tensor) and isinstance(offsets, Tensor)):
+            offsets = index_tensor(offsets)
+            object.__setattr__(self, "offsets", offsets)
             check_tensor(LayoutError, "values", values)
             check_tensor(LayoutError, "offsets", offsets)
         if values.layout != torch.strided or values.is_nested:
@@ -106,17 +110,7 @@ class Jagged(Arithmetic):
         Raises:
             ShapeError: If the tensors differ in anything but their first dimension.
         """
-        tensors = listed("tensors", tensors)
-        if not tensors:
-            return Jagged(torch.zeros(0), torch.zeros(1, dtype=torch.int64))
-        first = tensors[0]
-        for s, t in enumerate(tensors):
-            check_tensor(ShapeError, f"tensors[{s}]", t)
-            if t.ndim < 1 or t.shape[1:] != first.shape[1:] or t.dtype != first.dtype:
-                rule = "must agree with tensors[0] in dtype and in all dimensions but the first"
-                seen = {"first_shape": tuple(first.shape), "first_dtype": first.dtype}
-                raise ShapeError(explain_values(f"tensors[{s}]", rule, shape=tuple(t.shape), dtype=t.dtype, **seen))
-        return Jagged.from_lengths(torch.cat(tensors), [t.shape[0] for t in tensors])
+        return Jagged.from_lengths(*join(tensors))
 
     @staticmethod
     def concat(batches: Sequence[Jagged]) -> Jagged:
@@ -135,18 +129,7 @@ class Jagged(Arithmetic):
         >>> Jagged.concat([a, b]).lengths.tolist()
         [1, 2, 4]
         """
-        batches = listed("batches", batches)
-        if not batches:
-            raise LayoutError(explain_values("batches", "must hold at least one batch", batches=batches))
-        first = batches[0]
-        for i, x in enumerate(batches):
-            if not isinstance(x, Jagged):
-                raise ShapeError(explain_values(f"batches[{i}]", "must be a Jagged", type=type(x).__name__))
-            if x.values.shape[1:] != first.values.shape[1:] or x.dtype != first.dtype or x.device != first.device:
-                rule = "must agree with batches[0] in dtype, device and all dimensions but the first"
-                raise ShapeError(explain_values(f"batches[{i}]", rule, **{f"batches[{i}]": x, "batches[0]": first}))
-            check_ends(x.offsets, x.values.shape[0], f"batches[{i}].offsets")
-        return Jagged(torch.cat([x.values for x in batches]), offsets_of(torch.cat([x.lengths for x in batches])))
+        return Jagged(*join_batches(batches, Jagged))
 
     @staticmethod
     def from_padded(dense: Tensor, lengths: Tensor | Sequence[int], total: int | None = None) -> Jagged:
@@ -161,6 +144,61 @@ class Jagged(Arithmetic):
             LayoutError: If there are not S lengths, or one exceeds N (checked on a CPU).
         """
         return Jagged(*unpad(dense, lengths, total))
+
+    @staticmethod
+    def from_position_ids(values: Tensor, position_ids: Tensor) -> Jagged:
+        """Cut packed values where the positions inside their segments start again at 0.
+
+        Each 0 begins a segment, so that padding with position 0 becomes segments of one token. Segments without tokens
+        have no position and are lost. Reading where segments begin is a device sync.
+
+        Args:
+            values: ``[T, ...]``, or ``[B, N, ...]`` for rows of packed segments, as libraries for training have them.
+            position_ids: Integers ``[T]`` or ``[B, N]``; every row begins a segment.
+
+        Raises:
+            LayoutError: If the positions do not begin with 0, or neither count on by 1 nor start again at 0.
+
+        >>> Jagged.from_position_ids(torch.arange(5), torch.tensor([0, 1, 0, 1, 2])).lengths.tolist()
+        [2, 3]
+        """
+        return Jagged(*cut_by_positions(values, position_ids))
+
+    @staticmethod
+    def from_padding_mask(dense: Tensor, mask: Tensor, *, compact: bool = False) -> Jagged:
+        """Remove the padding of `dense` ``[S, N, ...]``, wherever it is: on the right, on the left, on both sides.
+
+        Args:
+            dense: ``[S, N, ...]``.
+            mask: ``[S, N]``, True or 1 for tokens, as an ``attention_mask``.
+            compact: Leave out padding between tokens, too, which changes the positions of those after it.
+
+        Raises:
+            LayoutError: If `mask` does not fit, has other entries than 0 and 1, or padding between tokens.
+
+        >>> mask = torch.tensor([[0, 1, 1], [1, 0, 0]])
+        >>> Jagged.from_padding_mask(torch.arange(6).view(2, 3), mask).to_list()
+        [tensor([1, 2]), tensor([3])]
+        """
+        return Jagged(*remove_padding(dense, mask, compact))
+
+    @staticmethod
+    def from_nested(nested: Tensor, *, compact: bool = False) -> Jagged:
+        """Take over the values and offsets of a NestedTensor, without a copy if its layout is jagged.
+
+        Args:
+            nested: ``[S, jagged, ...]``.
+            compact: Copy segments together that have other rows between or behind them, as those of ``narrow`` do.
+
+        Raises:
+            LayoutError: If there are such rows.
+            ShapeError: If it is no NestedTensor, or ragged in another dimension.
+        """
+        return Jagged(*unnest(nested, compact))
+
+    def to_nested(self) -> Tensor:
+        """A NestedTensor of the jagged layout that shares the values (one device sync)."""
+        return nest(self.values, self.offsets)
 
     @property
     def lengths(self) -> Tensor:
@@ -209,17 +247,9 @@ class Jagged(Arithmetic):
         flags |= {name: kwargs[name] for name in ("non_blocking", "copy") if name in kwargs}
         return Jagged(values, self.offsets.to(values.device, **flags))
 
-    def cpu(self) -> Jagged:
-        """Move the batch to the CPU."""
-        return self.to("cpu")
-
-    def cuda(self, device: torch.device | int | str | None = None, non_blocking: bool = False) -> Jagged:
-        """Move the batch to a GPU; arguments as for ``Tensor.cuda``."""
-        return self.to("cuda" if device is None else device, non_blocking=non_blocking)
-
-    def pin_memory(self) -> Jagged:
-        """Copy the batch to page-locked memory; called by a DataLoader with ``pin_memory=True``."""
-        return Jagged(self.values.pin_memory(), self.offsets.pin_memory())
+    def changed(self, change: Change) -> Jagged:
+        """The batch with `change` of values and offsets."""
+        return Jagged(change(self.values), change(self.offsets))
 
     def clone(self) -> Jagged:
         """Copy values and offsets; differentiable, as ``Tensor.clone``."""
@@ -262,14 +292,7 @@ class Jagged(Arithmetic):
         """
         check_ends(self.offsets, self.values.shape[0], spare=True)
         if isinstance(index, slice):
-            first, end, step = index.indices(self.num_segments)
-            if step != 1:
-                chosen = list(range(self.num_segments))[index]
-                parts = [self.values[:0], *map(self.__getitem__, chosen)]
-                return Jagged(torch.cat(parts), offsets_of(self.lengths[chosen]))
-            offsets = self.offsets[first : max(first, end) + 1]
-            low, high = torch.stack((offsets[0], offsets[-1])).tolist()
-            return Jagged(self.values[low:high], offsets - low)
+            return Jagged(*select(self.values, self.offsets, index))
         try:
             s = operator.index(index)
         except TypeError:
@@ -336,10 +359,6 @@ class Jagged(Arithmetic):
                 are truncated to N, as in FBGEMM's ``jagged_to_padded_dense``.
         """
         check_ends(self.offsets, self.values.shape[0], spare=True)
-        if max_length is None:
-            max_length = int(self.lengths.max()) if self.num_segments else 0
-        if max_length < 0:
-            raise ShapeError(explain_values("max_length", "must not be negative", max_length=max_length))
         return pad(self.values, self.offsets, max_length, fill)
 
     def __repr__(self) -> str:
@@ -356,27 +375,6 @@ class Jagged(Arithmetic):
             rule = "must be a Jagged or a number; use x.map(lambda v: ...) for tensors"
             raise ShapeError(explain_values("other", rule, shape=tuple(other.shape)))
         return self.with_values(fn(self.values, other))
-
-
-def check_same_layout(
-    a: Jagged, b: Jagged, name: str = "other", rule: str = "must have the same offsets for elementwise arithmetic"
-) -> None:
-    """Check that two batches have equal offsets: by identity, by shape, and on a CPU by content.
-
-    Raises:
-        LayoutError: If they differ. The message has `name`, `rule` and the first difference.
-    """
-    if a.offsets is b.offsets:
-        return
-    seen: dict[str, object] = {"left": a, "right": b}
-    if a.offsets.shape != b.offsets.shape or not same_size(a.values.shape[0], b.values.shape[0]):
-        raise LayoutError(explain_values(name, rule, **seen))
-    if can_look(a.offsets, b.offsets):
-        differs = (a.offsets != b.offsets).nonzero()
-        if differs.numel():
-            at = int(differs[0])
-            seen |= {f"left.offsets[{at}]": int(a.offsets[at]), f"right.offsets[{at}]": int(b.offsets[at])}
-            raise LayoutError(explain_values(name, rule, **seen))
 
 
 def _unflatten(children: Iterable[Any], _: Any) -> Jagged:

@@ -6,8 +6,9 @@ import itertools
 import operator
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -130,6 +131,44 @@ def segment_ids(offsets: Tensor, total: int) -> Tensor:
     return torch.searchsorted(offsets.contiguous(), token, right=True) - 1
 
 
+class HasOffsets(Protocol):
+    """Packed values with offsets: a Jagged, which this module is below of."""
+
+    @property
+    def values(self) -> Tensor:
+        """Packed rows."""
+        ...
+
+    @property
+    def offsets(self) -> Tensor:
+        """Their offsets."""
+        ...
+
+
+def check_same_layout(
+    a: HasOffsets,
+    b: HasOffsets,
+    name: str = "other",
+    rule: str = "must have the same offsets for elementwise arithmetic",
+) -> None:
+    """Check that two batches have equal offsets: by identity, by shape, and on a CPU by content.
+
+    Raises:
+        LayoutError: If they differ. The message has `name`, `rule` and the first difference.
+    """
+    if a.offsets is b.offsets:
+        return
+    seen: dict[str, object] = {"left": a, "right": b}
+    if a.offsets.shape != b.offsets.shape or not same_size(a.values.shape[0], b.values.shape[0]):
+        raise LayoutError(explain_values(name, rule, **seen))
+    if can_look(a.offsets, b.offsets):
+        differs = (a.offsets != b.offsets).nonzero()
+        if differs.numel():
+            at = int(differs[0])
+            seen |= {f"left.offsets[{at}]": int(a.offsets[at]), f"right.offsets[{at}]": int(b.offsets[at])}
+            raise LayoutError(explain_values(name, rule, **seen))
+
+
 def offsets_of(lengths: Tensor) -> Tensor:
     """Offsets ``[S+1]`` of lengths ``[S]``, in their dtype."""
     return torch.cat([lengths.new_zeros(1), lengths.cumsum(0, dtype=lengths.dtype)])
@@ -146,6 +185,19 @@ def offsets_from(lengths: Tensor | Sequence[int], device: torch.device) -> tuple
         return offsets, int(offsets[-1]) if can_look(offsets) else None
     ends = [0, *itertools.accumulate(_integers(lengths))]
     return torch.tensor(ends, dtype=torch.int64, device=device), ends[-1]
+
+
+def as_int(given: Any) -> Any:
+    """A NumPy integer as a Python int; anything else as it is, for a check that names it."""
+    return int(given) if isinstance(given, np.integer) else given
+
+
+def index_tensor(given: Any) -> Any:
+    """A NumPy array as a new tensor, integers of less than 64 bits other than int32 as int64; else as it is."""
+    if not isinstance(given, np.ndarray):
+        return given
+    narrow = given.dtype.kind in "iu" and given.dtype not in (np.int32, np.uint64)
+    return torch.tensor(given.astype(np.int64) if narrow else given)
 
 
 def lengths_tensor(lengths: Tensor | Sequence[int], device: torch.device) -> Tensor:

@@ -20,9 +20,23 @@ BITS = {
 """Dtypes that ``index_copy`` does not support, mapped to an integer dtype of the same size."""
 
 
-def pad(values: Tensor, offsets: Tensor, size: int, fill: float) -> Tensor:
-    """Pad ``[T, ...]`` with `fill` to ``[S, size, ...]``; longer segments are truncated."""
+def pad(values: Tensor, offsets: Tensor, size: int | None, fill: float) -> Tensor:
+    """Pad ``[T, ...]`` with `fill` to ``[S, size, ...]``; longer segments are truncated.
+
+    Args:
+        values: ``[T, ...]``.
+        offsets: ``[S+1]``.
+        size: Default: the longest segment, which costs a device sync.
+        fill: The padding value.
+
+    Raises:
+        ShapeError: If the size is negative.
+    """
     segments, total = offsets.shape[0] - 1, values.shape[0]
+    if size is None:
+        size = int(offsets.diff().max()) if segments else 0
+    if size < 0:
+        raise ShapeError(explain_values("max_length", "must not be negative", max_length=size))
     segment = segment_ids(offsets, total)
     pos = torch.arange(total, device=values.device) - offsets[segment]
     spare = segments * size  # one extra row past the end receives the truncated rows

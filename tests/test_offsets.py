@@ -125,7 +125,7 @@ REFUSED: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     ),
     "numpy's floats": (lambda: Jagged.from_lengths(V, np.ones(5)), LayoutError, "lengths: must be integers"),  # type: ignore[arg-type]
     "numpy values": (lambda: Jagged(V.numpy(), OFFSETS), LayoutError, "values: .*torch.from_numpy"),  # type: ignore[arg-type]
-    "numpy offsets": (lambda: Jagged(V, np.array([0, 5])), LayoutError, "offsets: .*torch.from_numpy"),  # type: ignore[arg-type]
+    "numpy's float offsets": (lambda: Jagged(V, np.array([0.0, 5.0])), LayoutError, "offsets: must be int32 or int64"),  # type: ignore[arg-type]
     "numpy and lengths": (lambda: Jagged.from_lengths(V.numpy(), [5]), ShapeError, "values: .*torch.from_numpy"),  # type: ignore[arg-type]
     "numpy in a list": (lambda: Jagged.from_list([V.numpy()]), ShapeError, r"tensors\[0\]: .*torch.from_numpy"),  # type: ignore[list-item]
     "numpy, padded": (lambda: Jagged.from_padded(V.numpy(), [1] * 5), ShapeError, "dense: .*torch.from_numpy"),  # type: ignore[arg-type]

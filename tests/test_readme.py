@@ -55,7 +55,14 @@ def test_the_example_of_the_cpu_page_runs_and_is_right() -> None:
     assert names["q"].values.grad is not None
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/design.md", "docs/cpu.md"])
+def test_the_examples_of_the_page_on_data_run() -> None:
+    names = run_page("docs/data.md")
+    assert names["loss"].isfinite()
+    assert names["embed"].weight.grad is not None
+    assert names["resumed"].epoch == names["state"]["epoch"]
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/design.md", "docs/cpu.md", "docs/data.md"])
 def test_relative_links_exist(page: str) -> None:
     path = ROOT / page
     links = re.findall(r"\]\((?!https?:)([^)#]+)", path.read_text(encoding="utf-8"))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
-from typing import Any, ClassVar, Literal, TypeVar, dataclass_transform, get_args
+from typing import Any, ClassVar, Literal, Self, TypeVar, dataclass_transform, get_args
 
 import torch
 from torch import Tensor
 
 from flexjag.errors import NodeError, explain_values, shown
-from flexjag.offsets import mark_varying
+from flexjag.moving import Change, Movable
+from flexjag.offsets import as_int, index_tensor, mark_varying
 
 NodeType = TypeVar("NodeType", bound=type)
 NodeKind = TypeVar("NodeKind")
@@ -119,7 +120,7 @@ def field_names(value: Any) -> tuple[str, ...]:
     return tuple([f.name for f in fields(value)])  # a subclass without the decorator has its base's fields
 
 
-class Node:
+class Node(Movable):
     """Base class of mask, score and normalizer nodes: structural equality, hash, text and declarations.
 
     Attributes:
@@ -136,9 +137,24 @@ class Node:
     _axes: ClassVar[tuple[tuple[str, Axis | None, str | None], ...]] = ()
 
     def __post_init__(self) -> None:
-        """Tell TorchDynamo, if it is in use, which sizes of the node's tensors change from batch to batch."""
-        if not torch.compiler.is_compiling():
-            self.mark(declared=True)
+        """Take NumPy's integers and arrays for Python's and torch's, and tell TorchDynamo which sizes will change."""
+        if torch.compiler.is_compiling():
+            return
+        for name, _, _ in self._axes:
+            value = getattr(self, name)
+            own = index_tensor(as_int(value))
+            if own is not value:
+                object.__setattr__(self, name, own)
+        self.mark(declared=True)
+
+    def changed(self, change: Change) -> Self:
+        """The node with `change` of every tensor in it, in its nodes and in what its functions close over.
+
+        A tensor that learns is no parameter any more where it is moved; gradients flow back to the one here.
+        """
+        from flexjag.algebra.user_functions import frozen  # which knows nodes by their classes
+
+        return frozen(self, change)
 
     def mark(self, *, declared: bool) -> None:
         """Mark the last dimension of tensors along :data:`BATCH` as dynamic, but of pairs that all segments share.

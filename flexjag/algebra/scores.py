@@ -15,7 +15,7 @@ from torch import Tensor
 from flexjag.algebra.node import Align, Node, along, check_align, check_tensor, node
 from flexjag.algebra.tree import head_counts, held_tensors, walk
 from flexjag.errors import ScoreError, explain_values
-from flexjag.offsets import can_look
+from flexjag.offsets import as_int, can_look
 
 ScoreFunction = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -84,6 +84,7 @@ class Alibi(Score):
     @staticmethod
     def from_heads(num_heads: int, device: torch.device | str | None = None) -> Alibi:
         """The paper's geometric slopes ``2**(-8 (h + 1) / H)``."""
+        num_heads = as_int(num_heads)
         if not isinstance(num_heads, int) or num_heads < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
             raise ScoreError(explain_values("num_heads", "must be an int of at least 1", num_heads=num_heads))
         exponent = torch.arange(1, num_heads + 1, dtype=torch.float32, device=device) * (-8.0 / num_heads)

@@ -21,10 +21,10 @@ from flexjag.backends.base import Backend, Case, Pair
 from flexjag.backends.choose import BACKENDS, pick
 from flexjag.differentiation import needs_plain_operations
 from flexjag.errors import BuildError, PlanError, ShapeError, assert_on_device, explain_values
-from flexjag.jagged import Jagged, check_same_layout
+from flexjag.jagged import Jagged
 from flexjag.lowering.outline import Bounds, outline, with_tiles
 from flexjag.lowering.recipe import Recipe
-from flexjag.offsets import check_computable, is_empty, same_size
+from flexjag.offsets import check_computable, check_same_layout, is_empty, same_size
 from flexjag.upstream import holds_no_numbers
 
 

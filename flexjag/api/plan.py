@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from flexjag.algebra import masks as m
 from flexjag.algebra import scores as s
@@ -14,8 +14,11 @@ from flexjag.backends.base import Case
 from flexjag.backends.choose import BACKENDS, choose, pick
 from flexjag.errors import BackendError, explain_values
 from flexjag.jagged import Jagged
+from flexjag.lowering.moving import moved
 from flexjag.lowering.outline import Bounds, mark_sizes, outline, with_tiles
 from flexjag.lowering.recipe import Recipe
+from flexjag.moving import Change, Movable
+from flexjag.offsets import as_int
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,7 +29,7 @@ __all__ = ["Plan", "plan"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Plan(Recipe):
+class Plan(Recipe, Movable):
     """A recipe that can explain and draw itself. Made by :func:`plan`; its attributes are :class:`Recipe`'s."""
 
     @property
@@ -80,6 +83,16 @@ class Plan(Recipe):
             PlanError: If the plan has no such head.
         """
         return viz.draw_plan(self, head)
+
+    def changed(self, change: Change) -> Self:
+        """The plan with `change` of every tensor, as its methods ``to``, ``cpu``, ``cuda`` and ``pin_memory`` make it.
+
+        >>> import torch
+        >>> p = plan(Jagged.from_lengths(torch.zeros(6, 2, 16), [2, 4]), mask=m.Causal())
+        >>> p.to("meta").layout.device
+        device(type='meta')
+        """
+        return moved(self, change)
 
     def _repr_html_(self) -> str:
         return viz.to_html(self)
@@ -136,7 +149,8 @@ def plan(
     >>> p.num_tiles, p.num_full, p.grid
     (20, 4, (8, 8))
     """
-    made = outline(Plan, q, k, mask, score, normalizer, Bounds(block_size, max_tokens, max_length, validate))
+    bounds = Bounds(as_int(block_size), as_int(max_tokens), as_int(max_length), validate)
+    made = outline(Plan, q, k, mask, score, normalizer, bounds)
     if refine_tiles is not None or _needs_tiles(made):
         return with_tiles(made, refine_tiles)
     mark_sizes(made)

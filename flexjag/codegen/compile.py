@@ -23,8 +23,9 @@ from flexjag.codegen.report import Listing
 from flexjag.codegen.targets import Target, get_target
 from flexjag.codegen.worker import TIMEOUT_S, Worker, call
 from flexjag.errors import BackendError, CodegenError, ShapeError, TargetError, explain_values
-from flexjag.jagged import Jagged, mark_varying
+from flexjag.jagged import Jagged
 from flexjag.lowering.outline import for_gpu, mark_sizes
+from flexjag.offsets import mark_varying
 
 TESTED_TORCH = ("2.11", "2.12", "2.13", "2.14")
 """PyTorch releases with whose internals the worker was tested."""

@@ -15,7 +15,7 @@ from flexjag.algebra import tree
 from flexjag.algebra import user_functions as functions
 from flexjag.algebra.normalizers import Normalizer, Softmax
 from flexjag.errors import MaskError, PlanError, assert_on_device
-from flexjag.jagged import Jagged, mark_varying
+from flexjag.jagged import Jagged
 from flexjag.lowering import mods
 from flexjag.lowering.layout import Layout, blocks, build_layout
 from flexjag.lowering.recipe import (
@@ -30,6 +30,7 @@ from flexjag.lowering.recipe import (
 )
 from flexjag.lowering.spans import Sandwich, Spans, sandwich
 from flexjag.lowering.tiles import TileList, Tiles, build_tables, list_tiles, refine
+from flexjag.offsets import mark_varying
 from flexjag.upstream import holds_no_numbers
 
 R = TypeVar("R", bound=Recipe)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flexjag.errors import LayoutError, ShapeError, explain_values
 from flexjag.jagged import Jagged
-from flexjag.offsets import check_ends
+from flexjag.offsets import as_int, check_ends, index_tensor
 from flexjag.ops.checks import can_look, check_index, check_jagged, check_like, check_total
 from flexjag.ops.packed import FEW, cut, is_few, is_short, lengths_of, offsets_of, row_index, unknown_size, wide
 from flexjag.ops.register import define
@@ -36,6 +36,7 @@ def jagged_index_select(x: Jagged, indices: Tensor, *, total: int | None = None)
     [tensor([3]), tensor([1, 2]), tensor([3])]
     """
     check_jagged(x, "x")
+    indices = index_tensor(indices)
     check_index(indices, "indices", x.device)
     check_total(total)
     check_ends(x.offsets, x.values.shape[0], "x.offsets", spare=True)
@@ -131,6 +132,7 @@ def jagged_split(
 
 def _piece(x: Jagged, name: str, given: Tensor | int, left: Tensor) -> Tensor:
     """Lengths ``[S]`` of one part, at most the remaining lengths `left`."""
+    given = index_tensor(as_int(given))
     if isinstance(given, int):
         if given < 0:
             raise LayoutError(explain_values(name, "must not be negative", **{name: given}))

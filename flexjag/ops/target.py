@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from flexjag.errors import LayoutError, ShapeError, explain_values
-from flexjag.jagged import Jagged, check_same_layout
+from flexjag.jagged import Jagged
+from flexjag.offsets import check_same_layout
 from flexjag.ops.checks import check_jagged, check_like, check_rows
 from flexjag.ops.matrices import matrix_softmax, outer, times_packed
 from flexjag.ops.packed import cut, lengths_of

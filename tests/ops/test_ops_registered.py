@@ -17,7 +17,7 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flexjag import Jagged, ops
-from flexjag.jagged import mark_varying
+from flexjag.offsets import mark_varying
 from flexjag.ops import bmm, elementwise, matrices, norm, packed, padding, segment, select, softmax, target
 from flexjag.ops.register import OPERATORS, Operator
 from flexjag.testing import assert_compiles

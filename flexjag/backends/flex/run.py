@@ -14,9 +14,9 @@ from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
 from flexjag.backends.flex import options as flex_options
 from flexjag.errors import BackendError
-from flexjag.jagged import mark_varying
 from flexjag.lowering.outline import mark_sizes
 from flexjag.lowering.recipe import Recipe
+from flexjag.offsets import mark_varying
 from flexjag.upstream import (
     ROWS,
     fence,

@@ -25,6 +25,7 @@ MODULES = (
     "energy",
     "paper",
     "step",
+    "data",
 )
 
 Tell = Callable[[str], None]

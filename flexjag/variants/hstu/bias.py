@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from flexjag.algebra.scores import RelativeBias, Score, TimeBias
 from flexjag.errors import LayoutError, ScoreError, explain_values
-from flexjag.jagged import Jagged, check_same_layout
+from flexjag.jagged import Jagged
+from flexjag.offsets import as_int, check_same_layout
 from flexjag.ops.checks import check_jagged
 from flexjag.ops.packed import wide
 
@@ -51,6 +52,7 @@ class HSTUBias(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        heads, max_distance, time_buckets = as_int(heads), as_int(max_distance), as_int(time_buckets)
         if max_distance is None and time_buckets is None:
             raise ScoreError(explain_values("max_distance, time_buckets", "at least one must be given"))
         for name, size in (("heads", heads), ("max_distance", max_distance), ("time_buckets", time_buckets)):

@@ -14,6 +14,7 @@ from flexjag.api.attention import attention
 from flexjag.api.plan import Plan
 from flexjag.errors import LayoutError, PlanError, ScoreError, ShapeError, explain_values
 from flexjag.jagged import Jagged
+from flexjag.offsets import as_int
 from flexjag.ops.select import jagged_concat
 from flexjag.variants.hstu.bias import HSTUBias
 from flexjag.variants.hstu.norm import HeadNorm, LayerNorm
@@ -98,6 +99,7 @@ class HSTULayer(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        width, heads, dim, value_dim = as_int(width), as_int(heads), as_int(dim), as_int(value_dim)
         value_dim = dim if value_dim is None else value_dim
         for name, size in (("width", width), ("heads", heads), ("dim", dim), ("value_dim", value_dim)):
             if not isinstance(size, int) or size < 1:

@@ -9,7 +9,7 @@ from flexjag.algebra.masks import Rows
 from flexjag.algebra.node import check_tensor
 from flexjag.errors import MaskError, explain_values
 from flexjag.jagged import Jagged
-from flexjag.offsets import segment_ids
+from flexjag.offsets import as_int, index_tensor, segment_ids
 from flexjag.upstream import holds_no_numbers
 
 
@@ -59,6 +59,8 @@ def hstu_mask(
             [1, 1, 1, 1, 1]], dtype=torch.int32)
     """
     k = q if k is None else k
+    contextual, targets = index_tensor(as_int(contextual)), index_tensor(targets)
+    target_group_size, max_attn_len, min_full = as_int(target_group_size), as_int(max_attn_len), as_int(min_full)
     _check(q, k, contextual, targets, target_group_size, max_attn_len, min_full)
     tokens = q.values.shape[0]
     segment = segment_ids(q.offsets, tokens)
