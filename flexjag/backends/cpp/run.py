@@ -10,6 +10,7 @@ from flexjag.backends.cpp.operator import attend
 from flexjag.backends.cpp.source import printed
 from flexjag.backends.normalized.pieces import own_key
 from flexjag.backends.normalized.run import own_values, scaled
+from flexjag.backends.printed import savable
 from flexjag.lowering.recipe import Recipe
 from flexjag.lowering.spans import Spans, intersect
 from flexjag.lowering.tiles import spans_of_tiles
@@ -38,8 +39,8 @@ def run(q: Tensor, k: Tensor, v: Tensor, recipe: Recipe, scale: float, need_rest
     text, layout = printed(recipe, acc), recipe.layout
     spans = [x for one in spans_of(recipe) for x in (one.lo, one.hi)]
     offsets = [layout.q_offsets, layout.kv_offsets]
-    captures, offsets, spans = (_savable(x) for x in (text.captures, offsets, spans))
-    mask_of = None if recipe.head_of is None else _savable([recipe.head_of])[0]
+    captures, offsets, spans = (savable(x) for x in (text.captures, offsets, spans))
+    mask_of = None if recipe.head_of is None else savable([recipe.head_of])[0]
     out, rest = attend(
         q, k, v, captures, text.learned, text.numbers, text.source, offsets, spans, mask_of, scale, factor
     )
@@ -49,13 +50,6 @@ def run(q: Tensor, k: Tensor, v: Tensor, recipe: Recipe, scale: float, need_rest
     elif remainder:
         out = out + rest[..., None] * own_values(v, q.shape[1], layout)
     return out.to(dtype), rest
-
-
-def _savable(tensors: list[Tensor]) -> list[Tensor]:
-    """The tensors, as copies if they were made in inference mode: autograd saves none of those."""
-    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
-        return tensors
-    return [x.clone() if x.is_inference() else x for x in tensors]
 
 
 def spans_of(recipe: Recipe) -> list[Spans]:

@@ -13,13 +13,13 @@ from flexjag import printing
 from flexjag.algebra import masks as m
 from flexjag.algebra import scores as s
 from flexjag.algebra.node import Node
-from flexjag.algebra.normalizers import GELU, Identity, Pointwise, Sigmoid, SiLU, StickBreaking
+from flexjag.algebra.normalizers import GELU, Identity, Sigmoid, SiLU, Softmax, StickBreaking
 from flexjag.algebra.tree import walk
 from flexjag.backends.base import Backend, Case, Pair, Promises
 from flexjag.kernels.launch import DTYPES, HAS_TRITON
 from flexjag.lowering import mods
 
-KERNELS = (SiLU, GELU, Identity, Sigmoid, StickBreaking)
+KERNELS = (Softmax, SiLU, GELU, Identity, Sigmoid, StickBreaking)
 """The normalizers with kernels."""
 
 WIDEST = 256  # features that a program keeps of a token
@@ -73,13 +73,11 @@ def _source(recipe: Any) -> str:
 
 TRITON = Backend(
     name="triton",
-    title="own kernels for normalizers that are no softmax, CUDA",
+    title="own kernels in Triton, CUDA",
     takes="any mask and score it can print (users' functions: not while tracing)",
     run=_run,
     refuse=refuse,
-    promises=Promises(
-        normalizers=(Pointwise, StickBreaking), lse="nowhere", contains_nan=True, deterministic="everywhere"
-    ),
+    promises=Promises(contains_nan=True, deterministic="everywhere"),
     needs_tiles=True,
     source=_source,
 )

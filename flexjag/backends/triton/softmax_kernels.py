@@ -1,0 +1,196 @@
+"""Softmax attention with Triton: tiles of queries that begin where their segment begins, and the forward kernel.
+
+An item is a run of up to TOKENS query tokens of one segment. A program has the rows of one item: PACK query heads that
+share a key head, for each token. A row's spans say which keys it may attend; for each span index a program goes from
+the first to the last key that any of its rows may attend, in steps that begin at the first one. Steps of keys that all
+rows attend are not tested, and have WIDE keys; the others have STEP keys, and every score of theirs is tested.
+
+A pair of a row and a key is visited once for each span index whose range holds the key, and is allowed in one of them:
+a row's spans are disjoint. No program reads a token of another segment, so NaN and inf stay where they are, and a
+segment's result does not depend on the others, to the last bit.
+"""
+
+from __future__ import annotations
+
+import triton.language as tl
+
+from flexjag.kernels.math import jit
+
+VARYING = ["num_items", "num_q", "num_kv", "numbers"]
+"""Arguments that vary from batch to batch, which Triton must not specialize on 1 or on divisibility by 16."""
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LOG_2 = tl.constexpr(0.6931471805599453)
+LARGEST = tl.constexpr(2**31 - 1)
+
+
+@jit
+def load_rows(x, offset, inside, SIZE: tl.constexpr, BLOCK: tl.constexpr, CHECKED: tl.constexpr):
+    """Load rows of SIZE features that begin at 64-bit offsets; zeros for rows not `inside`, if CHECKED."""
+    column = tl.arange(0, BLOCK)
+    place = x + offset[:, None] + column[None, :]
+    if CHECKED:
+        rows = tl.load(place, mask=inside[:, None] & (column < SIZE)[None, :], other=0.0)
+    elif BLOCK == SIZE:
+        rows = tl.load(place)
+    else:
+        rows = tl.load(place, mask=(column < SIZE)[None, :], other=0.0)
+    return rows
+
+
+@jit
+def store_rows(x, rows, offset, inside, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """Store the rows that are `inside`; the reverse of `load_rows`."""
+    column = tl.arange(0, BLOCK)
+    place = x + offset[:, None] + column[None, :]
+    tl.store(place, rows.to(x.dtype.element_ty), mask=inside[:, None] & (column < SIZE)[None, :])
+
+
+@jit
+def offsets_of(i, h, step, head_step):
+    """Offsets of rows of tokens `i` and heads `h`, in 64 bits."""
+    return i.to(tl.int64) * step + h.to(tl.int64) * head_step
+
+
+@jit
+def mask_at(spans, mask_of, head, num_q, SPANS: tl.constexpr, KINDS: tl.constexpr, MASKS: tl.constexpr):
+    """Where the spans of a head's mask begin."""
+    if MASKS:
+        spans += tl.load(mask_of + head).to(tl.int64) * (KINDS * SPANS) * num_q
+    return spans
+
+
+@jit
+def span_of(spans, span, i, inside, num_q, SPANS: tl.constexpr, KINDS: tl.constexpr):
+    """The outer and the inner bounds of rows: ``lo``, ``hi``, and those between which every key is allowed."""
+    at = spans + num_q.to(tl.int64) * span + i
+    size = num_q.to(tl.int64) * SPANS
+    lo = tl.load(at, mask=inside, other=0)
+    hi = tl.load(at + size, mask=inside, other=0)
+    sure_lo, sure_hi = lo, hi
+    if KINDS == 4:
+        sure_lo = tl.maximum(lo, tl.load(at + 2 * size, mask=inside, other=0))
+        sure_hi = tl.minimum(hi, tl.load(at + 3 * size, mask=inside, other=0))
+    return lo, hi, sure_lo, sure_hi
+
+
+@jit
+def steps_in(start, stop, sure_start, sure_stop, STEP: tl.constexpr, WIDE: tl.constexpr):
+    """The steps over ``[start, stop)``, of which ``[sure_start, sure_stop)`` needs no tests.
+
+    Returns:
+        The numbers of tested steps before and after the others, where the others start and end, and their number.
+    """
+    sure_start = tl.minimum(tl.maximum(sure_start, start), stop)
+    before = (sure_start - start + STEP - 1) // STEP
+    begin = start + before * STEP
+    many = tl.maximum(tl.minimum(sure_stop, stop) - begin, 0) // WIDE
+    end = begin + many * WIDE
+    after = tl.maximum(stop - end + STEP - 1, 0) // STEP
+    return before, after, begin, end, many
+
+
+@jit
+def scores_of(
+    product, h, i, j, num_q, num_kv, captures, numbers, scale, SCORE: tl.constexpr, SCORED: tl.constexpr
+):  # fmt: skip
+    """The score to base 2 of ``q·k``, and ``q·k`` times `scale` if there is a score function."""
+    raw = product
+    if SCORED:
+        raw = product * scale
+        i, j = tl.minimum(i, num_q - 1), tl.minimum(j, num_kv - 1)
+        s = SCORE(raw, h, i, j, captures, numbers) * LOG2_E
+    else:
+        s = product * (scale * LOG2_E)
+    return s, raw
+
+
+@jit
+def allowed_in(
+    lo, hi, h, i, j, num_q, num_kv, captures, numbers, MASK: tl.constexpr, KINDS: tl.constexpr
+):  # fmt: skip
+    """The mask of some rows and keys, in the rows' spans."""
+    allowed = (j >= lo) & (j < hi)
+    if KINDS == 4:
+        allowed = allowed & MASK(h, tl.minimum(i, num_q - 1), tl.minimum(j, num_kv - 1), captures, numbers)
+    return allowed
+
+
+@jit
+def attend(
+    top, total, out, x, h, i, lo, hi, j, stop, k, v, k_t, v_t, num_q, num_kv, captures, numbers, scale,
+    MASK: tl.constexpr, SCORE: tl.constexpr, SCORED: tl.constexpr, KINDS: tl.constexpr, D: tl.constexpr,
+    E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr, CHECKED: tl.constexpr,
+):  # fmt: skip
+    """One step of the online softmax: the running maximum, sum of weights and weighted sum of values."""
+    wide = j.to(tl.int64)
+    y = load_rows(k, wide * k_t, j < stop, D, BLOCK_D, CHECKED)
+    product = tl.dot(x, tl.trans(y), input_precision=PRECISION)
+    s, _ = scores_of(product, h, i, j[None, :], num_q, num_kv, captures, numbers, scale, SCORE, SCORED)
+    if CHECKED:
+        allowed = allowed_in(
+            lo[:, None], hi[:, None], h, i, j[None, :], num_q, num_kv, captures, numbers, MASK, KINDS
+        )  # fmt: skip
+        s = tl.where(allowed, s, float("-inf"))
+    new = tl.maximum(top, tl.max(s, 1))
+    base = tl.where(new == float("-inf"), 0.0, new)
+    w = tl.exp2(s - base[:, None])
+    kept = tl.exp2(top - base)
+    z = load_rows(v, wide * v_t, j < stop, E, BLOCK_E, CHECKED)
+    out = tl.dot(w.to(z.dtype), z, out * kept[:, None], input_precision=PRECISION)
+    return new, total * kept + tl.sum(w, 1), out
+
+
+@jit(do_not_specialize=VARYING)
+def softmax_forward(
+    q, k, v, out, lse, spans, mask_of, items, captures, numbers, scale, num_items, num_q, num_kv, heads,
+    q_t, q_h, k_t, k_h, v_t, v_h, out_t, out_h, MASK: tl.constexpr, SCORE: tl.constexpr, SCORED: tl.constexpr,
+    MASKS: tl.constexpr, SPANS: tl.constexpr, KINDS: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr,
+    D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, ROWS: tl.constexpr,
+    STEP: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Forward kernel: the output and the log-sum-exp of an item's rows."""
+    item = tl.program_id(0)
+    first = tl.load(items + item)
+    end = tl.load(items + num_items + item)
+    if first < end:
+        head = tl.program_id(1) * PACK
+        row = tl.arange(0, ROWS)
+        i = first + row // PACK
+        h = head + row % PACK
+        inside = i < end
+        group = (head // GROUP).to(tl.int64)
+        k += group * k_h
+        v += group * v_h
+        spans = mask_at(spans, mask_of, head, num_q, SPANS, KINDS, MASKS)
+        x = load_rows(q, offsets_of(i, h, q_t, q_h), inside, D, BLOCK_D, True)
+        if PACK == 1:
+            of_mods = head
+        else:
+            of_mods = h[:, None]
+        top = tl.full((ROWS,), float("-inf"), tl.float32)
+        total = tl.zeros((ROWS,), tl.float32)
+        value = tl.zeros((ROWS, BLOCK_E), tl.float32)
+        for span in range(SPANS):
+            lo, hi, sure_lo, sure_hi = span_of(spans, span, i, inside, num_q, SPANS, KINDS)
+            stop = tl.max(tl.where(hi > lo, hi, 0), 0)
+            start = tl.minimum(tl.min(tl.where(hi > lo, lo, LARGEST), 0), stop)
+            sure_stop = tl.min(tl.where(inside, sure_hi, LARGEST), 0)
+            before, after, begin, past, many = steps_in(start, stop, tl.max(sure_lo, 0), sure_stop, STEP, WIDE)
+            for turn in range(before + after):
+                at = tl.where(turn < before, start + turn * STEP, past + (turn - before) * STEP)
+                top, total, value = attend(
+                    top, total, value, x, of_mods, i[:, None], lo, hi, at + tl.arange(0, STEP), stop, k, v, k_t, v_t,
+                    num_q, num_kv, captures, numbers, scale, MASK, SCORE, SCORED, KINDS, D, E, BLOCK_D, BLOCK_E,
+                    PRECISION, True,
+                )  # fmt: skip
+            for turn in range(many):
+                top, total, value = attend(
+                    top, total, value, x, of_mods, i[:, None], lo, hi, begin + turn * WIDE + tl.arange(0, WIDE), stop,
+                    k, v, k_t, v_t, num_q, num_kv, captures, numbers, scale, MASK, SCORE, SCORED, KINDS, D, E,
+                    BLOCK_D, BLOCK_E, PRECISION, False,
+                )  # fmt: skip
+        value = value / tl.where(total == 0.0, 1.0, total)[:, None]
+        store_rows(out, value, offsets_of(i, h, out_t, out_h), inside, E, BLOCK_E)
+        log = tl.where(total == 0.0, float("-inf"), top * LOG_2 + tl.log(total))
+        tl.store(lse + i.to(tl.int64) * heads + h, log, mask=inside)
