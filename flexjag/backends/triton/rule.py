@@ -16,6 +16,7 @@ from flexjag.algebra.node import Node
 from flexjag.algebra.normalizers import GELU, Identity, Sigmoid, SiLU, Softmax, StickBreaking
 from flexjag.algebra.tree import walk
 from flexjag.backends.base import Backend, Case, Pair, Promises
+from flexjag.backends.triton.cost import wasteful
 from flexjag.kernels.launch import DTYPES, HAS_TRITON
 from flexjag.lowering import mods
 
@@ -79,5 +80,6 @@ TRITON = Backend(
     refuse=refuse,
     promises=Promises(contains_nan=True, deterministic="everywhere"),
     needs_tiles=True,
+    wasteful=wasteful,
     source=_source,
 )

@@ -190,7 +190,7 @@ def softmax_forward(
                     k, v, k_t, v_t, num_q, num_kv, captures, numbers, scale, MASK, SCORE, SCORED, KINDS, D, E,
                     BLOCK_D, BLOCK_E, PRECISION, False,
                 )  # fmt: skip
-        value = value / tl.where(total == 0.0, 1.0, total)[:, None]
-        store_rows(out, value, offsets_of(i, h, out_t, out_h), inside, E, BLOCK_E)
-        log = tl.where(total == 0.0, float("-inf"), top * LOG_2 + tl.log(total))
+        some = tl.where(total == 0.0, 1.0, total)
+        store_rows(out, value / some[:, None], offsets_of(i, h, out_t, out_h), inside, E, BLOCK_E)
+        log = tl.where(total == 0.0, float("-inf"), top * LOG_2 + tl.log(some))
         tl.store(lse + i.to(tl.int64) * heads + h, log, mask=inside)
