@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from flexjag import printing
@@ -15,7 +16,7 @@ from flexjag.algebra import scores as s
 from flexjag.algebra.node import Node
 from flexjag.algebra.normalizers import GELU, Identity, Sigmoid, SiLU, Softmax, StickBreaking
 from flexjag.algebra.tree import walk
-from flexjag.backends.base import Backend, Case, Pair, Promises
+from flexjag.backends.base import ASSUMED_DIMS, Backend, Case, Pair, Promises
 from flexjag.backends.triton.cost import wasteful
 from flexjag.kernels.launch import DTYPES, HAS_TRITON
 from flexjag.lowering import mods
@@ -72,6 +73,13 @@ def _source(recipe: Any) -> str:
     return kind_of(recipe).printed(recipe).source
 
 
+def _scores(recipe: Any, case: Case) -> float:
+    from flexjag.backends.triton.softmax_counts import computed_scores
+
+    dims, dtype = case.dims or ASSUMED_DIMS, case.dtype or torch.bfloat16
+    return computed_scores(recipe, dims, dtype if dtype in DTYPES else torch.bfloat16)
+
+
 TRITON = Backend(
     name="triton",
     title="own kernels in Triton, CUDA",
@@ -81,5 +89,6 @@ TRITON = Backend(
     promises=Promises(contains_nan=True, deterministic="everywhere"),
     needs_tiles=True,
     wasteful=wasteful,
+    scores=_scores,
     source=_source,
 )

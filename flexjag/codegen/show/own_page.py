@@ -43,6 +43,7 @@ class Listing:
 LISTINGS = {
     "ops": Listing("ragged operations", "flexjag.codegen.own.ops", (torch.float32, torch.bfloat16)),
     "normalizers": Listing("backend `triton`", "flexjag.codegen.own.attention", (torch.bfloat16,)),
+    "softmax": Listing("backend `triton`, softmax", "flexjag.codegen.own.softmax", (torch.bfloat16,)),
 }
 """Sections by their name on the command line and in the page's markers."""
 
