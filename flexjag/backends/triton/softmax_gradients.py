@@ -10,17 +10,23 @@ from __future__ import annotations
 import triton.language as tl
 
 from flexjag.backends.triton.softmax_kernels import (
-    LARGEST,
     LOG2_E,
     VARYING,
+    add_weighted,
     allowed_in,
+    along_keys,
+    along_rows,
+    keys_of,
     load_rows,
     mask_at,
     offsets_of,
+    products,
     scores_of,
     span_of,
     steps_in,
     store_rows,
+    unflipped,
+    zeros_of_rows,
 )
 from flexjag.kernels.math import jit
 
@@ -43,26 +49,21 @@ def score_gradient(
 def add_query_gradient(
     dq, x, g, h, i, base, delta, lo, hi, j, stop, k, v, k_t, v_t, num_q, num_kv, captures, numbers, scale,
     MASK: tl.constexpr, SCORE: tl.constexpr, DSCORE: tl.constexpr, SCORED: tl.constexpr, KINDS: tl.constexpr,
-    D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
-    CHECKED: tl.constexpr,
+    D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, FLIPPED: tl.constexpr,
+    PRECISION: tl.constexpr, CHECKED: tl.constexpr,
 ):  # fmt: skip
     """Add one step of keys to dQ, before the factor `scale`."""
-    wide = j.to(tl.int64)
+    wide, key = j.to(tl.int64), along_keys(j, FLIPPED)
     y = load_rows(k, wide * k_t, j < stop, D, BLOCK_D, CHECKED)
     z = load_rows(v, wide * v_t, j < stop, E, BLOCK_E, CHECKED)
-    product = tl.dot(x, tl.trans(y), input_precision=PRECISION)
-    s, raw = scores_of(product, h, i, j[None, :], num_q, num_kv, captures, numbers, scale, SCORE, SCORED)
-    w = tl.exp2(s - base[:, None])
-    dw = tl.dot(g, tl.trans(z), input_precision=PRECISION)
-    ds = score_gradient(
-        w, dw, delta[:, None], raw, h, i, j[None, :], num_q, num_kv, captures, numbers, DSCORE, SCORED
+    s, raw = scores_of(
+        products(x, y, FLIPPED, PRECISION), h, i, key, num_q, num_kv, captures, numbers, scale, SCORE, SCORED
     )  # fmt: skip
+    w, dw = tl.exp2(s - base), products(g, z, FLIPPED, PRECISION)
+    ds = score_gradient(w, dw, delta, raw, h, i, key, num_q, num_kv, captures, numbers, DSCORE, SCORED)
     if CHECKED:
-        allowed = allowed_in(
-            lo[:, None], hi[:, None], h, i, j[None, :], num_q, num_kv, captures, numbers, MASK, KINDS
-        )  # fmt: skip
-        ds = tl.where(allowed, ds, 0.0)
-    return tl.dot(ds.to(y.dtype), y, dq, input_precision=PRECISION)
+        ds = tl.where(allowed_in(lo, hi, h, i, key, num_q, num_kv, captures, numbers, MASK, KINDS), ds, 0.0)
+    return add_weighted(dq, ds, y, FLIPPED, PRECISION)
 
 
 @jit(do_not_specialize=VARYING)
@@ -72,7 +73,7 @@ def softmax_of_queries(
     SCORE: tl.constexpr, DSCORE: tl.constexpr, SCORED: tl.constexpr, MASKS: tl.constexpr, SPANS: tl.constexpr,
     KINDS: tl.constexpr, WITH_LSE: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr, D: tl.constexpr,
     E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
-    WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    WIDE: tl.constexpr, FLIPPED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Backward kernel: dQ of an item's rows, and `delta`, what each row's gradients of weights are compared with."""
     item = tl.program_id(0)
@@ -98,31 +99,30 @@ def softmax_of_queries(
         tl.store(delta + place, compared, mask=inside)
         base = tl.load(lse + place, mask=inside, other=0.0)
         base = tl.where(base == float("-inf"), 0.0, base) * LOG2_E
-        if PACK == 1:
-            of_mods = head
-        else:
-            of_mods = h[:, None]
-        dx = tl.zeros((ROWS, BLOCK_D), tl.float32)
+        query, of_mods = along_rows(i, FLIPPED), head
+        if PACK > 1:
+            of_mods = along_rows(h, FLIPPED)
+        base, compared = along_rows(base, FLIPPED), along_rows(compared, FLIPPED)
+        dx = zeros_of_rows(ROWS, BLOCK_D, FLIPPED)
         for span in range(SPANS):
-            lo, hi, sure_lo, sure_hi = span_of(spans, span, i, inside, num_q, SPANS, KINDS)
-            stop = tl.max(tl.where(hi > lo, hi, 0), 0)
-            start = tl.minimum(tl.min(tl.where(hi > lo, lo, LARGEST), 0), stop)
-            sure_stop = tl.min(tl.where(inside, sure_hi, LARGEST), 0)
-            before, after, begin, past, many = steps_in(start, stop, tl.max(sure_lo, 0), sure_stop, STEP, WIDE)
+            lo, hi, start, stop, sure_start, sure_stop = keys_of(spans, span, i, inside, num_q, SPANS, KINDS)
+            before, after, begin, past, many = steps_in(start, stop, sure_start, sure_stop, STEP, WIDE)
+            lo, hi = along_rows(lo, FLIPPED), along_rows(hi, FLIPPED)
             for turn in range(before + after):
                 at = tl.where(turn < before, start + turn * STEP, past + (turn - before) * STEP)
                 dx = add_query_gradient(
-                    dx, x, g, of_mods, i[:, None], base, compared, lo, hi, at + tl.arange(0, STEP), stop, k, v, k_t,
-                    v_t, num_q, num_kv, captures, numbers, scale, MASK, SCORE, DSCORE, SCORED, KINDS, D, E, BLOCK_D,
-                    BLOCK_E, PRECISION, True,
+                    dx, x, g, of_mods, query, base, compared, lo, hi, at + tl.arange(0, STEP), stop, k, v, k_t, v_t,
+                    num_q, num_kv, captures, numbers, scale, MASK, SCORE, DSCORE, SCORED, KINDS, D, E, BLOCK_D,
+                    BLOCK_E, FLIPPED, PRECISION, True,
                 )  # fmt: skip
             for turn in range(many):
                 dx = add_query_gradient(
-                    dx, x, g, of_mods, i[:, None], base, compared, lo, hi, begin + turn * WIDE + tl.arange(0, WIDE),
-                    stop, k, v, k_t, v_t, num_q, num_kv, captures, numbers, scale, MASK, SCORE, DSCORE, SCORED, KINDS,
-                    D, E, BLOCK_D, BLOCK_E, PRECISION, False,
+                    dx, x, g, of_mods, query, base, compared, lo, hi, begin + turn * WIDE + tl.arange(0, WIDE), stop,
+                    k, v, k_t, v_t, num_q, num_kv, captures, numbers, scale, MASK, SCORE, DSCORE, SCORED, KINDS, D, E,
+                    BLOCK_D, BLOCK_E, FLIPPED, PRECISION, False,
                 )  # fmt: skip
-        store_rows(dq, dx * scale, offsets_of(i, h, dq_t, dq_h), inside, D, BLOCK_D)
+        dx = unflipped(dx, FLIPPED) * scale
+        store_rows(dq, dx, offsets_of(i, h, dq_t, dq_h), inside, D, BLOCK_D)
 
 
 @jit
@@ -168,24 +168,20 @@ def add_key_gradients(
     base = tl.load(lse + place, mask=inside, other=0.0)
     base = tl.where(base == float("-inf"), 0.0, base) * LOG2_E
     compared = tl.load(delta + place, mask=inside, other=0.0)
-    if PACK == 1:
-        of_mods = head
-    else:
+    query, key, of_mods = i[None, :], j[:, None], head
+    if PACK > 1:
         of_mods = h[None, :]
-    product = tl.dot(y, tl.trans(x), input_precision=PRECISION)
     s, raw = scores_of(
-        product, of_mods, i[None, :], j[:, None], num_q, num_kv, captures, numbers, scale, SCORE, SCORED
+        products(x, y, True, PRECISION), of_mods, query, key, num_q, num_kv, captures, numbers, scale, SCORE, SCORED
     )  # fmt: skip
-    w = tl.exp2(s - base[None, :])
-    dw = tl.dot(z, tl.trans(g), input_precision=PRECISION)
+    w, dw = tl.exp2(s - base[None, :]), products(g, z, True, PRECISION)
     ds = score_gradient(
-        w, dw, compared[None, :], raw, of_mods, i[None, :], j[:, None], num_q, num_kv, captures, numbers, DSCORE,
-        SCORED,
+        w, dw, compared[None, :], raw, of_mods, query, key, num_q, num_kv, captures, numbers, DSCORE, SCORED
     )  # fmt: skip
     if CHECKED:
         lo, hi, _, _ = span_of(spans, span, i, inside, num_q, SPANS, KINDS)
         allowed = allowed_in(
-            lo[None, :], hi[None, :], of_mods, i[None, :], j[:, None], num_q, num_kv, captures, numbers, MASK, KINDS
+            lo[None, :], hi[None, :], of_mods, query, key, num_q, num_kv, captures, numbers, MASK, KINDS
         )  # fmt: skip
         w = tl.where(allowed, w, 0.0)
         ds = tl.where(allowed, ds, 0.0)

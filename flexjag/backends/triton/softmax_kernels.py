@@ -1,7 +1,8 @@
 """Softmax attention with Triton: tiles of queries that begin where their segment begins, and the forward kernel.
 
-An item is a run of up to TOKENS query tokens of one segment. A program has the rows of one item: PACK query heads that
-share a key head, for each token. A row's spans say which keys it may attend; for each span index a program goes from
+An item is a run of query tokens of one segment. A program has ROWS rows of one item: PACK query heads that share a key
+head, for each token. Tensor cores have tiles of at least 16 rows and 8 columns; with 8 rows a tile is FLIPPED: its
+scores are ``[keys, rows]``. A row's spans say which keys it may attend; for each span index a program goes from
 the first to the last key that any of its rows may attend, in steps that begin at the first one. Steps of keys that all
 rows attend are not tested, and have WIDE keys; the others have STEP keys, and every score of theirs is tested.
 
@@ -53,6 +54,64 @@ def offsets_of(i, h, step, head_step):
 
 
 @jit
+def along_rows(x, FLIPPED: tl.constexpr):
+    """Numbers of rows as a column of ``[rows, keys]`` or, if FLIPPED, a row of ``[keys, rows]``."""
+    if FLIPPED:
+        wide = x[None, :]
+    else:
+        wide = x[:, None]
+    return wide
+
+
+@jit
+def along_keys(x, FLIPPED: tl.constexpr):
+    """Numbers of keys as a row of ``[rows, keys]`` or, if FLIPPED, a column of ``[keys, rows]``."""
+    if FLIPPED:
+        wide = x[:, None]
+    else:
+        wide = x[None, :]
+    return wide
+
+
+@jit
+def products(x, y, FLIPPED: tl.constexpr, PRECISION: tl.constexpr):
+    """``x yᵀ`` of rows `x` and keys `y`, ``[rows, keys]``; its transpose if FLIPPED."""
+    if FLIPPED:
+        s = tl.dot(y, tl.trans(x), input_precision=PRECISION)
+    else:
+        s = tl.dot(x, tl.trans(y), input_precision=PRECISION)
+    return s
+
+
+@jit
+def add_weighted(total, w, z, FLIPPED: tl.constexpr, PRECISION: tl.constexpr):
+    """``total + w z`` of weights ``[rows, keys]``, ``[rows, features]``; transposed all but `z` if FLIPPED."""
+    if FLIPPED:
+        total = tl.dot(tl.trans(z), w.to(z.dtype), total, input_precision=PRECISION)
+    else:
+        total = tl.dot(w.to(z.dtype), z, total, input_precision=PRECISION)
+    return total
+
+
+@jit
+def zeros_of_rows(ROWS: tl.constexpr, BLOCK: tl.constexpr, FLIPPED: tl.constexpr):
+    """A sum to begin with for :func:`add_weighted`."""
+    if FLIPPED:
+        total = tl.zeros((BLOCK, ROWS), tl.float32)
+    else:
+        total = tl.zeros((ROWS, BLOCK), tl.float32)
+    return total
+
+
+@jit
+def unflipped(total, FLIPPED: tl.constexpr):
+    """A sum of :func:`add_weighted` as ``[rows, features]``."""
+    if FLIPPED:
+        total = tl.trans(total)
+    return total
+
+
+@jit
 def mask_at(spans, mask_of, head, num_q, SPANS: tl.constexpr, KINDS: tl.constexpr, MASKS: tl.constexpr):
     """Where the spans of a head's mask begin."""
     if MASKS:
@@ -72,6 +131,15 @@ def span_of(spans, span, i, inside, num_q, SPANS: tl.constexpr, KINDS: tl.conste
         sure_lo = tl.maximum(lo, tl.load(at + 2 * size, mask=inside, other=0))
         sure_hi = tl.minimum(hi, tl.load(at + 3 * size, mask=inside, other=0))
     return lo, hi, sure_lo, sure_hi
+
+
+@jit
+def keys_of(spans, span, i, inside, num_q, SPANS: tl.constexpr, KINDS: tl.constexpr):
+    """The bounds of rows, those of the keys that any of them may attend, and of those that all of them attend."""
+    lo, hi, sure_lo, sure_hi = span_of(spans, span, i, inside, num_q, SPANS, KINDS)
+    stop = tl.max(tl.where(hi > lo, hi, 0), 0)
+    start = tl.minimum(tl.min(tl.where(hi > lo, lo, LARGEST), 0), stop)
+    return lo, hi, start, stop, tl.max(sure_lo, 0), tl.min(tl.where(inside, sure_hi, LARGEST), 0)
 
 
 @jit
@@ -120,25 +188,25 @@ def allowed_in(
 def attend(
     top, total, out, x, h, i, lo, hi, j, stop, k, v, k_t, v_t, num_q, num_kv, captures, numbers, scale,
     MASK: tl.constexpr, SCORE: tl.constexpr, SCORED: tl.constexpr, KINDS: tl.constexpr, D: tl.constexpr,
-    E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr, CHECKED: tl.constexpr,
+    E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, FLIPPED: tl.constexpr, PRECISION: tl.constexpr,
+    CHECKED: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax: the running maximum, sum of weights and weighted sum of values."""
-    wide = j.to(tl.int64)
+    wide, key = j.to(tl.int64), along_keys(j, FLIPPED)
     y = load_rows(k, wide * k_t, j < stop, D, BLOCK_D, CHECKED)
-    product = tl.dot(x, tl.trans(y), input_precision=PRECISION)
-    s, _ = scores_of(product, h, i, j[None, :], num_q, num_kv, captures, numbers, scale, SCORE, SCORED)
+    s, _ = scores_of(
+        products(x, y, FLIPPED, PRECISION), h, i, key, num_q, num_kv, captures, numbers, scale, SCORE, SCORED
+    )  # fmt: skip
     if CHECKED:
-        allowed = allowed_in(
-            lo[:, None], hi[:, None], h, i, j[None, :], num_q, num_kv, captures, numbers, MASK, KINDS
-        )  # fmt: skip
+        allowed = allowed_in(lo, hi, h, i, key, num_q, num_kv, captures, numbers, MASK, KINDS)
         s = tl.where(allowed, s, float("-inf"))
-    new = tl.maximum(top, tl.max(s, 1))
+    new = tl.maximum(top, tl.max(s, 0 if FLIPPED else 1))
     base = tl.where(new == float("-inf"), 0.0, new)
-    w = tl.exp2(s - base[:, None])
+    w = tl.exp2(s - along_rows(base, FLIPPED))
     kept = tl.exp2(top - base)
     z = load_rows(v, wide * v_t, j < stop, E, BLOCK_E, CHECKED)
-    out = tl.dot(w.to(z.dtype), z, out * kept[:, None], input_precision=PRECISION)
-    return new, total * kept + tl.sum(w, 1), out
+    out = add_weighted(out * along_rows(kept, FLIPPED), w, z, FLIPPED, PRECISION)
+    return new, total * kept + tl.sum(w, 0 if FLIPPED else 1), out
 
 
 @jit(do_not_specialize=VARYING)
@@ -147,7 +215,7 @@ def softmax_forward(
     q_t, q_h, k_t, k_h, v_t, v_h, out_t, out_h, MASK: tl.constexpr, SCORE: tl.constexpr, SCORED: tl.constexpr,
     MASKS: tl.constexpr, SPANS: tl.constexpr, KINDS: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, ROWS: tl.constexpr,
-    STEP: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    STEP: tl.constexpr, WIDE: tl.constexpr, FLIPPED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Forward kernel: the output and the log-sum-exp of an item's rows."""
     item = tl.program_id(0)
@@ -164,33 +232,31 @@ def softmax_forward(
         v += group * v_h
         spans = mask_at(spans, mask_of, head, num_q, SPANS, KINDS, MASKS)
         x = load_rows(q, offsets_of(i, h, q_t, q_h), inside, D, BLOCK_D, True)
-        if PACK == 1:
-            of_mods = head
-        else:
-            of_mods = h[:, None]
+        query, of_mods = along_rows(i, FLIPPED), head
+        if PACK > 1:
+            of_mods = along_rows(h, FLIPPED)
         top = tl.full((ROWS,), float("-inf"), tl.float32)
         total = tl.zeros((ROWS,), tl.float32)
-        value = tl.zeros((ROWS, BLOCK_E), tl.float32)
+        value = zeros_of_rows(ROWS, BLOCK_E, FLIPPED)
         for span in range(SPANS):
-            lo, hi, sure_lo, sure_hi = span_of(spans, span, i, inside, num_q, SPANS, KINDS)
-            stop = tl.max(tl.where(hi > lo, hi, 0), 0)
-            start = tl.minimum(tl.min(tl.where(hi > lo, lo, LARGEST), 0), stop)
-            sure_stop = tl.min(tl.where(inside, sure_hi, LARGEST), 0)
-            before, after, begin, past, many = steps_in(start, stop, tl.max(sure_lo, 0), sure_stop, STEP, WIDE)
+            lo, hi, start, stop, sure_start, sure_stop = keys_of(spans, span, i, inside, num_q, SPANS, KINDS)
+            before, after, begin, past, many = steps_in(start, stop, sure_start, sure_stop, STEP, WIDE)
+            lo, hi = along_rows(lo, FLIPPED), along_rows(hi, FLIPPED)
             for turn in range(before + after):
                 at = tl.where(turn < before, start + turn * STEP, past + (turn - before) * STEP)
                 top, total, value = attend(
-                    top, total, value, x, of_mods, i[:, None], lo, hi, at + tl.arange(0, STEP), stop, k, v, k_t, v_t,
+                    top, total, value, x, of_mods, query, lo, hi, at + tl.arange(0, STEP), stop, k, v, k_t, v_t,
                     num_q, num_kv, captures, numbers, scale, MASK, SCORE, SCORED, KINDS, D, E, BLOCK_D, BLOCK_E,
-                    PRECISION, True,
+                    FLIPPED, PRECISION, True,
                 )  # fmt: skip
             for turn in range(many):
                 top, total, value = attend(
-                    top, total, value, x, of_mods, i[:, None], lo, hi, begin + turn * WIDE + tl.arange(0, WIDE), stop,
+                    top, total, value, x, of_mods, query, lo, hi, begin + turn * WIDE + tl.arange(0, WIDE), stop,
                     k, v, k_t, v_t, num_q, num_kv, captures, numbers, scale, MASK, SCORE, SCORED, KINDS, D, E,
-                    BLOCK_D, BLOCK_E, PRECISION, False,
+                    BLOCK_D, BLOCK_E, FLIPPED, PRECISION, False,
                 )  # fmt: skip
         some = tl.where(total == 0.0, 1.0, total)
-        store_rows(out, value / some[:, None], offsets_of(i, h, out_t, out_h), inside, E, BLOCK_E)
+        value = unflipped(value / along_rows(some, FLIPPED), FLIPPED)
+        store_rows(out, value, offsets_of(i, h, out_t, out_h), inside, E, BLOCK_E)
         log = tl.where(total == 0.0, float("-inf"), top * LOG_2 + tl.log(some))
         tl.store(lse + i.to(tl.int64) * heads + h, log, mask=inside)

@@ -15,7 +15,7 @@ from flexjag.backends.triton.softmax_kernels import softmax_forward
 from flexjag.kernels.launch import ALL_REGISTERS, launch, power_of_2, precision
 
 LEAST, MOST_PACKED = 16, 8
-"""The fewest rows of a tile, and the most heads of a token in one."""
+"""The fewest rows of a tile of tensor cores, of which the columns may be 8; and the most heads of a token in a tile."""
 
 
 class Tile(NamedTuple):
@@ -34,21 +34,49 @@ class Tile(NamedTuple):
     warps: int
 
 
-def tiles_of(kind: str, dtype: torch.dtype, width: int) -> list[Tile]:
-    """The tiles of a kernel, of ascending heights.
+_TILES: dict[tuple[bool, int], dict[str, list[Tile]]] = {
+    (True, 64): {
+        "forward": [Tile(8, 16, 16, 1), Tile(16, 16, 32, 1), Tile(32, 16, 32, 2), Tile(64, 32, 64, 4)],
+        "queries": [Tile(8, 16, 16, 1), Tile(16, 16, 16, 1), Tile(32, 16, 32, 2), Tile(64, 32, 32, 4)],
+        "keys": [Tile(16, 16, 16, 1), Tile(32, 16, 32, 2), Tile(64, 32, 32, 4)],
+    },
+    (True, 128): {
+        "forward": [Tile(8, 16, 16, 1), Tile(16, 16, 16, 1), Tile(32, 16, 32, 4), Tile(64, 32, 32, 4)],
+        "queries": [Tile(8, 16, 16, 1), Tile(16, 16, 16, 2), Tile(32, 16, 32, 4), Tile(64, 32, 32, 8)],
+        "keys": [Tile(16, 16, 16, 2), Tile(32, 16, 16, 4), Tile(64, 32, 32, 8)],
+    },
+    (True, 256): {
+        "forward": [Tile(8, 16, 16, 2), Tile(16, 16, 16, 4), Tile(32, 16, 16, 4)],
+        "queries": [Tile(8, 16, 16, 2), Tile(16, 16, 16, 4), Tile(32, 16, 16, 8)],
+        "keys": [Tile(16, 16, 16, 4), Tile(32, 16, 16, 8)],
+    },
+    (False, 64): dict.fromkeys(("forward", "queries", "keys"), [Tile(16, 16, 16, 4), Tile(32, 16, 16, 8)]),
+    (False, 128): dict.fromkeys(("forward", "queries", "keys"), [Tile(16, 16, 16, 8), Tile(32, 16, 16, 8)]),
+    (False, 256): dict.fromkeys(("forward", "queries", "keys"), [Tile(16, 16, 16, 8)]),
+}
+"""Tiles by whether tensor cores multiply the dtype, the larger of D and E, and the kernel: the largest tried with which
+registers do not run out on sm_80, sm_90, sm_100 and gfx942 up to 128 features. Exact products of float32 go through
+registers."""
+
+
+def tiles_of(kind: str, dtype: torch.dtype, width: int, is_heavy: bool = False) -> list[Tile]:
+    """The tiles of a kernel, of ascending heights; those of ``"forward"`` and ``"queries"`` have the same heights.
 
     Args:
         kind: ``"forward"``, ``"queries"`` or ``"keys"``.
         dtype: Of q, k and v.
         width: The larger of D and E.
+        is_heavy: A tensor is read for each query-key pair: narrower steps and more warps, but the same heights.
     """
-    if dtype == torch.float32:  # whose products go through registers, exactly
-        return [Tile(16, 16, 16, 4)] if width > 128 else [Tile(16, 16, 16, 2), Tile(32, 16, 16, 4)]
-    if width > 128:
-        return [Tile(16, 16, 16, 2), Tile(32, 16, 16, 4)]
-    if kind == "forward":
-        return [Tile(16, 16, 32, 1), Tile(32, 16, 32, 2), Tile(64, 32, 64, 4)]
-    return [Tile(16, 16, 16, 1), Tile(32, 16, 32, 2), Tile(64, 32, 32, 4)]
+    tiles = _TILES[has_cores(dtype), power_of_2(width, 64, 256)][kind]
+    if not is_heavy:
+        return tiles
+    return [Tile(x.rows, 16, 16, min(8, x.warps * (1 if x.rows < LEAST else 2))) for x in tiles]
+
+
+def has_cores(dtype: torch.dtype) -> bool:
+    """True if tensor cores multiply numbers of a dtype."""
+    return dtype != torch.float32
 
 
 def packed_heads(group: int, has_masks: bool) -> int:
@@ -100,9 +128,9 @@ class Call:
         given |= {"D": d, "E": e, "BLOCK_D": power_of_2(d, 16), "BLOCK_E": power_of_2(e, 16)}
         given["PRECISION"] = precision(q.dtype)
         programs = k.shape[1] if kind == "keys" else heads // pack
-        for tile, some in zip(tiles_of(kind, q.dtype, max(d, e)), items, strict=True):
+        for tile, some in zip(tiles_of(kind, q.dtype, max(d, e), functions.is_heavy), items, strict=True):
             given |= {"items": some, "num_items": some.shape[1], "ROWS": tile.rows, "STEP": tile.step}
-            given["WIDE"] = tile.wide
+            given |= {"WIDE": tile.wide, "FLIPPED": tile.rows < LEAST}
             chosen = {name: given[name] for name in kernel.arg_names}
             constants = {name: x for name, x in chosen.items() if name.isupper()}
             arguments = {name: x for name, x in chosen.items() if not name.isupper()}
