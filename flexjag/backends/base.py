@@ -202,7 +202,7 @@ class Backend:
         refuse: The rule: the reason why it cannot run a case that its promises cover, in one sentence, or None if it
             can. It reads structure and metadata only.
         promises: Its guarantees for the cases that it accepts.
-        needs_tiles: True if it reads the recipe's tiles.
+        needs_tiles: True if it reads the recipe's tiles for every recipe.
         cost: Estimated work of a case, by which ``auto`` compares backends on a CPU; None if it was never measured.
         setup: Seconds that a first call takes once, for compilation; ``auto`` counts them as spread over
             :data:`CALLS` calls.

@@ -247,20 +247,30 @@ def run_compiled() -> tuple[list[int], list[int]]:
 def check_operators() -> None:
     """``opcheck`` of the two operators, with a learned score and masks of heads."""
     prepare()
-    for case in (
-        Case(lengths=(20, 3), score=slopes_and_cap),
-        Case(lambda: fj.PerHead([fj.Causal(), HOLES]), (9, 8)),
-    ):
+    for case in (Case(lengths=(20, 3), score=slopes_and_cap), Case(lambda: fj.PerHead([fj.Causal(), HOLES]), (9, 8))):
         q, k, v = needing_gradients(*case.batches())
-        given: list[Any] = []
-        kept, softmax.attend = softmax.attend, lambda *args: given.extend(args) or kept(*args)  # type: ignore[assignment]
-        try:
-            out, lse = softmax.run(q.values, k.values, v.values, case.plan(q, k), 0.25, True)
-        finally:
-            softmax.attend = kept
-        torch.library.opcheck(softmax.attend, tuple(given))
-        plain = [x.detach() if isinstance(x, Tensor) else x for x in given]
-        plain[3] = [x.detach() for x in plain[3]]
-        more = (torch.randn(out.shape), torch.randn(lse.shape), out.detach(), lse.detach())
+        given = arguments(q, k, v, case.plan(q, k))
+        out, lse = softmax.attend(*given)
+        torch.library.opcheck(softmax.attend, given)
+        q, k, v, captures, *rest = (x.detach() if isinstance(x, Tensor) else x for x in given)
+        backward = torch.randn(out.shape), torch.randn(lse.shape), out.detach(), lse.detach(), q, k, v
         tests = ("test_schema", "test_faketensor")
-        torch.library.opcheck(softmax.differentiate, (*more, *plain), test_utils=tests)
+        torch.library.opcheck(
+            softmax.differentiate, (*backward, [x.detach() for x in captures], *rest), test_utils=tests
+        )
+
+
+def arguments(q: fj.Jagged, k: fj.Jagged, v: fj.Jagged, plan: fj.Plan) -> tuple[Any, ...]:
+    """What the backend passes to its operator."""
+    found: list[tuple[Any, ...]] = []
+
+    def attend(*given: Any) -> Any:
+        found.append(given)
+        return plain(*given)
+
+    plain, softmax.attend = softmax.attend, attend  # type: ignore[assignment]
+    try:
+        softmax.run(q.values, k.values, v.values, plan, 0.25, True)
+    finally:
+        softmax.attend = plain
+    return found[0]

@@ -1,4 +1,4 @@
-"""The share of computed scores that are needed, on a fixed grid as FlexAttention has one, and where ``auto`` leaves it."""
+"""The share of scores on FlexAttention's fixed grid that a mask needs, by which ``auto`` chooses between the kernels."""
 
 from __future__ import annotations
 

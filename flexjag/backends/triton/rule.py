@@ -87,7 +87,6 @@ TRITON = Backend(
     run=_run,
     refuse=refuse,
     promises=Promises(contains_nan=True, deterministic="everywhere"),
-    needs_tiles=True,
     wasteful=wasteful,
     scores=_scores,
     source=_source,

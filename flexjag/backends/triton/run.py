@@ -8,6 +8,7 @@ from torch import Tensor
 
 from flexjag.algebra.normalizers import Softmax, StickBreaking
 from flexjag.backends.triton import pointwise, softmax, stick_breaking
+from flexjag.lowering.outline import with_tiles
 from flexjag.lowering.recipe import Recipe
 
 
@@ -18,7 +19,10 @@ def run(q: Tensor, k: Tensor, v: Tensor, recipe: Recipe, scale: float, need_rest
         ``[T_q, H, E]`` in q's dtype, and ``[T_q, H]`` in float32: the log-sum-exp of a softmax, the remainder of
         stick-breaking, unspecified values else.
     """
-    return kind_of(recipe).run(q, k, v, recipe, scale, need_rest)
+    kind = kind_of(recipe)
+    if recipe.made_tiles is None and kind is not softmax:  # which needs none, unless a score learns
+        recipe = with_tiles(recipe)
+    return kind.run(q, k, v, recipe, scale, need_rest)
 
 
 def kind_of(recipe: Recipe) -> ModuleType:

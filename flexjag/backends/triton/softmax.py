@@ -19,6 +19,7 @@ from flexjag.backends.triton.modules import emit
 from flexjag.backends.triton.softmax_tables import key_items, query_items, spans_of
 from flexjag.errors import DifferentiationError
 from flexjag.lowering import mods
+from flexjag.lowering.outline import with_tiles
 from flexjag.lowering.recipe import Recipe
 from flexjag.printing import read
 
@@ -36,6 +37,8 @@ def run(q: Tensor, k: Tensor, v: Tensor, recipe: Recipe, scale: float, need_rest
     pack = packed_heads(q.shape[1] // k.shape[1], recipe.head_of is not None)
     items = query_items(recipe, heights_of("forward", q.dtype, width, pack))
     keys = key_items(recipe, heights_of("keys", q.dtype, width, pack))
+    if text.learned and recipe.made_tiles is None:
+        recipe = with_tiles(recipe)
     tiles = [recipe.tiles.all_heads.row, recipe.tiles.all_heads.col] if text.learned else []
     mask_of = None if recipe.head_of is None else savable([recipe.head_of])[0]
     return attend(

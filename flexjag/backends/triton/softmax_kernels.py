@@ -56,31 +56,19 @@ def offsets_of(i, h, step, head_step):
 @jit
 def along_rows(x, FLIPPED: tl.constexpr):
     """Numbers of rows as a column of ``[rows, keys]`` or, if FLIPPED, a row of ``[keys, rows]``."""
-    if FLIPPED:
-        wide = x[None, :]
-    else:
-        wide = x[:, None]
-    return wide
+    return x[None, :] if FLIPPED else x[:, None]
 
 
 @jit
 def along_keys(x, FLIPPED: tl.constexpr):
     """Numbers of keys as a row of ``[rows, keys]`` or, if FLIPPED, a column of ``[keys, rows]``."""
-    if FLIPPED:
-        wide = x[:, None]
-    else:
-        wide = x[None, :]
-    return wide
+    return x[:, None] if FLIPPED else x[None, :]
 
 
 @jit
 def products(x, y, FLIPPED: tl.constexpr, PRECISION: tl.constexpr):
     """``x yᵀ`` of rows `x` and keys `y`, ``[rows, keys]``; its transpose if FLIPPED."""
-    if FLIPPED:
-        s = tl.dot(y, tl.trans(x), input_precision=PRECISION)
-    else:
-        s = tl.dot(x, tl.trans(y), input_precision=PRECISION)
-    return s
+    return tl.dot(y if FLIPPED else x, tl.trans(x if FLIPPED else y), input_precision=PRECISION)
 
 
 @jit
@@ -96,19 +84,13 @@ def add_weighted(total, w, z, FLIPPED: tl.constexpr, PRECISION: tl.constexpr):
 @jit
 def zeros_of_rows(ROWS: tl.constexpr, BLOCK: tl.constexpr, FLIPPED: tl.constexpr):
     """A sum to begin with for :func:`add_weighted`."""
-    if FLIPPED:
-        total = tl.zeros((BLOCK, ROWS), tl.float32)
-    else:
-        total = tl.zeros((ROWS, BLOCK), tl.float32)
-    return total
+    return tl.zeros((BLOCK, ROWS), tl.float32) if FLIPPED else tl.zeros((ROWS, BLOCK), tl.float32)
 
 
 @jit
 def unflipped(total, FLIPPED: tl.constexpr):
     """A sum of :func:`add_weighted` as ``[rows, features]``."""
-    if FLIPPED:
-        total = tl.trans(total)
-    return total
+    return tl.trans(total) if FLIPPED else total
 
 
 @jit

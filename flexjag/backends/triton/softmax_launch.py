@@ -18,6 +18,10 @@ LEAST, MOST_PACKED = 16, 8
 """The fewest rows of a tile of tensor cores, of which the columns may be 8; and the most heads of a token in a tile."""
 
 
+KINDS = ("forward", "queries", "keys")
+"""The kernels: forward, dQ, and dK with dV."""
+
+
 class Tile(NamedTuple):
     """The sizes of one kernel's tiles.
 
@@ -34,32 +38,31 @@ class Tile(NamedTuple):
     warps: int
 
 
-_TILES: dict[tuple[bool, int], dict[str, list[Tile]]] = {
+_TILES: dict[tuple[bool, int], dict[str, tuple[Tile, ...]]] = {
     (True, 64): {
-        "forward": [Tile(8, 16, 16, 1), Tile(16, 16, 32, 1), Tile(32, 16, 32, 2), Tile(64, 32, 64, 4)],
-        "queries": [Tile(8, 16, 16, 1), Tile(16, 16, 16, 1), Tile(32, 16, 32, 2), Tile(64, 32, 32, 4)],
-        "keys": [Tile(16, 16, 16, 1), Tile(32, 16, 32, 2), Tile(64, 32, 32, 4)],
+        "forward": (Tile(8, 16, 16, 1), Tile(16, 16, 32, 1), Tile(32, 16, 32, 2), Tile(64, 32, 64, 4)),
+        "queries": (Tile(8, 16, 16, 1), Tile(16, 16, 16, 1), Tile(32, 16, 32, 2), Tile(64, 32, 32, 4)),
+        "keys": (Tile(16, 16, 16, 1), Tile(32, 16, 32, 2), Tile(64, 32, 32, 4)),
     },
     (True, 128): {
-        "forward": [Tile(8, 16, 16, 1), Tile(16, 16, 16, 1), Tile(32, 16, 32, 4), Tile(64, 32, 32, 4)],
-        "queries": [Tile(8, 16, 16, 1), Tile(16, 16, 16, 2), Tile(32, 16, 32, 4), Tile(64, 32, 32, 8)],
-        "keys": [Tile(16, 16, 16, 2), Tile(32, 16, 16, 4), Tile(64, 32, 32, 8)],
+        "forward": (Tile(8, 16, 16, 1), Tile(16, 16, 16, 2), Tile(32, 16, 32, 4), Tile(64, 32, 32, 4)),
+        "queries": (Tile(8, 16, 16, 1), Tile(16, 16, 16, 2), Tile(32, 16, 32, 4), Tile(64, 32, 32, 8)),
+        "keys": (Tile(16, 16, 16, 2), Tile(32, 16, 16, 4), Tile(64, 32, 32, 8)),
     },
     (True, 256): {
-        "forward": [Tile(8, 16, 16, 2), Tile(16, 16, 16, 4), Tile(32, 16, 16, 4)],
-        "queries": [Tile(8, 16, 16, 2), Tile(16, 16, 16, 4), Tile(32, 16, 16, 8)],
-        "keys": [Tile(16, 16, 16, 4), Tile(32, 16, 16, 8)],
+        "forward": (Tile(8, 16, 16, 2), Tile(16, 16, 16, 4), Tile(32, 16, 16, 4)),
+        "queries": (Tile(8, 16, 16, 2), Tile(16, 16, 16, 4), Tile(32, 16, 16, 8)),
+        "keys": (Tile(16, 16, 16, 4), Tile(32, 16, 16, 8)),
     },
-    (False, 64): dict.fromkeys(("forward", "queries", "keys"), [Tile(16, 16, 16, 4), Tile(32, 16, 16, 8)]),
-    (False, 128): dict.fromkeys(("forward", "queries", "keys"), [Tile(16, 16, 16, 8), Tile(32, 16, 16, 8)]),
-    (False, 256): dict.fromkeys(("forward", "queries", "keys"), [Tile(16, 16, 16, 8)]),
+    (False, 64): {kind: (Tile(16, 16, 16, 4), Tile(32, 16, 16, 8)) for kind in KINDS},
+    (False, 128): {kind: (Tile(16, 16, 16, 8), Tile(32, 16, 16, 8)) for kind in KINDS},
+    (False, 256): {kind: (Tile(16, 16, 16, 8),) for kind in KINDS},
 }
 """Tiles by whether tensor cores multiply the dtype, the larger of D and E, and the kernel: the largest tried with which
-registers do not run out on sm_80, sm_90, sm_100 and gfx942 up to 128 features. Exact products of float32 go through
-registers."""
+registers do not run out on sm_80, sm_90 and sm_100 up to 128 features. Exact products of float32 go through registers."""
 
 
-def tiles_of(kind: str, dtype: torch.dtype, width: int, is_heavy: bool = False) -> list[Tile]:
+def tiles_of(kind: str, dtype: torch.dtype, width: int, is_heavy: bool = False) -> Sequence[Tile]:
     """The tiles of a kernel, of ascending heights; those of ``"forward"`` and ``"queries"`` have the same heights.
 
     Args:

@@ -54,8 +54,10 @@ def query_items(recipe: Recipe, heights: Sequence[int]) -> list[Tensor]:
 
 
 def key_items(recipe: Recipe, heights: Sequence[int]) -> list[Tensor]:
-    """For each height, the first key of each item, the end of its segment, and the start and end of the segment's
-    queries, ``[4, items]`` int32."""
+    """For each height, the first key of each item, the end of its segment, and start and end of the segment's queries.
+
+    Each is ``[4, items]`` int32.
+    """
     return _lists(recipe, "keys", heights)
 
 
