@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,8 +15,10 @@ from triton_softmax import CASES, POISONED, SMALL, compare
 
 import flexjag as fj
 from flexjag.backends.triton.softmax import printed
+from flexjag.backends.triton.softmax_counts import computed_scores
 from flexjag.backends.triton.softmax_tables import SHARE, list_items
 from flexjag.codegen.worker import Worker
+from flexjag.testing import Problem, problems
 from flexjag.testing import lengths as drawn_lengths
 
 QUICK = ("causal", "sinks", "per head, holes", "shorter keys", "three heads of a key", "slopes, cap", "heights")
@@ -123,6 +126,37 @@ def test_items_cover_every_token_once(lengths: list[int], bounded: bool) -> None
         assert [tuple(x) for x in items.T.tolist() if x[1]] == some
         assert not items[:, len(some) :].any()
         assert items.shape[1] >= 2 or (bounded and longest < SHARE * heights[at])
+
+
+def uniform(segments: int, longest: int) -> fj.Jagged:
+    lengths = torch.randint(1, longest + 1, (segments,), generator=torch.Generator().manual_seed(0)).tolist()
+    return fj.Jagged.from_lengths(torch.zeros(sum(lengths), 8, 64, dtype=torch.bfloat16), lengths)
+
+
+@pytest.mark.parametrize(("segments", "longest", "limit"), [(1024, 40, 2.0), (512, 200, 1.3)])
+@pytest.mark.parametrize("groups", [8, 4, 2])
+def test_short_segments_compute_little_more_than_they_need(
+    segments: int, longest: int, limit: float, groups: int
+) -> None:
+    plan = fj.plan(uniform(segments, longest), mask=fj.Causal())
+    needed = float((plan.sandwiches[0].outer.hi - plan.sandwiches[0].outer.lo).sum())
+    assert needed <= computed_scores(plan, (8, groups, 64, 64), torch.bfloat16) <= limit * needed
+
+
+@given(p=problems(score=False))
+def test_at_least_the_spans_are_computed(p: Problem) -> None:
+    plan, groups = p.plan(), p.k.values.shape[1]
+    each = torch.stack([(x.outer.hi - x.outer.lo).sum() for x in plan.sandwiches]).double()
+    needed = float(each[0] if plan.head_of is None else each[plan.head_of].mean())
+    computed = computed_scores(plan, (p.heads, groups, 64, 64), torch.float16)
+    assert needed <= computed + 1e-6 * needed
+    assert (needed > 0) == (computed > 0)
+
+
+def test_an_explanation_compares_what_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # without which the kernels are refused here
+    text = fj.plan(uniform(100, 40), mask=fj.Causal()).explain()
+    assert re.search(r"^needed    6% of [\d.]+ kscores by flex, 5\d% of [\d.]+ kscores by triton$", text, re.MULTILINE)
 
 
 def test_the_source_has_what_spans_leave_open() -> None:

@@ -1,4 +1,4 @@
-"""The share of scores on FlexAttention's fixed grid that a mask needs, by which ``auto`` chooses between the kernels."""
+"""The share of scores on FlexAttention's fixed grid that a mask needs, by which ``auto`` chooses between kernels."""
 
 from __future__ import annotations
 

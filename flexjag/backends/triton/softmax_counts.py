@@ -20,6 +20,8 @@ def computed_scores(recipe: Recipe, dims: tuple[int, int, int, int], dtype: torc
         dims: ``(H, G, D, E)``.
         dtype: Of q, k and v.
     """
+    if recipe.layout.num_q == 0:
+        return 0.0
     heads, groups, width = dims[0], dims[1], max(dims[2:])
     pack, spans = packed_heads(heads // groups, recipe.head_of is not None), spans_of(recipe)
     share = torch.ones(1) if recipe.head_of is None else recipe.head_of.bincount(minlength=spans.shape[0]).cpu()

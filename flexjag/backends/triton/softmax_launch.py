@@ -15,7 +15,7 @@ from flexjag.backends.triton.softmax_kernels import softmax_forward
 from flexjag.kernels.launch import ALL_REGISTERS, launch, power_of_2, precision
 
 LEAST, MOST_PACKED = 16, 8
-"""The fewest rows of a tile of tensor cores, of which the columns may be 8; and the most heads of a token in a tile."""
+"""The fewest rows of tiles on tensor cores, whose columns may be 8; and the most heads of a token in a tile."""
 
 
 KINDS = ("forward", "queries", "keys")
@@ -46,7 +46,7 @@ _TILES: dict[tuple[bool, int], dict[str, tuple[Tile, ...]]] = {
     },
     (True, 128): {
         "forward": (Tile(8, 16, 16, 1), Tile(16, 16, 16, 2), Tile(32, 16, 32, 4), Tile(64, 32, 32, 4)),
-        "queries": (Tile(8, 16, 16, 1), Tile(16, 16, 16, 2), Tile(32, 16, 32, 4), Tile(64, 32, 32, 8)),
+        "queries": (Tile(8, 16, 16, 2), Tile(16, 16, 16, 2), Tile(32, 16, 32, 4), Tile(64, 32, 32, 8)),
         "keys": (Tile(16, 16, 16, 2), Tile(32, 16, 16, 4), Tile(64, 32, 32, 8)),
     },
     (True, 256): {
@@ -59,7 +59,8 @@ _TILES: dict[tuple[bool, int], dict[str, tuple[Tile, ...]]] = {
     (False, 256): {kind: (Tile(16, 16, 16, 8),) for kind in KINDS},
 }
 """Tiles by whether tensor cores multiply the dtype, the larger of D and E, and the kernel: the largest tried with which
-registers do not run out on sm_80, sm_90 and sm_100 up to 128 features. Exact products of float32 go through registers."""
+registers do not run out on sm_80, sm_90 and sm_100 up to 128 features. Exact products of float32 go through registers.
+"""
 
 
 def tiles_of(kind: str, dtype: torch.dtype, width: int, is_heavy: bool = False) -> Sequence[Tile]:
