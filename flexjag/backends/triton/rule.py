@@ -35,6 +35,8 @@ def refuse(case: Case) -> str | None:
         return "Triton is not installed"
     if case.layout.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return "its kernels run on CUDA only"
+    if torch.version.hip and isinstance(case.normalizer, Softmax):
+        return "its softmax kernels are fitted to NVIDIA's GPUs: on AMD's they run out of registers"
     if case.dtype is not None and case.dtype not in DTYPES:
         return f"its kernels compute with float32, float16 and bfloat16, not {case.dtype}"
     if case.dims is not None and max(case.dims[2:]) > WIDEST:

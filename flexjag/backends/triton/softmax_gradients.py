@@ -17,6 +17,7 @@ from flexjag.backends.triton.softmax_kernels import (
     along_keys,
     along_rows,
     keys_of,
+    load_keys,
     load_rows,
     mask_at,
     offsets_of,
@@ -47,15 +48,15 @@ def score_gradient(
 
 @jit
 def add_query_gradient(
-    dq, x, g, h, i, base, delta, lo, hi, j, stop, k, v, k_t, v_t, num_q, num_kv, captures, numbers, scale,
+    dq, x, g, h, i, base, delta, lo, hi, at, stop, k, v, k_t, v_t, num_q, num_kv, captures, numbers, scale,
     MASK: tl.constexpr, SCORE: tl.constexpr, DSCORE: tl.constexpr, SCORED: tl.constexpr, KINDS: tl.constexpr,
-    D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, FLIPPED: tl.constexpr,
-    PRECISION: tl.constexpr, CHECKED: tl.constexpr,
+    D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, KEYS: tl.constexpr,
+    FLIPPED: tl.constexpr, PRECISION: tl.constexpr, CHECKED: tl.constexpr,
 ):  # fmt: skip
     """Add one step of keys to dQ, before the factor `scale`."""
-    wide, key = j.to(tl.int64), along_keys(j, FLIPPED)
-    y = load_rows(k, wide * k_t, j < stop, D, BLOCK_D, CHECKED)
-    z = load_rows(v, wide * v_t, j < stop, E, BLOCK_E, CHECKED)
+    key = along_keys(at + tl.arange(0, KEYS), FLIPPED)
+    y = load_keys(k, at, stop, k_t, KEYS, D, BLOCK_D, CHECKED)
+    z = load_keys(v, at, stop, v_t, KEYS, E, BLOCK_E, CHECKED)
     s, raw = scores_of(
         products(x, y, FLIPPED, PRECISION), h, i, key, num_q, num_kv, captures, numbers, scale, SCORE, SCORED
     )  # fmt: skip
@@ -111,15 +112,15 @@ def softmax_of_queries(
             for turn in range(before + after):
                 at = tl.where(turn < before, start + turn * STEP, past + (turn - before) * STEP)
                 dx = add_query_gradient(
-                    dx, x, g, of_mods, query, base, compared, lo, hi, at + tl.arange(0, STEP), stop, k, v, k_t, v_t,
+                    dx, x, g, of_mods, query, base, compared, lo, hi, at, stop, k, v, k_t, v_t,
                     num_q, num_kv, captures, numbers, scale, MASK, SCORE, DSCORE, SCORED, KINDS, D, E, BLOCK_D,
-                    BLOCK_E, FLIPPED, PRECISION, True,
+                    BLOCK_E, STEP, FLIPPED, PRECISION, True,
                 )  # fmt: skip
             for turn in range(many):
                 dx = add_query_gradient(
-                    dx, x, g, of_mods, query, base, compared, lo, hi, begin + turn * WIDE + tl.arange(0, WIDE), stop,
+                    dx, x, g, of_mods, query, base, compared, lo, hi, begin + turn * WIDE, stop,
                     k, v, k_t, v_t, num_q, num_kv, captures, numbers, scale, MASK, SCORE, DSCORE, SCORED, KINDS, D, E,
-                    BLOCK_D, BLOCK_E, FLIPPED, PRECISION, False,
+                    BLOCK_D, BLOCK_E, WIDE, FLIPPED, PRECISION, False,
                 )  # fmt: skip
         dx = unflipped(dx, FLIPPED) * scale
         store_rows(dq, dx, offsets_of(i, h, dq_t, dq_h), inside, D, BLOCK_D)
@@ -162,9 +163,10 @@ def add_key_gradients(
     i = at + row // PACK
     h = head + row % PACK
     inside = i < until
-    x = load_rows(q, offsets_of(i, h, q_t, q_h), inside, D, BLOCK_D, CHECKED)
-    g = load_rows(grad, offsets_of(i, h, g_t, g_h), inside, E, BLOCK_E, CHECKED)
-    place = i.to(tl.int64) * heads + h
+    far, near = at.to(tl.int64), row // PACK  # what is added to the address of the first row is the same in every step
+    x = load_rows(q + far * q_t, offsets_of(near, h, q_t, q_h), inside, D, BLOCK_D, CHECKED)
+    g = load_rows(grad + far * g_t, offsets_of(near, h, g_t, g_h), inside, E, BLOCK_E, CHECKED)
+    place = far * heads + (near * heads + h)
     base = tl.load(lse + place, mask=inside, other=0.0)
     base = tl.where(base == float("-inf"), 0.0, base) * LOG2_E
     compared = tl.load(delta + place, mask=inside, other=0.0)

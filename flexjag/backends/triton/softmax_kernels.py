@@ -40,6 +40,13 @@ def load_rows(x, offset, inside, SIZE: tl.constexpr, BLOCK: tl.constexpr, CHECKE
 
 
 @jit
+def load_keys(x, at, stop, step, KEYS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, CHECKED: tl.constexpr):
+    """Load the rows of KEYS tokens from `at` on; zeros from `stop` on, if CHECKED."""
+    key = tl.arange(0, KEYS)  # what is added to the address of the first one is the same in every step
+    return load_rows(x + at.to(tl.int64) * step, key.to(tl.int64) * step, key < stop - at, SIZE, BLOCK, CHECKED)
+
+
+@jit
 def store_rows(x, rows, offset, inside, SIZE: tl.constexpr, BLOCK: tl.constexpr):
     """Store the rows that are `inside`; the reverse of `load_rows`."""
     column = tl.arange(0, BLOCK)
@@ -168,14 +175,14 @@ def allowed_in(
 
 @jit
 def attend(
-    top, total, out, x, h, i, lo, hi, j, stop, k, v, k_t, v_t, num_q, num_kv, captures, numbers, scale,
+    top, total, out, x, h, i, lo, hi, at, stop, k, v, k_t, v_t, num_q, num_kv, captures, numbers, scale,
     MASK: tl.constexpr, SCORE: tl.constexpr, SCORED: tl.constexpr, KINDS: tl.constexpr, D: tl.constexpr,
-    E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, FLIPPED: tl.constexpr, PRECISION: tl.constexpr,
-    CHECKED: tl.constexpr,
+    E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, KEYS: tl.constexpr, FLIPPED: tl.constexpr,
+    PRECISION: tl.constexpr, CHECKED: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax: the running maximum, sum of weights and weighted sum of values."""
-    wide, key = j.to(tl.int64), along_keys(j, FLIPPED)
-    y = load_rows(k, wide * k_t, j < stop, D, BLOCK_D, CHECKED)
+    key = along_keys(at + tl.arange(0, KEYS), FLIPPED)
+    y = load_keys(k, at, stop, k_t, KEYS, D, BLOCK_D, CHECKED)
     s, _ = scores_of(
         products(x, y, FLIPPED, PRECISION), h, i, key, num_q, num_kv, captures, numbers, scale, SCORE, SCORED
     )  # fmt: skip
@@ -186,7 +193,7 @@ def attend(
     base = tl.where(new == float("-inf"), 0.0, new)
     w = tl.exp2(s - along_rows(base, FLIPPED))
     kept = tl.exp2(top - base)
-    z = load_rows(v, wide * v_t, j < stop, E, BLOCK_E, CHECKED)
+    z = load_keys(v, at, stop, v_t, KEYS, E, BLOCK_E, CHECKED)
     out = add_weighted(out * along_rows(kept, FLIPPED), w, z, FLIPPED, PRECISION)
     return new, total * kept + tl.sum(w, 0 if FLIPPED else 1), out
 
@@ -227,15 +234,15 @@ def softmax_forward(
             for turn in range(before + after):
                 at = tl.where(turn < before, start + turn * STEP, past + (turn - before) * STEP)
                 top, total, value = attend(
-                    top, total, value, x, of_mods, query, lo, hi, at + tl.arange(0, STEP), stop, k, v, k_t, v_t,
+                    top, total, value, x, of_mods, query, lo, hi, at, stop, k, v, k_t, v_t,
                     num_q, num_kv, captures, numbers, scale, MASK, SCORE, SCORED, KINDS, D, E, BLOCK_D, BLOCK_E,
-                    FLIPPED, PRECISION, True,
+                    STEP, FLIPPED, PRECISION, True,
                 )  # fmt: skip
             for turn in range(many):
                 top, total, value = attend(
-                    top, total, value, x, of_mods, query, lo, hi, begin + turn * WIDE + tl.arange(0, WIDE), stop,
+                    top, total, value, x, of_mods, query, lo, hi, begin + turn * WIDE, stop,
                     k, v, k_t, v_t, num_q, num_kv, captures, numbers, scale, MASK, SCORE, SCORED, KINDS, D, E,
-                    BLOCK_D, BLOCK_E, FLIPPED, PRECISION, False,
+                    BLOCK_D, BLOCK_E, WIDE, FLIPPED, PRECISION, False,
                 )  # fmt: skip
         some = tl.where(total == 0.0, 1.0, total)
         value = unflipped(value / along_rows(some, FLIPPED), FLIPPED)

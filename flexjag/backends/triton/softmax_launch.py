@@ -45,7 +45,7 @@ _TILES: dict[tuple[bool, int], dict[str, tuple[Tile, ...]]] = {
         "keys": (Tile(16, 16, 16, 1), Tile(32, 16, 32, 2), Tile(64, 32, 32, 4)),
     },
     (True, 128): {
-        "forward": (Tile(8, 16, 16, 1), Tile(16, 16, 16, 2), Tile(32, 16, 32, 4), Tile(64, 32, 32, 4)),
+        "forward": (Tile(8, 16, 16, 2), Tile(16, 16, 16, 2), Tile(32, 16, 32, 4), Tile(64, 32, 32, 4)),
         "queries": (Tile(8, 16, 16, 2), Tile(16, 16, 16, 2), Tile(32, 16, 32, 4), Tile(64, 32, 32, 8)),
         "keys": (Tile(16, 16, 16, 2), Tile(32, 16, 16, 4), Tile(64, 32, 32, 8)),
     },
