@@ -91,7 +91,9 @@ def _settings(constants: Mapping[Any, Any]) -> str:
     'M 64, N 32, CAREFUL'
     """
     named = {name: value for name, value in constants.items() if isinstance(name, str)}
-    blocks = [f"{name.removeprefix('BLOCK_')} {value}" for name, value in named.items() if name.startswith("BLOCK_")]
+    sizes = {name.removeprefix("BLOCK_"): x for name, x in named.items() if name.startswith("BLOCK_")}
+    sizes |= {name.lower(): named[name] for name in ("ROWS", "STEP", "WIDE") if name in named}
+    blocks = [f"{name} {size}" for name, size in sizes.items()]
     return ", ".join([*blocks, *(name for name, value in named.items() if value is True)])
 
 
