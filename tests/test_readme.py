@@ -62,7 +62,14 @@ def test_the_examples_of_the_page_on_data_run() -> None:
     assert names["resumed"].epoch == names["state"]["epoch"]
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/design.md", "docs/cpu.md", "docs/data.md"])
+def test_the_example_of_the_triton_page_runs_and_is_right() -> None:
+    names = run_page("docs/triton.md")
+    wanted = fj.attention(*(names[x] for x in "qkv"), plan=names["plan"], backend="reference")
+    torch.testing.assert_close(names["out"].values, wanted.values, rtol=1e-5, atol=1e-5)  # float32, at most 21 keys
+    assert names["q"].values.grad is not None
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/design.md", "docs/cpu.md", "docs/data.md", "docs/triton.md"])
 def test_relative_links_exist(page: str) -> None:
     path = ROOT / page
     links = re.findall(r"\]\((?!https?:)([^)#]+)", path.read_text(encoding="utf-8"))

@@ -51,10 +51,20 @@ def facts(plan: Recipe) -> dict[str, Any]:
         "backend_in_a_graph": choose(replace(case, tracing=True))[0],
         "not": {b: why for b in BACKENDS if b != backend and (why := refusal(b, case)) is not None},
     }
+    records = [x for b, x in BACKENDS.items() if b not in found["not"] and x.scores is not None]
+    if len(records) > 1:  # else there is nothing to compare
+        found["scores"] = {x.name: x.scores(plan, case) for x in records if x.scores is not None}
+        found["scores_in_spans"] = _in_spans(plan)
     if plan.sample is not None:
         padded = layout.num_segments * _longest(layout.q_offsets) * found["longest"]
         found |= {"flops": 4 * tiles * plan.block_size**2 * heads * dim, "padded_flops": 4 * padded * heads * dim}
     return found
+
+
+def _in_spans(plan: Recipe) -> float:
+    """Number of scores of a head within the mask's spans."""
+    each = torch.stack([(x.outer.hi - x.outer.lo).sum() for x in plan.sandwiches])
+    return float(each.sum() if plan.head_of is None else each[plan.head_of].double().mean())
 
 
 def _longest(offsets: torch.Tensor) -> int:
@@ -151,6 +161,10 @@ def explain(plan: Recipe) -> str:
         lines.append(
             f"compute   {si(flops, 'FLOP')} forward in tiles; padded {si(padded, 'FLOP')} ({share(flops, padded)})"
         )
+    if "scores" in f:
+        needed = f["scores_in_spans"]
+        parts = [f"{share(needed, count)} of {si(count, 'scores')} by {name}" for name, count in f["scores"].items()]
+        lines.append(f"needed    {', '.join(parts)}")
     return "\n".join([*lines, *_backends(plan, f)])
 
 

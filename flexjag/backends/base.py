@@ -202,11 +202,13 @@ class Backend:
         refuse: The rule: the reason why it cannot run a case that its promises cover, in one sentence, or None if it
             can. It reads structure and metadata only.
         promises: Its guarantees for the cases that it accepts.
-        needs_tiles: True if it reads the recipe's tiles.
+        needs_tiles: True if it reads the recipe's tiles for every recipe.
         cost: Estimated work of a case, by which ``auto`` compares backends on a CPU; None if it was never measured.
         setup: Seconds that a first call takes once, for compilation; ``auto`` counts them as spread over
             :data:`CALLS` calls.
         wasteful: The reason why ``auto`` should skip it for a case that it can run, or None.
+        scores: The number of scores of a head that it computes for a recipe and a case; None if it was never counted.
+            It reads the device.
         source: The code that it prints for a recipe, for people to read; None if it prints none.
         before: The backend before which ``auto`` tries this one, if :func:`flexjag.backends.choose.register` adds it;
             None if only its name selects it.
@@ -222,5 +224,6 @@ class Backend:
     cost: Callable[[Case], Work] | None = None
     setup: float = 0.0
     wasteful: Callable[[Case], str | None] = lambda case: None
+    scores: Callable[[Any, Case], float] | None = None
     source: Callable[[Any], str] | None = None
     before: str | None = None

@@ -21,12 +21,12 @@ OWN = (REFERENCE, TILED, SEGMENTS, CPP, FLEX, VARLEN, TRITON)
 BACKENDS = {x.name: x for x in OWN}
 """All backends by name, flexjag's :data:`OWN` and registered ones."""
 
-ON_CUDA, ELSEWHERE = ["triton", "varlen", "flex", "tiled"], ["segments", "cpp", "tiled"]
+ON_CUDA, ELSEWHERE = ["varlen", "triton", "flex", "tiled"], ["segments", "cpp", "tiled"]
 """The backends that ``auto`` tries, in order. On CUDA the order is by the kernels' purpose, not yet by a measurement of
 ours. In traced graphs, too, the first one that can run the case is taken. The last one runs everything."""
 
 WHY = {
-    "triton": "fused Triton kernels for normalizers that are not a softmax",
+    "triton": "fused Triton kernels of this plan, whose tiles begin where segments begin if it is a softmax",
     "varlen": "the mask is exactly one that the flash-attention kernel of varlen_attn implements",
     "flex": "one fused FlexAttention kernel runs any mask and score",
     "cpp": "C++ kernels of this plan",

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from flexjag.algebra import normalizers as nz
 from flexjag.algebra import scores as s
+from flexjag.lowering import mods
 from flexjag.lowering.recipe import Recipe
 from flexjag.printing import has_functions
 
@@ -59,3 +60,30 @@ def once(plan: Recipe, backend: str, write: Callable[[bool], Printed]) -> Printe
     if key not in known:
         known[key] = write(is_checked)
     return known[key]
+
+
+def rest_mod(recipe: Recipe) -> mods.MaskMod | None:
+    """The part of the mask that its spans leave open, on packed indices; None if they are exact."""
+    if recipe.exact:
+        return None
+    tables, layout, head_of = recipe.tables, recipe.layout, recipe.head_of
+    tests = [None if x.rest is None else mods.mask_case(x.rest, tables, layout) for x in recipe.sandwiches]
+    if head_of is None:
+        return tests[0]
+
+    def rest(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        which, allowed = head_of[h], None
+        for i, test in enumerate(tests):
+            here = which == i if test is None else (which == i) & test(b, h, q, kv)
+            allowed = here if allowed is None else allowed | here
+        assert allowed is not None
+        return allowed
+
+    return rest
+
+
+def savable(tensors: list[Tensor]) -> list[Tensor]:
+    """The tensors, as copies if they were made in inference mode: autograd saves none of those."""
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        return tensors
+    return [x.clone() if x.is_inference() else x for x in tensors]

@@ -117,12 +117,16 @@ def test_no_backend_takes_an_unknown_normalizer(backend: str) -> None:
 
 CHOICES = [
     (case(**BF16), "varlen"),
-    (case(Causal() & Prefix(3), **BF16), "flex"),
-    (case(score=ALIBI, **BF16), "flex"),
-    (case(**BF16, tracing=True), "flex"),
-    (case(device="cuda", dtype=torch.float32), "flex"),
+    (case(score=ALIBI, tokens=10 * 200, **BF16), "flex"),
+    (case(tokens=10 * 200, **BF16, tracing=True), "flex"),
+    (case(device="cuda", tokens=10 * 200, dtype=torch.float32), "flex"),
+    (case(device="cuda", tokens=10 * 200, dtype=torch.float32, block_size=64), "triton"),  # not FlexAttention's tiles
+    (case(score=ALIBI, **BF16), "triton"),  # of whose tiles little would be needed
+    (case(Causal() & Prefix(3), tokens=10 * 5000, **BF16), "triton"),
+    (case(**BF16, tracing=True), "triton"),
+    (case(fj.MaskMod(lambda b, h, q, kv: q >= kv), **BF16, tracing=True), "flex"),
     (case(device="cuda", dtype=torch.float64), "tiled"),
-    (case(device="cuda", dtype=torch.float32, dims=(2, 2, 8, 8)), "tiled"),
+    (case(device="cuda", dtype=torch.float32, dims=(2, 2, 8, 8)), "triton"),
     (case(), "segments"),
     (case(Full()), "segments"),
     (case(tokens=20), "segments"),  # two tokens per segment, which share a call

@@ -13,8 +13,8 @@ from torch import Tensor
 import flexjag as fj
 from flexjag.algebra.normalizers import StickBreaking
 from flexjag.backends.cpp import run
-from flexjag.kernels.cpp import build
 from flexjag.backends.cpp.source import printed
+from flexjag.kernels.cpp import build
 from flexjag.lowering.spans import MAX_SPANS, Spans
 from flexjag.testing import assert_matches_reference
 

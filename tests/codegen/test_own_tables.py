@@ -23,7 +23,7 @@ from flexjag.codegen.worker import Worker
 from flexjag.errors import CodegenError
 
 PAGE = (Path(__file__).parents[2] / "docs/kernels.md").read_text(encoding="utf-8")
-SAMPLE = {"ops": "softmax_lines", "normalizers": "of_keys"}
+SAMPLE = {"ops": "softmax_lines", "normalizers": "of_keys", "softmax": "softmax_forward"}
 """One kernel of each listing, in all its forms."""
 
 WRITTEN = [name for name in LISTINGS if markers(name)[0] in PAGE]

@@ -184,12 +184,11 @@ class OwnNormalizer(Pointwise):
 
 def test_the_rule(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = {"device": "cuda", "dtype": torch.bfloat16}
-    for normalizer in (SiLU(), Sigmoid(), fj.StickBreaking()):
-        what = case(normalizer=normalizer, **gpu)
+    for normalizer in (SiLU(), Sigmoid(), fj.StickBreaking(), fj.Softmax()):
+        what = case(normalizer=normalizer, score=fj.SoftCap(2.0), **gpu)
         assert choose(what)[0] == "triton"
         assert refusal("triton", what) is None
     refused = [
-        (case(**gpu), "other than a softmax"),
         (case(normalizer=OwnNormalizer(), **gpu), "no kernels for the normalizer"),
         (case(normalizer=SiLU(), device="cuda", dtype=torch.float64), "not torch.float64"),
         (case(normalizer=SiLU(), dims=(2, 2, 16, 512), **gpu), "at most 256"),

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from flexjag.backends.cpp.library import MOST_SPANS
-from flexjag.kernels.cpp.openmp import threads
 from flexjag.backends.printed import Printed
+from flexjag.kernels.cpp.openmp import threads
 from flexjag.lowering.spans import MAX_SPANS, Spans
 
 

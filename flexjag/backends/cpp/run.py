@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from flexjag.algebra.normalizers import Pointwise, StickBreaking
-from flexjag.kernels.cpp.build import load
 from flexjag.backends.cpp.library import unit
 from flexjag.backends.cpp.narrow import Sides, narrowed
 from flexjag.backends.cpp.operator import attend
 from flexjag.backends.cpp.source import printed
 from flexjag.backends.normalized.pieces import own_key
 from flexjag.backends.normalized.run import own_values, scaled
-from flexjag.backends.printed import Printed
+from flexjag.backends.printed import Printed, savable
+from flexjag.kernels.cpp.build import load
 from flexjag.lowering.recipe import Recipe
 from flexjag.lowering.spans import Spans
 from flexjag.upstream import holds_no_numbers
@@ -45,8 +45,8 @@ def run(q: Tensor, k: Tensor, v: Tensor, recipe: Recipe, scale: float, need_rest
     found, mask_of = _spans(recipe, text, q, v)
     spans = [x for one in found for x in (one.lo, one.hi)]
     offsets = [layout.q_offsets, layout.kv_offsets]
-    captures, offsets, spans = (_savable(x) for x in (text.captures, offsets, spans))
-    mask_of = None if mask_of is None else _savable([mask_of])[0]
+    captures, offsets, spans = (savable(x) for x in (text.captures, offsets, spans))
+    mask_of = None if mask_of is None else savable([mask_of])[0]
     out, rest = attend(
         q, k, v, captures, text.learned, text.numbers, text.source, offsets, spans, mask_of, scale, factor
     )
@@ -56,13 +56,6 @@ def run(q: Tensor, k: Tensor, v: Tensor, recipe: Recipe, scale: float, need_rest
     elif remainder:
         out = out + rest[..., None] * own_values(v, q.shape[1], layout)
     return out.to(dtype), rest
-
-
-def _savable(tensors: list[Tensor]) -> list[Tensor]:
-    """The tensors, as copies if they were made in inference mode: autograd saves none of those."""
-    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
-        return tensors
-    return [x.clone() if x.is_inference() else x for x in tensors]
 
 
 def _spans(recipe: Recipe, text: Printed, q: Tensor, v: Tensor) -> tuple[list[Spans], Tensor | None]:

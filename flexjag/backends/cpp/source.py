@@ -7,11 +7,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from flexjag.algebra import normalizers as nz
 from flexjag.backends.normalized import pointwise
-from flexjag.backends.printed import Printed, once
+from flexjag.backends.printed import Printed, once, rest_mod
 from flexjag.lowering import mods
 from flexjag.lowering.recipe import Recipe
 from flexjag.printing import Cpp, emit_gradient, emit_mask, emit_score, emit_slopes, read, trace
@@ -45,26 +44,6 @@ def _kind(normalizer: nz.Normalizer) -> str:
     """Name of a normalizer's kind in ``kernels/call.h``."""
     kinds = {nz.Softmax: "softmax", nz.Pointwise: "pointwise", nz.StickBreaking: "stick_breaking"}
     return next(name for kind, name in kinds.items() if isinstance(normalizer, kind))
-
-
-def rest_mod(recipe: Recipe) -> mods.MaskMod | None:
-    """The part of the mask that its spans leave open, on packed indices; None if they are exact."""
-    if recipe.exact:
-        return None
-    tables, layout, head_of = recipe.tables, recipe.layout, recipe.head_of
-    tests = [None if x.rest is None else mods.mask_case(x.rest, tables, layout) for x in recipe.sandwiches]
-    if head_of is None:
-        return tests[0]
-
-    def rest(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-        which, allowed = head_of[h], None
-        for i, test in enumerate(tests):
-            here = which == i if test is None else (which == i) & test(b, h, q, kv)
-            allowed = here if allowed is None else allowed | here
-        assert allowed is not None
-        return allowed
-
-    return rest
 
 
 def _weight_mod(recipe: Recipe) -> Callable[..., Any] | None:

@@ -35,6 +35,10 @@ def _run(*args: Any) -> Pair:
     return run(*args)
 
 
+def _scores(recipe: Any, case: Case) -> float:
+    return float(recipe.num_tiles * recipe.block_size**2)
+
+
 FLEX = Backend(
     name="flex",
     title="compiled `flex_attention`",
@@ -43,4 +47,5 @@ FLEX = Backend(
     refuse=refuse,
     promises=Promises(normalizers=(Softmax,), gradients="on CUDA", lse="on CUDA"),
     needs_tiles=True,
+    scores=_scores,
 )

@@ -35,6 +35,7 @@ class Functions:
         plain_score: `score` for torch tensors.
         plain_slopes: ``(s, h, q, kv, captures, numbers)`` of torch tensors: for each lookup in a capture that needs a
             gradient, the capture's index, the flat indices, and the score's derivative by the value.
+        is_scored: There is a score.
         is_heavy: A tensor is read for each query-key pair, which takes registers.
     """
 
@@ -44,14 +45,15 @@ class Functions:
     plain_mask: Callable[..., Any]
     plain_score: Callable[..., Any]
     plain_slopes: Callable[..., Any]
+    is_scored: bool
     is_heavy: bool
 
 
-def emit(mask: MaskFunction, score: ScoreFunction | None, is_checked: bool = False) -> Printed:
+def emit(mask: MaskFunction | None, score: ScoreFunction | None, is_checked: bool = False) -> Printed:
     """Print the module of a mask and a score on packed indices. TorchDynamo can trace it.
 
     Args:
-        mask: ``mask(b, h, q, kv)``, called on symbols.
+        mask: ``mask(b, h, q, kv)``, called on symbols; None for kernels that call none.
         score: ``score(s, b, h, q, kv)``, likewise, or None.
         is_checked: Lookups may be out of range, as in users' functions.
 
@@ -59,7 +61,7 @@ def emit(mask: MaskFunction, score: ScoreFunction | None, is_checked: bool = Fal
         NotImplementedError: If one of them uses an operation that cannot be printed.
     """
     traced, triton, plain = trace(mask, score, is_checked), Triton(), Torch()
-    if not traced.captures:
+    if mask is not None and not traced.captures:
         raise NotImplementedError("it reads no tensor of the plan")
     parts = [
         f"{plain.header}\n{triton.header}",
@@ -69,7 +71,7 @@ def emit(mask: MaskFunction, score: ScoreFunction | None, is_checked: bool = Fal
         emit_mask(traced, plain, "plain_mask"),
         emit_score(traced, plain, "plain_score"),
         emit_slopes(traced, plain, "plain_slopes"),
-        f"IS_HEAVY = {traced.is_heavy}\n",
+        f"IS_SCORED = {score is not None}\nIS_HEAVY = {traced.is_heavy}\n",
     ]
     return Printed("\n\n".join(parts), traced.captures, traced.numbers, traced.learned)
 
@@ -83,4 +85,5 @@ def load(source: str) -> Functions:
     namespace: dict[str, Any] = {"__name__": name}
     exec(compile(source, file, "exec"), namespace)
     names = ("mask", "score", "dscore", "plain_mask", "plain_score", "plain_slopes")
-    return Functions(**{x: namespace[x] for x in names}, is_heavy=namespace["IS_HEAVY"])
+    known = {x.lower(): namespace[x] for x in ("IS_SCORED", "IS_HEAVY")}
+    return Functions(**{x: namespace[x] for x in names}, **known)

@@ -7,19 +7,21 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from flexjag import printing
 from flexjag.algebra import masks as m
 from flexjag.algebra import scores as s
 from flexjag.algebra.node import Node
-from flexjag.algebra.normalizers import GELU, Identity, Pointwise, Sigmoid, SiLU, StickBreaking
+from flexjag.algebra.normalizers import GELU, Identity, Sigmoid, SiLU, Softmax, StickBreaking
 from flexjag.algebra.tree import walk
-from flexjag.backends.base import Backend, Case, Pair, Promises
+from flexjag.backends.base import ASSUMED_DIMS, Backend, Case, Pair, Promises
+from flexjag.backends.triton.cost import wasteful
 from flexjag.kernels.launch import DTYPES, HAS_TRITON
 from flexjag.lowering import mods
 
-KERNELS = (SiLU, GELU, Identity, Sigmoid, StickBreaking)
+KERNELS = (Softmax, SiLU, GELU, Identity, Sigmoid, StickBreaking)
 """The normalizers with kernels."""
 
 WIDEST = 256  # features that a program keeps of a token
@@ -33,6 +35,8 @@ def refuse(case: Case) -> str | None:
         return "Triton is not installed"
     if case.layout.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return "its kernels run on CUDA only"
+    if torch.version.hip and isinstance(case.normalizer, Softmax):
+        return "its softmax kernels are fitted to NVIDIA's GPUs: on AMD's they run out of registers"
     if case.dtype is not None and case.dtype not in DTYPES:
         return f"its kernels compute with float32, float16 and bfloat16, not {case.dtype}"
     if case.dims is not None and max(case.dims[2:]) > WIDEST:
@@ -71,15 +75,21 @@ def _source(recipe: Any) -> str:
     return kind_of(recipe).printed(recipe).source
 
 
+def _scores(recipe: Any, case: Case) -> float:
+    from flexjag.backends.triton.softmax_counts import computed_scores
+
+    dims, dtype = case.dims or ASSUMED_DIMS, case.dtype or torch.bfloat16
+    return computed_scores(recipe, dims, dtype if dtype in DTYPES else torch.bfloat16)
+
+
 TRITON = Backend(
     name="triton",
-    title="own kernels for normalizers that are no softmax, CUDA",
+    title="own kernels in Triton, CUDA",
     takes="any mask and score it can print (users' functions: not while tracing)",
     run=_run,
     refuse=refuse,
-    promises=Promises(
-        normalizers=(Pointwise, StickBreaking), lse="nowhere", contains_nan=True, deterministic="everywhere"
-    ),
-    needs_tiles=True,
+    promises=Promises(contains_nan=True, deterministic="everywhere"),
+    wasteful=wasteful,
+    scores=_scores,
     source=_source,
 )

@@ -1,4 +1,4 @@
-"""The Triton kernels of the backend ``triton`` as they are launched, for compilers that run without a GPU."""
+"""The kernels of the backend ``triton`` for normalizers that are no softmax, for compilers that run without a GPU."""
 
 from __future__ import annotations
 
@@ -41,42 +41,44 @@ def _examples(features: int, dtype: torch.dtype) -> dict[str, Callable[[], objec
     bias = s.RelativeBias(torch.empty(HEADS, 257))
     times = s.TimeBias(torch.empty(HEADS, 129), torch.zeros(TOKENS, dtype=torch.int64), torch.arange(128))
     plans = {
-        "silu": _made(mask=m.Causal(), normalizer=nz.SiLU()),
-        "silu, position and time bias": _made(mask=m.Causal(), score=bias >> times, normalizer=nz.SiLU()),
-        "silu, sinks, cap": _made(
+        "silu": made(mask=m.Causal(), normalizer=nz.SiLU()),
+        "silu, position and time bias": made(mask=m.Causal(), score=bias >> times, normalizer=nz.SiLU()),
+        "silu, sinks, cap": made(
             mask=m.Causal() & (m.Window(64, 0) | m.Prefix(4)), score=s.SoftCap(30.0), normalizer=nz.SiLU()
         ),
-        "gelu": _made(mask=m.Causal(), normalizer=nz.GELU()),
-        "gelu, tanh": _made(mask=m.Causal(), normalizer=nz.GELU(approximate="tanh")),
-        "identity": _made(mask=m.Causal(), normalizer=nz.Identity()),
-        "sigmoid": _made(mask=m.Causal(), normalizer=nz.Sigmoid()),
+        "gelu": made(mask=m.Causal(), normalizer=nz.GELU()),
+        "gelu, tanh": made(mask=m.Causal(), normalizer=nz.GELU(approximate="tanh")),
+        "identity": made(mask=m.Causal(), normalizer=nz.Identity()),
+        "sigmoid": made(mask=m.Causal(), normalizer=nz.Sigmoid()),
     }
     launches: dict[str, Callable[[], object]] = {
         name: partial(_launch_pointwise, p, features, dtype) for name, p in plans.items()
     }
     sticks = {
-        "stick_breaking": _made(mask=m.Causal(), normalizer=nz.StickBreaking()),
-        "stick_breaking, sinks, cap": _made(
+        "stick_breaking": made(mask=m.Causal(), normalizer=nz.StickBreaking()),
+        "stick_breaking, sinks, cap": made(
             mask=m.Causal() & (m.Window(64, 0) | m.Prefix(4)),
             score=s.SoftCap(30.0),
             normalizer=nz.StickBreaking(),
         ),
-        "stick_breaking, own key, remainder, slopes": _made(
+        "stick_breaking, own key, remainder, slopes": made(
             mask=m.Causal(), score=s.Alibi.from_heads(HEADS), normalizer=nz.StickBreaking(True, True)
         ),
-        "stick_breaking, position and time bias": _made(
+        "stick_breaking, position and time bias": made(
             mask=m.Causal(), score=bias >> times, normalizer=nz.StickBreaking()
         ),
     }
     return launches | {name: partial(_launch_stick_breaking, p, features, dtype) for name, p in sticks.items()}
 
 
-def _made(mask: m.Mask, normalizer: nz.Normalizer, score: s.Score | None = None) -> Recipe:
+def made(mask: m.Mask, normalizer: nz.Normalizer | None = None, score: s.Score | None = None) -> Recipe:
+    """A plan of one segment."""
     tokens = Jagged.from_lengths(torch.empty(TOKENS), [TOKENS])
     return with_tiles(outline(Recipe, tokens, None, mask, score, normalizer))
 
 
-def _meta(*shape: int, dtype: torch.dtype) -> Tensor:
+def meta(*shape: int, dtype: torch.dtype) -> Tensor:
+    """A tensor of which only the shape is known."""
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
@@ -86,8 +88,8 @@ def _launch_pointwise(p: Recipe, features: int, dtype: torch.dtype) -> None:
 
     printed = triton.printed(p)
     captures = [x.to("meta") for x in printed.captures]
-    q = _meta(TOKENS, HEADS, features, dtype=dtype)
-    k = v = _meta(TOKENS, GROUPS, features, dtype=dtype)
+    q = meta(TOKENS, HEADS, features, dtype=dtype)
+    k = v = meta(TOKENS, GROUPS, features, dtype=dtype)
     tables, transposed = ([x.to("meta") for x in some] for some in triton.tables_of(p))
     given = captures, printed.numbers, printed.source
     rest = {"name": triton.name_of(p.normalizer), "scale": 0.125, "factor": 1.0, "tile": p.block_size}
@@ -101,11 +103,11 @@ def _launch_stick_breaking(p: Recipe, features: int, dtype: torch.dtype) -> None
 
     printed = sticks.printed(p)
     captures, tiles = ([x.to("meta") for x in some] for some in (printed.captures, sticks.tiles_of(p)))
-    q = _meta(TOKENS, HEADS, features, dtype=dtype)
-    k = v = _meta(TOKENS, GROUPS, features, dtype=dtype)
+    q = meta(TOKENS, HEADS, features, dtype=dtype)
+    k = v = meta(TOKENS, GROUPS, features, dtype=dtype)
     is_wide = isinstance(p.normalizer, nz.StickBreaking) and p.normalizer.remainder
     call = Call(q, k, v, captures, printed.numbers, printed.source, tiles, 0.125, p.block_size, p.layout.is_self)
     out = torch.empty_like(q, dtype=torch.float32 if is_wide else dtype)
-    left = _meta(TOKENS, HEADS, dtype=torch.float32)
+    left = meta(TOKENS, HEADS, dtype=torch.float32)
     run_forward(call, out, left)
     run_backward(call, out, left, ())

@@ -33,16 +33,24 @@ class Listing:
         heading: The section's heading.
         module: The module whose ``list_kernels`` lists the section's kernels.
         dtypes: Dtypes that the kernels are compiled for.
+        targets: Names of the GPUs that they are launched on.
     """
 
     heading: str
     module: str
     dtypes: tuple[torch.dtype, ...]
+    targets: tuple[str, ...] = tuple(TARGETS)
 
 
 LISTINGS = {
     "ops": Listing("ragged operations", "flexjag.codegen.own.ops", (torch.float32, torch.bfloat16)),
     "normalizers": Listing("backend `triton`", "flexjag.codegen.own.attention", (torch.bfloat16,)),
+    "softmax": Listing(
+        "backend `triton`, softmax",
+        "flexjag.codegen.own.softmax",
+        (torch.bfloat16,),
+        tuple(name for name, target in TARGETS.items() if target.vendor == "nvidia"),
+    ),
 }
 """Sections by their name on the command line and in the page's markers."""
 
@@ -83,7 +91,9 @@ def _settings(constants: Mapping[Any, Any]) -> str:
     'M 64, N 32, CAREFUL'
     """
     named = {name: value for name, value in constants.items() if isinstance(name, str)}
-    blocks = [f"{name.removeprefix('BLOCK_')} {value}" for name, value in named.items() if name.startswith("BLOCK_")]
+    sizes = {name.removeprefix("BLOCK_"): x for name, x in named.items() if name.startswith("BLOCK_")}
+    sizes |= {name.lower(): named[name] for name in ("ROWS", "STEP", "WIDE") if name in named}
+    blocks = [f"{name} {size}" for name, size in sizes.items()]
     return ", ".join([*blocks, *(name for name, value in named.items() if value is True)])
 
 
@@ -96,10 +106,11 @@ def cell(usage: Usage, target: Target) -> str:
 
 def build_section(name: str, progress: Callable[[str], None], workers: int = 2) -> str:
     """Assemble every kernel of a section for every target and return the section's text, markers included."""
-    columns = []
+    columns, listing = [], LISTINGS[name]
+    targets = [TARGETS[one] for one in listing.targets]
     with ThreadPoolExecutor(workers) as pool:
-        found = pool.map(partial(_assemble, LISTINGS[name]), TARGETS.values())
-        for target, usages in zip(TARGETS.values(), found, strict=True):
+        found = pool.map(partial(_assemble, listing), targets)
+        for target, usages in zip(targets, found, strict=True):
             progress(f"{target.name}, {name}: {len(usages)} kernels")
             columns.append([cell(usage, target) for usage in usages])
     return render_section(name, list(rows(LISTINGS[name])), columns)
@@ -112,10 +123,10 @@ def _assemble(listing: Listing, target: Target) -> list[Usage]:
 
 def render_section(name: str, table: list[Row], columns: list[list[str]]) -> str:
     """The text of a section, from its table's lines and the cells of each target's column."""
-    begin, end = markers(name)
+    (begin, end), targets = markers(name), LISTINGS[name].targets
     introduction = _INTRODUCTION.format(name=name, heading=LISTINGS[name].heading, **cache.versions())
-    lines = [begin, introduction, "| op, D, dtype | kernel | blocks | warps | " + " | ".join(TARGETS) + " |"]
-    lines.append("|---|---|---|--:|" + "--:|" * len(TARGETS))
+    lines = [begin, introduction, "| op, D, dtype | kernel | blocks | warps | " + " | ".join(targets) + " |"]
+    lines.append("|---|---|---|--:|" + "--:|" * len(targets))
     for row, *cells in zip(table, *columns, strict=True):
         head = [row.phase, f"`{row.name}`", row.settings, str(row.warps)]
         lines.append("| " + " | ".join([*head, *cells]) + " |")
@@ -140,7 +151,7 @@ def read_section(page: str, name: str) -> list[tuple[Row, list[str]]]:
     found = []
     for line in section.splitlines():
         phase, *more = (part.strip() for part in line.strip("|").split(" | "))
-        if len(more) == 3 + len(TARGETS) and more[0].startswith("`"):
+        if len(more) == 3 + len(LISTINGS[name].targets) and more[0].startswith("`"):
             found.append((Row(phase, more[0].strip("`"), more[1], int(more[2])), more[3:]))
     return found
 
