@@ -272,8 +272,8 @@ def test_numpys_arrays_are_copied_and_checked() -> None:
         Jagged(X.values, OFFSETS.astype(np.uint64))  # type: ignore[arg-type]
 
 
-def test_graphs_convert_where_sizes_may_depend_on_data(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch._dynamo.config, "capture_dynamic_output_shape_ops", True)
+@torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
+def test_graphs_convert_where_sizes_may_depend_on_data() -> None:
     graphs = CompileCounter()
     by_positions = torch.compile(Jagged.from_position_ids, fullgraph=True, backend=graphs, dynamic=True)
     for lengths in ([2, 3], [4, 1, 1], [7, 2]):

@@ -20,6 +20,9 @@ OPTIONAL = {
     "cloudpickle": "tests of compile_for are skipped",
     "fbgemm_gpu": "no arms of FBGEMM in ops",
     "pynvml": "no energy, and no version of the driver",
+    "transformers": "no tests against its tables",
+    "torchdata": "no tests with its loaders",
+    "datasets": "no tests with its datasets",
     "xdist": "tests run one at a time",
     "hypothesis": "no tests",
 }

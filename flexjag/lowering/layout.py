@@ -197,7 +197,7 @@ def build_layout(
     may_look = can_look(q.offsets, k.offsets) and not has_spare  # fixed capacity promises not to, so nowhere
     is_self = q.offsets is k.offsets and same_size(num_q, num_kv)
     sides = (("q", q),) if is_self else (("q", q), ("k", k))
-    if tracing and validate:  # a bound on the lengths is asserted with the tiles
+    if tracing and validate:  # a bound on the lengths is asserted by the caller
         for name, x in sides:
             rule = "must start at 0, not decrease, and end at the number of packed tokens"
             assert_on_device(_are_offsets(x, has_spare), f"{name}.offsets: {rule}")

@@ -103,6 +103,9 @@ def outline(
     normalizer = Softmax() if normalizer is None else normalizer
     heads = check_arguments(mask, score, normalizer, block_size, max_length)
     layout = build_layout(q, q if k is None else k, max_tokens=max_tokens, max_length=max_length, validate=validate)
+    if max_length is not None:
+        for offsets in (layout.q_offsets, layout.kv_offsets):
+            assert_on_device((offsets.diff() <= max_length).all(), "max_length: must bound every segment's length")
     check_normalizer(layout, mask, normalizer)
     check_fit(MaskError, mask, layout)
     check_fit(PlanError, normalizer, layout)
@@ -164,9 +167,6 @@ def with_tiles(recipe: R, refine_tiles: bool | None = None) -> R:
 
 def _tiles(recipe: Recipe, refine_tiles: bool | None) -> Tiles:
     layout, block, sandwiches, max_length = recipe.layout, recipe.block_size, recipe.sandwiches, recipe.max_length
-    if max_length is not None:
-        for offsets in (layout.q_offsets, layout.kv_offsets):
-            assert_on_device((offsets.diff() <= max_length).all(), "max_length: must bound every segment's length")
     capacity = _capacity(layout, block, max_length)
     width, size = (None, None) if capacity is None else capacity
     lists = [list_tiles(x.outer, x.inner, layout.num_kv, block, size) for x in sandwiches]

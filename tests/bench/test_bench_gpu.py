@@ -11,14 +11,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from flexjag.bench import gpu, main, outcomes, processes, run, smoke, sync, warm
+from flexjag.bench import gpu, main, outcomes, preflight, processes, run, smoke, sync, warm
 from flexjag.bench.measuring import nvml
 from flexjag.bench.measuring.schedule import run_suite
 from flexjag.bench.processes import Clock, run_process
 from flexjag.bench.suites.registry import Arm, BenchError, Case, Options, Suite, find
 
 QUICK = Options(quick=True, device="cpu", rounds=2, memory=False)
-OPTIONAL = ("attn_gym", "rich", "matplotlib", "cloudpickle", "fbgemm_gpu", "pynvml")  # not xdist, to be quick
+OPTIONAL = tuple(name for name in preflight.OPTIONAL if name not in ("xdist", "hypothesis"))  # those make it quick
 
 TESTS = """
 import pytest
