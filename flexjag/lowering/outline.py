@@ -184,7 +184,8 @@ def _tiles(recipe: Recipe, refine_tiles: bool | None) -> Tiles:
 
 
 def for_gpu(recipe: R) -> R:
-    """Rebuild a recipe as if made on a GPU, to be sent to a process that compiles GPU kernels."""
+    """Rebuild a recipe as if made on a GPU, with tiles, to be sent to a process that compiles GPU kernels."""
+    recipe = with_tiles(recipe)
     layout = replace(recipe.layout, on_gpu=True)
     tables = mods.row_tables(layout, recipe.block_size)
     masks = tuple(mods.kernel_mask(x, tables) for x in recipe.sandwiches)
