@@ -56,16 +56,19 @@ def _head_masks(mask: m.Mask) -> tuple[list[m.Mask], list[int] | None]:
     return distinct, head_of
 
 
-def _capacity(layout: Layout, block: int, max_length: int | None) -> tuple[int, int] | None:
+def _capacity(layout: Layout, block: int, max_length: int | None, traced: bool) -> tuple[int | None, int | None]:
     """Upper bounds on the tiles of a row or column and on all tiles, from `max_length`; None without a bound.
 
     In self-attention the keys of a tile row are one range: its own tokens and at most a segment to either side.
     In cross-attention it may meet many segments with separate key ranges, so only the grid bounds it.
     """
     if max_length is None:
-        return None
+        return None, None
     rows, cols = blocks(layout.num_q, block), blocks(layout.num_kv, block)
-    width = (2 * max_length + block - 1) // block + 2 if layout.is_self else max(rows, cols)
+    width = (2 * max_length + block - 1) // block + 2 if layout.is_self else None
+    if traced:  # as in `row_count`, no maximum and no minimum: twice the harmonic mean is at least the lesser of both
+        return width, (rows + 1) * (cols if width is None else 2 * width * cols // (width + cols) + 1)
+    width = max(rows, cols) if width is None else width
     return width, max(2, rows * min(width, cols))
 
 
@@ -167,10 +170,10 @@ def with_tiles(recipe: R, refine_tiles: bool | None = None) -> R:
 
 def _tiles(recipe: Recipe, refine_tiles: bool | None) -> Tiles:
     layout, block, sandwiches, max_length = recipe.layout, recipe.block_size, recipe.sandwiches, recipe.max_length
-    capacity = _capacity(layout, block, max_length)
-    width, size = (None, None) if capacity is None else capacity
+    traced = holds_no_numbers(layout.q_offsets)
+    width, size = _capacity(layout, block, max_length, traced)
     lists = [list_tiles(x.outer, x.inner, layout.num_kv, block, size) for x in sandwiches]
-    if capacity is None and not holds_no_numbers(layout.q_offsets):
+    if size is None and not traced:
         tables = recipe.tables
         lists = [_refined(t, x, tables, layout, block, refine_tiles) for t, x in zip(lists, sandwiches, strict=True)]
     union, by_head = lists[0], lists

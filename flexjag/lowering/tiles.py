@@ -17,7 +17,6 @@ from torch import Tensor
 from flexjag.errors import PlanError, assert_on_device, explain_values
 from flexjag.lowering.layout import blocks
 from flexjag.lowering.spans import Spans
-from flexjag.offsets import surely
 from flexjag.upstream import holds_no_numbers
 
 if TYPE_CHECKING:
@@ -59,6 +58,16 @@ class TileTable:
 
     count: Tensor
     index: Tensor
+
+
+def row_count(tokens: int, block: int, traced: bool) -> int:
+    """Rows of tiles to make room for, 2 or more: PyTorch specializes on sizes of 1.
+
+    In a traced graph there is one to spare, instead of a maximum. A graph that comes from Inductor's cache brings its
+    guards as text, in which Python's ``max`` and ``min`` compare sizes, and each comparison is a guard more.
+    """
+    count = blocks(tokens, block)
+    return count + 1 if traced else max(2, count)
 
 
 def _by_row(x: Tensor, rows: int, block: int) -> Tensor:
@@ -105,7 +114,8 @@ def _list_tiles(
     block: int,
     capacity: int | None,
 ) -> Tensor:
-    rows, cols = blocks(outer_lo.shape[1], block), blocks(num_kv, block)
+    rows = row_count(outer_lo.shape[1], block, holds_no_numbers(outer_lo))
+    last_row, cols = blocks(outer_lo.shape[1], block) - 1, blocks(num_kv, block)
     lo, hi = _by_row(outer_lo, rows, block), _by_row(outer_hi, rows, block)
     first, order = torch.where(hi > lo, lo // block, cols).sort(dim=1)
     last = torch.where(hi > lo, (hi + block - 1) // block, 0).gather(1, order)
@@ -120,7 +130,7 @@ def _list_tiles(
     source = torch.searchsorted(ends, slot, right=True)
     live = source < counts.shape[0]
     source = source.clamp(max=counts.shape[0] - 1)
-    row = torch.where(live, source // lo.shape[1], rows - 1)
+    row = torch.where(live, source // lo.shape[1], last_row)
     col = torch.where(live, first.flatten()[source] + slot - (ends - counts)[source], cols)
     if capacity is not None:
         assert_on_device(ends[-1] <= capacity, "max_length: its bound holds fewer tiles than this batch needs")
@@ -254,23 +264,26 @@ def build_tables(
         width: The most tiles that a row or a column may have, if fixed. Otherwise they are counted, at the
             price of a host sync; in a traced graph every column is stored.
     """
-    rows, cols = max(2, blocks(num_q, block)), max(2, blocks(num_kv, block))
+    traced = holds_no_numbers(lists[0].row)
+    rows, cols = (row_count(n, block, traced) for n in (num_q, num_kv))
     transposed = [TileList(t.col, t.row, t.full, t.live) for t in lists]
     order = [t.row.argsort(stable=True) for t in transposed]
     transposed = [TileList(t.row[o], t.col[o], t.full[o], t.live[o]) for t, o in zip(transposed, order, strict=True)]
     kv = [_count(lists, rows, full) for full in (False, True)]
     q = [_count(transposed, cols, full) for full in (False, True)]
     # One width for all four tables, and never a table's own number of columns: Dynamo guards on which strides are
-    # equal and on whether rows are contiguous, and would compile anew when that changes.
-    if width is None and holds_no_numbers(lists[0].row):
-        width = max(rows, cols) + 1
+    # equal and on whether rows are contiguous, and would compile anew when that changes (and does for the one traced
+    # number of columns that equals a width fixed beforehand).
+    if traced:
+        widths = (cols + 1, rows + 1) if width is None else (width, width)
     else:
         if width is None:
             width = max(3, int(torch.stack([c.max() for x in (*kv, *q) for c in x.counts]).max()))
-        while surely(width == rows) or surely(width == cols):
+        while width in (rows, cols):
             width += 1
-    kv_tables = [_table(x, rows, cols, width) for x in kv]
-    q_tables = [_table(x, cols, rows, width) for x in q]
+        widths = width, width
+    kv_tables = [_table(x, rows, cols, widths[0]) for x in kv]
+    q_tables = [_table(x, cols, rows, widths[1]) for x in q]
     return kv_tables[0], kv_tables[1], q_tables[0], q_tables[1]
 
 

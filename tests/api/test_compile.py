@@ -12,6 +12,7 @@ import pytest
 import torch
 from cases import mostly_slow
 from torch import Tensor, nn
+from torch._inductor.utils import fresh_cache
 
 import flexjag as fj
 from flexjag.testing import Graphs, assert_compiles, assert_no_leak
@@ -131,6 +132,33 @@ def test_fifty_batches_share_a_graph_forward_and_backward(with_plan: bool) -> No
 def test_fifty_batches_share_an_inference_graph_of_flex() -> None:
     graphs = compile_all(Model("flex"), with_plan=True, backward=False)
     assert graphs.inference == [0, 20]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("max_length", [None, 100], ids=["any length", "bounded"])
+@pytest.mark.parametrize("is_self", [True, False], ids=["self", "cross"])
+def test_a_graph_from_inductors_cache_serves_as_many_batches(is_self: bool, max_length: int | None) -> None:
+    """The cache brings guards as text, whose ``max`` and ``min`` would compare sizes and so guard on the outcome."""
+    g = torch.Generator().manual_seed(2)
+    # More queries than keys and fewer, one tile and many, and 13 to 16 rows of tiles: the bound's width is 15.
+    sizes = [(100, 40), (40, 100), (10, 20), (20, 10), (200, 190), (190, 200), (60, 60), (12, 12)]
+    sizes += [(n, 33) for n in (215, 231, 247)] + [(33, n) for n in (215, 231, 247)]
+    batches = []
+    for n, m in sizes:
+        q, k = (
+            fj.Jagged(torch.randn(t, HEADS, DIM, generator=g), torch.tensor([0, t // 3, 2 * t // 3, t])) for t in (n, m)
+        )
+        kv = q if is_self else k
+        batches.append((q, kv, fj.plan(q, kv, mask=fj.Window(5, 5), block_size=16, max_length=max_length)))
+
+    def fn(q: fj.Jagged, kv: fj.Jagged, plan: fj.Plan) -> Tensor:
+        return fj.attention(q, kv, kv, plan=plan, backend="flex").values
+
+    # A row of 15 tiles in a table 15 wide would be contiguous: that one number of tiles takes a graph of its own.
+    wanted = [0, 8] if is_self and max_length else [0]
+    with fresh_cache():
+        for _ in ("compiled", "from the cache"):
+            assert assert_compiles(fn, batches, max_graphs=2, backward=False).inference == wanted
 
 
 @pytest.mark.slow
