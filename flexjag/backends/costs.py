@@ -1,7 +1,7 @@
 """Cost model of a call on a CPU: a line per way to compute it, fitted to measurements and recorded in ``costs.json``.
 
-A call's time is modelled as ``per_call · calls + per_token · tokens + per_score · scores``. The counts are estimated
-from the number of segments and tokens, as if all segments had the same length, because that reads no offsets.
+An attention's time is modelled as ``fixed + per_call · calls + per_token · tokens + per_score · scores``. The counts
+are estimated from the number of segments and tokens, as if all segments had the same length: that reads no offsets.
 ``python -m flexjag.bench calibrate`` measures and fits the lines; the record says where, and how well they chose there.
 """
 
@@ -35,15 +35,17 @@ class Work(NamedTuple):
 
 
 class Line(NamedTuple):
-    """A fitted line: seconds per call, per token and per score."""
+    """A fitted line: seconds per attention, and per call, token and score in it."""
 
+    fixed: float
     per_call: float
     per_token: float
     per_score: float
 
     def seconds(self, work: Work) -> float:
         """Expected seconds of `work`."""
-        return self.per_call * work.calls + self.per_token * work.tokens + self.per_score * work.scores
+        counts = (1.0, work.calls, work.tokens, work.scores)
+        return sum(each * count for each, count in zip(self, counts, strict=True))
 
 
 class Sizes(NamedTuple):
@@ -87,7 +89,7 @@ class Sizes(NamedTuple):
 def record() -> dict[str, Line]:
     """The lines of ``costs.json``, by way and ``"forward"`` or ``"training"``."""
     lines = json.loads(PATH.read_text())["lines"]
-    return {name: Line(x["per_call"], x["per_token"], x["per_score"]) for name, x in lines.items()}
+    return {name: Line(**x) for name, x in lines.items()}
 
 
 def seconds(work: Work, grad: bool) -> float:
