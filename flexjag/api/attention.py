@@ -27,6 +27,8 @@ from flexjag.lowering.recipe import Recipe
 from flexjag.offsets import check_computable, check_same_layout, is_empty, same_size
 from flexjag.upstream import holds_no_numbers
 
+AUTOCAST = (torch.float32, torch.float16, torch.bfloat16)  # what autocast casts
+
 
 @overload
 def attention(
@@ -110,7 +112,8 @@ def attention(
     """Attention within each segment of a jagged batch.
 
     Tokens never see another segment; that is not an option. Differentiable in q, k, v and the score's tensors,
-    except where a backend says otherwise. Works inside ``torch.compile(fullgraph=True)``.
+    except where a backend says otherwise. Works inside ``torch.compile(fullgraph=True)``. Computes in the dtype of q,
+    k and v; under autocast, they are first cast to its dtype if theirs differ.
 
     Args:
         q: Queries, values ``[T_q, H, D]``.
@@ -150,6 +153,7 @@ def attention(
     >>> attention(q, k, v, mask=Causal() & (Window(2, 0) | Prefix(1)))
     Jagged(segments=3, tokens=8, values=[8, 2, 16] float32, device=cpu)
     """
+    q, k, v = _in_one_dtype(q, k, v)
     check_inputs(q, k, v)
     if plan is None:
         recipe = outline(Recipe, q, k, mask, score, normalizer, Bounds(validate=validate))
@@ -196,6 +200,26 @@ def attention(
         return q.with_values(out)
     assert rest is not None, f"backend {chosen.name!r} promises a log-sum-exp or remainder, and returned None"
     return q.with_values(out), q.with_values(rest)
+
+
+def _in_one_dtype(q: Jagged, k: Jagged, v: Jagged) -> tuple[Jagged, Jagged, Jagged]:
+    """Inputs whose dtypes differ in autocast's dtype where it is enabled, as a norm or rotation in float32 leaves them.
+
+    As PyTorch's ``scaled_dot_product_attention`` casts them, float64 is not.
+    """
+    given = (q, k, v)
+    if not all(isinstance(x, Jagged) for x in given):
+        return given
+    tensors = [x.values for x in given]
+    device = tensors[0].device.type
+    alike = all(x.dtype == tensors[0].dtype for x in tensors)
+    if alike or device == "meta" or not torch.is_autocast_enabled(device):
+        return given
+    if not all(x.dtype in AUTOCAST and x.device.type == device for x in tensors):
+        return given
+    dtype = torch.get_autocast_dtype(device)
+    q, k, v = (x.with_values(t.to(dtype)) for x, t in zip(given, tensors, strict=True))
+    return q, k, v
 
 
 def _decide(
