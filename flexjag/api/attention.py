@@ -16,6 +16,7 @@ from flexjag.algebra.masks import Mask
 from flexjag.algebra.normalizers import Normalizer, Softmax, StickBreaking
 from flexjag.algebra.scores import Score
 from flexjag.algebra.tree import replaced
+from flexjag.api.options import checked_sinks, in_one_dtype, with_sinks
 from flexjag.api.plan import Plan
 from flexjag.backends.base import Backend, Case, Pair
 from flexjag.backends.choose import BACKENDS, pick
@@ -26,8 +27,6 @@ from flexjag.lowering.outline import Bounds, outline, with_tiles
 from flexjag.lowering.recipe import Recipe
 from flexjag.offsets import check_computable, check_same_layout, is_empty, same_size
 from flexjag.upstream import holds_no_numbers
-
-AUTOCAST = (torch.float32, torch.float16, torch.bfloat16)  # what autocast casts
 
 
 @overload
@@ -41,6 +40,7 @@ def attention(
     normalizer: Normalizer | None = None,
     plan: Plan | None = None,
     scale: float | None = None,
+    sinks: Tensor | float | None = None,
     return_lse: Literal[False] = False,
     return_remainder: Literal[False] = False,
     backend: str = "auto",
@@ -57,6 +57,7 @@ def attention(
     normalizer: Normalizer | None = None,
     plan: Plan | None = None,
     scale: float | None = None,
+    sinks: Tensor | float | None = None,
     return_lse: Literal[True],
     return_remainder: Literal[False] = False,
     backend: str = "auto",
@@ -73,6 +74,7 @@ def attention(
     normalizer: Normalizer | None = None,
     plan: Plan | None = None,
     scale: float | None = None,
+    sinks: Tensor | float | None = None,
     return_lse: Literal[False] = False,
     return_remainder: Literal[True],
     backend: str = "auto",
@@ -89,6 +91,7 @@ def attention(
     normalizer: Normalizer | None = None,
     plan: Plan | None = None,
     scale: float | None = None,
+    sinks: Tensor | float | None = None,
     return_lse: bool = False,
     return_remainder: bool = False,
     backend: str = "auto",
@@ -104,6 +107,7 @@ def attention(
     normalizer: Normalizer | None = None,
     plan: Plan | None = None,
     scale: float | None = None,
+    sinks: Tensor | float | None = None,
     return_lse: bool = False,
     return_remainder: bool = False,
     backend: str = "auto",
@@ -125,8 +129,12 @@ def attention(
         plan: A plan made before for this layout, instead of `mask`, `score` and `normalizer`. Make one per batch and
             share it between layers.
         scale: Factor on ``q·k``. Default ``1 / sqrt(D)``.
-        return_lse: Also return the natural-log sum of exponentials of each row's scores, for :func:`merge`. Only a
-            softmax has one.
+        sinks: Attention sinks: for each query head ``[H]`` the logit of one more key, which every row attends and whose
+            value is zero, so that a row's weights may sum to less than 1. A floating-point tensor, which may need
+            gradients, or one number for all heads: 0.0 adds one to the denominator. Only for a softmax (Xiao et al.,
+            2023; GPT-OSS).
+        return_lse: Also return the natural-log sum of exponentials of each row's scores, its sink's included, for
+            :func:`merge`. Only a softmax has one.
         return_remainder: Also return the unassigned rest of each row's stick. Only a stick-breaking normalizer has one.
         backend: ``"auto"``, ``"reference"``, ``"tiled"``, ``"segments"``, ``"cpp"``, ``"flex"``, ``"varlen"``,
             ``"triton"``, or one of your own (:func:`flexjag.extend.register`). A named backend that cannot run the
@@ -137,7 +145,7 @@ def attention(
     Returns:
         Values ``[T_q, H, E]`` on q's offsets; with `return_lse` also the log-sum-exp ``[T_q, H]``, with
         `return_remainder` also the remainder ``[T_q, H]``, 0 to 1. A row without an allowed key gets output 0,
-        log-sum-exp -inf, remainder 1 and no gradient.
+        log-sum-exp -inf or its sink, remainder 1 and no gradient.
 
     Raises:
         ShapeError: If shapes, dtypes or devices do not fit.
@@ -153,7 +161,7 @@ def attention(
     >>> attention(q, k, v, mask=Causal() & (Window(2, 0) | Prefix(1)))
     Jagged(segments=3, tokens=8, values=[8, 2, 16] float32, device=cpu)
     """
-    q, k, v = _in_one_dtype(q, k, v)
+    q, k, v = in_one_dtype(q, k, v)
     check_inputs(q, k, v)
     if plan is None:
         recipe = outline(Recipe, q, k, mask, score, normalizer, Bounds(validate=validate))
@@ -170,7 +178,8 @@ def attention(
         )
     scale = 1.0 / math.sqrt(max(1, q.values.shape[2])) if scale is None else float(scale)
     found = functions.learned_tensors(recipe.score, torch.float32, recipe.place)
-    learned = (*found, *normalizers.tensors(recipe.normalizer))
+    sinks = checked_sinks(sinks, recipe.normalizer, q.values)
+    learned = (*found, *normalizers.tensors(recipe.normalizer), *(() if sinks is None else (sinks,)))
     learns = torch.is_grad_enabled() and any(x.requires_grad for x in learned)
     known = {
         "tracing": holds_no_numbers(q.values),
@@ -178,12 +187,12 @@ def attention(
         "grad": learns
         or (torch.is_grad_enabled() and (q.values.requires_grad or k.values.requires_grad or v.values.requires_grad)),
         "scale": scale,
-        "lse": return_lse,
+        "lse": return_lse or sinks is not None,
         "dims": (q.values.shape[1], k.values.shape[1], q.values.shape[2], v.values.shape[2]),
         "plain": needs_plain_operations(),
     }
     chosen = BACKENDS[_decide(recipe, backend, known, return_remainder, learns)]
-    need_rest = return_lse or return_remainder
+    need_rest = return_lse or return_remainder or sinks is not None
     if is_empty(q.values.shape[0]) or is_empty(k.values.shape[0]):
         out, rest = _nothing(q.values, k.values, v.values, *(x for x in learned if x.dtype.is_floating_point))
         rest = rest.exp() + 1 if return_remainder else rest
@@ -196,30 +205,12 @@ def attention(
                 raise
             chosen = BACKENDS[_decide(recipe, backend, known, return_remainder, learns, without=chosen.name)]
             out, rest = _execute(chosen, *given)
-    if not need_rest:
+    assert rest is not None or not need_rest, f"backend {chosen.name!r} returned no log-sum-exp or remainder"
+    if sinks is not None and rest is not None:
+        out, rest = with_sinks(out, rest, sinks, recipe.layout)
+    if rest is None or not (return_lse or return_remainder):
         return q.with_values(out)
-    assert rest is not None, f"backend {chosen.name!r} promises a log-sum-exp or remainder, and returned None"
     return q.with_values(out), q.with_values(rest)
-
-
-def _in_one_dtype(q: Jagged, k: Jagged, v: Jagged) -> tuple[Jagged, Jagged, Jagged]:
-    """Inputs whose dtypes differ in autocast's dtype where it is enabled, as a norm or rotation in float32 leaves them.
-
-    As PyTorch's ``scaled_dot_product_attention`` casts them, float64 is not.
-    """
-    given = (q, k, v)
-    if not all(isinstance(x, Jagged) for x in given):
-        return given
-    tensors = [x.values for x in given]
-    device = tensors[0].device.type
-    alike = all(x.dtype == tensors[0].dtype for x in tensors)
-    if alike or device == "meta" or not torch.is_autocast_enabled(device):
-        return given
-    if not all(x.dtype in AUTOCAST and x.device.type == device for x in tensors):
-        return given
-    dtype = torch.get_autocast_dtype(device)
-    q, k, v = (x.with_values(t.to(dtype)) for x, t in zip(given, tensors, strict=True))
-    return q, k, v
 
 
 def _decide(
