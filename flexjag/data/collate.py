@@ -76,20 +76,26 @@ def collate(
             spare. ``plan(max_tokens=...)`` gives them zeros.
         max_samples: Fixed number of segments: empty ones follow the samples'. What is stacked is padded, too.
         max_length: Cut samples to this many tokens.
-        fill: What spare rows hold, by field; 0 where nothing is said. Labels want their ignored index here.
+        fill: What spare rows hold, by field; 0 where nothing is said. Labels want their ignored index here, and what is
+            stacked wants what no sample has: ``{"labels": -100, "user": -1}``.
         plan: Plans a batch, from its first Jagged field: ``functools.partial(flexjag.plan, mask=...)``. The result is
             the field ``"plan"``. In a DataLoader's worker it is made beside training; its mask's functions must then be
             importable by name.
 
     Raises:
-        DataError: If samples lack a field, fields of a sample differ in length, or the batch exceeds its capacity.
+        DataError: If samples lack a field, fields of a sample differ in length, the batch exceeds its capacity, or
+            `fill` names a field that there is not.
 
     >>> batch = collate([{"tokens": [1, 2], "user": 7}, {"tokens": [3], "user": 8}], max_tokens=4)
     >>> batch["tokens"].values.tolist(), batch["tokens"].offsets.tolist(), batch["user"].tolist()
     ([1, 2, 3, 0], [0, 2, 3], [7, 8])
     """
     max_tokens, max_samples, max_length = as_int(max_tokens), as_int(max_samples), as_int(max_length)
+    if plan is not None and not callable(plan):
+        rule = "must be a function of the batch's first Jagged, as functools.partial(flexjag.plan, mask=...)"
+        raise DataError(explain_values("plan", rule, plan=plan))
     columns = _columns(samples, fields)
+    _check_fill(fill, columns)
     packed = {name: values for name, values in columns.items() if is_per_token(values[0])}
     if not packed:
         raise DataError(explain_values("samples", "must have a field per token", fields=list(columns)))
@@ -136,6 +142,8 @@ def _columns(samples: Sequence[Mapping[str, Any]], fields: Collection[str] | Non
         if not isinstance(sample, Mapping):
             rule = "must be a mapping of field names, as {'tokens': [...]}"
             raise DataError(explain_values(f"samples[{i}]", rule, type=type(sample).__name__))
+    if isinstance(fields, str):
+        raise DataError(explain_values("fields", "must be a list of names", fields=fields))
     names = list(samples[0]) if fields is None else list(fields)
     for i, sample in enumerate(samples):
         missing = [name for name in names if name not in sample]
@@ -143,6 +151,17 @@ def _columns(samples: Sequence[Mapping[str, Any]], fields: Collection[str] | Non
             seen = {"fields": list(sample), "wanted": names}
             raise DataError(explain_values(f"samples[{i}]", "must have the fields of the others", **seen))
     return {name: [sample[name] for sample in samples] for name in names}
+
+
+def _check_fill(fill: object, columns: Mapping[str, list[Any]]) -> None:
+    """Check that what spare rows hold is said for fields that there are: a misspelt name would say nothing."""
+    if fill is None:
+        return
+    if not isinstance(fill, Mapping):
+        raise DataError(explain_values("fill", "must be a mapping of field names, as {'labels': -100}", fill=fill))
+    unknown = [name for name in fill if name not in columns]
+    if unknown:
+        raise DataError(explain_values("fill", "must name fields of the batch", unknown=unknown, fields=list(columns)))
 
 
 def is_per_token(value: Any) -> bool:

@@ -131,6 +131,26 @@ WRONG: dict[str, tuple[Any, dict[str, Any], str]] = {
     "text per token": ([{"a": ["x"]}], {}, "a: must have one kind of entries in all samples; got error='no numbers"),
     "two widths": ([{"a": torch.ones(1, 2)}, {"a": torch.ones(1, 3)}], {}, "a: must have one kind of entries"),
     "no number": ([{"a": [1], "b": object()}], {}, "b: must be numbers, arrays or tensors; got type='object'"),
+    "a plan's function that is none": (
+        [{"a": [1]}],
+        {"plan": fj.Causal()},
+        r"plan: must be a function.*plan=Causal\(\)",
+    ),
+    "a misspelt fill": (
+        [{"labels": [1]}],
+        {"max_tokens": 2, "fill": {"label": -100}},
+        r"fill: must name fields of the batch; got unknown=\['label'\], fields=\['labels'\]",
+    ),
+    "a number to fill": (
+        [{"a": [1]}],
+        {"max_tokens": 2, "fill": -100},
+        r"fill: must be a mapping of field names, as .*-100",
+    ),
+    "a name for names": (
+        [{"tokens": [1]}],
+        {"fields": "tokens"},
+        "fields: must be a list of names; got fields='tokens'",
+    ),
     "a plan": ([{"plan": [1]}], {"plan": fj.plan}, "fields: must have no 'plan' beside plan="),
 }
 
