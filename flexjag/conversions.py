@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flexjag.errors import LayoutError, ShapeError, assert_on_device, explain_values
-from flexjag.offsets import can_look, check_ends, check_tensor, listed, offsets_of
+from flexjag.offsets import can_look, check_ends, check_tensor, index_tensor, listed, offsets_of
 from flexjag.upstream import holds_no_numbers
 
 Packed = tuple[Tensor, Tensor]
@@ -70,6 +70,7 @@ def select(values: Tensor, offsets: Tensor, index: slice) -> Packed:
 def cut_by_positions(values: Tensor, position_ids: Tensor) -> Packed:
     """Cut packed values where position ids restart; see :meth:`flexjag.Jagged.from_position_ids`."""
     check_tensor(ShapeError, "values", values)
+    position_ids = index_tensor(position_ids)
     check_tensor(LayoutError, "position_ids", position_ids)
     ids = position_ids
     if ids.ndim not in (1, 2) or ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
@@ -108,6 +109,7 @@ def _misplaced(ids: Tensor, at: int, row: int) -> LayoutError:
 def remove_padding(dense: Tensor, mask: Tensor, compact: bool) -> Packed:
     """Gather what a padding mask keeps; see :meth:`flexjag.Jagged.from_padding_mask`."""
     check_tensor(ShapeError, "dense", dense)
+    mask = index_tensor(mask)
     check_tensor(LayoutError, "mask", mask)
     if mask.ndim != 2 or mask.shape != dense.shape[:2] or mask.device != dense.device:
         seen = {"mask": tuple(mask.shape), "dense": tuple(dense.shape)}

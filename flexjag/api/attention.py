@@ -13,9 +13,10 @@ from torch import Tensor
 from flexjag.algebra import normalizers
 from flexjag.algebra import user_functions as functions
 from flexjag.algebra.masks import Mask
+from flexjag.algebra.node import finite
 from flexjag.algebra.normalizers import Normalizer, Softmax, StickBreaking
 from flexjag.algebra.scores import Score
-from flexjag.algebra.tree import replaced
+from flexjag.algebra.tree import replaced, tensors_along
 from flexjag.api.plan import Plan
 from flexjag.backends.base import Backend, Case, Pair
 from flexjag.backends.choose import BACKENDS, pick
@@ -164,7 +165,7 @@ def attention(
         raise ShapeError(
             explain_values("scale", "must be a number; multiply q by a learned one", shape=tuple(scale.shape))
         )
-    scale = 1.0 / math.sqrt(max(1, q.values.shape[2])) if scale is None else float(scale)
+    scale = 1.0 / math.sqrt(max(1, q.values.shape[2])) if scale is None else finite(ShapeError, "scale", scale)
     found = functions.learned_tensors(recipe.score, torch.float32, recipe.place)
     learned = (*found, *normalizers.tensors(recipe.normalizer))
     learns = torch.is_grad_enabled() and any(x.requires_grad for x in learned)
@@ -221,7 +222,9 @@ def _decide(
         rule = "only stick-breaking leaves a remainder"
         raise PlanError(explain_values("return_remainder", rule, normalizer=normalizer))
     if recipe.heads is not None and recipe.heads != heads:
-        seen = {"made_for": recipe.heads, "heads": heads}
+        nodes = recipe.mask, recipe.score, normalizer
+        per_head = (x for node in nodes for x in tensors_along(node) if x.axis == "query head")
+        seen = {"made_for": recipe.heads, "heads": heads, **{x.name: tuple(x.tensor.shape) for x in per_head}}
         raise ShapeError(explain_values("mask, score", "must be made for q's heads", **seen))
     name = pick(backend, Case.of(recipe, **known), without)
     if not known["tracing"]:
