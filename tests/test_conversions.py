@@ -317,3 +317,12 @@ def test_graphs_convert_where_sizes_may_depend_on_data() -> None:
 def test_layers_take_numpys_integers() -> None:
     layer = HSTULayer(np.int64(8), np.int64(2), np.int64(4), bias=HSTUBias(np.int64(2), max_distance=np.int64(3)))  # type: ignore[arg-type]
     assert repr(layer) == repr(HSTULayer(8, 2, 4, bias=HSTUBias(2, max_distance=3)))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_scale_of_numpy(compiled: bool) -> None:
+    def call(x: Jagged) -> Tensor:
+        return fj.attention(x, x, x, scale=np.float64(0.25)).values  # type: ignore[arg-type]
+
+    run = torch.compile(call, fullgraph=True, backend="eager") if compiled else call
+    torch.testing.assert_close(run(X), fj.attention(X, X, X, scale=0.25).values)

@@ -81,12 +81,12 @@ def check_tensor(error: type[ValueError], name: str, given: object, hint: str = 
 
 
 def finite(error: type[ValueError], name: str, given: Any) -> float:
-    """A finite number of Python or NumPy as a float; in a traced graph it may be a symbol, which is not looked at.
+    """A finite number of Python or NumPy as a float; in a traced graph it may be a symbol, and is not looked at.
 
     Raises:
         error: If it is none.
     """
-    if torch.compiler.is_compiling() and isinstance(given, float | torch.SymFloat):
+    if torch.compiler.is_compiling():  # where NumPy's numbers are tensors
         return float(given)
     found = float(given) if isinstance(given, NUMBERS) else math.nan
     if isinstance(given, bool) or not math.isfinite(found):
