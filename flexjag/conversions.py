@@ -31,9 +31,13 @@ def join(tensors: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
     first = tensors[0]
     for s, t in enumerate(tensors):
         check_tensor(ShapeError, f"tensors[{s}]", t)
-        if t.ndim < 1 or t.shape[1:] != first.shape[1:] or t.dtype != first.dtype:
-            rule = "must agree with tensors[0] in dtype and in all dimensions but the first"
+        if t.ndim < 1:
+            raise ShapeError(explain_values(f"tensors[{s}]", "must have a token dimension", shape=()))
+        if t.shape[1:] != first.shape[1:] or t.dtype != first.dtype or t.device != first.device:
+            rule = "must agree with tensors[0] in dtype, device and in all dimensions but the first"
             seen = {"first_shape": tuple(first.shape), "first_dtype": first.dtype}
+            if t.device != first.device:
+                seen = {"device": str(t.device), "first_device": str(first.device)}
             raise ShapeError(explain_values(f"tensors[{s}]", rule, shape=tuple(t.shape), dtype=t.dtype, **seen))
     return torch.cat(tensors), [t.shape[0] for t in tensors]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 import torch._dynamo
@@ -124,6 +125,18 @@ CONSTRUCTORS = [
         LayoutError,
         r"lengths: must be integers; got .{,99}1000 entries",
     ),
+    (
+        lambda: Jagged.from_list([torch.tensor(1.0)]),
+        ShapeError,
+        r"tensors\[0\]: must have a token dimension; got shape=",
+    ),
+    (
+        lambda: Jagged.from_list([VALUES, VALUES.to("meta")]),
+        ShapeError,
+        r"tensors\[1\]: must agree with tensors\[0\].*device='meta', first_device='cpu'",
+    ),
+    (lambda: jagged([5]) + np.ones(16), ShapeError, r"other: must be a Jagged or a number; .*got shape=\(16,\)"),
+    (lambda: np.ones(16) * jagged([5]), ShapeError, r"other: must be a Jagged or a number; .*got shape=\(16,\)"),
     (
         lambda: Jagged.from_list([[1, 2]]),
         ShapeError,

@@ -141,6 +141,32 @@ WRONG: dict[str, tuple[Any, dict[str, Any], str]] = {
         {"max_tokens": 2, "fill": {"label": -100}},
         r"fill: must name fields of the batch; got unknown=\['label'\], fields=\['labels'\]",
     ),
+    "a fill that wraps": (
+        [{"a": torch.ones(1, dtype=torch.uint8)}],
+        {"max_tokens": 2, "fill": {"a": -100}},
+        r"fill\['a'\]: must be a number that the field's dtype can hold; got fill=-100, dtype=torch.uint8",
+    ),
+    "a fill that is rounded": (
+        [{"a": [1]}],
+        {"max_tokens": 2, "fill": {"a": 0.5}},
+        r"fill\['a'\]: must .*=torch.int64",
+    ),
+    "no number to fill": ([{"a": [1.0]}], {"max_tokens": 2, "fill": {"a": "x"}}, r"fill\['a'\]: must be .*fill='x'"),
+    "NaN for integers": (
+        [{"a": [1]}],
+        {"max_tokens": 2, "fill": {"a": float("nan")}},
+        r"fill\['a'\]: must be .*fill=nan",
+    ),
+    "a negative length": (
+        [{"a": [1, 2]}],
+        {"max_length": -1},
+        "max_length: must be an int of at least 0; got max_length=-1",
+    ),
+    "half a token": (
+        [{"a": [1, 2]}],
+        {"max_tokens": 4.5},
+        "max_tokens: must be an int of at least 0; got max_tokens=4.5",
+    ),
     "a number to fill": (
         [{"a": [1]}],
         {"max_tokens": 2, "fill": -100},
