@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Literal, overload
@@ -15,8 +14,8 @@ from flexjag.algebra import user_functions as functions
 from flexjag.algebra.masks import Mask
 from flexjag.algebra.normalizers import Normalizer, Softmax, StickBreaking
 from flexjag.algebra.scores import Score
-from flexjag.algebra.tree import replaced
-from flexjag.api.options import checked_sinks, in_one_dtype, with_sinks
+from flexjag.algebra.tree import replaced, tensors_along
+from flexjag.api.options import checked_scale, checked_sinks, in_one_dtype, with_sinks
 from flexjag.api.plan import Plan
 from flexjag.backends.base import Backend, Case, Pair
 from flexjag.backends.choose import BACKENDS, pick
@@ -172,11 +171,7 @@ def attention(
     else:
         check_plan(plan, q, k, validate=validate)
         recipe = plan
-    if isinstance(scale, Tensor):
-        raise ShapeError(
-            explain_values("scale", "must be a number; multiply q by a learned one", shape=tuple(scale.shape))
-        )
-    scale = 1.0 / math.sqrt(max(1, q.values.shape[2])) if scale is None else float(scale)
+    scale = checked_scale(scale, q.values.shape[2])
     found = functions.learned_tensors(recipe.score, torch.float32, recipe.place)
     sinks = checked_sinks(sinks, recipe.normalizer, q.values)
     learned = (*found, *normalizers.tensors(recipe.normalizer), *(() if sinks is None else (sinks,)))
@@ -236,7 +231,9 @@ def _decide(
         rule = "only stick-breaking leaves a remainder"
         raise PlanError(explain_values("return_remainder", rule, normalizer=normalizer))
     if recipe.heads is not None and recipe.heads != heads:
-        seen = {"made_for": recipe.heads, "heads": heads}
+        nodes = recipe.mask, recipe.score, normalizer
+        per_head = (x for node in nodes for x in tensors_along(node) if x.axis == "query head")
+        seen = {"made_for": recipe.heads, "heads": heads, **{x.name: tuple(x.tensor.shape) for x in per_head}}
         raise ShapeError(explain_values("mask, score", "must be made for q's heads", **seen))
     name = pick(backend, Case.of(recipe, **known), without)
     if not known["tracing"]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+from flexjag.algebra.node import finite
 from flexjag.algebra.normalizers import Normalizer, Softmax
 from flexjag.errors import PlanError, ShapeError, explain_values
 from flexjag.jagged import Jagged
@@ -31,6 +34,20 @@ def in_one_dtype(q: Jagged, k: Jagged, v: Jagged) -> tuple[Jagged, Jagged, Jagge
     dtype = torch.get_autocast_dtype(device)
     q, k, v = (x.with_values(t.to(dtype)) for x, t in zip(given, tensors, strict=True))
     return q, k, v
+
+
+def checked_scale(scale: float | None, dim: int) -> float:
+    """The factor on ``q·k``, ``1 / sqrt(D)`` by default.
+
+    Raises:
+        ShapeError: If it is no finite number.
+    """
+    if scale is None:
+        return 1.0 / math.sqrt(max(1, dim))
+    if isinstance(scale, Tensor):
+        rule = "must be a number; multiply q by a learned one"
+        raise ShapeError(explain_values("scale", rule, shape=tuple(scale.shape)))
+    return finite(ShapeError, "scale", scale)
 
 
 def checked_sinks(sinks: Tensor | float | None, normalizer: Normalizer, q: Tensor) -> Tensor | None:
