@@ -79,6 +79,24 @@ def test_spans_are_the_mask_or_bound_it(lengths: list[int], step: int, share: fl
     assert torch.equal(outer.hi.amax(0), ends.clamp(min=0).int())  # nothing is behind the last key
 
 
+@given(
+    st.lists(st.integers(0, LONGEST), min_size=1, max_size=4).filter(any),
+    st.tuples(*[st.integers(0, 40)] * 3),
+    st.integers(2, 9),
+)
+def test_first_spans_of_a_query_may_be_empty(lengths: list[int], sizes: tuple[int, int, int], step: int) -> None:
+    """Keys of the first tokens are cut off by a window, so that numbers of spans are in no order over queries."""
+    prefix, near, width = sizes
+    q = batch(lengths)[0]
+    some = fj.MaskMod(lambda b, h, i, j: (i - j) % step != 1)
+    plan = fj.plan(q, mask=(fj.Prefix(prefix) | fj.Window(near, 0)) & fj.Window(width, 0) & some)
+    ((outer, inner),) = found(plan, q)
+    mask = plan.to_dense()
+    fits = num_runs(mask) <= MAX_SPANS
+    assert torch.equal(dense(outer, mask.shape[1])[fits], mask[fits])
+    assert torch.equal(dense(inner, mask.shape[1])[fits], mask[fits])
+
+
 def test_the_spans_with_the_least_gaps_are_joined() -> None:
     starts = torch.tensor([0, 3, 20, 30, 40, 50, 60, 70, 80, 90])  # ten runs of two keys; the least gaps: 1, 8
     keys = torch.zeros(LONGEST, dtype=torch.bool)

@@ -69,12 +69,18 @@ inline void narrow_vector(const Narrowing& c, int64_t row, int64_t h, Runs (&run
   Int lo[MOST_SPANS] = {}, hi[MOST_SPANS] = {};
   for (int64_t s = 0; s < c.outer.count; s++)
     for (int r = 0; r < some; r++) lo[s][r] = c.outer.lo[s * c.num_q + row + r], hi[s][r] = c.outer.hi[s * c.num_q + row + r];
-  int32_t key = 0;
+  // Ranges of keys that hold a span of each number. They may be in any order: a query's first spans may be empty.
+  std::pair<int32_t, int32_t> ranges[MOST_SPANS];
   for (int64_t s = 0; s < c.outer.count; s++) {
     int32_t first = (int32_t)c.num_kv, past = 0;
     for (int r = 0; r < some; r++)
       if (lo[s][r] < hi[s][r]) first = std::min(first, (int32_t)lo[s][r]), past = std::max(past, (int32_t)hi[s][r]);
-    past = std::min(past, (int32_t)c.num_kv);
+    ranges[s] = {first, std::min(past, (int32_t)c.num_kv)};
+  }
+  std::sort(ranges, ranges + c.outer.count);
+  int32_t key = 0;
+  for (int64_t s = 0; s < c.outer.count; s++) {
+    const auto [first, past] = ranges[s];
     if (first > key && any(open)) change(Int{}, key);
     for (key = std::max(key, first); key < past; key++) {
       Int inside{};
