@@ -47,7 +47,7 @@ def narrowed(library: Any, printed: Printed, bounds: Spans, num_kv: int, heads: 
     assert bounds.count <= MOST_SPANS, "lowering makes fewer spans"  # the kernel has room for these
     num_q = bounds.lo.shape[1]
     outer_lo, outer_hi = bounds.lo.contiguous(), bounds.hi.contiguous()
-    lo, hi, inner_hi = torch.empty(3, len(heads), MAX_SPANS, num_q, dtype=torch.int32).unbind()
+    lo, hi, inner_hi = outer_lo.new_empty(3, len(heads), MAX_SPANS, num_q).unbind()
     captures = (ctypes.c_void_p * max(1, len(printed.captures)))(*[x.data_ptr() for x in printed.captures])
     numbers = (ctypes.c_int64 * max(1, len(printed.numbers)))(*printed.numbers)
     head = (ctypes.c_int32 * len(heads))(*heads)
