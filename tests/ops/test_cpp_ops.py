@@ -179,7 +179,10 @@ def test_a_contiguous_tensor_may_have_any_stride_where_its_size_is_1(sizes: tupl
     lengths = [1, 0, 1, 1]
     operands = target_operands(lengths, sizes, True, torch.float64)
     operands[3] = operands[3][:, :1].contiguous()
-    odd = [x.as_strided(x.shape, [999 if n == 1 else m for n, m in zip(x.shape, x.stride())]) for x in operands]
+    odd = [
+        x.as_strided(x.shape, [999 if n == 1 else m for n, m in zip(x.shape, x.stride(), strict=True)])
+        for x in operands
+    ]
     assert all(x.is_contiguous() for x in odd)
     wanted = run_target(operands, offsets_of(lengths), target, target_backward)
     for x, y in zip(run_target(odd, offsets_of(lengths), target, target_backward), wanted, strict=True):

@@ -6,8 +6,6 @@ import ctypes
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from flexjag.backends.printed import Printed
 from flexjag.kernels.cpp.openmp import threads
 from flexjag.lowering.spans import MAX_SPANS, Spans
