@@ -23,7 +23,7 @@ from flexjag.differentiation import needs_plain_operations
 from flexjag.errors import BuildError, PlanError, ShapeError, assert_on_device, explain_values
 from flexjag.jagged import Jagged
 from flexjag.lowering.outline import Bounds, outline, with_tiles
-from flexjag.lowering.recipe import Recipe
+from flexjag.lowering.recipe import Recipe, check_reading
 from flexjag.offsets import check_computable, check_same_layout, is_empty, same_size
 from flexjag.upstream import holds_no_numbers
 
@@ -333,8 +333,7 @@ def check_plan(plan: Plan, q: Jagged, k: Jagged, *, validate: bool = False) -> N
             if difference is None and not torch.equal(given.to(torch.int32), planned):
                 at = int((given != planned).nonzero()[0])
                 difference = {f"{name}.offsets[{at}]": int(given[at]), f"plan's offsets[{at}]": int(planned[at])}
-    if not torch.compiler.is_compiling() and (change := plan.reading.change()) is not None:
-        raise PlanError(explain_values("plan", f"{change} that its mask's function reads; make the plan anew"))
+    check_reading(plan)
     if not same or difference is not None:
         rule = "was made for another layout; make one per batch, with flexjag.plan(q, k) if their offsets differ"
         values = {"plan_tokens": made[:2], "plan_segments": made[2], "tokens": seen[:2], "segments": seen[2]}

@@ -102,7 +102,7 @@ def run(entry: str, problem: Problem, num_heads: tuple[int, int], tensors: dict[
     assert all(x.shape[0] <= MOST_SPANS for x in spans), "lowering makes fewer spans"  # the kernels have room for these
     offsets = [x.contiguous() for x in problem.offsets]
     learned = [captures[i] for i in problem.learned] if entry == "differentiate" else []
-    totals = [torch.empty(x.numel(), dtype=torch.float64) for x in learned]
+    totals = [x.new_empty(x.numel(), dtype=torch.float64) for x in learned]
     sides = [_spans(spans[i::4], spans[i + 1 :: 4]) for i in (0, 2)]
     arrays = (
         (ctypes.c_void_p * max(1, len(captures)))(*[x.data_ptr() for x in captures]),
