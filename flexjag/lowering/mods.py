@@ -20,13 +20,14 @@ from flexjag.algebra import masks as m
 from flexjag.algebra import scalars
 from flexjag.algebra import scores as s
 from flexjag.algebra.dispatch import Interpretation
-from flexjag.algebra.node import Align, NodeKind
+from flexjag.algebra.node import Align, NodeKind, along, node
 from flexjag.algebra.tokens import Keys
-from flexjag.algebra.tree import filled, replaced
+from flexjag.algebra.tree import filled, rebuilt, replaced
 from flexjag.algebra.user_functions import RecordedCall
-from flexjag.errors import MaskError, ScoreError
-from flexjag.lowering.layout import Layout, blocks
+from flexjag.errors import MaskError, ScoreError, assert_on_device, explain_values
+from flexjag.lowering.layout import Layout, blocks, packed_pairs
 from flexjag.lowering.spans import DenseRows, InSpans, Sandwich, diagonal
+from flexjag.offsets import can_look, is_empty
 from flexjag.upstream import fence
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -123,17 +124,72 @@ def _pad_rows(x: Tensor, rows: int) -> Tensor:
     return fence(torch.nn.functional.pad(x, (0, rows - x.shape[-1])))
 
 
-def rounded(node: NodeKind, t: RowTables) -> NodeKind:
+def rounded(one: NodeKind, t: RowTables) -> NodeKind:
     """Pad a node's per-token tensors to a multiple of the tile, for kernels that round rows up. Once per plan."""
     if not t.rounded:
-        return node
-    return replaced(replaced(filled(node), t.padded, ("query token",)), t.padded_keys, ("key token",))
+        return one
+    return replaced(replaced(filled(one), t.padded, ("query token",)), t.padded_keys, ("key token",))
 
 
 def kernel_mask(sandwich: Sandwich, t: RowTables) -> m.Mask:
     """The mask that a kernel evaluates for one sandwich: ``outer & rest``, padded like the tables."""
     inside = InSpans(sandwich.outer.lo, sandwich.outer.hi)
     return rounded(inside if sandwich.rest is None else m.And(inside, sandwich.rest), t)
+
+
+def kernel_score(score: s.Score | None, t: RowTables, layout: Layout) -> s.Score | None:
+    """The score that kernels evaluate: with packed matrices by row, padded like the tables.
+
+    Raises:
+        ScoreError: If a matrix does not fit the layout's segments.
+    """
+    return None if score is None else rounded(by_row(score, layout), t)
+
+
+@node
+class BiasRows(s.Score):
+    """A packed :class:`~flexjag.algebra.scores.DenseBias`; a row's packed key `kv` is at ``base + kv``."""
+
+    additive = printable = True
+
+    values: Tensor = along("pair", per_head=True)
+    base: Tensor = along("query token")
+
+    def __post_init__(self) -> None:
+        """Nothing: lowering makes it, and marks it only with a plan that is kept."""
+
+
+by_row = Interpretation(
+    "score by row", s.Score, otherwise=lambda score, layout: rebuilt(score, lambda one: by_row(one, layout))
+)
+"""``by_row(score, layout) -> score``: scores that hold something for each pair, with the place of each row's first."""
+
+
+@by_row.register(s.DenseBias)
+def _(score: s.DenseBias, layout: Layout) -> s.Score:
+    values, base = score.values, None
+    if score.is_packed:
+        base = packed_pairs(layout, values.shape[1], ScoreError)
+    else:
+        _check_longest(values, layout)
+    # Kernels read the given tensor, so that gradients reach it. An empty one gets an entry that no pair has.
+    if is_empty(values.shape[1]) or is_empty(values.shape[-1]):
+        values = torch.nn.functional.pad(values, (0, 1) * (values.ndim - 1))
+    return s.DenseBias(values) if base is None else BiasRows(values, base)
+
+
+def _check_longest(values: Tensor, layout: Layout) -> None:
+    """Check that matrices which segments share are at least as large as the longest segment."""
+    longest = [torch.cat([x.diff(), x.new_zeros(1)]).amax() for x in (layout.q_offsets, layout.kv_offsets)]
+    rule = "must have a row for each query and a column for each key of the longest segment"
+    rows, columns = values.shape[1:]
+    if can_look(*longest):
+        queries, keys = (int(n) for n in longest)
+        if rows < queries or columns < keys:
+            seen = {"shape": tuple(values.shape), "queries": queries, "keys": keys}
+            raise ScoreError(explain_values("values", rule, **seen))
+    elif layout.device.type != "meta":
+        assert_on_device((longest[0] <= rows) & (longest[1] <= columns), f"values: {rule}")
 
 
 def _local(t: RowTables, q: Tensor, kv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -190,12 +246,12 @@ def _(mask: Keys, t: RowTables, layout: Layout) -> MaskMod:
 @mask_case.register(DenseRows)
 def _(mask: DenseRows, t: RowTables, layout: Layout) -> MaskMod:
     values, base = mask.values, mask.base
+    return lambda b, h, q, kv: values[_pair(base, q, kv, values.shape[0])]
 
-    def matrix(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-        at = (base[q] + kv).clamp(max=values.shape[0] - 1)  # outside the row's spans any entry will do
-        return values[at.clamp(min=0)]
 
-    return matrix
+def _pair(base: Tensor, q: Tensor, kv: Tensor, entries: int) -> Tensor:
+    """The place of a pair in packed matrices, of which there are so many entries; outside the row's keys any place."""
+    return (base[q] + kv).clamp(max=entries - 1).clamp(min=0)
 
 
 @mask_case.register(m.And)
@@ -312,6 +368,28 @@ def _(score: s.TimeBias, t: RowTables) -> ScoreMod:
     table, boundaries, look_up = score.table, score.boundaries, t.look_up
     times, kv_times = score.times, score.times if score.kv_times is None else score.kv_times
     return lambda x, b, h, q, kv: x + look_up(table, h, _bucket(times[q] - kv_times[kv], boundaries))
+
+
+@score_case.register(s.DenseBias)
+def _(score: s.DenseBias, t: RowTables) -> ScoreMod:
+    values, look_up, (heads, rows, columns) = score.values, t.look_up, score.values.shape
+
+    def shared_matrix(x: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        _, q_pos, kv_pos = _local(t, q, kv)
+        head = b if heads == 1 else h  # FlexAttention's batch is always 0
+        return x + look_up(values, head, q_pos.clamp(max=rows - 1), kv_pos.clamp(max=columns - 1))
+
+    return shared_matrix
+
+
+@score_case.register(BiasRows)
+def _(score: BiasRows, t: RowTables) -> ScoreMod:
+    values, base, look_up, (heads, entries) = score.values, score.base, t.look_up, score.values.shape
+
+    def packed_matrices(x: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        return x + look_up(values, b if heads == 1 else h, _pair(base, q, kv, entries))
+
+    return packed_matrices
 
 
 @score_case.register(s.Then)

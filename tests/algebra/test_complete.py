@@ -78,7 +78,7 @@ def test_every_node_has_every_case(interpretation: Interpretation, cls: type[Nod
         return
     if cls is m.PerHead and interpretation in (spans.sandwich, mods.mask_case):  # taken apart before, by at_head
         return
-    lowered = issubclass(cls, (spans.InSpans, spans.DenseRows))  # made of masks while they are lowered
+    lowered = issubclass(cls, (spans.InSpans, spans.DenseRows, mods.BiasRows))  # made of masks while they are lowered
     if interpretation is mods.mask_case:
         assert is_folded(cls)
     else:
