@@ -172,10 +172,10 @@ class Node(Movable):
         Args:
             declared: Only those of :func:`along` fields. Else also those of fields that declare no axis.
         """
-        axes = {name: (axis, per_head) for name, axis, _, per_head in self._axes}
+        axes: dict[str, tuple[Axis | None, bool]] = {name: (axis, per_head) for name, axis, _, per_head in self._axes}
         for name in axes if declared else field_names(self):
-            x, (axis, per_head) = getattr(self, name), axes.get(name, ("pair", False))
-            if isinstance(x, Tensor) and is_of_batch(x, axis, per_head):
+            x = getattr(self, name)
+            if isinstance(x, Tensor) and is_of_batch(x, *axes.get(name, ("pair", False))):
                 mark_varying(x, x.ndim - 1)
 
     def _key(self) -> tuple[Any, ...]:

@@ -126,34 +126,6 @@ class Layout:
         return torch.cat([per_segment, per_segment.new_zeros(1)])[self.q_segment.long()]
 
 
-def packed_pairs(layout: Layout, entries: int, error: type[ValueError]) -> Tensor:
-    """The base of each query row in row-major matrices of all segments back to back, ``[T_q]``.
-
-    The entry of a row's packed key `kv` is at ``base + kv``. The base is int32 if all places are, as a GPU takes two
-    instructions for each operation on 64 bits.
-
-    Args:
-        layout: The layout.
-        entries: Number of entries, checked where the offsets may be read; else this is an assertion on the device.
-        error: What to raise.
-
-    Raises:
-        error: If there are not as many entries as pairs; behind those, batches of fixed capacity may have more.
-    """
-    areas = layout.q_offsets.diff().long() * layout.kv_offsets.diff()
-    rule = f"packed matrices must have sum(n_s * m_s) entries{', or more of fixed capacity' * layout.has_spare}"
-    if can_look(areas):
-        needed = int(areas.sum())
-        if entries < needed or (entries > needed and not layout.has_spare):
-            raise error(explain_values("values", rule, entries=entries, needed=needed))
-    elif areas.device.type != "meta":
-        needed = areas.sum()
-        assert_on_device(needed <= entries if layout.has_spare else needed == entries, f"values: {rule}")
-    before = areas.cumsum(0) - areas
-    base = layout.per_row(before) + layout.q_pos.long() * layout.kv_length() - layout.kv_start
-    return base.int() if entries < INT32_MAX else base  # overflow is behind the last entry
-
-
 def _gather(offsets: Tensor, index: Tensor, has_spare: bool) -> Tensor:
     """Entries of the offsets; the last one for spare rows, which have index S or S + 1."""
     return offsets.index_select(0, index.clamp(max=offsets.shape[0] - 1) if has_spare else index)

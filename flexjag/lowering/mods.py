@@ -20,14 +20,14 @@ from flexjag.algebra import masks as m
 from flexjag.algebra import scalars
 from flexjag.algebra import scores as s
 from flexjag.algebra.dispatch import Interpretation
-from flexjag.algebra.node import Align, NodeKind, along, node
+from flexjag.algebra.node import Align, NodeKind
 from flexjag.algebra.tokens import Keys
-from flexjag.algebra.tree import filled, rebuilt, replaced
+from flexjag.algebra.tree import filled, replaced
 from flexjag.algebra.user_functions import RecordedCall
-from flexjag.errors import MaskError, ScoreError, assert_on_device, explain_values
-from flexjag.lowering.layout import Layout, blocks, packed_pairs
+from flexjag.errors import MaskError, ScoreError
+from flexjag.lowering.layout import Layout, blocks
+from flexjag.lowering.pairs import BiasRows, by_row, place_of_pair
 from flexjag.lowering.spans import DenseRows, InSpans, Sandwich, diagonal
-from flexjag.offsets import can_look, is_empty
 from flexjag.upstream import fence
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -146,52 +146,6 @@ def kernel_score(score: s.Score | None, t: RowTables, layout: Layout) -> s.Score
     return None if score is None else rounded(by_row(score, layout), t)
 
 
-@node
-class BiasRows(s.Score):
-    """A packed :class:`~flexjag.algebra.scores.DenseBias`; a row's packed key `kv` is at ``base + kv``."""
-
-    additive = printable = True
-
-    values: Tensor = along("pair", per_head=True)
-    base: Tensor = along("query token")
-
-    def __post_init__(self) -> None:
-        """Nothing: lowering makes it, and marks it only with a plan that is kept."""
-
-
-by_row = Interpretation(
-    "score by row", s.Score, otherwise=lambda score, layout: rebuilt(score, lambda one: by_row(one, layout))
-)
-"""``by_row(score, layout) -> score``: scores that hold something for each pair, with the place of each row's first."""
-
-
-@by_row.register(s.DenseBias)
-def _(score: s.DenseBias, layout: Layout) -> s.Score:
-    values, base = score.values, None
-    if score.is_packed:
-        base = packed_pairs(layout, values.shape[1], ScoreError)
-    else:
-        _check_longest(values, layout)
-    # Kernels read the given tensor, so that gradients reach it. An empty one gets an entry that no pair has.
-    if is_empty(values.shape[1]) or is_empty(values.shape[-1]):
-        values = torch.nn.functional.pad(values, (0, 1) * (values.ndim - 1))
-    return s.DenseBias(values) if base is None else BiasRows(values, base)
-
-
-def _check_longest(values: Tensor, layout: Layout) -> None:
-    """Check that matrices which segments share are at least as large as the longest segment."""
-    longest = [torch.cat([x.diff(), x.new_zeros(1)]).amax() for x in (layout.q_offsets, layout.kv_offsets)]
-    rule = "must have a row for each query and a column for each key of the longest segment"
-    rows, columns = values.shape[1:]
-    if can_look(*longest):
-        queries, keys = (int(n) for n in longest)
-        if rows < queries or columns < keys:
-            seen = {"shape": tuple(values.shape), "queries": queries, "keys": keys}
-            raise ScoreError(explain_values("values", rule, **seen))
-    elif layout.device.type != "meta":
-        assert_on_device((longest[0] <= rows) & (longest[1] <= columns), f"values: {rule}")
-
-
 def _local(t: RowTables, q: Tensor, kv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Segment, query position and key position, clamped into the segment so that no lookup leaves it."""
     kv_pos = torch.minimum(kv - t.kv_start[q], t.kv_last[q]).clamp(min=0)  # last, so that a compiler sees the bound
@@ -246,12 +200,7 @@ def _(mask: Keys, t: RowTables, layout: Layout) -> MaskMod:
 @mask_case.register(DenseRows)
 def _(mask: DenseRows, t: RowTables, layout: Layout) -> MaskMod:
     values, base = mask.values, mask.base
-    return lambda b, h, q, kv: values[_pair(base, q, kv, values.shape[0])]
-
-
-def _pair(base: Tensor, q: Tensor, kv: Tensor, entries: int) -> Tensor:
-    """The place of a pair in packed matrices, of which there are so many entries; outside the row's keys any place."""
-    return (base[q] + kv).clamp(max=entries - 1).clamp(min=0)
+    return lambda b, h, q, kv: values[place_of_pair(base, q, kv, values.shape[0])]
 
 
 @mask_case.register(m.And)
@@ -387,7 +336,7 @@ def _(score: BiasRows, t: RowTables) -> ScoreMod:
     values, base, look_up, (heads, entries) = score.values, score.base, t.look_up, score.values.shape
 
     def packed_matrices(x: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-        return x + look_up(values, b if heads == 1 else h, _pair(base, q, kv, entries))
+        return x + look_up(values, b if heads == 1 else h, place_of_pair(base, q, kv, entries))
 
     return packed_matrices
 

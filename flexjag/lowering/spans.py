@@ -17,7 +17,8 @@ from flexjag.algebra.node import along, is_integer, node, saturated
 from flexjag.algebra.tokens import Keys, Queries
 from flexjag.algebra.tree import rebuilt
 from flexjag.errors import MaskError, explain_values
-from flexjag.lowering.layout import INT32_MAX, Layout, packed_pairs
+from flexjag.lowering.layout import INT32_MAX, Layout
+from flexjag.lowering.pairs import packed_pairs
 from flexjag.offsets import same_size
 from flexjag.upstream import running_max
 
