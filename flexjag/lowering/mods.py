@@ -26,7 +26,7 @@ from flexjag.algebra.tree import filled, replaced
 from flexjag.algebra.user_functions import RecordedCall
 from flexjag.errors import MaskError, ScoreError
 from flexjag.lowering.layout import Layout, blocks
-from flexjag.lowering.pairs import BiasRows, by_row, place_of_pair
+from flexjag.lowering.pairs import BiasRows, by_row
 from flexjag.lowering.spans import DenseRows, InSpans, Sandwich, diagonal
 from flexjag.upstream import fence
 
@@ -200,7 +200,12 @@ def _(mask: Keys, t: RowTables, layout: Layout) -> MaskMod:
 @mask_case.register(DenseRows)
 def _(mask: DenseRows, t: RowTables, layout: Layout) -> MaskMod:
     values, base = mask.values, mask.base
-    return lambda b, h, q, kv: values[place_of_pair(base, q, kv, values.shape[0])]
+
+    def matrix(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        at = (base[q] + kv).clamp(max=values.shape[0] - 1)  # outside the row's spans any entry will do
+        return values[at.clamp(min=0)]
+
+    return matrix
 
 
 @mask_case.register(m.And)
@@ -321,22 +326,21 @@ def _(score: s.TimeBias, t: RowTables) -> ScoreMod:
 
 @score_case.register(s.DenseBias)
 def _(score: s.DenseBias, t: RowTables) -> ScoreMod:
-    values, look_up, (heads, rows, columns) = score.values, t.look_up, score.values.shape
+    values, look_up, is_shared = score.values, t.look_up, score.values.shape[0] == 1
 
     def shared_matrix(x: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
         _, q_pos, kv_pos = _local(t, q, kv)
-        head = b if heads == 1 else h  # FlexAttention's batch is always 0
-        return x + look_up(values, head, q_pos.clamp(max=rows - 1), kv_pos.clamp(max=columns - 1))
+        return x + look_up(values, b if is_shared else h, q_pos, kv_pos)  # the b of a packed batch is 0
 
     return shared_matrix
 
 
 @score_case.register(BiasRows)
 def _(score: BiasRows, t: RowTables) -> ScoreMod:
-    values, base, look_up, (heads, entries) = score.values, score.base, t.look_up, score.values.shape
+    values, first, look_up, is_shared = score.values, score.first, t.look_up, score.values.shape[0] == 1
 
     def packed_matrices(x: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-        return x + look_up(values, b if heads == 1 else h, place_of_pair(base, q, kv, entries))
+        return x + look_up(values, b if is_shared else h, first[q] + _local(t, q, kv)[2])
 
     return packed_matrices
 

@@ -14,11 +14,11 @@ from flexjag.lowering.layout import INT32_MAX, Layout
 from flexjag.offsets import can_look, is_empty
 
 
-def packed_pairs(layout: Layout, entries: int, error: type[ValueError]) -> Tensor:
-    """The base of each query row in row-major matrices of all segments back to back, ``[T_q]``.
+def first_pairs(layout: Layout, entries: int, error: type[ValueError]) -> Tensor:
+    """The place of each query row's first pair in row-major matrices of all segments back to back, ``[T_q]``.
 
-    The entry of a row's packed key `kv` is at ``base + kv``. The base is int32 if all places are, as a GPU takes two
-    instructions for each operation on 64 bits.
+    Rows without a pair have any place. It is int32 if all places are, as a GPU takes two instructions for each
+    operation on 64 bits.
 
     Args:
         layout: The layout.
@@ -38,23 +38,19 @@ def packed_pairs(layout: Layout, entries: int, error: type[ValueError]) -> Tenso
         needed = areas.sum()
         assert_on_device(needed <= entries if layout.has_spare else needed == entries, f"values: {rule}")
     before = areas.cumsum(0) - areas
-    base = layout.per_row(before) + layout.q_pos.long() * layout.kv_length() - layout.kv_start
-    return base.int() if entries < INT32_MAX else base  # overflow is behind the last entry
-
-
-def place_of_pair(base: Tensor, q: Tensor, kv: Tensor, entries: int) -> Tensor:
-    """The place of a row's pair in packed matrices of so many entries in all; for other segments' keys any place."""
-    return (base[q] + kv).clamp(max=entries - 1).clamp(min=0)
+    first = layout.per_row(before) + layout.q_pos.long() * layout.kv_length()
+    first = first.clamp(max=entries - 1).clamp(min=0)
+    return first.int() if entries <= INT32_MAX else first
 
 
 @node
 class BiasRows(s.Score):
-    """A packed :class:`~flexjag.algebra.scores.DenseBias`; a row's packed key `kv` is at ``base + kv``."""
+    """A packed :class:`~flexjag.algebra.scores.DenseBias`; a row's key of local position j is at ``first + j``."""
 
     additive = printable = True
 
     values: Tensor = along("pair", per_head=True)
-    base: Tensor = along("query token")
+    first: Tensor = along("query token")
 
     def __post_init__(self) -> None:
         """Nothing: lowering makes it, and marks it only with a plan that is kept."""
@@ -68,15 +64,15 @@ by_row = Interpretation(
 
 @by_row.register(s.DenseBias)
 def _(score: s.DenseBias, layout: Layout) -> s.Score:
-    values, base = score.values, None
+    values, first = score.values, None
     if score.is_packed:
-        base = packed_pairs(layout, values.shape[1], ScoreError)
+        first = first_pairs(layout, values.shape[1], ScoreError)
     else:
         _check_longest(values, layout)
     # Kernels read the given tensor, so that gradients reach it. An empty one gets an entry that no pair has.
     if is_empty(values.shape[1]) or is_empty(values.shape[-1]):
         values = torch.nn.functional.pad(values, (0, 1) * (values.ndim - 1))
-    return s.DenseBias(values) if base is None else BiasRows(values, base)
+    return s.DenseBias(values) if first is None else BiasRows(values, first)
 
 
 def _check_longest(values: Tensor, layout: Layout) -> None:

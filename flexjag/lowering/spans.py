@@ -18,7 +18,7 @@ from flexjag.algebra.tokens import Keys, Queries
 from flexjag.algebra.tree import rebuilt
 from flexjag.errors import MaskError, explain_values
 from flexjag.lowering.layout import INT32_MAX, Layout
-from flexjag.lowering.pairs import packed_pairs
+from flexjag.lowering.pairs import first_pairs
 from flexjag.offsets import same_size
 from flexjag.upstream import running_max
 
@@ -249,13 +249,13 @@ def _(mask: m.Dense, layout: Layout) -> Sandwich:
     if values.ndim == 2:
         rows, cols = values.shape
         hi = torch.minimum(hi, layout.kv_start + torch.where(layout.q_pos < rows, cols, 0))
-        base = layout.q_pos.clamp(max=max(rows - 1, 0)).long() * cols - layout.kv_start
-        base = base.int() if rows * cols < INT32_MAX else base
+        first = layout.q_pos.clamp(max=max(rows - 1, 0)).long() * cols
+        first = first.int() if rows * cols <= INT32_MAX else first
     else:
-        base = packed_pairs(layout, values.shape[0], MaskError)
+        first = first_pairs(layout, values.shape[0], MaskError)
     packed = torch.cat([values.flatten(), values.new_zeros(1)])  # never empty, so that every lookup can be clamped
     outer = Spans(layout.kv_start[None], hi[None].to(torch.int32))
-    return Sandwich(_nothing(layout), outer, DenseRows(packed, base))
+    return Sandwich(_nothing(layout), outer, DenseRows(packed, first - layout.kv_start))
 
 
 def _comparable(ids: Tensor) -> Tensor:
