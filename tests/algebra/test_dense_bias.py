@@ -16,7 +16,9 @@ from torch import Tensor
 
 import flexjag as fj
 from flexjag.algebra.tree import head_counts
+from flexjag.backends.cpp.source import printed
 from flexjag.errors import ScoreError, ShapeError
+from flexjag.lowering.recipe import Recipe
 from flexjag.testing import assert_compiles, assert_matches_reference, assert_no_leak
 
 F64 = torch.float64
@@ -194,6 +196,43 @@ def test_segments_are_isolated(backend: str) -> None:
         found.append((torch.cat([out[:7], out[25:]]), torch.cat([grad[:, :49], grad[:, 49 + 18 * 18 :]], 1)))
     for x, y in zip(*found, strict=True):
         assert torch.equal(x, y)
+
+
+def test_threads_add_to_a_packed_gradient_without_copies_and_to_the_same_bits() -> None:
+    case = Case([300, 0, 40, 129], heads=4, groups=2, dtype=torch.float32)
+    q, k, v = case.batches()
+    values, before = case.values(torch.float32), torch.get_num_threads()
+    plan = fj.plan(q, k, mask=fj.Causal(), score=fj.DenseBias(values))
+    assert isinstance(plan, Recipe)
+    assert set(printed(plan, torch.float32).unshared) == set(printed(plan, torch.float32).learned) != set()
+    found = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            out = fj.attention(q, k, v, plan=plan, backend="cpp").values
+            found.append(torch.autograd.grad(out.square().sum(), values)[0])
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize(
+    "score",
+    [
+        lambda values: fj.DenseBias(values[:1]),
+        lambda values: fj.DenseBias(values.view(2, 5, 5)),
+        lambda values: fj.DenseBias(values) >> fj.ScoreMod(lambda s, b, h, i, j: s * values[0, 0]),
+    ],
+    ids=["all heads", "shared", "read by a function"],
+)
+def test_what_threads_cannot_add_to_together(score: Callable[[Tensor], fj.Score]) -> None:
+    case = Case([5])
+    plan = fj.plan(case.batches()[0], score=score(case.values(torch.float32)))
+    assert isinstance(plan, Recipe)
+    text = printed(plan, torch.float32)
+    assert text.learned
+    assert not text.unshared
 
 
 def attended(x: fj.Jagged, bias: Tensor) -> Tensor:
