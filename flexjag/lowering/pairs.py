@@ -28,7 +28,7 @@ def first_pairs(layout: Layout, entries: int, error: type[ValueError]) -> Tensor
     Raises:
         error: If there are not as many entries as pairs; behind those, batches of fixed capacity may have more.
     """
-    areas = layout.q_offsets.diff().long() * layout.kv_offsets.diff()
+    areas = _lengths(layout.q_offsets).long() * _lengths(layout.kv_offsets)
     rule = f"packed matrices must have sum(n_s * m_s) entries{', or more of fixed capacity' * layout.has_spare}"
     if can_look(areas):
         needed = int(areas.sum())
@@ -37,10 +37,15 @@ def first_pairs(layout: Layout, entries: int, error: type[ValueError]) -> Tensor
     elif areas.device.type != "meta":
         needed = areas.sum()
         assert_on_device(needed <= entries if layout.has_spare else needed == entries, f"values: {rule}")
-    before = areas.cumsum(0) - areas
-    first = layout.per_row(before) + layout.q_pos.long() * layout.kv_length()
+    segment = layout.q_segment.clamp(max=layout.num_segments)  # spare rows are of a segment behind the last
+    first = areas.cumsum(0)[segment] + layout.q_pos.long() * layout.kv_length()
     first = first.clamp(max=entries - 1).clamp(min=0)
     return first.int() if entries <= INT32_MAX else first
+
+
+def _lengths(offsets: Tensor) -> Tensor:
+    """0, and the lengths of the segments: ``[S+1]``, as a slice of size S would make S = 1 a separate graph."""
+    return offsets.diff(prepend=offsets[:1])
 
 
 @node
@@ -77,7 +82,7 @@ def _(score: s.DenseBias, layout: Layout) -> s.Score:
 
 def _check_longest(values: Tensor, layout: Layout) -> None:
     """Check that matrices which segments share are at least as large as the longest segment."""
-    longest = [torch.cat([x.diff(), x.new_zeros(1)]).amax() for x in (layout.q_offsets, layout.kv_offsets)]
+    longest = [_lengths(x).amax() for x in (layout.q_offsets, layout.kv_offsets)]
     rule = "must have a row for each query and a column for each key of the longest segment"
     rows, columns = values.shape[1:]
     if can_look(*longest):

@@ -243,7 +243,7 @@ def of_score(x: fj.Jagged, score: fj.Score) -> Tensor:
     return fj.attention(x, x, x, mask=fj.Causal(), score=score).values
 
 
-BATCHES = ([9, 0, 23], [40, 3, 5, 8, 0], [17, 50], [2, 2, 2, 60], [3, 2], [4, 1, 1])
+BATCHES = ([9, 0, 23], [40, 3, 5, 8, 0], [17, 50], [2, 2, 2, 60], [3, 2], [4, 1, 1], [30])
 
 
 @pytest.mark.parametrize("outside", [True, False], ids=["node made outside", "node made inside"])
@@ -287,6 +287,52 @@ def test_inductor_makes_one_graph(packed: bool) -> None:
         bias = case.values(torch.float32) if packed else shared
         given.append((q.with_values(q.values.requires_grad_()), fj.DenseBias(bias)))
     assert_compiles(of_score, given)
+
+
+class Attend(torch.nn.Module):
+    """Attention with a bias, to be exported."""
+
+    def forward(self, x: fj.Jagged, bias: Tensor) -> Tensor:
+        return of_score(x, fj.DenseBias(bias))
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "shared"])
+def test_export_with_named_sizes(packed: bool) -> None:
+    shared = torch.randn(2, 64, 64)
+
+    def given(lengths: list[int]) -> tuple[fj.Jagged, Tensor]:
+        case = Case(lengths, dtype=torch.float32)
+        return case.batches()[0], case.values(torch.float32).detach() if packed else shared
+
+    tokens, segments, pairs = (torch.export.Dim(x, max=n) for x, n in (("T", 4096), ("S", 100), ("P", 2**22)))
+    sizes = ([{0: tokens}, {0: segments}], {1: pairs} if packed else None)
+    program = torch.export.export(Attend(), given([40, 3, 60]), dynamic_shapes=sizes)
+    for lengths in ([7, 50, 20, 1], [30]):
+        torch.testing.assert_close(program.module()(*given(lengths)), Attend()(*given(lengths)))
+
+
+def test_sizes_that_a_graph_cannot_know_are_asserted() -> None:
+    attend = torch.compile(attended, backend="aot_eager", fullgraph=True)
+    x = make_qkv([5, 9])[0]
+    for bias, why in (
+        (torch.zeros(2, 105), r"sum\(n_s \* m_s\) entries"),
+        (torch.zeros(2, 9, 8), "a row for each query"),
+    ):
+        with pytest.raises(RuntimeError, match=why):
+            attend(x, bias)
+
+
+def test_second_derivatives() -> None:
+    q = make_qkv([5, 0, 3])[0]
+
+    def attend(bias: Tensor, values: Tensor) -> Tensor:
+        x = q.with_values(values)
+        return fj.attention(x, x, x, score=fj.DenseBias(bias) >> fj.SoftCap(3.0), backend="tiled").values
+
+    for shape in ((2, 34), (1, 6, 5)):
+        bias = torch.linspace(-1, 1, torch.Size(shape).numel(), dtype=F64).sin().view(shape).requires_grad_()
+        assert torch.autograd.gradcheck(attend, (bias, q.values.clone().requires_grad_()), fast_mode=True)
+        assert torch.autograd.gradgradcheck(attend, (bias, q.values.clone().requires_grad_()), fast_mode=True)
 
 
 def test_one_plan_for_layers_with_biases_of_their_own() -> None:
