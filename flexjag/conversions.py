@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flexjag.errors import LayoutError, ShapeError, assert_on_device, explain_values
-from flexjag.offsets import can_look, check_ends, check_tensor, listed, offsets_of
+from flexjag.offsets import can_look, check_ends, check_tensor, index_tensor, listed, offsets_of
 from flexjag.upstream import holds_no_numbers
 
 Packed = tuple[Tensor, Tensor]
@@ -31,9 +31,13 @@ def join(tensors: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
     first = tensors[0]
     for s, t in enumerate(tensors):
         check_tensor(ShapeError, f"tensors[{s}]", t)
-        if t.ndim < 1 or t.shape[1:] != first.shape[1:] or t.dtype != first.dtype:
-            rule = "must agree with tensors[0] in dtype and in all dimensions but the first"
+        if t.ndim < 1:
+            raise ShapeError(explain_values(f"tensors[{s}]", "must have a token dimension", shape=()))
+        if t.shape[1:] != first.shape[1:] or t.dtype != first.dtype or t.device != first.device:
+            rule = "must agree with tensors[0] in dtype, device and in all dimensions but the first"
             seen = {"first_shape": tuple(first.shape), "first_dtype": first.dtype}
+            if t.device != first.device:
+                seen = {"device": str(t.device), "first_device": str(first.device)}
             raise ShapeError(explain_values(f"tensors[{s}]", rule, shape=tuple(t.shape), dtype=t.dtype, **seen))
     return torch.cat(tensors), [t.shape[0] for t in tensors]
 
@@ -70,6 +74,7 @@ def select(values: Tensor, offsets: Tensor, index: slice) -> Packed:
 def cut_by_positions(values: Tensor, position_ids: Tensor) -> Packed:
     """Cut packed values where position ids restart; see :meth:`flexjag.Jagged.from_position_ids`."""
     check_tensor(ShapeError, "values", values)
+    position_ids = index_tensor(position_ids)
     check_tensor(LayoutError, "position_ids", position_ids)
     ids = position_ids
     if ids.ndim not in (1, 2) or ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
@@ -108,6 +113,7 @@ def _misplaced(ids: Tensor, at: int, row: int) -> LayoutError:
 def remove_padding(dense: Tensor, mask: Tensor, compact: bool) -> Packed:
     """Gather what a padding mask keeps; see :meth:`flexjag.Jagged.from_padding_mask`."""
     check_tensor(ShapeError, "dense", dense)
+    mask = index_tensor(mask)
     check_tensor(LayoutError, "mask", mask)
     if mask.ndim != 2 or mask.shape != dense.shape[:2] or mask.device != dense.device:
         seen = {"mask": tuple(mask.shape), "dense": tuple(dense.shape)}

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor
+
+ARRAYS: tuple[type[Any], ...] = (Tensor, np.ndarray)
+MANY, FEW = 32, 8  # lists of more entries than MANY are shown by their first FEW
 
 
 class FlexjagError(Exception):
@@ -124,19 +131,30 @@ def explain_values(argument: str, rule: str, **seen: object) -> str:
     return f"{argument}: {rule}; got {values}" if seen else f"{argument}: {rule}"
 
 
-def shown(value: object) -> str:
+def shown(value: Any) -> str:
     """Repr of a value, also in a traced graph: Dynamo can format a symbolic size but has no ``repr`` of it.
+
+    Of a long list the first entries are shown, of a large tensor or array its dtype and shape.
 
     >>> shown([1, (2,), "x"])
     "[1, (2,), 'x']"
+    >>> shown([7] * 1000), shown(torch.zeros(8, 32))
+    ('[7, 7, 7, 7, 7, 7, 7, 7, ... 1000 entries]', '<float32[8, 32]>')
     """
     if isinstance(value, int):
         return f"{value}"
+    if isinstance(value, ARRAYS):
+        shape: tuple[int, ...] = tuple(value.shape)
+        large = math.prod(shape) > MANY
+        return f"<{str(value.dtype).removeprefix('torch.')}{list(shape)}>" if large else repr(value)
     if type(value) not in (list, tuple):
         return repr(value)
+    count: int = len(value)
     items: list[str] = []
-    for x in value:  # type: ignore[attr-defined]
-        items.append(shown(x))  # pyright: ignore[reportUnknownArgumentType]
+    for x in value[:FEW] if count > MANY else value:
+        items.append(shown(x))
+    if count > MANY:
+        items.append(f"... {count} entries")
     inside = ", ".join(items)
     if type(value) is list:
         return f"[{inside}]"

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -371,7 +372,7 @@ class Jagged(Arithmetic, Movable):
         if isinstance(other, Jagged):
             check_same_layout(self, other)
             other = other.values
-        elif isinstance(other, Tensor):  # not traceable by Dynamo, so not supported in eager mode either
+        elif isinstance(other, Tensor | np.ndarray):  # not traceable by Dynamo, so not supported in eager mode either
             rule = "must be a Jagged or a number; use x.map(lambda v: ...) for tensors"
             raise ShapeError(explain_values("other", rule, shape=tuple(other.shape)))
         return self.with_values(fn(self.values, other))

@@ -9,6 +9,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from flexjag.errors import ShapeError, explain_values
+
 Change = Callable[[Tensor], Tensor]
 
 
@@ -28,7 +30,13 @@ class Movable:
         Args:
             device: The device.
             non_blocking: Do not wait for copies from page-locked memory, see :meth:`pin_memory`.
+
+        Raises:
+            ShapeError: If `device` is none: a dtype would also convert offsets, marks and ids.
         """
+        if not isinstance(device, torch.device | str | int):  # pyright: ignore[reportUnnecessaryIsInstance]
+            rule = "must be a device; what is held keeps its dtypes"
+            raise ShapeError(explain_values("device", rule, device=device))
         return self.changed(once(lambda x: x.to(device, non_blocking=non_blocking)))
 
     def cpu(self) -> Self:

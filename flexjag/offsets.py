@@ -158,14 +158,14 @@ def check_same_layout(
     """
     if a.offsets is b.offsets:
         return
-    seen: dict[str, object] = {"left": a, "right": b}
+    seen: dict[str, object] = {"wanted": a, name: b}
     if a.offsets.shape != b.offsets.shape or not same_size(a.values.shape[0], b.values.shape[0]):
         raise LayoutError(explain_values(name, rule, **seen))
     if can_look(a.offsets, b.offsets):
         differs = (a.offsets != b.offsets).nonzero()
         if differs.numel():
             at = int(differs[0])
-            seen |= {f"left.offsets[{at}]": int(a.offsets[at]), f"right.offsets[{at}]": int(b.offsets[at])}
+            seen |= {f"wanted.offsets[{at}]": int(a.offsets[at]), f"{name}.offsets[{at}]": int(b.offsets[at])}
             raise LayoutError(explain_values(name, rule, **seen))
 
 
@@ -212,7 +212,8 @@ def lengths_tensor(lengths: Tensor | Sequence[int], device: torch.device) -> Ten
         seen = {"dtype": lengths.dtype, "shape": tuple(lengths.shape)}
         raise LayoutError(explain_values("lengths", "must be 1-D int32 or int64", **seen))
     if can_look(lengths) and lengths.shape[0] and int(lengths.min()) < 0:
-        raise LayoutError(explain_values("lengths", "must not be negative", lengths=lengths))
+        at = int(lengths.argmin())
+        raise LayoutError(explain_values("lengths", "must not be negative", **{f"lengths[{at}]": int(lengths[at])}))
     return lengths.to(device)
 
 
@@ -234,8 +235,9 @@ def _integers(lengths: object) -> list[int]:
         found = [n if type(n) is int else _index(n) for n in entries]
     except TypeError:
         raise LayoutError(explain_values("lengths", "must be integers", lengths=entries)) from None
-    if not torch.compiler.is_compiling() and min(found, default=0) < 0:
-        raise LayoutError(explain_values("lengths", "must not be negative", lengths=entries))
+    if not torch.compiler.is_compiling() and (least := min(found, default=0)) < 0:
+        seen = {f"lengths[{found.index(least)}]": least}
+        raise LayoutError(explain_values("lengths", "must not be negative", **seen))
     return found
 
 
@@ -251,7 +253,7 @@ def check_tensor(error: type[ValueError], name: str, given: object) -> None:
         return
     kind, hint = type(given).__name__, ""
     if isinstance(given, list | tuple):
-        hint = "; Jagged.from_list and Jagged.from_lengths take Python lists"
+        hint = "; torch.tensor makes one of numbers, Jagged.from_lengths offsets of a list of lengths"
     elif kind == "ndarray":
         hint = "; torch.from_numpy shares the memory of an array"
     elif kind == "Proxy":

@@ -82,8 +82,8 @@ def cpu_flex_misplaces(fn: Callable[..., Tensor], is_score: bool) -> bool:
         fn: ``fn(b, h, i, j)``, or ``fn(score, b, h, i, j)``.
         is_score: Whether `fn` takes the score.
     """
-    b, h, i, j = (torch.zeros((), dtype=torch.int32) for _ in range(4))
-    score = [torch.zeros(())] if is_score else []
+    b, h, i, j = (torch.zeros((), dtype=torch.int32, device="cpu") for _ in range(4))
+    score = [torch.zeros((), device="cpu")] if is_score else []
     with _Shapes([*score, b, i, j]) as shapes:
         try:
             fn(*score, b, h, i, j)

@@ -205,6 +205,7 @@ def test_strided_nested_tensors() -> None:
 
 OFFSETS = np.array([0, 2, 2, 5])
 X = jagged([2, 0, 3], 2, 16)
+TABLE = torch.arange(6.0).view(2, 3)
 SAME: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
     "offsets": (lambda: Jagged(X.values, OFFSETS).offsets, lambda: X.offsets),
     "cu_seqlens": (lambda: Jagged(X.values, OFFSETS.astype(np.int32)).offsets, lambda: X.offsets.int()),
@@ -228,6 +229,25 @@ SAME: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
         lambda: ops.jagged_split(X, [np.array([1, 0, 2])])[0].values,  # type: ignore[list-item]
         lambda: ops.jagged_split(X, [torch.tensor([1, 0, 2])])[0].values,
     ),
+    "padding mask": (
+        lambda: Jagged.from_padding_mask(torch.arange(6).view(2, 3), np.array([[1, 1, 0], [0, 1, 1]])).values,  # type: ignore[arg-type]
+        lambda: torch.tensor([0, 1, 4, 5]),
+    ),
+    "bool padding mask": (
+        lambda: Jagged.from_padding_mask(torch.arange(4).view(2, 2), np.array([[True, False], [True, True]])).values,  # type: ignore[arg-type]
+        lambda: torch.tensor([0, 2, 3]),
+    ),
+    "position ids": (
+        lambda: Jagged.from_position_ids(X.values, np.array([0, 1, 0, 1, 2], np.int16)).offsets,  # type: ignore[arg-type]
+        lambda: torch.tensor([0, 2, 5]),
+    ),
+    "table": (lambda: fj.RelativeBias(TABLE.numpy()).table, lambda: TABLE),  # type: ignore[arg-type]
+    "T5's table": (lambda: fj.T5Bias(np.zeros((2, 8)), max_distance=9).table, lambda: torch.zeros(2, 8).double()),  # type: ignore[arg-type]
+    "boundaries": (
+        lambda: fj.BucketedBias(TABLE.numpy(), np.array([-1, 4])).boundaries,  # type: ignore[arg-type]
+        lambda: torch.tensor([-1, 4]),
+    ),
+    "given slopes": (lambda: fj.Alibi(np.array([0.5, 0.25])).slopes, lambda: torch.tensor([0.5, 0.25]).double()),  # type: ignore[arg-type]
     "slopes": (lambda: fj.Alibi.from_heads(np.int64(4)).slopes, lambda: fj.Alibi.from_heads(4).slopes),  # type: ignore[arg-type]
 }
 
@@ -297,3 +317,12 @@ def test_graphs_convert_where_sizes_may_depend_on_data() -> None:
 def test_layers_take_numpys_integers() -> None:
     layer = HSTULayer(np.int64(8), np.int64(2), np.int64(4), bias=HSTUBias(np.int64(2), max_distance=np.int64(3)))  # type: ignore[arg-type]
     assert repr(layer) == repr(HSTULayer(8, 2, 4, bias=HSTUBias(2, max_distance=3)))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_scale_of_numpy(compiled: bool) -> None:
+    def call(x: Jagged) -> Tensor:
+        return fj.attention(x, x, x, scale=np.float64(0.25)).values  # type: ignore[arg-type]
+
+    run = torch.compile(call, fullgraph=True, backend="eager") if compiled else call
+    torch.testing.assert_close(run(X), fj.attention(X, X, X, scale=0.25).values)

@@ -12,6 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import flexjag as fj
 from flexjag import Causal, MaskMod, Prefix, SameGroup, ScoreMod, SiLU, Softmax, StickBreaking, Window, ops
 from flexjag.errors import PlanError
+from flexjag.kernels.cpp import build
 
 LENGTHS = [3, 0, 7]
 IDS = torch.arange(10) // 2
@@ -63,6 +64,25 @@ def test_attention_does_not_ask_for_the_default_device(
             return [out, *torch.autograd.grad(loss, (q.values, k.values, v.values))]
 
     for x, y in zip(elsewhere(), wanted, strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.skipif(build.refusal() is not None, reason=str(build.refusal()))
+def test_kernels_on_a_cpu_do_not_ask_for_the_default_device() -> None:
+    """Nor do the spans of a mask that reads the head, or the gradient of a table: the kernels write where they are."""
+    q, k, v = make_qkv(LENGTHS)
+    mask = Causal() & MaskMod(lambda b, h, i, j: (i + j + h) % 2 == 0)
+
+    def run() -> list[Tensor]:
+        plan = fj.plan(q, mask=mask, score=fj.RelativeBias(table))
+        out = fj.attention(q, k, v, plan=plan, backend="cpp").values
+        return [out, *torch.autograd.grad(out.square().sum(), table)]
+
+    table = torch.ones(2, 9, requires_grad=True)
+    wanted = run()
+    with torch.device("meta"):
+        found = run()
+    for x, y in zip(found, wanted, strict=True):
         assert torch.equal(x, y)
 
 

@@ -177,6 +177,16 @@ def test_a_mask_that_reads_what_cannot_be_held_is_an_error_when_it_changes(
         fj.attention(x, x, x, plan=plan, backend=backend)
 
 
+def test_a_plan_whose_mask_reads_something_else_by_now_is_not_moved() -> None:
+    """Its tiles are those of what was read before."""
+    x = fj.Jagged.from_lengths(torch.eye(4)[:, None], [4])
+    held = Held(IDS.clone())
+    plan = fj.plan(x, mask=fj.MaskMod(held))
+    held.ids.copy_(OTHER)
+    with pytest.raises(PlanError, match=r"plan: a tensor \[4\] was written to that its mask's function reads"):
+        plan.to("cpu")
+
+
 def test_scores_of_a_plan_stay_live() -> None:
     x, k, v = make_qkv([4, 9], dim=8)
     table = torch.zeros(2, 5, dtype=F64)

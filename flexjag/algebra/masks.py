@@ -101,7 +101,8 @@ class Causal(Mask):
 class Window(Mask):
     """Key j for query i when ``i - left <= j <= i + right``.
 
-    A negative bound shifts the window past the query itself: ``Window(8, -1)`` is the 8 keys before it.
+    A negative bound shifts the window past the query itself: ``Window(8, -1)`` is the 8 keys before it. Where bounds
+    per segment add up to less than 0, the queries of that segment have no key, and zeros as their result.
 
     Args:
         left: How far back, int or ``[S]``; None is unlimited.

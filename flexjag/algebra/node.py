@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import Any, ClassVar, Literal, Self, TypeVar, dataclass_transform, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from flexjag.errors import NodeError, explain_values, shown
 from flexjag.moving import Change, Movable
 from flexjag.offsets import as_int, index_tensor, mark_varying
+
+NUMBERS: tuple[type[Any], ...] = (int, float, np.number)
 
 NodeType = TypeVar("NodeType", bound=type)
 NodeKind = TypeVar("NodeKind")
@@ -84,6 +88,20 @@ def check_tensor(error: type[ValueError], name: str, given: object, hint: str = 
     """
     if not isinstance(given, Tensor):
         raise error(explain_values(name, f"must be a tensor{hint}", **{name: given}))
+
+
+def finite(error: type[ValueError], name: str, given: Any) -> float:
+    """A finite number of Python or NumPy as a float; in a traced graph it may be a symbol, and is not looked at.
+
+    Raises:
+        error: If it is none.
+    """
+    if torch.compiler.is_compiling():  # where NumPy's numbers are tensors
+        return float(given)
+    found = float(given) if isinstance(given, NUMBERS) else math.nan
+    if isinstance(given, bool) or not math.isfinite(found):
+        raise error(explain_values(name, "must be a finite number", **{name: given}))
+    return found
 
 
 def check_align(error: type[ValueError], align: str) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flexjag.errors import LayoutError, PositionError, ShapeError, explain_values
 from flexjag.jagged import Jagged
-from flexjag.offsets import can_look, mark_varying, same_size
+from flexjag.offsets import as_int, can_look, index_tensor, mark_varying, same_size
 from flexjag.upstream import fence
 
 EXACT = 2**24  # float32 holds whole numbers up to here
@@ -240,7 +240,7 @@ def rope(
         theta: The base: pair i turns by ``theta ** (-2 i / rotary_dim)`` radians per position.
         scaling: For longer segments than the model was trained on: :class:`Linear`, :class:`NTK`, :class:`YaRN` or
             :class:`Llama3` of ``flexjag.positions``.
-        positions: ``[T]`` of any number type, in place of the positions in the segment; or ``[T, A]``, one for each
+        positions: ``[T]`` numbers (also NumPy's), in place of the positions in the segment; or ``[T, A]``, one for each
             of A axes (rows and columns of an image): the rotated dimensions are cut into A equal parts, and each is
             rotated by its own axis, as a whole of ``rotary_dim / A`` dimensions would be.
         interleaved: Pairs are neighbours, ``(0, 1), (2, 3), ...`` (GPT-J), instead of halves, ``(i, i + R / 2)``
@@ -263,6 +263,10 @@ def rope(
     """
     both = (q,) if k is None else (q, k)
     dim = _check_inputs(both, rotary_dim)
+    if not (scaling is None or isinstance(scaling, Scaling)):
+        rule = "must be None or one of flexjag.positions, such as flexjag.positions.Linear(factor)"
+        raise PositionError(explain_values("scaling", rule, scaling=scaling))
+    positions, starts = index_tensor(positions), index_tensor(as_int(starts))
     dtype = torch.promote_types(q.dtype if k is None else torch.promote_types(q.dtype, k.dtype), torch.float32)
     _check(_is_number(theta) and theta > 0, "theta", "must be a positive number", theta)
     at, lengths = _positions(q, positions, starts, scaling, dtype)
@@ -318,7 +322,8 @@ def _positions(
         mark_varying(starts, 0)
         first = torch.cat([starts.long(), starts.new_zeros(1, dtype=torch.int64)])[segment]
     else:
-        _check(isinstance(starts, int) and 0 <= starts <= EXACT, "starts", f"must be 0 to {EXACT}, or [S]", starts)
+        rule = f"must be an int of 0 to {EXACT}, or an integer tensor or array [S] of such"
+        _check(isinstance(starts, int) and 0 <= starts <= EXACT, "starts", rule, starts)
     lengths = at
     if by_length:
         lengths = offsets[(segment + 1).clamp(max=x.num_segments)] - offsets[segment] + first  # spare rows: 0
@@ -355,7 +360,8 @@ def _check_positions(positions: Tensor, x: Jagged) -> None:
     if not fits or positions.dtype.is_complex or not same_size(positions.shape[0], x.values.shape[0]):
         shape = tuple(positions.shape) if isinstance(positions, Tensor) else positions
         seen = {"positions": shape, "tokens": x.values.shape[0]}
-        raise ShapeError(explain_values("positions", "must be numbers [T], or [T, A] for A axes", **seen))
+        rule = "must be a tensor or array of numbers [T], or [T, A] for A axes"
+        raise ShapeError(explain_values("positions", rule, **seen))
     if positions.device != x.device:
         seen = {"positions": str(positions.device), "q": str(x.device)}
         raise ShapeError(explain_values("positions", "must be on the batch's device", **seen))

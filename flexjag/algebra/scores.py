@@ -73,6 +73,7 @@ class Alibi(Score):
 
     def __post_init__(self) -> None:
         check_align(ScoreError, self.align)
+        super().__post_init__()
         check_tensor(ScoreError, "slopes", self.slopes, "; for the paper's slopes call Alibi.from_heads(H)")
         if self.slopes.ndim != 1 or not self.slopes.dtype.is_floating_point:
             raise ScoreError(
@@ -125,6 +126,7 @@ class RelativeBias(Score):
     align: Align = "start"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_align(ScoreError, self.align)
         check_tensor(ScoreError, "table", self.table)
         if self.table.ndim != 2 or self.table.shape[1] % 2 != 1 or not self.table.dtype.is_floating_point:
@@ -163,6 +165,7 @@ class BucketedBias(Score):
     align: Align = "start"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_align(ScoreError, self.align)
         _check_buckets(self.table, self.boundaries)
 
@@ -196,6 +199,7 @@ class T5Bias(Score):
     buckets: Tensor = along(None, default=None)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_tensor(ScoreError, "table", self.table)
         check_align(ScoreError, self.align)
         if self.table.ndim != 2 or not self.table.dtype.is_floating_point:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Literal, overload
@@ -15,7 +14,8 @@ from flexjag.algebra import user_functions as functions
 from flexjag.algebra.masks import Mask
 from flexjag.algebra.normalizers import Normalizer, Softmax, StickBreaking
 from flexjag.algebra.scores import Score
-from flexjag.algebra.tree import replaced
+from flexjag.algebra.tree import replaced, tensors_along
+from flexjag.api.options import checked_scale, checked_sinks, in_one_dtype, with_sinks
 from flexjag.api.plan import Plan
 from flexjag.backends.base import Backend, Case, Pair
 from flexjag.backends.choose import BACKENDS, pick
@@ -23,7 +23,7 @@ from flexjag.differentiation import needs_plain_operations
 from flexjag.errors import BuildError, PlanError, ShapeError, assert_on_device, explain_values
 from flexjag.jagged import Jagged
 from flexjag.lowering.outline import Bounds, outline, with_tiles
-from flexjag.lowering.recipe import Recipe
+from flexjag.lowering.recipe import Recipe, check_reading
 from flexjag.offsets import check_computable, check_same_layout, is_empty, same_size
 from flexjag.upstream import holds_no_numbers
 
@@ -39,6 +39,7 @@ def attention(
     normalizer: Normalizer | None = None,
     plan: Plan | None = None,
     scale: float | None = None,
+    sinks: Tensor | float | None = None,
     return_lse: Literal[False] = False,
     return_remainder: Literal[False] = False,
     backend: str = "auto",
@@ -55,6 +56,7 @@ def attention(
     normalizer: Normalizer | None = None,
     plan: Plan | None = None,
     scale: float | None = None,
+    sinks: Tensor | float | None = None,
     return_lse: Literal[True],
     return_remainder: Literal[False] = False,
     backend: str = "auto",
@@ -71,6 +73,7 @@ def attention(
     normalizer: Normalizer | None = None,
     plan: Plan | None = None,
     scale: float | None = None,
+    sinks: Tensor | float | None = None,
     return_lse: Literal[False] = False,
     return_remainder: Literal[True],
     backend: str = "auto",
@@ -87,6 +90,7 @@ def attention(
     normalizer: Normalizer | None = None,
     plan: Plan | None = None,
     scale: float | None = None,
+    sinks: Tensor | float | None = None,
     return_lse: bool = False,
     return_remainder: bool = False,
     backend: str = "auto",
@@ -102,6 +106,7 @@ def attention(
     normalizer: Normalizer | None = None,
     plan: Plan | None = None,
     scale: float | None = None,
+    sinks: Tensor | float | None = None,
     return_lse: bool = False,
     return_remainder: bool = False,
     backend: str = "auto",
@@ -110,7 +115,8 @@ def attention(
     """Attention within each segment of a jagged batch.
 
     Tokens never see another segment; that is not an option. Differentiable in q, k, v and the score's tensors,
-    except where a backend says otherwise. Works inside ``torch.compile(fullgraph=True)``.
+    except where a backend says otherwise. Works inside ``torch.compile(fullgraph=True)``. Computes in the dtype of q,
+    k and v; under autocast, they are first cast to its dtype if theirs differ.
 
     Args:
         q: Queries, values ``[T_q, H, D]``.
@@ -122,8 +128,12 @@ def attention(
         plan: A plan made before for this layout, instead of `mask`, `score` and `normalizer`. Make one per batch and
             share it between layers.
         scale: Factor on ``q·k``. Default ``1 / sqrt(D)``.
-        return_lse: Also return the natural-log sum of exponentials of each row's scores, for :func:`merge`. Only a
-            softmax has one.
+        sinks: Attention sinks: for each query head ``[H]`` the logit of one more key, which every row attends and whose
+            value is zero, so that a row's weights may sum to less than 1. A floating-point tensor, which may need
+            gradients, or one number for all heads: 0.0 adds one to the denominator. Only for a softmax (Xiao et al.,
+            2023; GPT-OSS).
+        return_lse: Also return the natural-log sum of exponentials of each row's scores, its sink's included, for
+            :func:`merge`. Only a softmax has one.
         return_remainder: Also return the unassigned rest of each row's stick. Only a stick-breaking normalizer has one.
         backend: ``"auto"``, ``"reference"``, ``"tiled"``, ``"segments"``, ``"cpp"``, ``"flex"``, ``"varlen"``,
             ``"triton"``, or one of your own (:func:`flexjag.extend.register`). A named backend that cannot run the
@@ -134,7 +144,7 @@ def attention(
     Returns:
         Values ``[T_q, H, E]`` on q's offsets; with `return_lse` also the log-sum-exp ``[T_q, H]``, with
         `return_remainder` also the remainder ``[T_q, H]``, 0 to 1. A row without an allowed key gets output 0,
-        log-sum-exp -inf, remainder 1 and no gradient.
+        log-sum-exp -inf or its sink, remainder 1 and no gradient.
 
     Raises:
         ShapeError: If shapes, dtypes or devices do not fit.
@@ -150,6 +160,7 @@ def attention(
     >>> attention(q, k, v, mask=Causal() & (Window(2, 0) | Prefix(1)))
     Jagged(segments=3, tokens=8, values=[8, 2, 16] float32, device=cpu)
     """
+    q, k, v = in_one_dtype(q, k, v)
     check_inputs(q, k, v)
     if plan is None:
         recipe = outline(Recipe, q, k, mask, score, normalizer, Bounds(validate=validate))
@@ -160,13 +171,10 @@ def attention(
     else:
         check_plan(plan, q, k, validate=validate)
         recipe = plan
-    if isinstance(scale, Tensor):
-        raise ShapeError(
-            explain_values("scale", "must be a number; multiply q by a learned one", shape=tuple(scale.shape))
-        )
-    scale = 1.0 / math.sqrt(max(1, q.values.shape[2])) if scale is None else float(scale)
+    scale = checked_scale(scale, q.values.shape[2])
     found = functions.learned_tensors(recipe.score, torch.float32, recipe.place)
-    learned = (*found, *normalizers.tensors(recipe.normalizer))
+    sinks = checked_sinks(sinks, recipe.normalizer, q.values)
+    learned = (*found, *normalizers.tensors(recipe.normalizer), *(() if sinks is None else (sinks,)))
     learns = torch.is_grad_enabled() and any(x.requires_grad for x in learned)
     known = {
         "tracing": holds_no_numbers(q.values),
@@ -174,12 +182,12 @@ def attention(
         "grad": learns
         or (torch.is_grad_enabled() and (q.values.requires_grad or k.values.requires_grad or v.values.requires_grad)),
         "scale": scale,
-        "lse": return_lse,
+        "lse": return_lse or sinks is not None,
         "dims": (q.values.shape[1], k.values.shape[1], q.values.shape[2], v.values.shape[2]),
         "plain": needs_plain_operations(),
     }
     chosen = BACKENDS[_decide(recipe, backend, known, return_remainder, learns)]
-    need_rest = return_lse or return_remainder
+    need_rest = return_lse or return_remainder or sinks is not None
     if is_empty(q.values.shape[0]) or is_empty(k.values.shape[0]):
         out, rest = _nothing(q.values, k.values, v.values, *(x for x in learned if x.dtype.is_floating_point))
         rest = rest.exp() + 1 if return_remainder else rest
@@ -192,9 +200,11 @@ def attention(
                 raise
             chosen = BACKENDS[_decide(recipe, backend, known, return_remainder, learns, without=chosen.name)]
             out, rest = _execute(chosen, *given)
-    if not need_rest:
+    assert rest is not None or not need_rest, f"backend {chosen.name!r} returned no log-sum-exp or remainder"
+    if sinks is not None and rest is not None:
+        out, rest = with_sinks(out, rest, sinks, recipe.layout)
+    if rest is None or not (return_lse or return_remainder):
         return q.with_values(out)
-    assert rest is not None, f"backend {chosen.name!r} promises a log-sum-exp or remainder, and returned None"
     return q.with_values(out), q.with_values(rest)
 
 
@@ -221,7 +231,9 @@ def _decide(
         rule = "only stick-breaking leaves a remainder"
         raise PlanError(explain_values("return_remainder", rule, normalizer=normalizer))
     if recipe.heads is not None and recipe.heads != heads:
-        seen = {"made_for": recipe.heads, "heads": heads}
+        nodes = recipe.mask, recipe.score, normalizer
+        per_head = (x for node in nodes for x in tensors_along(node) if x.axis == "query head")
+        seen = {"made_for": recipe.heads, "heads": heads, **{x.name: tuple(x.tensor.shape) for x in per_head}}
         raise ShapeError(explain_values("mask, score", "must be made for q's heads", **seen))
     name = pick(backend, Case.of(recipe, **known), without)
     if not known["tracing"]:
@@ -321,8 +333,7 @@ def check_plan(plan: Plan, q: Jagged, k: Jagged, *, validate: bool = False) -> N
             if difference is None and not torch.equal(given.to(torch.int32), planned):
                 at = int((given != planned).nonzero()[0])
                 difference = {f"{name}.offsets[{at}]": int(given[at]), f"plan's offsets[{at}]": int(planned[at])}
-    if not torch.compiler.is_compiling() and (change := plan.reading.change()) is not None:
-        raise PlanError(explain_values("plan", f"{change} that its mask's function reads; make the plan anew"))
+    check_reading(plan)
     if not same or difference is not None:
         rule = "was made for another layout; make one per batch, with flexjag.plan(q, k) if their offsets differ"
         values = {"plan_tokens": made[:2], "plan_segments": made[2], "tokens": seen[:2], "segments": seen[2]}

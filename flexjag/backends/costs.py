@@ -1,8 +1,8 @@
 """Cost model of a call on a CPU: a line per way to compute it, fitted to measurements and recorded in ``costs.json``.
 
-A call's time is modelled as ``per_call · calls + per_score · scores``. Both counts are estimated from the number of
-segments and tokens, as if all segments had the same length, because that reads no offsets. ``python -m
-flexjag.bench calibrate`` measures and fits the lines; the record says where, and how well they chose there.
+An attention's time is modelled as ``fixed + per_call · calls + per_token · tokens + per_score · scores``. The counts
+are estimated from the number of segments and tokens, as if all segments had the same length: that reads no offsets.
+``python -m flexjag.bench calibrate`` measures and fits the lines; the record says where, and how well they chose there.
 """
 
 from __future__ import annotations
@@ -24,23 +24,28 @@ class Work(NamedTuple):
     Attributes:
         way: Name of the way to compute it, which selects a line of the record.
         calls: Number of segments, runs of queries, or rows of tiles.
+        tokens: Number of queries of all heads, scaled to D + E = 128.
         scores: Number of computed scores, of all heads, scaled to D + E = 128.
     """
 
     way: str
     calls: float
+    tokens: float
     scores: float
 
 
 class Line(NamedTuple):
-    """A fitted line: seconds per call and per score."""
+    """A fitted line: seconds per attention, and per call, token and score in it."""
 
+    fixed: float
     per_call: float
+    per_token: float
     per_score: float
 
     def seconds(self, work: Work) -> float:
         """Expected seconds of `work`."""
-        return self.per_call * work.calls + self.per_score * work.scores
+        counts = (1.0, work.calls, work.tokens, work.scores)
+        return sum(each * count for each, count in zip(self, counts, strict=True))
 
 
 class Sizes(NamedTuple):
@@ -50,19 +55,24 @@ class Sizes(NamedTuple):
         segments: S, at least 1.
         num_q: T_q.
         num_kv: T_kv.
-        per_score: ``H · (D + E) / 128``.
+        scale: ``H · (D + E) / 128``, the heads and their dimensions as those of the measurements.
     """
 
     segments: int
     num_q: int
     num_kv: int
-    per_score: float
+    scale: float
 
     @staticmethod
     def of(layout: Layout, dims: tuple[int, int, int, int]) -> Sizes:
         """The sizes of a layout and of `dims` ``(H, G, D, E)``."""
         heads, _, d, e = dims
         return Sizes(max(1, layout.num_segments), layout.num_q, layout.num_kv, heads * (d + e) / DIMS)
+
+    @property
+    def tokens(self) -> float:
+        """The number of queries of all heads, scaled to D + E = 128."""
+        return self.num_q * self.scale
 
     @property
     def queries(self) -> float:
@@ -79,7 +89,7 @@ class Sizes(NamedTuple):
 def record() -> dict[str, Line]:
     """The lines of ``costs.json``, by way and ``"forward"`` or ``"training"``."""
     lines = json.loads(PATH.read_text())["lines"]
-    return {name: Line(x["per_call"], x["per_score"]) for name, x in lines.items()}
+    return {name: Line(**x) for name, x in lines.items()}
 
 
 def seconds(work: Work, grad: bool) -> float:

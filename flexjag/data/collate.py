@@ -76,20 +76,28 @@ def collate(
             spare. ``plan(max_tokens=...)`` gives them zeros.
         max_samples: Fixed number of segments: empty ones follow the samples'. What is stacked is padded, too.
         max_length: Cut samples to this many tokens.
-        fill: What spare rows hold, by field; 0 where nothing is said. Labels want their ignored index here.
+        fill: What spare rows hold, by field; 0 where nothing is said. Labels want their ignored index here, and what is
+            stacked wants what no sample has: ``{"labels": -100, "user": -1}``.
         plan: Plans a batch, from its first Jagged field: ``functools.partial(flexjag.plan, mask=...)``. The result is
             the field ``"plan"``. In a DataLoader's worker it is made beside training; its mask's functions must then be
             importable by name.
 
     Raises:
-        DataError: If samples lack a field, fields of a sample differ in length, or the batch exceeds its capacity.
+        DataError: If samples lack a field, fields of a sample differ in length, the batch exceeds its capacity, or
+            `fill` names a field that there is not.
 
     >>> batch = collate([{"tokens": [1, 2], "user": 7}, {"tokens": [3], "user": 8}], max_tokens=4)
     >>> batch["tokens"].values.tolist(), batch["tokens"].offsets.tolist(), batch["user"].tolist()
     ([1, 2, 3, 0], [0, 2, 3], [7, 8])
     """
-    max_tokens, max_samples, max_length = as_int(max_tokens), as_int(max_samples), as_int(max_length)
+    max_tokens = _checked_size("max_tokens", max_tokens)
+    max_samples = _checked_size("max_samples", max_samples)
+    max_length = _checked_size("max_length", max_length)
+    if plan is not None and not callable(plan):
+        rule = "must be a function of the batch's first Jagged, as functools.partial(flexjag.plan, mask=...)"
+        raise DataError(explain_values("plan", rule, plan=plan))
     columns = _columns(samples, fields)
+    _check_fill(fill, columns)
     packed = {name: values for name, values in columns.items() if is_per_token(values[0])}
     if not packed:
         raise DataError(explain_values("samples", "must have a field per token", fields=list(columns)))
@@ -107,11 +115,12 @@ def collate(
         spare = filled.get(name, 0)
         if name in packed:
             rows = _joined(name, [x[:n] for x, n in zip(values, lengths, strict=True)])
-            batch[name] = Jagged(_extended(rows, max_tokens, spare), offsets)
+            batch[name] = Jagged(_extended(name, rows, max_tokens, spare), offsets)
         elif isinstance(values[0], str | bytes):
             batch[name] = values
         else:
-            batch[name] = _extended(_joined(name, [_tensor(name, x)[None] for x in values]), max_samples, spare)
+            rows = _joined(name, [_tensor(name, x)[None] for x in values])
+            batch[name] = _extended(name, rows, max_samples, spare)
     if plan is not None:
         if PLAN in batch:
             raise DataError(explain_values("fields", f"must have no {PLAN!r} beside plan=", fields=list(columns)))
@@ -136,6 +145,8 @@ def _columns(samples: Sequence[Mapping[str, Any]], fields: Collection[str] | Non
         if not isinstance(sample, Mapping):
             rule = "must be a mapping of field names, as {'tokens': [...]}"
             raise DataError(explain_values(f"samples[{i}]", rule, type=type(sample).__name__))
+    if isinstance(fields, str):
+        raise DataError(explain_values("fields", "must be a list of names", fields=fields))
     names = list(samples[0]) if fields is None else list(fields)
     for i, sample in enumerate(samples):
         missing = [name for name in names if name not in sample]
@@ -143,6 +154,25 @@ def _columns(samples: Sequence[Mapping[str, Any]], fields: Collection[str] | Non
             seen = {"fields": list(sample), "wanted": names}
             raise DataError(explain_values(f"samples[{i}]", "must have the fields of the others", **seen))
     return {name: [sample[name] for sample in samples] for name in names}
+
+
+def _checked_size(name: str, given: object) -> int | None:
+    """A size of at least 0 as an int, or None."""
+    found = as_int(given)
+    if found is not None and (not isinstance(found, int) or isinstance(found, bool) or found < 0):
+        raise DataError(explain_values(name, "must be an int of at least 0", **{name: given}))
+    return found
+
+
+def _check_fill(fill: object, columns: Mapping[str, list[Any]]) -> None:
+    """Check that what spare rows hold is said for fields that there are: a misspelt name would say nothing."""
+    if fill is None:
+        return
+    if not isinstance(fill, Mapping):
+        raise DataError(explain_values("fill", "must be a mapping of field names, as {'labels': -100}", fill=fill))
+    unknown = [name for name in fill if name not in columns]
+    if unknown:
+        raise DataError(explain_values("fill", "must name fields of the batch", unknown=unknown, fields=list(columns)))
 
 
 def is_per_token(value: Any) -> bool:
@@ -197,9 +227,17 @@ def _joined(name: str, pieces: list[Any]) -> Tensor:
     return made.to(torch.get_default_dtype()) if of_lists else made
 
 
-def _extended(values: Tensor, rows: int | None, fill: float) -> Tensor:
+def _extended(name: str, values: Tensor, rows: int | None, fill: float) -> Tensor:
+    """Values with spare rows that hold `fill`, which an integer dtype must hold exactly: uint8 makes 156 of -100."""
     if rows is None:
         return values
+    try:
+        held = torch.full((), fill, dtype=values.dtype, device=HOST).item()
+    except (TypeError, ValueError, RuntimeError):
+        held = None
+    if held is None or (held != fill and not values.dtype.is_floating_point and not values.dtype.is_complex):
+        rule = "must be a number that the field's dtype can hold"
+        raise DataError(explain_values(f"fill[{name!r}]", rule, fill=fill, dtype=values.dtype))
     out = values.new_full((rows, *values.shape[1:]), fill)
     out[: values.shape[0]] = values
     return out

@@ -90,12 +90,17 @@ class TokenBudgetSampler(Sampler[list[int]]):
     ) -> None:
         self.budget = Budget(max_tokens, max_squares, max_samples)
         self.lengths = fit(check_lengths(lengths), self.budget, truncate)
-        self.shuffle, self.seed, self.drop_last = shuffle, int(seed), drop_last
+        self.shuffle, self.seed, self.drop_last = shuffle, _whole("seed", seed), drop_last
         self.num_replicas, self.rank = _ranks(num_replicas, rank)
+        if not callable(work):
+            raise DataError(explain_values("work", "must be a function of the lengths", work=work))
         self.work = np.asarray(work(self.lengths))
         if self.work.shape != self.lengths.shape:
             seen = {"work": self.work.shape, "samples": len(self.lengths)}
             raise DataError(explain_values("work", "must give one value per sample", **seen))
+        if self.work.dtype.kind not in "biuf" or not (np.isfinite(self.work) & (self.work >= 0)).all():
+            seen = {"dtype": str(self.work.dtype), "work": self.work}
+            raise DataError(explain_values("work", "must give finite numbers of at least 0", **seen))
         self._epoch, self._step = 0, 0
         self._start: int | None = 0  # where the next iteration begins; None: with the next epoch
         self._chosen = False  # whether set_epoch chose the epoch
@@ -113,6 +118,7 @@ class TokenBudgetSampler(Sampler[list[int]]):
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch of the next iteration. One that a loaded state is in goes on where that was taken."""
+        epoch = _whole("epoch", epoch)
         if epoch != self._epoch or self._start is None:
             self._epoch, self._step, self._start = epoch, 0, 0
         self._chosen = True
@@ -141,9 +147,14 @@ class TokenBudgetSampler(Sampler[list[int]]):
             step: Number of batches of the epoch that training is done with. Default: those that were given out, which
                 is more than that where a DataLoader with workers fetches ahead (torchdata's StatefulDataLoader keeps
                 count itself).
+
+        Raises:
+            DataError: If `step` is not from 0 to the number of batches.
         """
         at = self._step if self._start is None else self._start
-        state = {"epoch": self._epoch, "step": at if step is None else int(step)}
+        if step is not None:
+            at = _whole("step", step, len(self))
+        state = {"epoch": self._epoch, "step": at}
         return {**state, "num_replicas": self.num_replicas, "seed": self.seed, "fingerprint": self.fingerprint()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -152,6 +163,9 @@ class TokenBudgetSampler(Sampler[list[int]]):
         Raises:
             DataError: If the state is of other samples, settings, ranks, or another version of this sampler.
         """
+        if not isinstance(state, Mapping):
+            rule = "must be one that state_dict() returned"
+            raise DataError(explain_values("state", rule, type=type(state).__name__))
         missing = [x for x in ("epoch", "step", "num_replicas", "seed", "fingerprint") if x not in state]
         if missing:
             raise DataError(explain_values("state", "must be one that state_dict() returned", missing=missing))
@@ -162,12 +176,12 @@ class TokenBudgetSampler(Sampler[list[int]]):
             rule = "must be of the same lengths, budgets, work and version of the sampler: the batches would be others"
             seen = {"state": state["fingerprint"], "here": self.fingerprint()}
             raise DataError(explain_values("state['fingerprint']", rule, **seen))
-        before = self._epoch, self._step, self._start
-        self._epoch = self._step = self._start = 0
-        self._epoch, step = int(state["epoch"]), int(state["step"])
-        if not 0 <= step <= len(self):
-            self._epoch, self._step, self._start = before
-            raise DataError(explain_values("state['step']", "must be a step of the epoch", step=step))
+        before, self._epoch = self._epoch, _whole("state['epoch']", state["epoch"])
+        try:
+            step = _whole("state['step']", state["step"], len(self))
+        except DataError:
+            self._epoch = before
+            raise
         self._step = self._start = step
         self._chosen = False
 
@@ -222,6 +236,19 @@ class TokenBudgetSampler(Sampler[list[int]]):
             bounds.append(packs.bounds[1:] + done)
             done += len(pool)
         return Packs(np.concatenate(orders), np.concatenate(bounds))
+
+
+def _whole(name: str, given: object, most: int | None = None) -> int:
+    """A whole number of at least 0, and at most `most`, as an int.
+
+    Raises:
+        DataError: If it is none.
+    """
+    found = as_int(given)
+    if not isinstance(found, int) or isinstance(found, bool) or found < 0 or (most is not None and found > most):
+        rule = f"must be an int of {'at least 0' if most is None else f'0 to {most}, the batches of the epoch'}"
+        raise DataError(explain_values(name, rule, **{name: given}))
+    return found
 
 
 def _ranks(num_replicas: int | None, rank: int | None) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from flexjag.algebra import user_functions as functions
 from flexjag.lowering import mods
 from flexjag.lowering.layout import runs_on_gpu
 from flexjag.lowering.outline import mark_sizes, with_tiles
-from flexjag.lowering.recipe import Notes, Recipe, place_in
+from flexjag.lowering.recipe import Notes, Recipe, check_reading, place_in
 from flexjag.moving import Change, Movable
 
 R = TypeVar("R", bound=Recipe)
@@ -29,7 +29,11 @@ def moved(recipe: R, change: Change) -> R:
     Args:
         recipe: The recipe.
         change: Moves a tensor; keeps shapes and dtypes, and returns the same tensor for the same one.
+
+    Raises:
+        PlanError: If the mask's functions read something else than when the recipe was made, as its tiles tell.
     """
+    check_reading(recipe)
     recipe = with_tiles(recipe)
     layout = _each(recipe.layout, change)
     layout = replace(layout, on_gpu=runs_on_gpu(layout.device))

@@ -238,6 +238,16 @@ def place_in(layout: Layout, t: mods.RowTables) -> functions.Place | None:
     return t.segment[0], zero, t.q_pos[0], zero.clone()
 
 
+def check_reading(recipe: Recipe) -> None:
+    """Check that a mask's functions read what they read when the recipe was made; not in a graph.
+
+    Raises:
+        PlanError: If they read something else.
+    """
+    if not torch.compiler.is_compiling() and (change := recipe.reading.change()) is not None:
+        raise PlanError(explain_values("plan", f"{change} that its mask's function reads; make the plan anew"))
+
+
 def check_fit(error: type[ValueError], node: Node | None, layout: Layout) -> None:
     """Check that the tensors of a mask, score or normalizer fit a layout's sizes and device; metadata only.
 

@@ -95,7 +95,7 @@ class DenseRows(m.Mask):
 
 def _clip(spans: Spans, lo: Tensor, hi: Tensor) -> Spans:
     new_lo = spans.lo.clamp(min=lo, max=hi)
-    return Spans(new_lo, torch.maximum(spans.hi.clamp(max=hi), new_lo))
+    return Spans(new_lo, spans.hi.clamp(min=new_lo, max=hi))
 
 
 def _canonical(lo: Tensor, hi: Tensor, *, widen: bool) -> tuple[Spans, bool]:
@@ -159,8 +159,12 @@ sandwich = Interpretation("sandwich", m.Mask, decorator="sandwich")
 
 
 def _exact(layout: Layout, lo: Tensor, hi: Tensor) -> Sandwich:
-    """Exact single interval of *packed* keys, clipped to the segment."""
-    spans = _clip(Spans(lo.to(torch.int32)[None], hi.to(torch.int32)[None]), layout.kv_start, layout.kv_end)
+    """Exact single interval of *packed* keys, clipped to the segment, unless it begins or ends with it."""
+    if lo is not layout.kv_start:
+        lo = lo.to(torch.int32).clamp(min=layout.kv_start, max=layout.kv_end)
+    if hi is not layout.kv_end:
+        hi = hi.to(torch.int32).clamp(min=lo, max=layout.kv_end)
+    spans = Spans(lo[None], hi[None])
     return Sandwich(spans, spans)
 
 
@@ -193,7 +197,8 @@ def _(mask: m.Window, layout: Layout) -> Sandwich:
     at = diagonal(layout, mask.align).long()  # long: a window may be as wide as int32 itself
     lo = layout.kv_start if mask.left is None else at - _bound(mask.left, layout)
     hi = layout.kv_end if mask.right is None else at + _bound(mask.right, layout) + 1
-    return _exact(layout, lo.clamp(-1, INT32_MAX), hi.clamp(-1, INT32_MAX))
+    lo, hi = (x if x.dtype == torch.int32 else x.clamp(-1, INT32_MAX) for x in (lo, hi))
+    return _exact(layout, lo, hi)
 
 
 @sandwich.register(m.Prefix)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 UNUSED, PARTIAL, FULL = 0, 1, 2
+NEEDED = "is needed where only shapes are known: on {} tensors; flexjag.plan takes it"
 REFINE_CHUNK = 2**22  # predicate evaluations held at once
 
 
@@ -91,7 +92,7 @@ def list_tiles(outer: Spans, inner: Spans, num_kv: int, block: int, capacity: in
     if capacity is not None:
         packed = _list_tiles(*args, capacity)
     elif outer.lo.device.type == "meta":
-        raise PlanError(explain_values("max_length", "is needed where only shapes are known: on meta tensors"))
+        raise PlanError(explain_values("max_length", NEEDED.format("meta")))
     elif holds_no_numbers(outer.lo):
         packed = torch.ops.flexjag.list_tiles(*args)
     else:
@@ -166,7 +167,7 @@ def _(outer_lo: Tensor, outer_hi: Tensor, inner_lo: Tensor, inner_hi: Tensor, nu
 
     shape_env = torch.library.get_ctx()._shape_env
     if shape_env is None:
-        raise PlanError(explain_values("max_length", "is needed where only shapes are known: on fake tensors"))
+        raise PlanError(explain_values("max_length", NEEDED.format("fake")))
     return outer_lo.new_empty((3, allocate_size(shape_env, 2, None)), dtype=torch.int64)
 
 

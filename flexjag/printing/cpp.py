@@ -93,7 +93,7 @@ class Cpp(Language):
             return "true" if x else "false"
         if not dtype.is_floating_point:
             return f"{self.dtype(dtype)}({int(x)})"
-        nearest = float(torch.tensor(x, dtype=dtype))
+        nearest = float(torch.tensor(x, dtype=dtype, device="cpu"))
         literal = repr(nearest if dtype in HALVES else float(x))
         if nearest != nearest:
             literal = '__builtin_nan("")'

@@ -7,6 +7,7 @@ import math
 import warnings
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from cases import EDGE_LENGTHS, jagged
@@ -310,7 +311,7 @@ def test_transformers_tables(kind: str, theta: float) -> None:
         ({"rotary_dim": 3}, ShapeError, "rotary_dim: must be even"),
         ({"rotary_dim": 10}, ShapeError, "at most D"),
         ({"theta": 0.0}, PositionError, "theta: must be a positive number; got theta=0.0"),
-        ({"starts": -1}, PositionError, "starts: must be 0 to 16777216"),
+        ({"starts": -1}, PositionError, "starts: must be an int of 0 to 16777216.*starts=-1"),
         ({"starts": torch.tensor([0, -3])}, PositionError, "least=-3.0"),
         ({"starts": torch.tensor([0])}, ShapeError, r"integers \[S\]"),
         ({"starts": torch.tensor([0.0, 1.0])}, ShapeError, "dtype=torch.float32"),
@@ -318,6 +319,10 @@ def test_transformers_tables(kind: str, theta: float) -> None:
         ({"positions": torch.tensor([0, 1, 2, 3, -1])}, PositionError, "least=-1.0"),
         ({"positions": torch.tensor([0, 1, 2, 3, 2**24 + 1])}, PositionError, "most=16777217.0"),
         ({"positions": torch.tensor([0.0, 1, 2, 3, torch.nan])}, PositionError, "most=nan"),
+        ({"starts": [1, 2]}, PositionError, r"starts: must be an int of .* tensor or array \[S\].*starts=\[1, 2\]"),
+        ({"scaling": 2.0}, PositionError, r"scaling: must be None or one of flexjag.positions.*scaling=2.0"),
+        ({"scaling": {"rope_type": "yarn"}}, PositionError, "scaling: must be None or one of flexjag.positions"),
+        ({"scaling": NTK}, PositionError, "scaling: must be None or one of flexjag.positions"),
         ({"positions": torch.zeros(5, 3)}, ShapeError, "must be a multiple of 6"),
         ({"positions": torch.zeros(5, 0)}, ShapeError, "must have an axis"),
         ({"positions": torch.arange(5), "starts": 3}, PositionError, "must not be given beside positions"),
@@ -354,3 +359,10 @@ def test_bad_inputs() -> None:
 def test_bad_scalings(make: Any) -> None:
     with pytest.raises(PositionError, match="must be"):
         make()
+
+
+def test_numbers_of_numpy() -> None:
+    x, starts, positions = jagged([2, 3], 1, 8), np.array([3, 7], dtype=np.int32), np.array([4, 2, 0, 1, 9])
+    assert torch.equal(fj.rope(x, starts=starts).values, fj.rope(x, starts=torch.tensor([3, 7])).values)
+    assert torch.equal(fj.rope(x, starts=np.int64(3)).values, fj.rope(x, starts=3).values)
+    assert torch.equal(fj.rope(x, positions=positions).values, fj.rope(x, positions=torch.tensor(positions)).values)

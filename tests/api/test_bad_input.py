@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 import torch._dynamo
@@ -72,7 +73,7 @@ CONSTRUCTORS = [
     (
         lambda: Jagged.from_lengths(VALUES, [6, -1]),
         LayoutError,
-        r"lengths: must not be negative; got lengths=\[6, -1\]",
+        r"lengths: must not be negative; got lengths\[1\]=-1",
     ),
     (
         lambda: Jagged.from_lengths(VALUES, [2.5, 2.5]),
@@ -109,6 +110,40 @@ CONSTRUCTORS = [
         LayoutError,
         r"lengths: must not exceed the padded length; got longest=3, padded=2",
     ),
+    (
+        lambda: Jagged.from_lengths(VALUES, [1] * 100000 + [-7]),
+        LayoutError,
+        r"lengths: must not be negative; got lengths\[100000\]=-7$",
+    ),
+    (
+        lambda: Jagged.from_lengths(VALUES, torch.tensor([3, -7, 4])),
+        LayoutError,
+        r"lengths: must not be negative; got lengths\[1\]=-7$",
+    ),
+    (
+        lambda: Jagged.from_lengths(VALUES, [0.5] * 1000),
+        LayoutError,
+        r"lengths: must be integers; got .{,99}1000 entries",
+    ),
+    (
+        lambda: Jagged.from_list([torch.tensor(1.0)]),
+        ShapeError,
+        r"tensors\[0\]: must have a token dimension; got shape=",
+    ),
+    (
+        lambda: Jagged.from_list([VALUES, VALUES.to("meta")]),
+        ShapeError,
+        r"tensors\[1\]: must agree with tensors\[0\].*device='meta', first_device='cpu'",
+    ),
+    (lambda: jagged([5]) + np.ones(16), ShapeError, r"other: must be a Jagged or a number; .*got shape=\(16,\)"),
+    (lambda: np.ones(16) * jagged([5]), ShapeError, r"other: must be a Jagged or a number; .*got shape=\(16,\)"),
+    (
+        lambda: Jagged.from_list([[1, 2]]),
+        ShapeError,
+        r"tensors\[0\]: must be a tensor; torch.tensor makes one of numbers",
+    ),
+    (lambda: fj.MaskMod([0] * 1000), MaskError, r"fn: must be callable .{,99}1000 entries"),
+    (lambda: fj.RelativeBias("x" * 9), ScoreError, r"table: must be a tensor; got table='xxxxxxxxx'"),
     (lambda: jagged([5]).to_padded(max_length=-1), ShapeError, r"max_length: must not be negative; got max_length=-1"),
     (lambda: fj.Alibi(8), ScoreError, r"slopes: must be a tensor; for the paper's slopes call Alibi.from_.* slopes=8"),
     (lambda: fj.Alibi.from_heads("2"), ScoreError, r"num_heads: must be an int of at least 1; got num_heads='2'"),
@@ -240,6 +275,10 @@ CALLS = [
         MaskError,
         r"n: must be on the batch's device",
     ),
+    ({"score": fj.RelativeBias(torch.ones(3, 5))}, ShapeError, r"q's heads; got made_for=3, heads=4, table=\(3, 5\)"),
+    ({"scale": "x"}, ShapeError, "scale: must be a finite number; got scale='x'"),
+    ({"scale": float("nan")}, ShapeError, "scale: must be a finite number; got scale=nan"),
+    ({"scale": True}, ShapeError, "scale: must be a finite number; got scale=True"),
     ({"plan": "plan"}, PlanError, r"plan: must come from flexjag.plan; got type='str'"),
 ]
 
@@ -356,7 +395,7 @@ def in_graphs() -> dict[str, tuple[Callable[..., torch.Tensor], tuple[object, ..
         "batches": (
             lambda x, y: (x + y).values,
             (x, longer),
-            r"LayoutError\(.other: must have the same offsets.*left=Jagged\(segments=2, .*values=\[5, 4, 16\]",
+            r"LayoutError\(.other: must have the same offsets.*wanted=Jagged\(segments=2, .*values=\[5, 4, 16\]",
         ),
         "times": (
             lambda x, t: fj.plan(x, score=fj.TimeBias(x.values[:4, 0, :2], t, t[:1])).layout.q_pos,

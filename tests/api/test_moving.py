@@ -13,7 +13,7 @@ from cases import CUDA_ONLY, EDGE_LENGTHS, make_qkv
 from torch import Tensor
 
 import flexjag as fj
-from flexjag.errors import MaskError, PlanError
+from flexjag.errors import MaskError, PlanError, ShapeError
 from flexjag.lowering.layout import cpu_stands_in_for_gpu
 from flexjag.lowering.outline import with_tiles
 from flexjag.moving import Movable, once
@@ -158,6 +158,16 @@ def test_every_public_holder_moves() -> None:
     for kind in (fj.Jagged, fj.Plan, fj.Mask, fj.Score, fj.data.Batch):
         assert issubclass(kind, Movable)
         assert all(callable(getattr(kind, name)) for name in ("to", "cpu", "cuda", "pin_memory"))
+
+
+def test_dtypes_are_no_devices() -> None:
+    """Offsets and ids in half precision would be others."""
+    x = make_qkv(LENGTHS)[0]
+    held = (fj.plan(x, mask=fj.SameGroup(IDS)), fj.SameGroup(IDS), fj.data.Batch(x=x), fj.Alibi.from_heads(2))
+    for one in held:
+        with pytest.raises(ShapeError, match=r"device: must be a device; what is held keeps its dtypes; got .*float16"):
+            one.to(torch.float16)
+    assert x.to(torch.float16).offsets.dtype == torch.int64
 
 
 def test_a_plan_moved_for_another_batch_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -77,6 +77,35 @@ def test_spans_are_the_mask_or_bound_it(lengths: list[int], step: int, share: fl
     assert bool((outer.hi[:-1] <= outer.lo[1:]).all())
     ends = torch.where(mask, torch.arange(mask.shape[1]), -1).amax(1) + 1
     assert torch.equal(outer.hi.amax(0), ends.clamp(min=0).int())  # nothing is behind the last key
+
+
+@given(
+    st.lists(st.integers(0, LONGEST), min_size=1, max_size=4).filter(any),
+    st.tuples(*[st.integers(0, LONGEST)] * 3),
+    st.integers(1, 9),
+    st.integers(0, 2**31),
+)
+@example([21, 39], (2, 3, 10), 9, 0)
+@example([97], (75, 10, 97), 1, 0)
+def test_spans_stay_in_those_of_the_rest_of_a_mask(
+    lengths: list[int], sizes: tuple[int, int, int], step: int, seed: int
+) -> None:
+    """Which may have a gap, and whose first may be empty: then their numbers are in no order over queries."""
+    prefix, near, width = sizes
+    table = torch.rand(LONGEST, LONGEST // step + 1, generator=torch.Generator().manual_seed(seed)) < 0.6
+    table = table.repeat_interleave(step, 1)[:, :LONGEST]
+    q, k, v = batch(lengths)
+    rest = (fj.Prefix(prefix) | fj.Window(near, 0)) & fj.Window(width, 0)
+    plan = fj.plan(q, mask=rest & looked_up(table))
+    ((outer, inner),) = found(plan, q)
+    mask, bounds = plan.to_dense(), fj.plan(q, mask=rest).to_dense()
+    wide, narrow = dense(outer, mask.shape[1]), dense(inner, mask.shape[1])
+    for part, whole in ((mask, wide), (wide, bounds), (narrow, mask)):
+        assert not (part & ~whole).any()
+    fits = num_runs(mask) <= MAX_SPANS
+    assert torch.equal(wide[fits], mask[fits])
+    assert torch.equal(narrow[fits], mask[fits])
+    assert_matches_reference(q, k, v, plan=plan, backend="cpp")
 
 
 def test_the_spans_with_the_least_gaps_are_joined() -> None:

@@ -55,7 +55,7 @@ def test_every_edge_length(worker: Worker) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_random_problems_equal_the_reference(dtype: torch.dtype, worker: Worker) -> None:
-    call(worker, "compare_drawn", settings().max_examples, dtype)
+    call(worker, "compare_drawn", settings().max_examples // 3, dtype)  # interpreted: half a second each
 
 
 @pytest.mark.slow

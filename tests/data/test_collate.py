@@ -131,6 +131,52 @@ WRONG: dict[str, tuple[Any, dict[str, Any], str]] = {
     "text per token": ([{"a": ["x"]}], {}, "a: must have one kind of entries in all samples; got error='no numbers"),
     "two widths": ([{"a": torch.ones(1, 2)}, {"a": torch.ones(1, 3)}], {}, "a: must have one kind of entries"),
     "no number": ([{"a": [1], "b": object()}], {}, "b: must be numbers, arrays or tensors; got type='object'"),
+    "a plan's function that is none": (
+        [{"a": [1]}],
+        {"plan": fj.Causal()},
+        r"plan: must be a function.*plan=Causal\(\)",
+    ),
+    "a misspelt fill": (
+        [{"labels": [1]}],
+        {"max_tokens": 2, "fill": {"label": -100}},
+        r"fill: must name fields of the batch; got unknown=\['label'\], fields=\['labels'\]",
+    ),
+    "a fill that wraps": (
+        [{"a": torch.ones(1, dtype=torch.uint8)}],
+        {"max_tokens": 2, "fill": {"a": -100}},
+        r"fill\['a'\]: must be a number that the field's dtype can hold; got fill=-100, dtype=torch.uint8",
+    ),
+    "a fill that is rounded": (
+        [{"a": [1]}],
+        {"max_tokens": 2, "fill": {"a": 0.5}},
+        r"fill\['a'\]: must .*=torch.int64",
+    ),
+    "no number to fill": ([{"a": [1.0]}], {"max_tokens": 2, "fill": {"a": "x"}}, r"fill\['a'\]: must be .*fill='x'"),
+    "NaN for integers": (
+        [{"a": [1]}],
+        {"max_tokens": 2, "fill": {"a": float("nan")}},
+        r"fill\['a'\]: must be .*fill=nan",
+    ),
+    "a negative length": (
+        [{"a": [1, 2]}],
+        {"max_length": -1},
+        "max_length: must be an int of at least 0; got max_length=-1",
+    ),
+    "half a token": (
+        [{"a": [1, 2]}],
+        {"max_tokens": 4.5},
+        "max_tokens: must be an int of at least 0; got max_tokens=4.5",
+    ),
+    "a number to fill": (
+        [{"a": [1]}],
+        {"max_tokens": 2, "fill": -100},
+        r"fill: must be a mapping of field names, as .*-100",
+    ),
+    "a name for names": (
+        [{"tokens": [1]}],
+        {"fields": "tokens"},
+        "fields: must be a list of names; got fields='tokens'",
+    ),
     "a plan": ([{"plan": [1]}], {"plan": fj.plan}, "fields: must have no 'plan' beside plan="),
 }
 

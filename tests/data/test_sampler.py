@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -209,9 +210,30 @@ def test_states_that_are_none() -> None:
     sampler = TokenBudgetSampler(SKEWED, 2048)
     with pytest.raises(DataError, match=r"state: must be one that state_dict\(\) returned; got missing=\['epoch'"):
         sampler.load_state_dict({"step": 1})
-    with pytest.raises(DataError, match=r"state\['step'\]: must be a step of the epoch; got step=100000"):
-        sampler.load_state_dict(sampler.state_dict(step=100000))
+    with pytest.raises(DataError, match=r"state: must be one that state_dict\(\) returned; got type='NoneType'"):
+        sampler.load_state_dict(None)  # type: ignore[arg-type]
+    state = sampler.state_dict()
+    for name, value in (("step", 100000), ("step", 1.5), ("step", -1), ("step", "a"), ("epoch", 0.5), ("epoch", -1)):
+        with pytest.raises(DataError, match=rf"state\['{name}'\]: must be an int of .*{name}'\]={value!r}"):
+            sampler.load_state_dict({**state, name: value})
     assert sampler.state_dict() == TokenBudgetSampler(SKEWED, 2048).state_dict()
+
+
+@pytest.mark.parametrize(
+    ("made", "says"),
+    [
+        (lambda: TokenBudgetSampler(SKEWED, 2048, seed=-1), "seed: must be an int of at least 0; got seed=-1"),
+        (lambda: TokenBudgetSampler(SKEWED, 2048, seed="a"), "seed: must be an int of at least 0; got seed='a'"),
+        (lambda: TokenBudgetSampler(SKEWED, 2048).set_epoch(-1), "epoch: must be an int of at least 0; got epoch=-1"),
+        (lambda: TokenBudgetSampler(SKEWED, 2048).state_dict(step=10**6), "step: must be an int of 0 to .*=1000000"),
+        (lambda: TokenBudgetSampler(SKEWED, 2048, work=3), "work: must be a function of the lengths; got work=3"),
+        (lambda: TokenBudgetSampler(SKEWED, 2048, work=lambda n: -n), "work: must give finite numbers of at least 0"),
+        (lambda: TokenBudgetSampler(SKEWED, 2048, work=lambda n: n * np.nan), "work: must give finite numbers"),
+    ],
+)
+def test_arguments_that_make_no_sense(made: Callable[[], object], says: str) -> None:
+    with pytest.raises(DataError, match=says):
+        made()
 
 
 def test_what_cannot_be_shared_is_an_error_or_left_out() -> None:

@@ -173,6 +173,23 @@ def alone(x: Tensor, lengths: list[int], segment: int) -> Tensor:
 
 
 @pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("sizes", [(1, 5, 7), (1, LANES, LANES)], ids=str)
+def test_a_contiguous_tensor_may_have_any_stride_where_its_size_is_1(sizes: tuple[int, int, int]) -> None:
+    """As that of a transposed ``[1, S, D]``."""
+    lengths = [1, 0, 1, 1]
+    operands = target_operands(lengths, sizes, True, torch.float64)
+    operands[3] = operands[3][:, :1].contiguous()
+    odd = [
+        x.as_strided(x.shape, [999 if n == 1 else m for n, m in zip(x.shape, x.stride(), strict=True)])
+        for x in operands
+    ]
+    assert all(x.is_contiguous() for x in odd)
+    wanted = run_target(operands, offsets_of(lengths), target, target_backward)
+    for x, y in zip(run_target(odd, offsets_of(lengths), target, target_backward), wanted, strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("columns", [1, 3, 64, 100])
 def test_segments_of_a_softmax_know_nothing_of_each_other(columns: int) -> None:
     """Bitwise: NaN in others, and being alone, change nothing."""

@@ -21,4 +21,4 @@ def cost(case: Case) -> Work:
 def work(way: str, mask: m.Mask, sizes: Sizes) -> Work:
     """Estimated numbers of segments and of scores."""
     keys = min(sizes.keys, attended(mask, sizes.keys) + VECTOR / 2)
-    return Work(way, sizes.segments, sizes.num_q * keys * sizes.per_score)
+    return Work(way, sizes.segments, sizes.tokens, sizes.tokens * keys)

@@ -104,7 +104,7 @@ def run(entry: str, problem: Problem, num_heads: tuple[int, int], tensors: dict[
     assert all(x.shape[0] <= MOST_SPANS for x in spans), "lowering makes fewer spans"  # the kernels have room for these
     offsets = [x.contiguous() for x in problem.offsets]
     learned = list(problem.learned) if entry == "differentiate" else []
-    totals = [torch.zeros(captures[i].numel(), dtype=torch.float64) for i in learned]
+    totals = [captures[i].new_zeros(captures[i].numel(), dtype=torch.float64) for i in learned]
     shared = [0 if i in problem.unshared else captures[i].numel() for i in learned]
     sides = [_spans(spans[i::4], spans[i + 1 :: 4]) for i in (0, 2)]
     arrays = (

@@ -6,9 +6,6 @@ import ctypes
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
-from flexjag.backends.cpp.library import MOST_SPANS
 from flexjag.backends.printed import Printed
 from flexjag.kernels.cpp.openmp import threads
 from flexjag.lowering.spans import MAX_SPANS, Spans
@@ -41,13 +38,14 @@ def narrowed(library: Any, printed: Printed, bounds: Spans, num_kv: int, heads: 
 
     Returns:
         For each of the heads, the outer and the inner spans: at most :data:`~flexjag.lowering.spans.MAX_SPANS` of each
-        query, which hold all of its keys, and those of them that hold no others. They are one object for heads whose
-        mask is its spans. Where there would be more spans, those with the least gaps between them are joined.
+        query, which hold all of its keys and none out of bounds, and those of them that hold no others. They are one
+        object for heads whose mask is its spans. Where there would be more spans, those in one bound with the least
+        gaps between them are joined.
     """
-    assert bounds.count <= MOST_SPANS, "lowering makes fewer spans"  # the kernel has room for these
+    assert bounds.count <= MAX_SPANS, "lowering makes fewer spans"  # the kernel has room for these
     num_q = bounds.lo.shape[1]
     outer_lo, outer_hi = bounds.lo.contiguous(), bounds.hi.contiguous()
-    lo, hi, inner_hi = torch.empty(3, len(heads), MAX_SPANS, num_q, dtype=torch.int32).unbind()
+    lo, hi, inner_hi = outer_lo.new_empty(3, len(heads), MAX_SPANS, num_q).unbind()
     captures = (ctypes.c_void_p * max(1, len(printed.captures)))(*[x.data_ptr() for x in printed.captures])
     numbers = (ctypes.c_int64 * max(1, len(printed.numbers)))(*printed.numbers)
     head = (ctypes.c_int32 * len(heads))(*heads)

@@ -94,7 +94,7 @@ def _narrowed(recipe: Recipe, text: Printed, library: Any, heads: int) -> tuple[
             found += narrowed(library, text, one.outer, recipe.layout.num_kv, mine)
         for n, h in enumerate(mine):
             mask_of[h] = first if one.exact else first + n
-    return found, None if heads == 1 else torch.tensor(mask_of, dtype=torch.int32)
+    return found, None if heads == 1 else torch.tensor(mask_of, dtype=torch.int32, device=recipe.layout.device)
 
 
 def _before(spans: Spans, key: Tensor | None) -> Spans:

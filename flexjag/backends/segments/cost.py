@@ -58,10 +58,10 @@ def work(way: str, mask: m.Mask, sizes: Sizes) -> Work:
     n, keys = sizes.queries, sizes.keys
     if way == "segments, whole":
         reach = keys if as_window(mask) == (None, None, "start") else keys / 2
-        return Work(way, sizes.segments, sizes.num_q * reach * sizes.per_score)
+        return Work(way, sizes.segments, sizes.tokens, sizes.tokens * reach)
     rows = min(n, ROWS[way])
     calls = sizes.segments * max(1.0, -(-n // ROWS[way]))
-    return Work(way, calls, sizes.num_q * min(keys, extent(mask, keys) + rows) * sizes.per_score)
+    return Work(way, calls, sizes.tokens, sizes.tokens * min(keys, extent(mask, keys) + rows))
 
 
 def _shares_bias(case: Case, sizes: Sizes) -> bool:

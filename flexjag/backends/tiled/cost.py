@@ -24,4 +24,4 @@ def work(way: str, mask: m.Mask, sizes: Sizes) -> Work:
     # A row of tiles meets the keys of its own tokens' segments, or of one segment what its tokens reach.
     met = min(sizes.num_kv, max(1.0, TILE / max(n, 1.0)) * keys, attended(mask, keys) + TILE)
     met = max(met, min(keys, attended(mask, keys)), 1.0)
-    return Work(way, rows, rows * met * TILE * sizes.per_score)
+    return Work(way, rows, sizes.tokens, rows * met * TILE * sizes.scale)

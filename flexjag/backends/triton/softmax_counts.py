@@ -24,7 +24,8 @@ def computed_scores(recipe: Recipe, dims: tuple[int, int, int, int], dtype: torc
         return 0.0
     heads, groups, width = dims[0], dims[1], max(dims[2:])
     pack, spans = packed_heads(heads // groups, recipe.head_of is not None), spans_of(recipe)
-    share = torch.ones(1) if recipe.head_of is None else recipe.head_of.bincount(minlength=spans.shape[0]).cpu()
+    of_mask = recipe.head_of
+    share = (spans.new_ones(1) if of_mask is None else of_mask.bincount(minlength=spans.shape[0])).cpu()
     total = 0.0
     heights = heights_of("forward", dtype, width, pack)
     for tile, height, items in zip(

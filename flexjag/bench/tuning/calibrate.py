@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,8 @@ from flexjag.bench.measuring.measure import median, run_case
 from flexjag.bench.suites.registry import Arm, Case, Options, Tell
 from flexjag.jagged import Jagged
 
-TOKENS, HEADS, DIM = 4096, 4, 64
+HEADS, DIM = 4, 64
+TOKENS = (500, 4096)  # in a batch: two, to tell what is per attention from what is per token
 LENGTHS = (4, 15, 60, 250, 1000, 4000)  # not aligned with tiles, but for 4
 KINDS: tuple[tuple[str, Mask, Normalizer], ...] = (
     ("whole", Causal(), Softmax()),
@@ -48,6 +49,7 @@ class Point:
     work: Work
     grad: bool
     kind: str
+    tokens: int
     length: int
     seconds: float
 
@@ -70,14 +72,16 @@ def ways(kind: str) -> dict[str, str]:
 
 
 def measure(tell: Tell, rounds: int = 5) -> list[Point]:
-    """Time the backends over :data:`KINDS` and :data:`LENGTHS`, forward and with gradients.
+    """Time the backends over :data:`KINDS`, :data:`TOKENS` and :data:`LENGTHS`, forward and with gradients.
 
     A backend that refuses a kind here, such as ``cpp`` without a compiler, has no points.
     """
     points = []
     options = Options(rounds=rounds, memory=False, seconds_per_arm=2.0)
-    for (kind, mask, normalizer), length, grad in product(KINDS, LENGTHS, (False, True)):
-        segments = round(TOKENS / length)
+    for (kind, mask, normalizer), most, length, grad in product(KINDS, TOKENS, LENGTHS, (False, True)):
+        if length > most:
+            continue
+        segments = round(most / length)
         tokens = segments * length
         arms = [
             Arm(backend, _call(backend, kind, mask, normalizer, length, segments, grad), lambda got: None)
@@ -90,7 +94,7 @@ def measure(tell: Tell, rounds: int = 5) -> list[Point]:
                 way = ways(kind)[result.name]
                 sizes = Sizes(segments, tokens, tokens, HEADS * 2 * DIM / costs.DIMS)
                 work = ESTIMATES[result.name](way, mask, sizes)
-                points.append(Point(work, grad, f"{mask!r}, {kind}", length, median(result.seconds)))
+                points.append(Point(work, grad, f"{mask!r}, {kind}", most, length, median(result.seconds)))
     return points
 
 
@@ -119,38 +123,40 @@ def _call(
 
 
 def fit(works: Sequence[Work], seconds: Sequence[float]) -> Line:
-    """Fit ``seconds = a·calls + b·scores`` with a, b ≥ 0 by least squares of the relative error.
+    """Fit ``seconds = a + b·calls + c·tokens + d·scores``, all ≥ 0, by least squares of the relative error.
 
-    >>> works = [Work("w", 1, 10), Work("w", 2, 10), Work("w", 1, 30)]
-    >>> [round(x, 6) for x in fit(works, [3.0, 4.0, 7.0])]
-    [1.0, 0.2]
+    The best of the fits of each subset of the terms, among those without a negative coefficient: with four terms that
+    is all there is to nonnegative least squares.
+
+    >>> counts = [(1, 4, 10), (2, 4, 10), (1, 4, 30), (1, 8, 10), (3, 8, 20)]
+    >>> works = [Work("w", *x) for x in counts]
+    >>> [round(x, 6) for x in fit(works, [2 + 3 * x + 0.5 * y + 0.25 * z for x, y, z in counts])]
+    [2.0, 3.0, 0.5, 0.25]
     """
     y = torch.tensor(seconds, dtype=torch.float64)
-    x = torch.tensor([(w.calls, w.scores) for w in works], dtype=torch.float64) / y[:, None]
+    x = torch.tensor([(1.0, w.calls, w.tokens, w.scores) for w in works], dtype=torch.float64) / y[:, None]
     ones = torch.ones_like(y)
-    both = torch.linalg.lstsq(x, ones[:, None]).solution[:, 0]
-    if bool((both >= 0).all()):
-        return Line(*both.tolist())
-    alone: list[tuple[float, Line]] = []
-    for column in range(2):
-        slope = max(0.0, float(x[:, column] @ ones / (x[:, column] @ x[:, column])))
-        line = Line(slope, 0.0) if column == 0 else Line(0.0, slope)
-        alone.append((float(((x[:, column] * slope - 1) ** 2).sum()), line))
-    return min(alone)[1]
+    found = []
+    for some in (columns for n in range(1, 5) for columns in combinations(range(4), n)):
+        solution = torch.linalg.lstsq(x[:, some], ones[:, None]).solution[:, 0].clamp(min=0)
+        error = float(((x[:, some] @ solution - 1) ** 2).sum())
+        terms = dict(zip(some, solution.tolist(), strict=True))
+        found.append((error, Line(*(terms.get(i, 0.0) for i in range(4)))))
+    return min(found)[1]
 
 
 def regret(points: Sequence[Point], lines: dict[str, Line]) -> list[dict[str, Any]]:
     """For each case the way with the least predicted time, and its measured time over the fastest way's."""
-    cases: dict[tuple[str, int, bool], list[Point]] = {}
+    cases: dict[tuple[str, int, int, bool], list[Point]] = {}
     for point in points:
-        cases.setdefault((point.kind, point.length, point.grad), []).append(point)
+        cases.setdefault((point.kind, point.tokens, point.length, point.grad), []).append(point)
     found = []
-    for (kind, length, grad), here in cases.items():
+    for (kind, tokens, length, grad), here in cases.items():
         chosen = min(here, key=lambda p: lines[p.line].seconds(p.work))
         best = min(p.seconds for p in here)
         measured = {p.work.way: p.seconds for p in here}
         expected = {p.work.way: lines[p.line].seconds(p.work) for p in here}
-        fact = {"kind": kind, "length": length, "grad": grad, "chosen": chosen.work.way}
+        fact = {"kind": kind, "tokens": tokens, "length": length, "grad": grad, "chosen": chosen.work.way}
         found.append(fact | {"measured": measured, "expected": expected, "regret": chosen.seconds / best})
     return found
 
@@ -176,17 +182,20 @@ def calibrate(path: Path, tell: Tell) -> dict[str, Any]:
 def summary(result: dict[str, Any]) -> str:
     """The record as text: the cost lines, then the regret of their choices.
 
-    >>> case = {"regret": 1.25, "kind": "Causal(), whole", "length": 64, "grad": True}
-    >>> print(summary({"lines": {"tiled, forward": {"per_call": 2e-5, "per_score": 3e-9}}, "cases": [case]}))
-    tiled, forward: 20.0 µs per call + 3.000 ns per score
-    chosen: 1.23x the fastest at the 90th percentile, 1.25x at worst (Causal(), whole, length 64, training)
+    >>> case = {"regret": 1.25, "kind": "Causal(), whole", "tokens": 500, "length": 64, "grad": True}
+    >>> print(summary({"lines": {"tiled": Line(1e-4, 2e-5, 4e-8, 3e-9)._asdict()}, "cases": [case]}))
+    tiled: 100.0 µs + 20.0 µs per call + 40.0 ns per token + 3.000 ns per score
+    chosen: 1.23x the fastest at the 90th percentile, 1.25x at worst (Causal(), whole, 500 in 64s, training)
     """
     out = []
     for name, line in result["lines"].items():
-        out.append(f"{name}: {line['per_call'] * 1e6:.1f} µs per call + {line['per_score'] * 1e9:.3f} ns per score")
+        fixed, call, token, score = (x * unit for x, unit in zip(Line(**line), (1e6, 1e6, 1e9, 1e9), strict=True))
+        terms = f"{fixed:.1f} µs + {call:.1f} µs per call + {token:.1f} ns per token + {score:.3f} ns per score"
+        out.append(f"{name}: {terms}")
     worst = max(result["cases"], key=lambda c: c["regret"])
     regrets = torch.tensor([1.0, *(c["regret"] for c in result["cases"])])
-    what = f"{worst['kind']}, length {worst['length']}, {'training' if worst['grad'] else 'forward'}"
+    direction = "training" if worst["grad"] else "forward"
+    what = f"{worst['kind']}, {worst['tokens']} in {worst['length']}s, {direction}"
     tenth = float(regrets.quantile(0.9))
     out.append(f"chosen: {tenth:.2f}x the fastest at the 90th percentile, {worst['regret']:.2f}x at worst ({what})")
     return "\n".join(out)

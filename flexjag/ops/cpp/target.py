@@ -85,9 +85,7 @@ def _call(
     assert query is not None
     assert key is not None
     assert value is not None
-    rows = [x if x.stride(1) == 1 else x.contiguous() for x in (key, value)]
-    dense = [None if x is None else x.contiguous() for x in (bias, *others)]
-    kept = [query.contiguous(), *rows, *dense]  # until the kernel returns
+    kept = [None if x is None else _adjacent(x) for x in (*inputs, *others)]  # until the kernel returns
     tables = [_table(x) for x in kept] + [_Table()] * (10 - len(kept))
     lse, offsets = lse.contiguous(), offsets.long().contiguous()
     longest, threads_ = 0 if bias is None else bias.shape[1], threads(key.numel() + value.numel())
@@ -96,5 +94,13 @@ def _call(
     return not function(ctypes.byref(call))
 
 
+def _adjacent(x: Tensor) -> Tensor:
+    """A tensor as rows of adjacent numbers: packed rows as they are if they have those, others one behind another."""
+    return x if x.ndim == 2 and x.stride(1) == 1 else x.contiguous()
+
+
 def _table(x: Tensor | None) -> _Table:
-    return _Table() if x is None or not x.numel() else _Table(x.data_ptr(), x.stride(-2))
+    """Where rows begin. Strides of a dense tensor with M = 1 or N = 1 need not be those of its rows."""
+    if x is None or not x.numel():
+        return _Table()
+    return _Table(x.data_ptr(), x.stride(0) if x.ndim == 2 else x.shape[-1])

@@ -5,12 +5,12 @@
 
 namespace flexjag {
 
-constexpr int MOST_RUNS = 8;     // spans of a query
+constexpr int MOST_RUNS = 8;     // spans of a query, and bounds
 constexpr int PATIENCE = 16;     // runs of keys after which a query's further ones are joined without looking for gaps
 
 // Passed from Python; the fields' order and types are those of flexjag/backends/cpp/narrow.py.
 struct Narrowing {
-  SpanRows outer;                   // bounds
+  SpanRows outer;                   // bounds, at most MOST_RUNS
   const void* const* captures;
   const int64_t* numbers;
   const int32_t* head;              // [heads], those that are asked for
@@ -19,33 +19,42 @@ struct Narrowing {
   int64_t most, joined;             // results: the most spans of a query, and whether a span has keys that are masked
 };
 
-// Spans of one query. If there are more than MOST_RUNS, those with the least gap between them are joined.
+// Spans of one query, each in one of its bounds. If there are more than MOST_RUNS, those of a bound with the least gap
+// between them are joined. Never those of two bounds: kernels ask the predicate about a joined span, not the bounds.
 struct Runs {
   int count = 0, seen = 0;
   bool joined[MOST_RUNS];
-  int32_t lo[MOST_RUNS], hi[MOST_RUNS];
+  int32_t lo[MOST_RUNS], hi[MOST_RUNS], bound[MOST_RUNS];
 
-  void add(int32_t from, int32_t to) {
+  void add(int32_t from, int32_t to, int32_t in, bool has_gaps = false) {
     seen++;
     if (count == MOST_RUNS) {
-      int at = MOST_RUNS - 1, gap = from - hi[at];  // of the span before it
-      for (int i = 0; i + 1 < MOST_RUNS; i++)
-        if (lo[i + 1] - hi[i] < gap) at = i, gap = lo[i + 1] - hi[i];
+      int at = 0, gap = std::numeric_limits<int32_t>::max();  // the one behind a span; bounds are no more than MOST_RUNS
+      for (int i = 0; i < MOST_RUNS; i++) {
+        const bool is_last = i + 1 == MOST_RUNS;
+        if ((is_last ? in : bound[i + 1]) != bound[i]) continue;
+        const int32_t size = (is_last ? from : lo[i + 1]) - hi[i];
+        if (size < gap) at = i, gap = size;
+      }
       joined[at] = true;
       if (at == MOST_RUNS - 1) {
         hi[at] = to;
         return;
       }
       hi[at] = hi[at + 1];
-      for (int i = at + 1; i + 1 < MOST_RUNS; i++) lo[i] = lo[i + 1], hi[i] = hi[i + 1], joined[i] = joined[i + 1];
+      for (int i = at + 1; i + 1 < MOST_RUNS; i++)
+        lo[i] = lo[i + 1], hi[i] = hi[i + 1], bound[i] = bound[i + 1], joined[i] = joined[i + 1];
       count--;
     }
-    lo[count] = from, hi[count] = to, joined[count] = false;
+    lo[count] = from, hi[count] = to, bound[count] = in, joined[count] = has_gaps;
     count++;
   }
-  // Join what follows up to a key, without looking for gaps.
-  void stretch(int32_t to) {
-    if (to > hi[count - 1]) hi[count - 1] = to, joined[count - 1] = true;
+  // Join what follows in a bound, without looking for gaps.
+  void stretch(int32_t from, int32_t to, int32_t in) {
+    const int last = count - 1;
+    if (to <= hi[last]) return;
+    if (bound[last] == in) hi[last] = to, joined[last] = true;
+    else if (from < to) add(from, to, in, true);
   }
 };
 
@@ -56,25 +65,36 @@ inline void narrow_vector(const Narrowing& c, int64_t row, int64_t h, Runs (&run
   int32_t began[LANES], now[LANES], before[LANES];
   Int open{}, last{};                          // queries whose run goes on, and the key after their last one
   Int waiting = iota<int32_t>() < Int{} + some;  // queries that look for gaps
+  Int lo[MOST_RUNS] = {}, hi[MOST_RUNS] = {};
+  for (int64_t s = 0; s < c.outer.count; s++)
+    for (int r = 0; r < some; r++) lo[s][r] = c.outer.lo[s * c.num_q + row + r], hi[s][r] = c.outer.hi[s * c.num_q + row + r];
+  const auto bound_of = [&](int r, int32_t key) {
+    int32_t s = 0;
+    while (s + 1 < c.outer.count && (lo[s][r] > key || hi[s][r] <= key)) s++;
+    return s;
+  };
   const auto change = [&](Int pairs, int32_t key) {
     put(now, pairs), put(before, open);
     open = pairs;
     for (int r = 0; r < some; r++) {
       if (now[r] == before[r] || runs[r].seen >= PATIENCE) continue;
       if (now[r]) began[r] = key;
-      else runs[r].add(began[r], key);
+      else runs[r].add(began[r], key, bound_of(r, began[r]));
       if (runs[r].seen >= PATIENCE) waiting[r] = 0;
     }
   };
-  Int lo[MOST_SPANS] = {}, hi[MOST_SPANS] = {};
-  for (int64_t s = 0; s < c.outer.count; s++)
-    for (int r = 0; r < some; r++) lo[s][r] = c.outer.lo[s * c.num_q + row + r], hi[s][r] = c.outer.hi[s * c.num_q + row + r];
-  int32_t key = 0;
+  // Ranges of keys that hold a span of each number. They may be in any order: a query's first spans may be empty.
+  std::pair<int32_t, int32_t> ranges[MOST_RUNS];
   for (int64_t s = 0; s < c.outer.count; s++) {
     int32_t first = (int32_t)c.num_kv, past = 0;
     for (int r = 0; r < some; r++)
       if (lo[s][r] < hi[s][r]) first = std::min(first, (int32_t)lo[s][r]), past = std::max(past, (int32_t)hi[s][r]);
-    past = std::min(past, (int32_t)c.num_kv);
+    ranges[s] = {first, std::min(past, (int32_t)c.num_kv)};
+  }
+  std::sort(ranges, ranges + c.outer.count);
+  int32_t key = 0;
+  for (int64_t s = 0; s < c.outer.count; s++) {
+    const auto [first, past] = ranges[s];
     if (first > key && any(open)) change(Int{}, key);
     for (key = std::max(key, first); key < past; key++) {
       Int inside{};
@@ -86,7 +106,8 @@ inline void narrow_vector(const Narrowing& c, int64_t row, int64_t h, Runs (&run
   }
   change(Int{}, key);
   for (int r = 0; r < some; r++)
-    if (runs[r].seen >= PATIENCE) runs[r].stretch(last[r]);
+    if (runs[r].seen >= PATIENCE)
+      for (int32_t s = 0; s < c.outer.count; s++) runs[r].stretch(lo[s][r], std::min<int32_t>(hi[s][r], last[r]), s);
   HAS_EFFECTS;
 }
 
