@@ -18,7 +18,17 @@ from flexjag.algebra.masks import (
 )
 from flexjag.algebra.normalizers import GELU, Identity, Normalizer, Pointwise, Sigmoid, SiLU, Softmax, StickBreaking
 from flexjag.algebra.positions import rope
-from flexjag.algebra.scores import Alibi, BucketedBias, RelativeBias, Score, ScoreMod, SoftCap, T5Bias, TimeBias
+from flexjag.algebra.scores import (
+    Alibi,
+    BucketedBias,
+    DenseBias,
+    RelativeBias,
+    Score,
+    ScoreMod,
+    SoftCap,
+    T5Bias,
+    TimeBias,
+)
 from flexjag.algebra.tokens import Keys, Queries
 from flexjag.api.attention import attention, merge
 from flexjag.api.plan import Plan, plan
@@ -34,6 +44,7 @@ __all__ = [
     "Causal",
     "Chunked",
     "Dense",
+    "DenseBias",
     "Full",
     "GlobalTokens",
     "Identity",

@@ -21,7 +21,7 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16)
 NORMALIZERS = ("softmax", "silu", "gelu", "tanh", "identity", "sigmoid", "stick")
 KERNELS = {name: x.promises.normalizers for name, x in BACKENDS.items()}
-ADDITIVE = ("alibi", "relative", "bucketed", "t5", "time")
+ADDITIVE = ("alibi", "relative", "bucketed", "t5", "time", "pairs")
 OTHERS = ("cap", "temperature", "per key", "per query", "per pair", "ruled out", "replaced")
 Make = Callable[[Tensor], fj.Score]
 
@@ -149,6 +149,11 @@ class _Drawer:
             case "bucketed":
                 bounds, align = self.boundaries(), self.pick("start", "end")
                 return lambda t: fj.BucketedBias(t, bounds, align), self.table(heads, len(bounds) + 1, lower=True)
+            case "pairs":
+                sizes = [int((self.q.lengths * self.k.lengths).sum())]
+                if self.pick(True, False):
+                    sizes = [max(x.lengths.tolist(), default=0) for x in (self.q, self.k)]
+                return fj.DenseBias, self.table(self.pick(1, heads), *sizes, lower=True)
             case "t5":
                 both, most, align = self.pick(False, True), self.pick(5, 11), self.pick("start", "end")
                 return lambda t: fj.T5Bias(t, both, most, align), self.table(heads, 8, lower=True)

@@ -29,23 +29,28 @@ BATCH: tuple[Axis, ...] = ("query token", "key token", "pair", "segment")
 """Axes whose size changes from batch to batch."""
 
 
-def along(axis: Axis | None, *, default: Any = MISSING, in_place_of_none: str | None = None) -> Any:
+def along(
+    axis: Axis | None, *, default: Any = MISSING, in_place_of_none: str | None = None, per_head: bool = False
+) -> Any:
     """Declare a node's field that may hold a tensor, with the axis that the tensor is indexed by.
 
     Checks, padding, marking and copies follow from the axis. Heads are a tensor's first dimension, all other axes its
-    last. A 0-d tensor is shared by all entries; a 2-D tensor of pairs is shared by all segments, by local positions.
+    last. A 0-d tensor is shared by all entries; pairs with a dimension for queries and one for keys are shared by all
+    segments, by local positions.
 
     Args:
         axis: The axis; None for tensors that do not depend on the batch, such as boundaries.
         default: The field's default.
         in_place_of_none: Name of the field that is used along this axis if this one is None.
+        per_head: The tensor has a first dimension of heads besides the axis: H, or 1 if all heads share it.
 
     Raises:
         NodeError: If there is no such axis.
     """
     if axis is not None and axis not in get_args(Axis):
         raise NodeError(explain_values("axis", f"must be None or one of {', '.join(get_args(Axis))}", axis=axis))
-    return field(default=default, metadata={"axis": axis, "in_place_of_none": in_place_of_none})
+    declared = {"axis": axis, "in_place_of_none": in_place_of_none, "per_head": per_head}
+    return field(default=default, metadata=declared)
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(along,))
@@ -61,10 +66,15 @@ def node(cls: NodeType) -> NodeType:
     names: Any = fields(made)  # pyright: ignore[reportUnknownArgumentType]
     made._of, made._names = made, tuple(f.name for f in names)
     made._axes = tuple((f.name, *f.metadata.values()) for f in shown)
-    for name, _, other in made._axes:
+    for name, _, other, _ in made._axes:
         if other is not None and other not in made._names:
             raise NodeError(explain_values(name, "in_place_of_none must name a field", in_place_of_none=other))
     return made  # pyright: ignore[reportUnknownVariableType]
+
+
+def is_of_batch(x: Tensor, axis: Axis | None, per_head: bool) -> bool:
+    """True if the size of a tensor along an axis changes from batch to batch; False for pairs that segments share."""
+    return axis in BATCH and x.ndim > 0 and not (axis == "pair" and x.ndim - per_head == 2)
 
 
 def check_tensor(error: type[ValueError], name: str, given: object, hint: str = "") -> None:
@@ -152,13 +162,13 @@ class Node(Movable):
     by_position: ClassVar[bool] = False
     reads_pairs: ClassVar[bool] = True
     printable: ClassVar[bool] = False
-    _axes: ClassVar[tuple[tuple[str, Axis | None, str | None], ...]] = ()
+    _axes: ClassVar[tuple[tuple[str, Axis | None, str | None, bool], ...]] = ()
 
     def __post_init__(self) -> None:
         """Take NumPy's integers and arrays for Python's and torch's, and tell TorchDynamo which sizes will change."""
         if torch.compiler.is_compiling():
             return
-        for name, _, _ in self._axes:
+        for name, *_ in self._axes:
             value = getattr(self, name)
             own = index_tensor(as_int(value))
             if own is not value:
@@ -180,10 +190,10 @@ class Node(Movable):
         Args:
             declared: Only those of :func:`along` fields. Else also those of fields that declare no axis.
         """
-        axes = {name: axis for name, axis, _ in self._axes}
+        axes: dict[str, tuple[Axis | None, bool]] = {name: (axis, per_head) for name, axis, _, per_head in self._axes}
         for name in axes if declared else field_names(self):
-            x, axis = getattr(self, name), axes.get(name, "pair")
-            if isinstance(x, Tensor) and axis in BATCH and x.ndim and not (axis == "pair" and x.ndim == 2):
+            x = getattr(self, name)
+            if isinstance(x, Tensor) and is_of_batch(x, *axes.get(name, ("pair", False))):
                 mark_varying(x, x.ndim - 1)
 
     def _key(self) -> tuple[Any, ...]:

@@ -6,7 +6,7 @@ Positions are segment-local. A score may hold tensors that need gradients.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import torch
@@ -288,6 +288,55 @@ class TimeBias(Score):
         # Rounded down by a hair: exp(k log 2) must not pass 2**k by a rounding error.
         ends = [math.ceil(math.exp(k * width) * (1 - 2**-40)) for k in range(1, count + 1)]
         return torch.tensor(ends, dtype=torch.int64, device="cpu" if device is None else device)
+
+
+@node
+class DenseBias(Score):
+    """A bias given for each (query, key) pair: ``s + values[h, pair]``.
+
+    Args:
+        values: Floating point, may need gradients: ``[H or 1, sum n_s * m_s]``, every segment's own row-major matrix
+            back to back, which :meth:`from_list` makes; or ``[H or 1, N, M]``, shared by every segment and indexed by
+            local positions, with N and M at least the longest segment's. A first dimension of 1 serves all heads.
+
+    >>> DenseBias(torch.zeros(8, 1, 512).expand(8, 512, 512))
+    DenseBias(<float32[8, 512, 512]>)
+    """
+
+    additive = by_position = printable = True
+
+    values: Tensor = along("pair", per_head=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_tensor(ScoreError, "values", self.values)
+        if self.values.ndim not in (2, 3) or self.values.shape[0] == 0 or not self.values.dtype.is_floating_point:
+            rule = "must be float, packed [H or 1, sum n_s * m_s], or [H or 1, N, M] for all segments"
+            seen = {"shape": tuple(self.values.shape), "dtype": self.values.dtype}
+            raise ScoreError(explain_values("values", rule, **seen))
+
+    @property
+    def is_packed(self) -> bool:
+        """True if every segment has a matrix of its own."""
+        return self.values.ndim == 2
+
+    @staticmethod
+    def from_list(matrices: Sequence[Tensor]) -> DenseBias:
+        """One matrix ``[n_s, m_s]`` or ``[H or 1, n_s, m_s]`` per segment.
+
+        Raises:
+            ScoreError: If there is none, one is no such matrix, or they differ in heads.
+
+        >>> DenseBias.from_list([torch.zeros(4, 2, 2), torch.zeros(4, 1, 3)])
+        DenseBias(<float32[4, 7]>)
+        """
+        if not matrices:
+            raise ScoreError(explain_values("matrices", "must be one per segment, and at least one", matrices=0))
+        shapes = [tuple(x.shape) for x in matrices]
+        if any(len(x) not in (2, 3) for x in shapes) or len({x[:-2] for x in shapes}) > 1:
+            rule = "must all be [n_s, m_s], or all be [H or 1, n_s, m_s] of the same first dimension"
+            raise ScoreError(explain_values("matrices", rule, shapes=shapes))
+        return DenseBias(torch.cat([x.reshape(*(x.shape[:-2] or (1,)), -1) for x in matrices], 1))
 
 
 def _check_buckets(table: Tensor, boundaries: Tensor) -> None:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flexjag.algebra.node import BATCH, Axis, Node, NodeKind, field_names
+from flexjag.algebra.node import Axis, Node, NodeKind, field_names, is_of_batch
 from flexjag.errors import explain_values
 
 
@@ -48,7 +48,7 @@ def replaced(node: NodeKind, leaf: Callable[[Any], Any], axes: Collection[Axis] 
         leaf: Applied to tensors and functions.
         axes: Only to fields along these; default to all.
     """
-    along = {name: axis for name, axis, _ in getattr(node, "_axes", ())}
+    along = {name: axis for name, axis, *_ in getattr(node, "_axes", ())}
 
     def new(name: str) -> Any:
         value = _changed(getattr(node, name), lambda child: replaced(child, leaf, axes))
@@ -59,7 +59,7 @@ def replaced(node: NodeKind, leaf: Callable[[Any], Any], axes: Collection[Axis] 
 
 def filled(node: NodeKind) -> NodeKind:
     """Replace None by the tensor that is used instead (`in_place_of_none`), in a node and its nodes."""
-    instead = {name: other for name, _, other in getattr(node, "_axes", ()) if other is not None}
+    instead = {name: other for name, _, other, _ in getattr(node, "_axes", ()) if other is not None}
 
     def new(name: str) -> Any:
         value = getattr(node, name)
@@ -102,28 +102,42 @@ class Along(NamedTuple):
         name: The field.
         axis: The axis; None if nothing of the batch.
         tensor: The tensor.
+        per_head: The tensor's first dimension is H, or 1 if all heads share it.
     """
 
     name: str
     axis: Axis | None
     tensor: Tensor
+    per_head: bool
+
+    @property
+    def of_batch(self) -> bool:
+        """True if the tensor's size changes from batch to batch."""
+        return is_of_batch(self.tensor, self.axis, self.per_head)
+
+    @property
+    def heads(self) -> int | None:
+        """H of a tensor that differs between heads; None of others."""
+        if not self.tensor.ndim or not (self.per_head or self.axis == "query head"):
+            return None
+        return None if self.per_head and self.tensor.shape[0] == 1 else self.tensor.shape[0]
 
 
 def tensors_along(node: Node | None) -> list[Along]:
     """The tensors in the :func:`along` fields of a node and of its nodes."""
     found: list[Along] = []
     for one in walk(node):
-        for name, axis, other in one._axes:
+        for name, axis, other, per_head in one._axes:
             value = getattr(one, name)
             value = getattr(one, other) if value is None and other is not None else value
             if isinstance(value, Tensor):
-                found.append(Along(name, axis, value))
+                found.append(Along(name, axis, value, per_head))
     return found
 
 
 def head_counts(node: Node | None) -> set[int]:
     """Sizes of the head axis among a node's tensors; empty if none is per head."""
-    return {x.tensor.shape[0] for x in tensors_along(node) if x.axis == "query head" and x.tensor.ndim}
+    return {x.heads for x in tensors_along(node) if x.heads is not None}
 
 
 def check_held(error: type[ValueError], node: Node | None, sizes: Mapping[Axis, int], device: torch.device) -> None:
@@ -135,7 +149,7 @@ def check_held(error: type[ValueError], node: Node | None, sizes: Mapping[Axis, 
         sizes: How many there are of the axes that are known.
         device: The batch's. A number in a tensor may also be on a CPU, as everywhere in torch.
     """
-    for name, axis, x in tensors_along(node):
+    for name, axis, x, _ in tensors_along(node):
         if x.device != device and not (x.ndim == 0 and x.device.type == "cpu"):
             raise error(explain_values(name, "must be on the batch's device", device=str(x.device), batch=str(device)))
         if axis is None or axis not in sizes or x.ndim == 0:
@@ -175,7 +189,7 @@ def is_by_position(mask: Node | None, score: Node | None, is_self: bool) -> bool
     """
     nodes = [*walk(mask), *walk(score)]
     aligned = is_self or all(getattr(one, "align", "start") == "start" for one in nodes)
-    of_batch = (x for root in (mask, score) for x in tensors_along(root) if x.axis in BATCH)
+    of_batch = (x for root in (mask, score) for x in tensors_along(root) if x.of_batch)
     return aligned and all(one.by_position for one in nodes) and not any(of_batch)
 
 

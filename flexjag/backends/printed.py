@@ -28,6 +28,8 @@ class Printed:
         captures: The tensors that the functions read.
         numbers: The integers that they read.
         learned: Indices of the captures that need gradients.
+        unshared: Those of the `learned` ones of which no two segments or heads read the same entry. Of backends that
+            ask for it.
         masks_heads: True if the mask reads the head. Of backends that ask for it.
     """
 
@@ -35,6 +37,7 @@ class Printed:
     captures: list[Tensor]
     numbers: list[int]
     learned: list[int]
+    unshared: tuple[int, ...] = ()
     masks_heads: bool = False
 
 

@@ -234,6 +234,14 @@ def _(score: s.TimeBias, x: Tensor, seg: Segment) -> Tensor:
     return x + score.table.to(x.dtype)[:, bucket]
 
 
+@rescore.register(s.DenseBias)
+def _(score: s.DenseBias, x: Tensor, seg: Segment) -> Tensor:
+    if score.values.ndim == 3:
+        return x + score.values[:, : seg.n, : seg.m].to(x.dtype)
+    start = seg.matrices_before
+    return x + score.values[:, start : start + seg.n * seg.m].unflatten(1, (seg.n, seg.m)).to(x.dtype)
+
+
 @rescore.register(s.Then)
 def _(score: s.Then, x: Tensor, seg: Segment) -> Tensor:
     return rescore(score.second, rescore(score.first, x, seg), seg)

@@ -26,6 +26,7 @@ from flexjag.algebra.tree import filled, replaced
 from flexjag.algebra.user_functions import RecordedCall
 from flexjag.errors import MaskError, ScoreError
 from flexjag.lowering.layout import Layout, blocks
+from flexjag.lowering.pairs import BiasRows, by_row
 from flexjag.lowering.spans import DenseRows, InSpans, Sandwich, diagonal
 from flexjag.upstream import fence
 
@@ -123,17 +124,26 @@ def _pad_rows(x: Tensor, rows: int) -> Tensor:
     return fence(torch.nn.functional.pad(x, (0, rows - x.shape[-1])))
 
 
-def rounded(node: NodeKind, t: RowTables) -> NodeKind:
+def rounded(one: NodeKind, t: RowTables) -> NodeKind:
     """Pad a node's per-token tensors to a multiple of the tile, for kernels that round rows up. Once per plan."""
     if not t.rounded:
-        return node
-    return replaced(replaced(filled(node), t.padded, ("query token",)), t.padded_keys, ("key token",))
+        return one
+    return replaced(replaced(filled(one), t.padded, ("query token",)), t.padded_keys, ("key token",))
 
 
 def kernel_mask(sandwich: Sandwich, t: RowTables) -> m.Mask:
     """The mask that a kernel evaluates for one sandwich: ``outer & rest``, padded like the tables."""
     inside = InSpans(sandwich.outer.lo, sandwich.outer.hi)
     return rounded(inside if sandwich.rest is None else m.And(inside, sandwich.rest), t)
+
+
+def kernel_score(score: s.Score | None, t: RowTables, layout: Layout) -> s.Score | None:
+    """The score that kernels evaluate: with packed matrices by row, padded like the tables.
+
+    Raises:
+        ScoreError: If a matrix does not fit the layout's segments.
+    """
+    return None if score is None else rounded(by_row(score, layout), t)
 
 
 def _local(t: RowTables, q: Tensor, kv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -312,6 +322,27 @@ def _(score: s.TimeBias, t: RowTables) -> ScoreMod:
     table, boundaries, look_up = score.table, score.boundaries, t.look_up
     times, kv_times = score.times, score.times if score.kv_times is None else score.kv_times
     return lambda x, b, h, q, kv: x + look_up(table, h, _bucket(times[q] - kv_times[kv], boundaries))
+
+
+@score_case.register(s.DenseBias)
+def _(score: s.DenseBias, t: RowTables) -> ScoreMod:
+    values, look_up, is_shared = score.values, t.look_up, score.values.shape[0] == 1
+
+    def shared_matrix(x: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        _, q_pos, kv_pos = _local(t, q, kv)
+        return x + look_up(values, b if is_shared else h, q_pos, kv_pos)  # the b of a packed batch is 0
+
+    return shared_matrix
+
+
+@score_case.register(BiasRows)
+def _(score: BiasRows, t: RowTables) -> ScoreMod:
+    values, first, look_up, is_shared = score.values, score.first, t.look_up, score.values.shape[0] == 1
+
+    def packed_matrices(x: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        return x + look_up(values, b if is_shared else h, first[q] + _local(t, q, kv)[2])
+
+    return packed_matrices
 
 
 @score_case.register(s.Then)

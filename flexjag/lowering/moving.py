@@ -54,7 +54,7 @@ def moved(recipe: R, change: Change) -> R:
         layout=layout,
         tables=tables,
         kernel_masks=tuple(mods.kernel_mask(x, tables) for x in parts["sandwiches"]),
-        kernel_score=None if parts["score"] is None else mods.rounded(parts["score"], tables),
+        kernel_score=mods.kernel_score(parts["score"], tables, layout),
         reading=reading,
         notes=Notes(),
         own_notes=Notes(),

@@ -142,7 +142,7 @@ def outline(
         head_of=entries,
         tables=tables,
         kernel_masks=tuple(mods.kernel_mask(x, tables) for x in sandwiches),
-        kernel_score=None if score is None else mods.rounded(score, tables),
+        kernel_score=mods.kernel_score(score, tables, layout),
         made_tiles=None,
         max_length=max_length,
         reading=reading,
@@ -192,7 +192,7 @@ def for_gpu(recipe: R) -> R:
     layout = replace(recipe.layout, on_gpu=True)
     tables = mods.row_tables(layout, recipe.block_size)
     masks = tuple(mods.kernel_mask(x, tables) for x in recipe.sandwiches)
-    score = None if recipe.score is None else mods.rounded(recipe.score, tables)
+    score = mods.kernel_score(recipe.score, tables, layout)
     nothing = functions.Reading([], [])  # what functions read is compared here, not in another process
     made = replace(recipe, layout=layout, tables=tables, kernel_masks=masks, kernel_score=score, reading=nothing)
     mark_sizes(made)

@@ -53,7 +53,7 @@ class Recipe:
         head_of: ``[H]`` int32, index into `sandwiches` for each query head; None if one serves all heads.
         tables: Per-row tensors that the mods read.
         kernel_masks: The masks that kernels evaluate, one per sandwich, padded like `tables`.
-        kernel_score: The score, padded like `tables`.
+        kernel_score: The score that kernels evaluate, by row and padded like `tables`.
         made_tiles: Tile lists and tables; None if they were not made yet: backends with `needs_tiles` get them made.
         max_length: The given bound on segment lengths, in tokens, or None.
         reading: The tensors and values that the mask's functions read.
@@ -103,7 +103,7 @@ class Recipe:
         return self._rescored(of_this_batch(score), heads=heads)
 
     def _rescored(self, score: s.Score | None, **changes: Any) -> Self:
-        kernel_score = None if score is None else mods.rounded(score, self.tables)
+        kernel_score = mods.kernel_score(score, self.tables, self.layout)
         return replace(self, score=score, kernel_score=kernel_score, own_notes=Notes(), **changes)
 
     def learning_in(self, dtype: torch.dtype) -> Self:
@@ -265,7 +265,8 @@ def check_fit(error: type[ValueError], node: Node | None, layout: Layout) -> Non
 def of_this_batch(score: s.Score | None) -> s.Score | None:
     """Copy a score's tensors per token and per segment into the plan; integers become int64.
 
-    These belong to the batch, as the mask does; tables stay the caller's. Differences of narrower integers would wrap.
+    These belong to the batch, as the mask does; tables and matrices of pairs, which may learn, stay the caller's.
+    Differences of narrower integers would wrap.
     """
 
     def own(x: Tensor) -> Tensor:
@@ -274,7 +275,7 @@ def of_this_batch(score: s.Score | None) -> s.Score | None:
         mark_varying(wide, wide.ndim - 1)
         return wide
 
-    return None if score is None else replaced(score, own, BATCH)
+    return None if score is None else replaced(score, own, [axis for axis in BATCH if axis != "pair"])
 
 
 def check_score(score: s.Score | None, layout: Layout, t: mods.RowTables) -> None:

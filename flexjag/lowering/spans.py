@@ -18,8 +18,9 @@ from flexjag.algebra.tokens import Keys, Queries
 from flexjag.algebra.tree import rebuilt
 from flexjag.errors import MaskError, explain_values
 from flexjag.lowering.layout import INT32_MAX, Layout
+from flexjag.lowering.pairs import first_pairs
 from flexjag.offsets import same_size
-from flexjag.upstream import holds_no_numbers, running_max
+from flexjag.upstream import running_max
 
 MAX_SPANS = 8
 
@@ -254,18 +255,12 @@ def _(mask: m.Dense, layout: Layout) -> Sandwich:
         rows, cols = values.shape
         hi = torch.minimum(hi, layout.kv_start + torch.where(layout.q_pos < rows, cols, 0))
         first = layout.q_pos.clamp(max=max(rows - 1, 0)).long() * cols
+        first = first.int() if rows * cols <= INT32_MAX else first
     else:
-        areas = layout.q_offsets.diff().long() * layout.kv_offsets.diff()
-        before = areas.cumsum(0) - areas
-        first = layout.per_row(before) + layout.q_pos.long() * layout.kv_length()
-        if layout.device.type == "cpu" and not holds_no_numbers(areas) and int(areas.sum()) != values.shape[0]:
-            rule = "packed matrices must have sum(n_s * m_s) entries"
-            raise MaskError(explain_values("values", rule, entries=values.shape[0], needed=int(areas.sum())))
+        first = first_pairs(layout, values.shape[0], MaskError)
     packed = torch.cat([values.flatten(), values.new_zeros(1)])  # never empty, so that every lookup can be clamped
     outer = Spans(layout.kv_start[None], hi[None].to(torch.int32))
-    base = first - layout.kv_start
-    # 32 bits where they do: a GPU takes two instructions for each operation on 64. Overflow is behind the last entry.
-    return Sandwich(_nothing(layout), outer, DenseRows(packed, base.int() if packed.shape[0] <= INT32_MAX else base))
+    return Sandwich(_nothing(layout), outer, DenseRows(packed, first - layout.kv_start))
 
 
 def _comparable(ids: Tensor) -> Tensor:

@@ -129,6 +129,8 @@ def look_up(program: Program, tensor: Tensor, index: tuple[Value, ...]) -> Any:
 def _load(program: Program, tensor: Tensor, index: Sequence[Value]) -> Symbol:
     tensor = program.dense(tensor)
     places: list[Value] = []
+    # One stride of 1 is printed. Others are of sizes of 1, and the source must be the same for all sizes.
+    adjacent = max([-1, *[dim for dim in range(tensor.ndim) if tensor.stride(dim) == 1]])
     for dim, given in enumerate(index):
         i: Value = _load(program, given, ()) if isinstance(given, Tensor) else given
         if isinstance(i, Symbol) and (i.dtype == torch.bool or i.dtype.is_floating_point):
@@ -137,8 +139,7 @@ def _load(program: Program, tensor: Tensor, index: Sequence[Value]) -> Symbol:
             i = program.number(tensor.shape[dim] + i)
         elif program.is_checked and isinstance(i, Symbol) and not i.is_place:
             i = _inside(i, program.number(tensor.shape[dim]))
-        stride = tensor.stride(dim)
-        places += [i, 1 if stride == 1 else program.number(stride)]
+        places += [i, 1 if dim == adjacent else program.number(tensor.stride(dim))]
     return program.note("load", (program.capture(tensor), *places), tensor.dtype)
 
 

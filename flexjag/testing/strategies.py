@@ -256,6 +256,7 @@ def scores(  # noqa: D417 (callers do not pass `draw`)
     additive: bool = False,
     portable: bool = False,
     learned: bool = True,
+    lengths: tuple[Sequence[int], Sequence[int]] | None = None,
 ) -> tuple[s.Score | None, list[Tensor]]:
     """Chains of up to three scores, or None, with the list of their tensors that require gradients.
 
@@ -265,6 +266,7 @@ def scores(  # noqa: D417 (callers do not pass `draw`)
         additive: Draw only scores that add a bias, as ``backend="segments"`` requires.
         portable: Draw only scores independent of the segment index, so that a segment can be attended alone.
         learned: Whether tensors require gradients.
+        lengths: Lengths of queries and keys, for biases that are given for each pair; without them none is drawn.
     """
     g = _generator(draw(SEEDS))
     leaves: list[Tensor] = []
@@ -275,7 +277,7 @@ def scores(  # noqa: D417 (callers do not pass `draw`)
             leaves.append(out.requires_grad_())
         return out
 
-    kinds = ["alibi", "bias", "t5", "buckets"]
+    kinds = ["alibi", "bias", "t5", "buckets"] + ["pairs"] * (lengths is not None)
     kinds += [] if additive else ["cap", "temperature", "replace"]
     align: st.SearchStrategy[Align] = st.sampled_from(("start", "end"))
     kinds += [] if additive or portable else ["by segment"]
@@ -289,6 +291,11 @@ def scores(  # noqa: D417 (callers do not pass `draw`)
             one = s.T5Bias(tensor(num_heads, 8), draw(st.booleans()), draw(st.sampled_from([5, 9])), draw(align))
         elif kind == "buckets":
             one = s.BucketedBias(tensor(num_heads, 4), torch.tensor([-3, 0, 5]), draw(align))
+        elif kind == "pairs" and lengths is not None:
+            packed = [sum(n * m for n, m in zip(*lengths, strict=True))]
+            shared = [max(x, default=0) + draw(st.integers(0, 2)) for x in lengths]
+            sizes = shared if portable or draw(st.booleans()) else packed
+            one = s.DenseBias(tensor(draw(st.sampled_from([1, num_heads])), *sizes))
         elif kind == "cap":
             one = s.SoftCap(draw(st.sampled_from([1, 2.5, 30.0])))
         else:
@@ -375,5 +382,7 @@ def problems(
     kv_lengths = None if q.offsets is k.offsets else k.lengths.tolist()
     mask = draw(masks(q_lengths, kv_lengths, heads=heads, depth=depth, portable=portable, interval=interval))
     wide = torch.promote_types(dtype, torch.float32)  # as in mixed precision: parameters stay float32
-    chain, learned = draw(scores(heads, dtype=wide, additive=additive, portable=portable)) if score else (None, [])
+    lengths = q_lengths, q_lengths if kv_lengths is None else kv_lengths
+    drawn = scores(heads, dtype=wide, additive=additive, portable=portable, lengths=lengths)
+    chain, learned = draw(drawn) if score else (None, [])
     return Problem(q, k, v, mask, chain, learned, tile)

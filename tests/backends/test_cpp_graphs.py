@@ -99,7 +99,7 @@ def test_operators_are_as_they_say(learned: bool) -> None:
     text = printed(plan, F32)
     spans = [x for s in plan.sandwiches for x in (s.outer.lo, s.outer.hi, s.inner.lo, s.inner.hi)]
     offsets = [plan.layout.q_offsets, plan.layout.kv_offsets]
-    rest = (text.numbers, text.source, offsets, spans, plan.head_of, 0.25, 1.0)
+    rest = (text.numbers, text.source, offsets, spans, plan.head_of, 0.25, 1.0, list(text.unshared))
     values = [x.values for x in (q, k, v)]
     torch.library.opcheck(operator.attend, (*values, text.captures, text.learned, *rest))
     detached, captures = [x.detach() for x in values], [x.detach() for x in text.captures]
@@ -195,7 +195,7 @@ def test_offsets_that_were_written_to_are_an_error_and_read_nothing(offsets: lis
     given = [bad, good] if side == "q" else [good, bad]
     values = [x.values for x in (q, k, v)]
     with pytest.raises(LayoutError, match="offsets: offsets must rise from at least 0 to at most the number of rows"):
-        operator.attend(*values, text.captures, [], text.numbers, text.source, given, spans, None, 0.25, 1.0)
+        operator.attend(*values, text.captures, [], text.numbers, text.source, given, spans, None, 0.25, 1.0, [])
 
 
 def test_no_gradient_flows_where_none_is_asked() -> None:

@@ -62,6 +62,11 @@ def ids() -> Tensor:
     return torch.arange(80) // 5 % 3
 
 
+def pairs(heads: int, *sizes: int) -> fj.Score:
+    return fj.DenseBias(torch.randn(heads, *sizes, generator=torch.Generator().manual_seed(0)).requires_grad_())
+
+
+PAIRS = sum(n * n for n in LENGTHS)
 LONGER, SHORTER = (50, 20, 3, 1), (3, 0, 5, 40)
 CASES: dict[str, Case] = {
     "causal": Case(),
@@ -84,6 +89,8 @@ CASES: dict[str, Case] = {
     "wide": Case(lengths=(20, 3), dim=136, value_dim=256, dtype=torch.bfloat16),
     "slopes, cap": Case(score=slopes_and_cap, groups=2),
     "table": Case(score=table),
+    "bias of pairs": Case(score=lambda: pairs(2, PAIRS) >> pairs(1, PAIRS)),
+    "bias of pairs, shared": Case(fj.Full, score=lambda: pairs(2, 40, 51) >> pairs(1, 41, 50), kv_lengths=LONGER),
     "table in bfloat16": Case(score=half_table, dtype=torch.bfloat16),
     "function": Case(lambda: HOLES, score=lambda: fj.ScoreMod(lambda x, b, h, q, kv: x * 0.5 + (q - kv) * 0.1)),
     "float16": Case(dtype=torch.float16),

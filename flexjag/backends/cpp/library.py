@@ -56,6 +56,7 @@ class Problem:
         mask_of: ``[H]`` int32, the mask of each head; None for the first.
         scale: Factor on ``q·k``.
         factor: Factor on the output, without a softmax.
+        unshared: Those of the `learned` ones of which no two segments or heads read the same entry.
     """
 
     source: str
@@ -67,6 +68,7 @@ class Problem:
     mask_of: Tensor | None
     scale: float
     factor: float
+    unshared: Sequence[int]
 
 
 def unit(source: str, dtype: torch.dtype, dim: int, value_dim: int) -> str:
@@ -101,14 +103,15 @@ def run(entry: str, problem: Problem, num_heads: tuple[int, int], tensors: dict[
     spans = [x.contiguous() for x in problem.spans]
     assert all(x.shape[0] <= MOST_SPANS for x in spans), "lowering makes fewer spans"  # the kernels have room for these
     offsets = [x.contiguous() for x in problem.offsets]
-    learned = [captures[i] for i in problem.learned] if entry == "differentiate" else []
-    totals = [x.new_empty(x.numel(), dtype=torch.float64) for x in learned]
+    learned = list(problem.learned) if entry == "differentiate" else []
+    totals = [captures[i].new_zeros(captures[i].numel(), dtype=torch.float64) for i in learned]
+    shared = [0 if i in problem.unshared else captures[i].numel() for i in learned]
     sides = [_spans(spans[i::4], spans[i + 1 :: 4]) for i in (0, 2)]
     arrays = (
         (ctypes.c_void_p * max(1, len(captures)))(*[x.data_ptr() for x in captures]),
         (ctypes.c_int64 * max(1, len(problem.numbers)))(*problem.numbers),
         (ctypes.c_void_p * max(1, len(totals)))(*[x.data_ptr() for x in totals]),
-        (ctypes.c_int64 * max(1, len(totals)))(*[x.numel() for x in totals]),
+        (ctypes.c_int64 * max(1, len(totals)))(*shared),
     )
     call = _Call(
         **{name: _rows(x) for name, x in tensors.items() if x is not None and "lse" not in name},
@@ -132,7 +135,7 @@ def run(entry: str, problem: Problem, num_heads: tuple[int, int], tensors: dict[
     status = getattr(library, entry)(ctypes.byref(call))
     if status:
         raise LayoutError(f"offsets: {STATUS[status]}")
-    return [x.view(y.shape) for x, y in zip(totals, learned, strict=True)]
+    return [x.view(captures[i].shape) for x, i in zip(totals, learned, strict=True)]
 
 
 _ARRAYS = ("captures", "numbers", "totals", "total_sizes")

@@ -27,6 +27,7 @@ def attend(
     mask_of: Tensor | None,
     scale: float,
     factor: float,
+    unshared: list[int],
 ) -> tuple[Tensor, Tensor]:
     """Attention by a plan's printed functions.
 
@@ -43,6 +44,7 @@ def attend(
         mask_of: ``[H]`` int32, the mask of each head; None for the first.
         scale: Factor on ``q·k``.
         factor: Factor on the output, without a softmax.
+        unshared: Those of the `learned` ones of which no two segments or heads read the same entry.
 
     Returns:
         ``[T_q, H, E]``, and ``[H, T_q]`` in at least float32: the log-sum-exp of a softmax, the remainder of
@@ -50,7 +52,7 @@ def attend(
     """
     q, k, v = (_packed(x) for x in (q, k, v))
     out, lse = _empty(q, v)
-    problem = Problem(source, captures, learned, numbers, offsets, spans, mask_of, scale, factor)
+    problem = Problem(source, captures, learned, numbers, offsets, spans, mask_of, scale, factor, unshared)
     run("attend", problem, (q.shape[1], k.shape[1]), {"q": q, "k": k, "v": v, "out": out, "lse": lse})
     return out, lse
 
@@ -88,11 +90,12 @@ def differentiate(
     mask_of: Tensor | None,
     scale: float,
     factor: float,
+    unshared: list[int],
 ) -> list[Tensor]:
     """The gradients of q, k, v and the `learned` captures of :func:`attend`."""
     grad, q, k, v, out = (_packed(x) for x in (grad, q, k, v, out))
     dq, dk, dv = _like(q, k, v)
-    problem = Problem(source, captures, learned, numbers, offsets, spans, mask_of, scale, factor)
+    problem = Problem(source, captures, learned, numbers, offsets, spans, mask_of, scale, factor, unshared)
     tensors = {"q": q, "k": k, "v": v, "out": out, "grad": grad, "dq": dq, "dk": dk, "dv": dv, "lse": lse.contiguous()}
     given = None if grad_lse is None else grad_lse.to(lse.dtype).contiguous()
     found = run("differentiate", problem, (q.shape[1], k.shape[1]), {**tensors, "grad_lse": given})
@@ -117,10 +120,10 @@ def _like(*tensors: Tensor) -> list[Tensor]:
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, captures, learned, numbers, source, offsets, spans, mask_of, scale, factor = inputs
+    q, k, v, captures, learned, numbers, source, offsets, spans, mask_of, scale, factor, unshared = inputs
     ctx.save_for_backward(q, k, v, *output, *captures, *offsets, *spans, mask_of)
     ctx.sizes = [5, len(captures), len(offsets), len(spans)]
-    ctx.learned, ctx.numbers, ctx.source, ctx.factors = learned, numbers, source, (scale, factor)
+    ctx.learned, ctx.numbers, ctx.source, ctx.factors = learned, numbers, source, (scale, factor, unshared)
     ctx.set_materialize_grads(False)
 
 
@@ -141,7 +144,8 @@ def _backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[A
     none = None if ctx.learned else []  # an empty list of numbers is taken for one of tensors
     nothing = [None] * len(offsets), [None] * len(spans)
     numbers = None if ctx.numbers else []
-    return dq, dk, dv, by_capture or [], none, numbers, None, *nothing, None, None, None
+    unshared = None if ctx.factors[-1] else []
+    return dq, dk, dv, by_capture or [], none, numbers, None, *nothing, None, None, None, unshared
 
 
 attend.register_autograd(_backward, setup_context=_remember)

@@ -48,8 +48,9 @@ def run(q: Tensor, k: Tensor, v: Tensor, recipe: Recipe, scale: float, need_rest
     captures, offsets, spans = (savable(x) for x in (text.captures, offsets, spans))
     mask_of = None if mask_of is None else savable([mask_of])[0]
     out, rest = attend(
-        q, k, v, captures, text.learned, text.numbers, text.source, offsets, spans, mask_of, scale, factor
-    )
+        q, k, v, captures, text.learned, text.numbers, text.source, offsets, spans, mask_of, scale, factor,
+        list(text.unshared),
+    )  # fmt: skip
     rest = rest.t()
     if per_row is not None:
         out = scaled(out, per_row, acc)

@@ -7,8 +7,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from flexjag.algebra import normalizers as nz
+from flexjag.algebra.tree import tensors_along
 from flexjag.backends.normalized import pointwise
 from flexjag.backends.printed import Printed, once, rest_mod
 from flexjag.lowering import mods
@@ -30,9 +32,18 @@ def printed(recipe: Recipe, dtype: torch.dtype) -> Printed:
             emit_gradient(traced, language, "dscore"),
             emit_slopes(traced, language, "slopes"),
         ]
-        return Printed("\n\n".join(parts), traced.captures, traced.numbers, traced.learned, reads_head(traced))
+        unshared = () if is_checked else tuple([i for i in traced.learned if _is_unshared(traced.captures[i], recipe)])
+        return Printed(
+            "\n\n".join(parts), traced.captures, traced.numbers, traced.learned, unshared, reads_head(traced)
+        )
 
     return once(recipe, f"cpp, {dtype}", write)
+
+
+def _is_unshared(capture: Tensor, recipe: Recipe) -> bool:
+    """True if no two segments or heads read the same entry of a capture: one for each pair and head of the batch."""
+    held = tensors_along(recipe.kernel_score)
+    return any(x.tensor is capture and x.axis == "pair" and x.of_batch and x.heads is not None for x in held)
 
 
 def reads_head(traced: Traced) -> bool:

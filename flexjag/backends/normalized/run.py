@@ -141,7 +141,7 @@ def _weigh(recipe: Recipe) -> tuple[Attend, Differentiate | None]:
 
 
 def _score(recipe: Recipe) -> Callable[..., Tensor] | None:
-    score = blocks.in_dtype(mods.score_mod(recipe.score, replace(recipe.tables, look_up=look_up)))
+    score = blocks.in_dtype(mods.score_mod(recipe.kernel_score, replace(recipe.tables, look_up=look_up)))
     if isinstance(recipe.normalizer, nz.Pointwise):
         return pointwise.weighed(recipe.normalizer, score, recipe.layout)
     return score

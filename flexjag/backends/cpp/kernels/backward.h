@@ -182,7 +182,7 @@ static Status backward(const Call& c) {
   int64_t entries = 0;
   for (int64_t i = 0; i < c.num_learned; i++) entries += c.total_sizes[i];
   const int64_t fit = std::max<int64_t>(1, (int64_t)(64 << 20) / std::max<int64_t>(1, entries * 8));
-  fill_bins(c.threads, c.num_learned ? std::min<int64_t>(4 * c.threads, fit) : 0, work);
+  fill_bins(c.threads, entries ? std::min<int64_t>(4 * c.threads, fit) : 0, work);
   const int64_t bins = work.bins(), n = (int64_t)work.items.size(), heads = c.heads / c.groups;
   const int64_t q_end = c.q_offsets[c.segments], k_end = c.kv_offsets[c.segments];
   fill_rows(c.dq, c.heads, D, 0, c.q_offsets[0]), fill_rows(c.dq, c.heads, D, q_end, c.num_q);
@@ -212,7 +212,7 @@ static Status backward(const Call& c) {
     work_through(work, next, [&](int64_t bin, int64_t i, int64_t j) {
       if (bin != filled) {
         double* at = all_totals.at + bin * entries;
-        for (int64_t x = 0; x < c.num_learned; x++) totals[x] = at, at += c.total_sizes[x];
+        for (int64_t x = 0; x < c.num_learned; x++) totals[x] = c.total_sizes[x] ? at : c.totals[x], at += c.total_sizes[x];
         filled = bin;
       }
       const Item& item = work.items[i];

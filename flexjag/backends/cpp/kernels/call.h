@@ -36,8 +36,8 @@ struct Call {
   const int32_t* mask_of;         // [H]: the mask of a head; null: the first
   const void* const* captures;
   const int64_t* numbers;
-  double* const* totals;         // per learned capture, its gradient
-  const int64_t* total_sizes;
+  double* const* totals;         // per learned capture, its gradient, first 0
+  const int64_t* total_sizes;    // its entries; 0 if no two items add to the same one
   int64_t segments, num_q, num_kv, heads, groups, num_learned, threads;
   double scale, factor;
 };
