@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from cases import make_qkv
+from cases import CPP_SLOWLY, make_qkv
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -52,7 +52,7 @@ def test_second_order_equals_the_reference(normalizer: fj.Normalizer) -> None:
 
 @pytest.mark.parametrize("normalizer", NORMALIZERS, ids=repr)
 @pytest.mark.parametrize("score", [None, "bias"])
-@pytest.mark.parametrize("backend", ["segments", "auto"])
+@pytest.mark.parametrize("backend", ["segments", CPP_SLOWLY])
 def test_second_order_of_segments_is_refused_on_every_path(
     backend: str, score: str | None, normalizer: fj.Normalizer
 ) -> None:

@@ -200,7 +200,8 @@ def attention(
                 raise
             chosen = BACKENDS[_decide(recipe, backend, known, return_remainder, learns, without=chosen.name)]
             out, rest = _execute(chosen, *given)
-    assert rest is not None or not need_rest, f"backend {chosen.name!r} returned no log-sum-exp or remainder"
+    kept = rest is not None or not need_rest
+    assert kept, f"backend {chosen.name!r} promises a log-sum-exp or remainder, and returned None"
     if sinks is not None and rest is not None:
         out, rest = with_sinks(out, rest, sinks, recipe.layout)
     if rest is None or not (return_lse or return_remainder):

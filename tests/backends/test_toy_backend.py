@@ -109,7 +109,7 @@ def test_auto_asks_it_only_where_it_says(add: Callable[[Backend], None]) -> None
     add(replace(TOY, name="first", before="segments"))
     assert (plan.backend, capped.backend) == ("first", "first")
     assert "backend   first: dense over the whole batch" in plan.explain()
-    assert fj.plan(make_qkv([30])[0], normalizer=fj.SiLU()).backend == "segments"
+    assert fj.plan(make_qkv([30])[0], normalizer=fj.SiLU()).backend in ("segments", "tiled", "cpp")  # by their costs
 
 
 def test_a_plan_sees_what_was_registered_and_removed_since() -> None:
