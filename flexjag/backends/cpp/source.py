@@ -42,8 +42,8 @@ def printed(recipe: Recipe, dtype: torch.dtype) -> Printed:
 
 def _is_unshared(capture: Tensor, recipe: Recipe) -> bool:
     """True if no two segments or heads read the same entry of a capture: one for each pair and head of the batch."""
-    held = tensors_along(recipe.kernel_score)
-    return any(x.tensor is capture and x.axis == "pair" and x.of_batch and x.heads is not None for x in held)
+    held = [x for x in tensors_along(recipe.kernel_score) if x.tensor is capture]
+    return bool(held) and all(x.axis == "pair" and x.of_batch and x.heads is not None for x in held)
 
 
 def reads_head(traced: Traced) -> bool:
