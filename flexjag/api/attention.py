@@ -233,7 +233,7 @@ def _decide(
         raise PlanError(explain_values("return_remainder", rule, normalizer=normalizer))
     if recipe.heads is not None and recipe.heads != heads:
         nodes = recipe.mask, recipe.score, normalizer
-        per_head = (x for node in nodes for x in tensors_along(node) if x.axis == "query head")
+        per_head = (x for node in nodes for x in tensors_along(node) if x.heads is not None)
         seen = {"made_for": recipe.heads, "heads": heads, **{x.name: tuple(x.tensor.shape) for x in per_head}}
         raise ShapeError(explain_values("mask, score", "must be made for q's heads", **seen))
     name = pick(backend, Case.of(recipe, **known), without)

@@ -55,16 +55,14 @@ def checked_sinks(sinks: Tensor | float | None, normalizer: Normalizer, q: Tenso
 
     Raises:
         PlanError: If the normalizer is no softmax.
-        ShapeError: If they are neither a number nor a floating-point tensor ``[H]`` on q's device.
+        ShapeError: If they are neither a finite number nor a floating-point tensor ``[H]`` on q's device.
     """
     if sinks is None:
         return None
     if not isinstance(normalizer, Softmax):
         raise PlanError(explain_values("sinks", "only a softmax has them", normalizer=normalizer))
     if not isinstance(sinks, Tensor):
-        if not isinstance(sinks, (int, float)) or isinstance(sinks, bool):
-            raise ShapeError(explain_values("sinks", "must be a tensor [H] or a number", type=type(sinks).__name__))
-        return torch.full((), float(sinks), dtype=torch.float32, device=q.device)
+        return torch.full((), finite(ShapeError, "sinks", sinks), dtype=torch.float32, device=q.device)
     if sinks.shape != (q.shape[1],) or not sinks.is_floating_point() or sinks.device != q.device:
         seen = {"shape": tuple(sinks.shape), "dtype": sinks.dtype, "device": sinks.device, "heads": q.shape[1]}
         raise ShapeError(explain_values("sinks", "must be a floating-point tensor [H] on q's device", **seen))

@@ -123,8 +123,9 @@ def test_one_graph_for_all_batches() -> None:
 BAD: dict[str, tuple[Any, str]] = {
     "shape": (torch.zeros(3), r"sinks: .*\[H\].*heads=4"),
     "integers": (torch.zeros(4, dtype=torch.int64), r"sinks: .*floating-point.*int64"),
-    "list": ([0.0] * 4, "sinks: must be a tensor .* or a number; got type='list'"),
-    "bool": (True, "sinks: .*type='bool'"),
+    "list": ([0.0] * 4, r"sinks: must be a finite number; got sinks=\[0.0, 0.0"),
+    "bool": (True, "sinks: must be a finite number; got sinks=True"),
+    "nan": (float("nan"), "sinks: must be a finite number; got sinks=nan"),
     "meta": (torch.zeros(4, device="meta"), "sinks: .*q's device.*meta"),
 }
 
