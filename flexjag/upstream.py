@@ -283,6 +283,21 @@ def is_watched() -> bool:
     return torch._C._len_torch_dispatch_stack() > 0  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
 
 
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def is_unobserved(*tensors: Tensor) -> bool:
+    """Whether an operator's call with these tensors does nothing but to call its function: gradients aside.
+
+    That is, no graph is traced, the tensors are no subclass's, and neither a dispatch mode, a ``torch.func`` transform
+    nor the profiler is active.
+    """
+    if torch.compiler.is_compiling() or is_watched() or not all(type(x) in _PLAIN for x in tensors):
+        return False
+    transformed = torch._C._are_functorch_transforms_active()  # pyright: ignore[reportPrivateUsage]
+    return not transformed and not torch.autograd.profiler._is_profiler_enabled  # pyright: ignore[reportPrivateUsage]
+
+
 def fence(x: Tensor) -> Tensor:
     """Contiguous copy by an opaque operator in a traced graph, otherwise `x` itself. Has no gradients.
 

@@ -22,7 +22,7 @@ from flexjag.backends.choose import BACKENDS, pick
 from flexjag.differentiation import needs_plain_operations
 from flexjag.errors import BuildError, PlanError, ShapeError, assert_on_device, explain_values
 from flexjag.jagged import Jagged
-from flexjag.lowering.outline import Bounds, outline, with_tiles
+from flexjag.lowering.outline import Bounds, OneCall, outline, with_tiles
 from flexjag.lowering.recipe import Recipe, check_reading
 from flexjag.offsets import check_computable, check_same_layout, is_empty, same_size
 from flexjag.upstream import holds_no_numbers
@@ -163,7 +163,8 @@ def attention(
     q, k, v = in_one_dtype(q, k, v)
     check_inputs(q, k, v)
     if plan is None:
-        recipe = outline(Recipe, q, k, mask, score, normalizer, Bounds(validate=validate))
+        kind = Recipe if holds_no_numbers(q.values) else OneCall
+        recipe = outline(kind, q, k, mask, score, normalizer, Bounds(validate=validate))
     elif mask is not None or score is not None or normalizer is not None:
         raise PlanError(
             explain_values("plan", "already holds a mask, score and normalizer; pass one or the other", plan=plan)

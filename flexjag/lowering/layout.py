@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from flexjag.differentiation import is_mapped, needs_plain_operations
 from flexjag.errors import LayoutError, PlanError, assert_on_device, explain_values
 from flexjag.jagged import Jagged
+from flexjag.lowering.later import Later
 from flexjag.offsets import assert_ends, can_look, check_offsets, same_size, surely
 from flexjag.upstream import holds_no_numbers, is_watched
 
@@ -161,7 +163,13 @@ def _looks_right(x: Jagged, max_length: int | None) -> bool:
 
 
 def build_layout(
-    q: Jagged, k: Jagged, *, max_tokens: int | None = None, max_length: int | None = None, validate: bool = False
+    q: Jagged,
+    k: Jagged,
+    *,
+    max_tokens: int | None = None,
+    max_length: int | None = None,
+    validate: bool = False,
+    later: bool = False,
 ) -> Layout:
     """Lay out queries `q` against keys `k`. O(T) time and memory; no device sync unless `validate`.
 
@@ -173,6 +181,7 @@ def build_layout(
         max_length: A bound on every segment's length, checked as the offsets are.
         validate: Check the contents of the offsets (one device sync; in a traced graph an assertion). Outside
             of graphs, those on a CPU are always checked, but with `max_tokens`.
+        later: Make the tokens' coordinates when they are first read; not in a graph.
 
     Raises:
         LayoutError: If an argument is no Jagged, the numbers of segments or the devices differ, T exceeds int32,
@@ -224,23 +233,57 @@ def build_layout(
                     )
                 )
     q_offsets = q.offsets.to(torch.int32).contiguous()
-    token = torch.arange(num_q, device=q_offsets.device, dtype=torch.int32)
-    kv_offsets, keys = q_offsets, token
-    if not is_self:
-        kv_offsets = k.offsets.to(torch.int32).contiguous()
-        keys = torch.arange(num_kv, device=q_offsets.device, dtype=torch.int32)
-    following = _next_segments(q_offsets, token)
-    q_segment = following - 1
-    kv_start = _gather(kv_offsets, q_segment, has_spare)
+    kv_offsets = q_offsets if is_self else k.offsets.to(torch.int32).contiguous()
+    facts: dict[str, Any] = {"is_self": is_self, "has_spare": has_spare, "on_gpu": runs_on_gpu(q_offsets.device)}
+    if later:
+        return LaterLayout.without(sizes=(num_q, num_kv), q_offsets=q_offsets, kv_offsets=kv_offsets, **facts)
     return Layout(
         q_offsets=q_offsets,
         kv_offsets=kv_offsets,
-        q_segment=q_segment,
-        kv_segment=q_segment if is_self else _next_segments(kv_offsets, keys) - 1,
-        q_pos=token - (kv_start if is_self else _gather(q_offsets, q_segment, has_spare)),
-        kv_start=kv_start,
-        kv_end=_gather(kv_offsets, following, has_spare),
-        is_self=is_self,
-        has_spare=has_spare,
-        on_gpu=runs_on_gpu(q_offsets.device),
+        **_coordinates(q_offsets, kv_offsets, num_q, num_kv, has_spare),
+        **facts,
     )
+
+
+def _coordinates(q_offsets: Tensor, kv_offsets: Tensor, num_q: int, num_kv: int, has_spare: bool) -> dict[str, Tensor]:
+    """What a layout has per token, by its attributes' names. In self-attention both offsets are the same tensor."""
+    is_self = kv_offsets is q_offsets
+    token = torch.arange(num_q, device=q_offsets.device, dtype=torch.int32)
+    keys = token if is_self else torch.arange(num_kv, device=q_offsets.device, dtype=torch.int32)
+    following = _next_segments(q_offsets, token)
+    q_segment = following - 1
+    kv_segment = q_segment if is_self else _next_segments(kv_offsets, keys) - 1
+    kv_start = _gather(kv_offsets, q_segment, has_spare)
+    q_pos = token - (kv_start if is_self else _gather(q_offsets, q_segment, has_spare))
+    return {
+        "q_segment": q_segment,
+        "kv_segment": kv_segment,
+        "q_pos": q_pos,
+        "kv_start": kv_start,
+        "kv_end": _gather(kv_offsets, following, has_spare),
+    }
+
+
+class LaterLayout(Later, Layout):
+    """A layout for one eager call: the coordinates of its tokens are made when one of them is first read.
+
+    Attributes:
+        sizes: T_q and T_kv.
+    """
+
+    later = ("q_segment", "kv_segment", "q_pos", "kv_start", "kv_end")
+    sizes: tuple[int, int]
+
+    @property
+    def num_q(self) -> int:
+        """T_q, the number of packed query tokens."""
+        return self.sizes[0]
+
+    @property
+    def num_kv(self) -> int:
+        """T_kv, the number of packed key/value tokens."""
+        return self.sizes[1]
+
+    def make(self) -> dict[str, Tensor]:
+        """The coordinates, by name."""
+        return _coordinates(self.q_offsets, self.kv_offsets, *self.sizes, self.has_spare)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,10 +14,12 @@ from flexjag.algebra import masks as m
 from flexjag.algebra import scores as s
 from flexjag.algebra import tree
 from flexjag.algebra import user_functions as functions
+from flexjag.algebra.facts import as_window
 from flexjag.algebra.normalizers import Normalizer, Softmax
 from flexjag.errors import MaskError, PlanError, assert_on_device
 from flexjag.jagged import Jagged
 from flexjag.lowering import mods
+from flexjag.lowering.later import Later
 from flexjag.lowering.layout import Layout, blocks, build_layout
 from flexjag.lowering.recipe import (
     Notes,
@@ -81,6 +84,40 @@ class Bounds(NamedTuple):
     validate: bool = False
 
 
+class OneCall(Later, Recipe):
+    """A recipe for one eager call: what it has per row is made when it is first read, if its mask is a window.
+
+    Some backends never read it. A plan, which many layers share, has it from the start.
+    """
+
+    later = ("sandwiches", "tables", "kernel_masks")
+
+    @property
+    def exact(self) -> bool:
+        """True if every head's mask equals its spans, as a window does."""
+        return "sandwiches" not in vars(self) or super().exact
+
+    def make(self) -> dict[str, Any]:
+        """Spans and tables, by name."""
+        return _rows((self.mask,), self.layout, self.block_size)
+
+
+def _can_wait(mask: object, score: s.Score | None, bounds: Bounds) -> bool:
+    """True if nothing has to be known of each row to check the arguments, and the mask is one for all heads."""
+    bounded = bounds.max_tokens is not None or bounds.max_length is not None
+    return score is None and not bounded and isinstance(mask, m.Mask) and as_window(mask) is not None
+
+
+def _rows(
+    masks: Sequence[m.Mask], layout: Layout, block_size: int, tables: mods.RowTables | None = None
+) -> dict[str, Any]:
+    """What a recipe has per row, by its attributes' names; with the tables, if they were made before."""
+    sandwiches = tuple(sandwich(one, layout) for one in masks)
+    tables = mods.row_tables(layout, block_size) if tables is None else tables
+    kernel_masks = tuple(mods.kernel_mask(x, tables) for x in sandwiches)
+    return {"sandwiches": sandwiches, "tables": tables, "kernel_masks": kernel_masks}
+
+
 def outline(
     kind: type[R],
     q: Jagged,
@@ -93,7 +130,8 @@ def outline(
     """Lower everything but the tiles, in time linear in the tokens.
 
     Args:
-        kind: Class of the result: :class:`Recipe` or a subclass of it.
+        kind: Class of the result: :class:`Recipe` or a subclass of it. :class:`OneCall`, not in a graph, leaves out
+            what can wait.
         q: Query batch, as in :func:`flexjag.plan`; so the others.
         k: Key batch; None for self-attention.
         mask: The mask.
@@ -105,18 +143,22 @@ def outline(
     mask = m.Full() if mask is None else mask
     normalizer = Softmax() if normalizer is None else normalizer
     heads = check_arguments(mask, score, normalizer, block_size, max_length)
-    layout = build_layout(q, q if k is None else k, max_tokens=max_tokens, max_length=max_length, validate=validate)
+    later = issubclass(kind, Later) and _can_wait(mask, score, bounds)
+    layout = build_layout(
+        q, q if k is None else k, max_tokens=max_tokens, max_length=max_length, validate=validate, later=later
+    )
     if max_length is not None:
         for offsets in (layout.q_offsets, layout.kv_offsets):
             assert_on_device((offsets.diff() <= max_length).all(), "max_length: must bound every segment's length")
     check_normalizer(layout, mask, normalizer)
     check_fit(MaskError, mask, layout)
     check_fit(PlanError, normalizer, layout)
-    tables = mods.row_tables(layout, block_size)
-    check_score(score, layout, tables)
-    score = of_this_batch(score)
-    reading = functions.Reading([], [])
-    if not torch.compiler.is_compiling():
+    tables, reading = None, functions.Reading([], [])
+    if not later:
+        tables = mods.row_tables(layout, block_size)
+        check_score(score, layout, tables)
+        score = of_this_batch(score)
+    if tables is not None and not torch.compiler.is_compiling():
         mask = functions.frozen(mask, torch.clone)
         if any(isinstance(x, m.MaskMod) for x in tree.walk(mask)):
             place = place_in(layout, tables)
@@ -130,26 +172,25 @@ def outline(
     if q.values.ndim == 3 and q.values.dtype.is_floating_point:
         grad = q.values.requires_grad and torch.is_grad_enabled()
         sample = (q.values.shape[1], q.values.shape[2], q.values.dtype, grad)
-    sandwiches = tuple(sandwich(one, layout) for one in head_masks)
-    return kind(
-        layout=layout,
-        mask=mask,
-        score=score,
-        normalizer=normalizer,
-        heads=heads,
-        block_size=block_size,
-        sandwiches=sandwiches,
-        head_of=entries,
-        tables=tables,
-        kernel_masks=tuple(mods.kernel_mask(x, tables) for x in sandwiches),
-        kernel_score=mods.kernel_score(score, tables, layout),
-        made_tiles=None,
-        max_length=max_length,
-        reading=reading,
-        notes=Notes(),
-        own_notes=Notes(),
-        sample=sample,
-    )
+    known = {
+        "layout": layout,
+        "mask": mask,
+        "score": score,
+        "normalizer": normalizer,
+        "heads": heads,
+        "block_size": block_size,
+        "head_of": entries,
+        "kernel_score": None if tables is None else mods.kernel_score(score, tables, layout),
+        "made_tiles": None,
+        "max_length": max_length,
+        "reading": reading,
+        "notes": Notes(),
+        "own_notes": Notes(),
+        "sample": sample,
+    }
+    if issubclass(kind, Later) and tables is None:
+        return kind.without(**known)
+    return kind(**known, **_rows(head_masks, layout, block_size, tables))
 
 
 def with_tiles(recipe: R, refine_tiles: bool | None = None) -> R:

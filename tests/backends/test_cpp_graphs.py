@@ -89,8 +89,8 @@ def test_export() -> None:
         assert torch.equal(program.module()(x), Attend()(x))
 
 
-@pytest.mark.parametrize("learned", [False, True])
-def test_operators_are_as_they_say(learned: bool) -> None:
+@pytest.mark.parametrize(("learned", "window"), [(False, []), (True, []), (True, [3, 0, 1])])
+def test_operators_are_as_they_say(learned: bool, window: list[int]) -> None:
     """``opcheck``: schemas, fakes, the autograd formula, and tracing."""
     q, k, v = inputs([20, 0, 3])
     layer = Layer()
@@ -99,7 +99,17 @@ def test_operators_are_as_they_say(learned: bool) -> None:
     text = printed(plan, F32)
     spans = [x for s in plan.sandwiches for x in (s.outer.lo, s.outer.hi, s.inner.lo, s.inner.hi)]
     offsets = [plan.layout.q_offsets, plan.layout.kv_offsets]
-    rest = (text.numbers, text.source, offsets, spans, plan.head_of, 0.25, 1.0, list(text.unshared))
+    rest = (
+        text.numbers,
+        text.source,
+        offsets,
+        [] if window else spans,
+        window,
+        plan.head_of,
+        0.25,
+        1.0,
+        list(text.unshared),
+    )
     values = [x.values for x in (q, k, v)]
     torch.library.opcheck(operator.attend, (*values, text.captures, text.learned, *rest))
     detached, captures = [x.detach() for x in values], [x.detach() for x in text.captures]
@@ -194,8 +204,11 @@ def test_offsets_that_were_written_to_are_an_error_and_read_nothing(offsets: lis
     good, bad = plan.layout.q_offsets, torch.tensor(offsets, dtype=torch.int32)
     given = [bad, good] if side == "q" else [good, bad]
     values = [x.values for x in (q, k, v)]
-    with pytest.raises(LayoutError, match="offsets: offsets must rise from at least 0 to at most the number of rows"):
-        operator.attend(*values, text.captures, [], text.numbers, text.source, given, spans, None, 0.25, 1.0, [])
+    rule = "offsets: offsets must rise from at least 0 to at most the number of rows"
+    for allowed in ((spans, []), ([], [5, 0, 0])):
+        rest = (*allowed, None, 0.25, 1.0, [])
+        with pytest.raises(LayoutError, match=rule):
+            operator.attend(*values, text.captures, [], text.numbers, text.source, given, *rest)
 
 
 def test_no_gradient_flows_where_none_is_asked() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -18,6 +19,9 @@ from flexjag.kernels.cpp.units import heading
 MOST_SPANS = 16
 """Spans of a query row, at most; as in ``kernels/call.h``."""
 
+UNBOUNDED = 2**31 - 1
+"""Bound of a window that leaves all keys on its side; as in ``kernels/call.h``."""
+
 STATUS = {1: "offsets must rise from at least 0 to at most the number of rows"}
 
 
@@ -25,16 +29,26 @@ class _Rows(ctypes.Structure):
     _fields_ = (("at", ctypes.c_void_p), ("token", ctypes.c_int64), ("head", ctypes.c_int64))
 
 
-class _Spans(ctypes.Structure):
-    _fields_ = (("lo", ctypes.c_void_p), ("hi", ctypes.c_void_p), ("count", ctypes.c_int64))
+class SpanRows(ctypes.Structure):
+    """Keys that queries may attend: spans per query, or a window. It is the structure of ``kernels/call.h``."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("lo", "hi")),
+        *((name, ctypes.c_int64) for name in ("count", "left", "right", "from_end")),
+    )
+
+    @classmethod
+    def of(cls, lo: Tensor, hi: Tensor) -> SpanRows:
+        """Spans ``[K, T_q]``, which the caller keeps."""
+        return cls(lo=lo.data_ptr(), hi=hi.data_ptr(), count=lo.shape[0])
 
 
 class _Call(ctypes.Structure):
     _fields_ = (
         *((name, _Rows) for name in ("q", "k", "v", "out", "grad", "dq", "dk", "dv")),
         *((name, ctypes.c_void_p) for name in ("lse", "grad_lse", "q_offsets", "kv_offsets")),
-        ("outer", ctypes.POINTER(_Spans)),
-        ("inner", ctypes.POINTER(_Spans)),
+        ("outer", ctypes.POINTER(SpanRows)),
+        ("inner", ctypes.POINTER(SpanRows)),
         *((name, ctypes.c_void_p) for name in ("mask_of", "captures", "numbers", "totals", "total_sizes")),
         *((x, ctypes.c_int64) for x in ("segments", "num_q", "num_kv", "heads", "groups", "num_learned", "threads")),
         ("scale", ctypes.c_double),
@@ -53,6 +67,8 @@ class Problem:
         numbers: Integers that they read.
         offsets: ``[S+1]`` int32, of queries and of keys.
         spans: Per distinct mask: starts and ends of the outer spans, then of the inner ones, each ``[K, T_q]`` int32.
+        window: In place of `spans`, for a mask of all heads that is a sliding window: the number of keys on the left
+            and on the right of the diagonal (:data:`UNBOUNDED`: all), and 1 if the diagonal ends at the last key.
         mask_of: ``[H]`` int32, the mask of each head; None for the first.
         scale: Factor on ``q·k``.
         factor: Factor on the output, without a softmax.
@@ -65,12 +81,14 @@ class Problem:
     numbers: Sequence[int]
     offsets: Sequence[Tensor]
     spans: Sequence[Tensor]
+    window: Sequence[int]
     mask_of: Tensor | None
     scale: float
     factor: float
     unshared: Sequence[int]
 
 
+@lru_cache(maxsize=1024)
 def unit(source: str, dtype: torch.dtype, dim: int, value_dim: int) -> str:
     """The translation unit of printed functions for a dtype and the sizes D and E."""
     sizes = f"constexpr int D = {dim}, E = {value_dim};\n"
@@ -106,7 +124,11 @@ def run(entry: str, problem: Problem, num_heads: tuple[int, int], tensors: dict[
     learned = list(problem.learned) if entry == "differentiate" else []
     totals = [captures[i].new_zeros(captures[i].numel(), dtype=torch.float64) for i in learned]
     shared = [0 if i in problem.unshared else captures[i].numel() for i in learned]
-    sides = [_spans(spans[i::4], spans[i + 1 :: 4]) for i in (0, 2)]
+    if problem.window:
+        left, right, from_end = problem.window
+        sides = [(SpanRows * 1)(SpanRows(count=1, left=left, right=right, from_end=from_end))] * 2
+    else:
+        sides = [_spans(spans[i::4], spans[i + 1 :: 4]) for i in (0, 2)]
     arrays = (
         (ctypes.c_void_p * max(1, len(captures)))(*[x.data_ptr() for x in captures]),
         (ctypes.c_int64 * max(1, len(problem.numbers)))(*problem.numbers),
@@ -146,4 +168,4 @@ def _rows(x: Tensor) -> _Rows:
 
 
 def _spans(lo: Sequence[Tensor], hi: Sequence[Tensor]) -> Any:
-    return (_Spans * len(lo))(*[_Spans(a.data_ptr(), b.data_ptr(), a.shape[0]) for a, b in zip(lo, hi, strict=True)])
+    return (SpanRows * len(lo))(*[SpanRows.of(a, b) for a, b in zip(lo, hi, strict=True)])

@@ -6,6 +6,7 @@ import ctypes
 from collections.abc import Sequence
 from typing import Any
 
+from flexjag.backends.cpp.library import SpanRows
 from flexjag.backends.printed import Printed
 from flexjag.kernels.cpp.openmp import threads
 from flexjag.lowering.spans import MAX_SPANS, Spans
@@ -15,8 +16,7 @@ class _Narrowing(ctypes.Structure):
     """``Narrowing`` of ``kernels/narrow.h``."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("outer_lo", "outer_hi")),
-        ("outer_count", ctypes.c_int64),
+        ("outer", SpanRows),
         *((name, ctypes.c_void_p) for name in ("captures", "numbers", "head", "lo", "hi", "inner_hi")),
         *((name, ctypes.c_int64) for name in ("num_q", "num_kv", "heads", "threads", "most", "joined")),
     )
@@ -50,9 +50,7 @@ def narrowed(library: Any, printed: Printed, bounds: Spans, num_kv: int, heads: 
     numbers = (ctypes.c_int64 * max(1, len(printed.numbers)))(*printed.numbers)
     head = (ctypes.c_int32 * len(heads))(*heads)
     call = _Narrowing(
-        outer_lo=outer_lo.data_ptr(),
-        outer_hi=outer_hi.data_ptr(),
-        outer_count=bounds.count,
+        outer=SpanRows.of(outer_lo, outer_hi),
         captures=ctypes.addressof(captures),
         numbers=ctypes.addressof(numbers),
         head=ctypes.addressof(head),

@@ -13,8 +13,7 @@ from flexjag.backends.cpp.library import Problem, run
 from flexjag.errors import DifferentiationError
 
 
-@torch.library.custom_op("flexjag::cpp_attention", mutates_args=())
-def attend(
+def compute(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -24,6 +23,7 @@ def attend(
     source: str,
     offsets: list[Tensor],
     spans: list[Tensor],
+    window: list[int],
     mask_of: Tensor | None,
     scale: float,
     factor: float,
@@ -41,6 +41,7 @@ def attend(
         source: The printed functions.
         offsets: ``[S+1]`` int32, of queries and of keys.
         spans: Per distinct mask: starts and ends of the outer spans, then of the inner ones, each ``[K, T_q]`` int32.
+        window: In place of the spans: see :class:`Problem`.
         mask_of: ``[H]`` int32, the mask of each head; None for the first.
         scale: Factor on ``q·k``.
         factor: Factor on the output, without a softmax.
@@ -52,9 +53,13 @@ def attend(
     """
     q, k, v = (_packed(x) for x in (q, k, v))
     out, lse = _empty(q, v)
-    problem = Problem(source, captures, learned, numbers, offsets, spans, mask_of, scale, factor, unshared)
+    problem = Problem(source, captures, learned, numbers, offsets, spans, window, mask_of, scale, factor, unshared)
     run("attend", problem, (q.shape[1], k.shape[1]), {"q": q, "k": k, "v": v, "out": out, "lse": lse})
     return out, lse
+
+
+attend = torch.library.custom_op("flexjag::cpp_attention", mutates_args=())(compute)
+"""The operator :func:`compute`."""
 
 
 @attend.register_fake
@@ -87,6 +92,7 @@ def differentiate(
     source: str,
     offsets: list[Tensor],
     spans: list[Tensor],
+    window: list[int],
     mask_of: Tensor | None,
     scale: float,
     factor: float,
@@ -95,7 +101,7 @@ def differentiate(
     """The gradients of q, k, v and the `learned` captures of :func:`attend`."""
     grad, q, k, v, out = (_packed(x) for x in (grad, q, k, v, out))
     dq, dk, dv = _like(q, k, v)
-    problem = Problem(source, captures, learned, numbers, offsets, spans, mask_of, scale, factor, unshared)
+    problem = Problem(source, captures, learned, numbers, offsets, spans, window, mask_of, scale, factor, unshared)
     tensors = {"q": q, "k": k, "v": v, "out": out, "grad": grad, "dq": dq, "dk": dk, "dv": dv, "lse": lse.contiguous()}
     given = None if grad_lse is None else grad_lse.to(lse.dtype).contiguous()
     found = run("differentiate", problem, (q.shape[1], k.shape[1]), {**tensors, "grad_lse": given})
@@ -120,10 +126,10 @@ def _like(*tensors: Tensor) -> list[Tensor]:
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, captures, learned, numbers, source, offsets, spans, mask_of, scale, factor, unshared = inputs
+    q, k, v, captures, learned, numbers, source, offsets, spans, window, mask_of, scale, factor, unshared = inputs
     ctx.save_for_backward(q, k, v, *output, *captures, *offsets, *spans, mask_of)
     ctx.sizes = [5, len(captures), len(offsets), len(spans)]
-    ctx.learned, ctx.numbers, ctx.source, ctx.factors = learned, numbers, source, (scale, factor, unshared)
+    ctx.learned, ctx.numbers, ctx.source, ctx.rest = learned, numbers, source, (window, scale, factor, unshared)
     ctx.set_materialize_grads(False)
 
 
@@ -131,21 +137,20 @@ def _backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[A
     ends = list(itertools.accumulate(ctx.sizes, initial=0))
     saved = ctx.saved_tensors  # once: checkpointing gives them away
     (q, k, v, out, lse), captures, offsets, spans = (list(saved[a:b]) for a, b in itertools.pairwise(ends))
+    window, *factors = ctx.rest
     by_capture: list[Tensor | None] = [None] * len(captures)
     dq = dk = dv = None
     if grad is not None or grad_lse is not None:
         grad = torch.zeros_like(out) if grad is None else grad.to(q.dtype)
         dq, dk, dv, *found = differentiate(
             grad, grad_lse, q, k, v, out, lse, captures, ctx.learned, ctx.numbers, ctx.source, offsets, spans,
-            saved[ends[-1]], *ctx.factors,
+            window, saved[ends[-1]], *factors,
         )  # fmt: skip
         for i, x in zip(ctx.learned, found, strict=True):
             by_capture[i] = x
-    none = None if ctx.learned else []  # an empty list of numbers is taken for one of tensors
+    none = [None if x else [] for x in (ctx.learned, ctx.numbers, window, factors[-1])]  # [] would be taken for tensors
     nothing = [None] * len(offsets), [None] * len(spans)
-    numbers = None if ctx.numbers else []
-    unshared = None if ctx.factors[-1] else []
-    return dq, dk, dv, by_capture or [], none, numbers, None, *nothing, None, None, None, unshared
+    return dq, dk, dv, by_capture or [], none[0], none[1], None, *nothing, none[2], None, None, None, none[3]
 
 
 attend.register_autograd(_backward, setup_context=_remember)

@@ -7,18 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flexjag.algebra.facts import as_window
 from flexjag.algebra.normalizers import Pointwise, StickBreaking
-from flexjag.backends.cpp.library import unit
+from flexjag.backends.cpp.library import UNBOUNDED, unit
 from flexjag.backends.cpp.narrow import Sides, narrowed
-from flexjag.backends.cpp.operator import attend
+from flexjag.backends.cpp.operator import attend, compute
 from flexjag.backends.cpp.source import printed
-from flexjag.backends.normalized.pieces import own_key
+from flexjag.backends.normalized.pieces import excludes_own_key, own_key
 from flexjag.backends.normalized.run import own_values, scaled
 from flexjag.backends.printed import Printed, savable
 from flexjag.kernels.cpp.build import load
 from flexjag.lowering.recipe import Recipe
 from flexjag.lowering.spans import Spans
-from flexjag.upstream import holds_no_numbers
+from flexjag.upstream import holds_no_numbers, is_unobserved
 
 NARROWED = "spans by the predicate"
 """Key of the spans of a mask that a predicate decides in a recipe's notes, with the number of heads evaluated."""
@@ -42,14 +43,19 @@ def run(q: Tensor, k: Tensor, v: Tensor, recipe: Recipe, scale: float, need_rest
     if per_row is not None or remainder:  # what is changed afterwards is not rounded before
         q, k, v = q.to(acc), k.to(acc), v.to(acc)
     text, layout = printed(recipe, acc), recipe.layout
-    found, mask_of = _spans(recipe, text, q, v)
+    window = _window(recipe)
+    found, mask_of = ([], None) if window else _spans(recipe, text, q, v)
     spans = [x for one in found for x in (one.lo, one.hi)]
     offsets = [layout.q_offsets, layout.kv_offsets]
     captures, offsets, spans = (savable(x) for x in (text.captures, offsets, spans))
     mask_of = None if mask_of is None else savable([mask_of])[0]
-    out, rest = attend(
-        q, k, v, captures, text.learned, text.numbers, text.source, offsets, spans, mask_of, scale, factor,
-        list(text.unshared),
+    inputs = q, k, v, *captures
+    learns = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    alone = not learns and is_unobserved(*inputs)
+    call = compute if alone else attend  # an operator's own time is that of attention for a few dozen tokens
+    out, rest = call(
+        q, k, v, captures, text.learned, text.numbers, text.source, offsets, spans, window, mask_of, scale,
+        factor, list(text.unshared),
     )  # fmt: skip
     rest = rest.t()
     if per_row is not None:
@@ -57,6 +63,17 @@ def run(q: Tensor, k: Tensor, v: Tensor, recipe: Recipe, scale: float, need_rest
     elif remainder:
         out = out + rest[..., None] * own_values(v, q.shape[1], layout)
     return out.to(dtype), rest
+
+
+def _window(recipe: Recipe) -> list[int]:
+    """The mask as a window of the kernels, see :class:`Problem`, which need no spans then; empty if it is none."""
+    window = as_window(recipe.mask)
+    if window is None:
+        return []
+    left, right, align = window
+    if excludes_own_key(recipe.normalizer):
+        right = -1  # of masks without later keys, which is what stick-breaking takes
+    return [UNBOUNDED if x is None else min(x, UNBOUNDED) for x in (left, right)] + [int(align == "end")]
 
 
 def _spans(recipe: Recipe, text: Printed, q: Tensor, v: Tensor) -> tuple[list[Spans], Tensor | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -22,22 +23,42 @@ from flexjag.printing.program import needed, reads
 
 def printed(recipe: Recipe, dtype: torch.dtype) -> Printed:
     """The source of a plan's functions of scores in a dtype, and what they read."""
+    plain = recipe.score is None and not isinstance(recipe.normalizer, nz.Pointwise) and recipe.exact
+    if plain and not torch.compiler.is_compiling():
+        return _plain(_kind(recipe.normalizer), dtype)
 
     def write(is_checked: bool) -> Printed:
-        traced, language = trace(rest_mod(recipe), _weight_mod(recipe), is_checked, dtype), Cpp()
-        parts = [
-            f"constexpr Normalizer NORMALIZER = Normalizer::{_kind(recipe.normalizer)};\n",
-            emit_mask(traced, language, "mask"),
-            emit_score(traced, language, "score"),
-            emit_gradient(traced, language, "dscore"),
-            emit_slopes(traced, language, "slopes"),
-        ]
+        traced = trace(rest_mod(recipe), _weight_mod(recipe), is_checked, dtype)
         unshared = () if is_checked else tuple([i for i in traced.learned if _is_unshared(traced.captures[i], recipe)])
         return Printed(
-            "\n\n".join(parts), traced.captures, traced.numbers, traced.learned, unshared, reads_head(traced)
+            _text(traced, _kind(recipe.normalizer)),
+            traced.captures,
+            traced.numbers,
+            traced.learned,
+            unshared,
+            reads_head(traced),
         )
 
     return once(recipe, f"cpp, {dtype}", write)
+
+
+@cache
+def _plain(kind: str, dtype: torch.dtype) -> Printed:
+    """The source where spans say all and scores stay as they are: the same for all plans."""
+    traced = trace(None, None, False, dtype)
+    return Printed(_text(traced, kind), traced.captures, traced.numbers, traced.learned)
+
+
+def _text(traced: Traced, kind: str) -> str:
+    language = Cpp()
+    parts = [
+        f"constexpr Normalizer NORMALIZER = Normalizer::{kind};\n",
+        emit_mask(traced, language, "mask"),
+        emit_score(traced, language, "score"),
+        emit_gradient(traced, language, "dscore"),
+        emit_slopes(traced, language, "slopes"),
+    ]
+    return "\n\n".join(parts)
 
 
 def _is_unshared(capture: Tensor, recipe: Recipe) -> bool:

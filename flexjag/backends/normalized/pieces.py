@@ -82,10 +82,15 @@ class Walk:
             self.keys(total, piece).add_(part)
 
 
+def excludes_own_key(normalizer: nz.Normalizer) -> bool:
+    """True if a normalizer leaves out each row's own (aligned) key."""
+    return isinstance(normalizer, nz.StickBreaking) and not normalizer.attend_current
+
+
 def own_key(recipe: Recipe) -> Tensor | None:
     """Packed index ``[T_q]`` of each row's own (aligned) key if the normalizer excludes it, else None."""
-    normalizer, layout = recipe.normalizer, recipe.layout
-    if not isinstance(normalizer, nz.StickBreaking) or normalizer.attend_current:
+    layout = recipe.layout
+    if not excludes_own_key(recipe.normalizer):
         return None
     at = layout.kv_start + layout.q_pos
     if layout.is_self or diagonal_align(recipe.mask, layout.is_self) == "start":

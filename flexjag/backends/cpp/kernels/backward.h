@@ -115,7 +115,7 @@ static void differentiate_block(const Call& c, const KeyRows& kv, int64_t s, int
   const int first_key = c.kv_offsets[s], keys = c.kv_offsets[s + 1] - first_key, which = c.mask_of ? c.mask_of[h] : 0;
   const int64_t last = row + count - 1;
   Block& b = w.block;
-  b.take(c.outer[which], c.inner[which], c.num_q, row, count, first_key, keys);
+  b.take(c.outer[which], c.inner[which], c.num_q, row, count, c.segment(s));
   pack_block(c, row, h, w);
   std::memset(w.dq, 0, count * WIDTH_D * sizeof(real));
   for (int from = b.lo / KEYS * KEYS; from < b.hi; from += KEY_BLOCK) {
@@ -159,18 +159,19 @@ struct Sums {
 
 // The range of keys that an item's queries may attend, widened to whole groups of keys.
 inline void key_range(const Call& c, const Item& item, int& lo, int& hi) {
-  const int first = c.kv_offsets[item.segment], keys = c.kv_offsets[item.segment + 1] - first;
-  const int64_t heads = c.heads / c.groups, from = c.q_offsets[item.segment];
-  lo = keys, hi = 0;
-  for (int64_t x = 0; x < (c.mask_of ? heads : 1); x++) {
-    const SpanRows& o = c.outer[c.mask_of ? c.mask_of[item.group * heads + x] : 0];
-    for (int64_t s = 0; s < o.count; s++) for (int64_t r = from + item.first; r < from + item.end; r++) {
-      const int a = o.lo[s * c.num_q + r] - first, b = o.hi[s * c.num_q + r] - first;
+  const Segment x = c.segment(item.segment);
+  const int64_t heads = c.heads / c.groups;
+  lo = x.keys, hi = 0;
+  for (int64_t h = 0; h < (c.mask_of ? heads : 1); h++) {
+    const SpanRows& o = c.outer[c.mask_of ? c.mask_of[item.group * heads + h] : 0];
+    for (int64_t s = 0; s < o.count; s++) for (int64_t r = x.row + item.first; r < x.row + item.end; r++) {
+      int32_t a, b;
+      o.of_row(s, c.num_q, r, x, a, b);
       if (b > a) lo = std::min(lo, a), hi = std::max(hi, b);
     }
   }
   if (lo >= hi) lo = hi = 0;
-  lo = std::max(lo, 0) / KEYS * KEYS, hi = std::min(hi, keys);
+  lo = lo / KEYS * KEYS;
 }
 
 // The backward by a function of blocks of queries, which computes in `Space`.

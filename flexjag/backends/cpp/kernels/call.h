@@ -18,10 +18,51 @@ struct Rows3 {
   INLINE_MEMBER element* row(int64_t t, int64_t h) const { return at + t * token + h * head; }
 };
 
-// Disjoint spans [lo, hi) of packed keys of each packed query: `count` rows of length T_q.
+// Queries and keys of a segment: packed rows [row, row + queries) and [key, key + keys).
+struct Segment {
+  int64_t row;
+  int queries, key, keys;
+};
+
+constexpr int32_t UNBOUNDED = std::numeric_limits<int32_t>::max();
+
+// Keys that queries may attend: `count` disjoint spans [lo, hi) of packed keys per packed query, rows of length T_q. Or,
+// if these are null, one span, from `left` keys before the key on the query's diagonal to `right` keys after it.
 struct SpanRows {
   const int32_t *lo, *hi;
   int64_t count;
+  int64_t left, right;  // UNBOUNDED: all keys on that side
+  int64_t from_end;     // the diagonal ends at the segment's last key; else it begins at its first
+
+  // The diagonal's key of packed query `row`, relative to the segment's first key.
+  INLINE_MEMBER int32_t diagonal(int64_t row, const Segment& x) const {
+    return (int32_t)(row - x.row) + (from_end ? x.keys - x.queries : 0);
+  }
+  // Span `s` of packed query `row`, relative to the segment's first key and cut to its keys.
+  INLINE_MEMBER void of_row(int64_t s, int64_t num_q, int64_t row, const Segment& x, int32_t& from, int32_t& to) const {
+    if (lo) {
+      from = std::max(lo[s * num_q + row] - x.key, 0), to = std::min(hi[s * num_q + row] - x.key, x.keys);
+    } else {
+      const int64_t at = diagonal(row, x);
+      from = (int32_t)std::max<int64_t>(left == UNBOUNDED ? 0 : at - left, 0);
+      to = (int32_t)std::min<int64_t>(right == UNBOUNDED ? x.keys : at + right + 1, x.keys);
+    }
+  }
+  // Spans `s` of LANES queries from `row` on, of which the first `rows` exist, before they are cut to the segment's keys.
+  INLINE_MEMBER void of_rows(int64_t s, int64_t num_q, int64_t row, int rows, const Segment& x, Int& from, Int& to) const {
+    if (!lo) {
+      const int32_t at = diagonal(row, x), last = at + LANES - 1;  // no sum leaves int32: it is near the diagonal
+      const Int lane = iota<int32_t>();
+      from = left >= last ? Int{} : lane + (int32_t)(at - left);
+      to = right >= (int64_t)x.keys - at ? Int{} + x.keys : lane + (int32_t)(at + right + 1);
+      return;
+    }
+    const int32_t *lows = lo + s * num_q + row, *highs = hi + s * num_q + row;
+    from = Int{}, to = Int{};
+    if (row + LANES <= num_q) from = read(lows), to = read(highs);
+    else for (int r = 0; r < rows; r++) from[r] = lows[r], to[r] = highs[r];
+    from -= x.key, to -= x.key;
+  }
 };
 
 // What becomes of scores; a unit says which as NORMALIZER.
@@ -40,6 +81,10 @@ struct Call {
   const int64_t* total_sizes;    // its entries; 0 if no two items add to the same one
   int64_t segments, num_q, num_kv, heads, groups, num_learned, threads;
   double scale, factor;
+
+  INLINE_MEMBER Segment segment(int64_t s) const {
+    return {q_offsets[s], q_offsets[s + 1] - q_offsets[s], kv_offsets[s], kv_offsets[s + 1] - kv_offsets[s]};
+  }
 };
 
 enum Status : int64_t { DONE = 0, BAD_OFFSETS = 1 };
@@ -61,14 +106,14 @@ struct Block {
   const Reach (*inner)[VECTORS];
   alignas(64) int32_t span_lo[MOST_SPANS][QUERIES], span_hi[MOST_SPANS][QUERIES];  // of the outer spans
 
-  // Take queries row, row + 1, … (packed) of a segment with keys [first_key, first_key + keys).
-  void take(const SpanRows& o, const SpanRows& i, int64_t num_q, int64_t row, int count, int first_key, int keys) {
+  // Take queries row, row + 1, … (packed) of a segment.
+  void take(const SpanRows& o, const SpanRows& i, int64_t num_q, int64_t row, int count, const Segment& x) {
     queries = count, vectors = (count + LANES - 1) / LANES;
     outer_count = (int)o.count, inner_count = (int)i.count;
-    lo = keys, hi = 0;
+    lo = x.keys, hi = 0;
     for (int s = 0; s < outer_count; s++)
       for (int v = 0; v < vectors; v++) {
-        outer_at[s][v] = reach(o, s, num_q, row + v * LANES, count - v * LANES, first_key, keys, span_lo[s] + v * LANES, span_hi[s] + v * LANES);
+        outer_at[s][v] = reach(o, s, num_q, row + v * LANES, count - v * LANES, x, span_lo[s] + v * LANES, span_hi[s] + v * LANES);
         lo = std::min(lo, outer_at[s][v].min_lo), hi = std::max(hi, outer_at[s][v].max_hi);
       }
     inner = outer_at, exact = true;
@@ -76,7 +121,7 @@ struct Block {
     int32_t from[LANES], to[LANES];
     for (int s = 0; s < inner_count; s++)
       for (int v = 0; v < vectors; v++) {
-        inner_at[s][v] = reach(i, s, num_q, row + v * LANES, count - v * LANES, first_key, keys, from, to);
+        inner_at[s][v] = reach(i, s, num_q, row + v * LANES, count - v * LANES, x, from, to);
         const int32_t *lo_of = span_lo[s] + v * LANES, *hi_of = span_hi[s] + v * LANES;
         exact = exact && s < outer_count && !flexjag::any((read(from) != read(lo_of)) | (read(to) != read(hi_of)));
       }
@@ -86,14 +131,11 @@ struct Block {
 
   // Spans with number s of the `rows` first of LANES rows from `row` on, clipped to the segment, and their bounds. Other
   // rows have empty ones.
-  static Reach reach(const SpanRows& spans, int s, int64_t num_q, int64_t row, int rows, int first_key, int keys, int32_t* from, int32_t* to) {
-    const int32_t *lo = spans.lo + s * num_q + row, *hi = spans.hi + s * num_q + row;
+  static Reach reach(const SpanRows& spans, int s, int64_t num_q, int64_t row, int rows, const Segment& x, int32_t* from, int32_t* to) {
     constexpr int32_t most = std::numeric_limits<int32_t>::max();
-    const Int none = Int{}, end = none + keys;
-    Int a{}, b{};
-    if (row + LANES <= num_q) a = read(lo), b = read(hi);
-    else for (int r = 0; r < rows; r++) a[r] = lo[r], b[r] = hi[r];
-    a -= first_key, b -= first_key;
+    const Int none = Int{}, end = none + x.keys;
+    Int a, b;
+    spans.of_rows(s, num_q, row, rows, x, a, b);
     a = a > none ? a : none, b = b < end ? b : end;
     const Int inside = iota<int32_t>() < none + rows, some = (b > a) & inside;
     put(from, some ? a : none), put(to, some ? b : none);

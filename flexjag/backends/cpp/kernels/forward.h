@@ -87,7 +87,7 @@ static void attend_block(const Call& c, const KeyRows& kv, const Item& item, int
   const int first_key = c.kv_offsets[s], keys = c.kv_offsets[s + 1] - first_key, which = c.mask_of ? c.mask_of[h] : 0;
   const int64_t last = row + count - 1;
   Block& b = w.block;
-  b.take(c.outer[which], c.inner[which], c.num_q, row, count, first_key, keys);
+  b.take(c.outer[which], c.inner[which], c.num_q, row, count, c.segment(s));
   pack_queries(c.q, row, h, count, (real)c.scale, w.own, w.packed);
   for (int i = 0; i < b.vectors * LANES; i += LANES) put(f.top + i, all_lanes(LOWEST)), put(f.sum + i, Vec{});
   std::memset(f.out, 0, count * WIDTH_E * sizeof(real));

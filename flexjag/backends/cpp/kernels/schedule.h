@@ -26,17 +26,18 @@ struct Schedule {
 
 constexpr int32_t MANY_KEYS = 2048;  // of a piece, where a few queries have many keys
 
-// Number of keys that a query may attend, at most.
-inline double keys_of_row(const SpanRows& o, int64_t num_q, int64_t row) {
+// Number of keys that a query of a segment may attend, at most.
+inline double keys_of_row(const SpanRows& o, int64_t num_q, int64_t row, const Segment& x) {
   double n = 0;
-  for (int64_t s = 0; s < o.count; s++) n += std::max(0, o.hi[s * num_q + row] - o.lo[s * num_q + row]);
+  int32_t from, to;
+  for (int64_t s = 0; s < o.count; s++) o.of_row(s, num_q, row, x, from, to), n += std::max(0, to - from);
   return n;
 }
 
-// Estimated scores of queries [first, end) (packed) of one head, from those of its first and last query.
-inline double scores_of(const Call& c, int64_t first, int64_t end) {
+// Estimated scores of queries [first, end) (packed) of a segment and one head, from those of the first and the last.
+inline double scores_of(const Call& c, const Segment& x, int64_t first, int64_t end) {
   const SpanRows& o = c.outer[0];
-  return (end - first) * (0.5 * (keys_of_row(o, c.num_q, first) + keys_of_row(o, c.num_q, end - 1)) + LANES);
+  return (end - first) * (0.5 * (keys_of_row(o, c.num_q, first, x) + keys_of_row(o, c.num_q, end - 1, x)) + LANES);
 }
 
 // Cut segments into items. A segment whose items must be few (their gradients of keys are summed afterwards) is only
@@ -48,7 +49,7 @@ inline void cut(const Call& c, bool few, Schedule& out) {
   if (!few)
     for (int64_t s = 0; s < c.segments; s++)
       for (int64_t a = c.q_offsets[s]; a < c.q_offsets[s + 1]; a += QUERIES)
-        total += scores_of(c, a, std::min<int64_t>(a + QUERIES, c.q_offsets[s + 1]));
+        total += scores_of(c, c.segment(s), a, std::min<int64_t>(a + QUERIES, c.q_offsets[s + 1]));
   const double most = total * c.groups / (8.0 * c.threads);  // of an item, if they may be many
   std::vector<Item> parts_of;                                // of all segments, for the first group
   for (int64_t s = 0; s < c.segments; s++) {
@@ -67,7 +68,7 @@ inline void cut(const Call& c, bool few, Schedule& out) {
     double sum = 0;
     for (int64_t a = from; a < to; a += QUERIES) {
       const int64_t end = std::min<int64_t>(a + QUERIES, to);
-      sum += scores_of(c, a, end);
+      sum += scores_of(c, c.segment(s), a, end);
       blocks.push_back(sum);
     }
     int64_t parts = few ? std::min<int64_t>((int64_t)(sum * heads / 65536), (2 * c.threads + c.groups - 1) / c.groups)

@@ -126,7 +126,7 @@ static void break_block(const Call& c, const KeyRows& kv, const Item& item, int6
   const int64_t s = item.segment;
   const int first_key = c.kv_offsets[s], keys = c.kv_offsets[s + 1] - first_key, which = c.mask_of ? c.mask_of[h] : 0;
   Block& b = w.block;
-  b.take(c.outer[which], c.inner[which], c.num_q, row, count, first_key, keys);
+  b.take(c.outer[which], c.inner[which], c.num_q, row, count, c.segment(s));
   pack_queries(c.q, row, h, count, (real)c.scale, w.own, w.packed);
   std::memset(w.found.out, 0, count * WIDTH_E * sizeof(real));
   w.sticks.reset(count);
@@ -213,7 +213,7 @@ static void mend_block(const Call& c, const KeyRows& kv, int64_t s, int64_t h, i
                        double* const* totals, SticksBackward& w, Ahead& ahead) {
   const int first_key = c.kv_offsets[s], keys = c.kv_offsets[s + 1] - first_key, which = c.mask_of ? c.mask_of[h] : 0;
   Block& b = w.block;
-  b.take(c.outer[which], c.inner[which], c.num_q, row, count, first_key, keys);
+  b.take(c.outer[which], c.inner[which], c.num_q, row, count, c.segment(s));
   pack_block(c, row, h, w);
   std::memset(w.dq, 0, count * WIDTH_D * sizeof(real));
   const int64_t at = h * c.num_q + row;
