@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
 
@@ -99,23 +98,13 @@ class OneCall(Later, Recipe):
 
     def make(self) -> dict[str, Any]:
         """Spans and tables, by name."""
-        return _rows((self.mask,), self.layout, self.block_size)
+        return _parts(self.mask, None, self.layout, mods.row_tables(self.layout, self.block_size))
 
 
 def _can_wait(mask: object, score: s.Score | None, bounds: Bounds) -> bool:
     """True if nothing has to be known of each row to check the arguments, and the mask is one for all heads."""
     bounded = bounds.max_tokens is not None or bounds.max_length is not None
     return score is None and not bounded and isinstance(mask, m.Mask) and as_window(mask) is not None
-
-
-def _rows(
-    masks: Sequence[m.Mask], layout: Layout, block_size: int, tables: mods.RowTables | None = None
-) -> dict[str, Any]:
-    """What a recipe has per row, by its attributes' names; with the tables, if they were made before."""
-    sandwiches = tuple(sandwich(one, layout) for one in masks)
-    tables = mods.row_tables(layout, block_size) if tables is None else tables
-    kernel_masks = tuple(mods.kernel_mask(x, tables) for x in sandwiches)
-    return {"sandwiches": sandwiches, "tables": tables, "kernel_masks": kernel_masks}
 
 
 def outline(
@@ -151,46 +140,56 @@ def outline(
         for offsets in (layout.q_offsets, layout.kv_offsets):
             assert_on_device((offsets.diff() <= max_length).all(), "max_length: must bound every segment's length")
     check_normalizer(layout, mask, normalizer)
-    check_fit(MaskError, mask, layout)
     check_fit(PlanError, normalizer, layout)
-    tables, reading = None, functions.Reading([], [])
-    if not later:
-        tables = mods.row_tables(layout, block_size)
-        check_score(score, layout, tables)
-        score = of_this_batch(score)
-    if tables is not None and not torch.compiler.is_compiling():
-        mask = functions.frozen(mask, torch.clone)
-        if any(isinstance(x, m.MaskMod) for x in tree.walk(mask)):
-            place = place_in(layout, tables)
-            functions.check_functions(mask, place)
-            reading = functions.Reading.of(mask, lambda: place)
-    head_masks, head_of = _head_masks(mask)
-    entries = None
-    if head_of is not None:  # filled on the device: uploading a list would wait for it
-        entries = torch.stack([torch.full((), i, dtype=torch.int32, device=layout.device) for i in head_of])
     sample = None
     if q.values.ndim == 3 and q.values.dtype.is_floating_point:
         grad = q.values.requires_grad and torch.is_grad_enabled()
         sample = (q.values.shape[1], q.values.shape[2], q.values.dtype, grad)
-    known = {
+    reading, parts = functions.Reading([], []), {"head_of": None, "kernel_score": None}
+    if not later:
+        check_fit(MaskError, mask, layout)
+        tables = mods.row_tables(layout, block_size)
+        check_score(score, layout, tables)
+        score = of_this_batch(score)
+        if not torch.compiler.is_compiling():
+            mask = functions.frozen(mask, torch.clone)
+            if any(isinstance(x, m.MaskMod) for x in tree.walk(mask)):
+                place = place_in(layout, tables)
+                functions.check_functions(mask, place)
+                reading = functions.Reading.of(mask, lambda: place)
+        parts = _parts(mask, score, layout, tables)
+    known: dict[str, Any] = {
         "layout": layout,
         "mask": mask,
         "score": score,
         "normalizer": normalizer,
         "heads": heads,
         "block_size": block_size,
-        "head_of": entries,
-        "kernel_score": None if tables is None else mods.kernel_score(score, tables, layout),
         "made_tiles": None,
         "max_length": max_length,
         "reading": reading,
         "notes": Notes(),
         "own_notes": Notes(),
         "sample": sample,
+        **parts,
     }
-    if issubclass(kind, Later) and tables is None:
-        return kind.without(**known)
-    return kind(**known, **_rows(head_masks, layout, block_size, tables))
+    return kind.without(**known) if later and issubclass(kind, Later) else kind(**known)
+
+
+def _parts(mask: m.Mask, score: s.Score | None, layout: Layout, tables: mods.RowTables) -> dict[str, Any]:
+    """What a recipe's mask and score become, by its attributes' names."""
+    head_masks, head_of = _head_masks(mask)
+    entries = None
+    if head_of is not None:  # filled on the device: uploading a list would wait for it
+        entries = torch.stack([torch.full((), i, dtype=torch.int32, device=layout.device) for i in head_of])
+    sandwiches = tuple(sandwich(one, layout) for one in head_masks)
+    return {
+        "sandwiches": sandwiches,
+        "head_of": entries,
+        "tables": tables,
+        "kernel_masks": tuple(mods.kernel_mask(x, tables) for x in sandwiches),
+        "kernel_score": mods.kernel_score(score, tables, layout),
+    }
 
 
 def with_tiles(recipe: R, refine_tiles: bool | None = None) -> R:
