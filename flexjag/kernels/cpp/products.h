@@ -21,6 +21,14 @@ constexpr int QUERIES = VECTORS * LANES;
 static_assert(QUERIES % 8 == 0, "queries are transposed eight at a time");
 constexpr int KEY_BLOCK = 96;  // keys of a step: a multiple of KEYS
 
+// Whether a product of rows of DIM columns takes them as they are in memory, as pairs; else as `real`.
+#ifdef MULTIPLIES_PAIRS
+template <int DIM> constexpr bool PAIRED = DIM % 2 == 0;
+#else
+template <int DIM> constexpr bool PAIRED = false;
+#endif
+template <int DIM> using Operand = std::conditional_t<PAIRED<DIM>, element, real>;
+
 // sums[key][n] += sum over DIM of rows[key][d] * packed[d][n]: a tile of scores. `packed` has QUERIES columns.
 template <int DIM, int NV> INLINE void multiply_transposed(const real* const* rows, const real* packed, Vec (&sums)[KEYS][NV]) {
   constexpr int AT_ONCE = NV == 1 && DIM % 2 == 0 ? 2 : 1;  // one sum per key would wait for the sums before
@@ -40,10 +48,35 @@ template <int DIM, int NV> INLINE void multiply_transposed(const real* const* ro
   if constexpr (AT_ONCE == 2) UNROLL for (int m = 0; m < KEYS; m++) sums[m][0] += more[m];
 }
 
-template <int DIM, int NV> static __attribute__((noinline)) void multiply_to(const real* const* rows, const real* packed, real* to) {
+#ifdef MULTIPLIES_PAIRS
+// The same of pairs: `packed` has DIM / 2 rows of them.
+template <int DIM, int NV> INLINE void multiply_transposed(const element* const* rows, const real* packed, Vec (&sums)[KEYS][NV]) {
+  constexpr int AT_ONCE = NV == 1 && DIM % 4 == 0 ? 2 : 1;
+  Vec more[KEYS] = {};
+  const auto pair = [&](int m, int d) { int32_t x; memcpy(&x, rows[m] + 2 * d, sizeof(x)); return spread<int32_t>(x); };
+  for (int d = 0; d < DIM / 2; d += AT_ONCE) {
+    Vec x[NV];
+    UNROLL for (int n = 0; n < NV; n++) x[n] = read(packed + d * QUERIES + n * LANES);
+    UNROLL for (int m = 0; m < KEYS; m++) {
+      const Int y = pair(m, d);
+      UNROLL for (int n = 0; n < NV; n++) sums[m][n] = add_pairs(sums[m][n], y, x[n]);
+    }
+    if constexpr (AT_ONCE == 2) {
+      const Vec z = read(packed + (d + 1) * QUERIES);
+      UNROLL for (int m = 0; m < KEYS; m++) more[m] = add_pairs(more[m], pair(m, d + 1), z);
+    }
+  }
+  if constexpr (AT_ONCE == 2) UNROLL for (int m = 0; m < KEYS; m++) sums[m][0] += more[m];
+}
+#endif
+
+// The products, times `factor` if they are of pairs: other columns are packed with their factor.
+template <int DIM, int NV>
+static __attribute__((noinline)) void multiply_to(const Operand<DIM>* const* rows, const real* packed, real factor, real* to) {
   Vec sums[KEYS][NV] = {};
   multiply_transposed<DIM, NV>(rows, packed, sums);
-  UNROLL for (int m = 0; m < KEYS; m++) UNROLL for (int n = 0; n < NV; n++) put(to + m * QUERIES + n * LANES, sums[m][n]);
+  UNROLL for (int m = 0; m < KEYS; m++) UNROLL for (int n = 0; n < NV; n++)
+    put(to + m * QUERIES + n * LANES, PAIRED<DIM> ? sums[m][n] * factor : sums[m][n]);
   HAS_EFFECTS;
 }
 
@@ -120,8 +153,9 @@ INLINE void transpose_eight(Eight (&a)[8]) {
   UNROLL for (int j = 0; j < 8; j++) a[j] = b[j];
 }
 
-// to[column][row] = factor * from[row][column] for `rows` <= QUERIES rows; missing lanes of their last vector are 0.
-template <int COLUMNS> static void transpose(const real* from, int64_t from_row, int rows, real factor, real* to) {
+// to[column][row] = factor * from[row][column] for `rows` <= QUERIES rows; missing lanes of their last vector are 0. BITS:
+// no number but bits are moved, without a factor.
+template <int COLUMNS, bool BITS = false> static void transpose(const real* from, int64_t from_row, int rows, real factor, real* to) {
   for (int i = 0; i < (rows + LANES - 1) / LANES * LANES; i += 8)
     for (int j = 0; j < COLUMNS; j += 8) {
       Eight tile[8] = {};
@@ -134,11 +168,23 @@ template <int COLUMNS> static void transpose(const real* from, int64_t from_row,
       transpose_eight(tile);
       UNROLL for (int c = 0; c < 8; c++)
         if (COLUMNS % 8 == 0 || c < broad) {
-          tile[c] *= factor;
+          if (!BITS) tile[c] *= factor;
           memcpy(to + (j + c) * QUERIES + i, &tile[c], sizeof(Eight));
         }
     }
   HAS_EFFECTS;
+}
+
+// Rows as columns for the products of `multiply_to`: pairs of `pairs`, whose rows have DIM / 2, or `from` times a factor.
+template <int DIM> INLINE void pack_columns(const real* from, int64_t from_row, const real* pairs, int rows, real factor, real* to) {
+  if constexpr (PAIRED<DIM>) transpose<DIM / 2, true>(pairs, DIM / 2, rows, 1, to);
+  else transpose<DIM>(from, from_row, rows, factor, to);
+}
+// Keep row r of DIM columns as pairs; null: zeros.
+template <int DIM> INLINE void keep_pairs(const element* row, int r, real* pairs) {
+  if constexpr (!PAIRED<DIM>) return;
+  if (row) std::memcpy(pairs + r * (DIM / 2), row, DIM * sizeof(element));
+  else std::memset(pairs + r * (DIM / 2), 0, DIM * sizeof(element));
 }
 
 }  // namespace flexjag

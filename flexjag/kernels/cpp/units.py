@@ -24,5 +24,6 @@ def heading(dtype: torch.dtype, constants: str = "") -> str:
         Definitions of `element`, of `real`, in which the unit computes, and of `constants`.
     """
     real = "double" if dtype == torch.float64 else "float"
+    known = "#define ELEMENT_IS_BFLOAT16\n" if dtype == torch.bfloat16 else ""  # for the preprocessor
     types = f"using real = {real};\nstruct float16;\nstruct bfloat16;\nusing element = {ELEMENTS[dtype]};\n"
-    return f"#include <cstdint>\nnamespace flexjag {{\n{types}{constants}}}\n"
+    return f"{known}#include <cstdint>\nnamespace flexjag {{\n{types}{constants}}}\n"

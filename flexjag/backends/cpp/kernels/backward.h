@@ -10,6 +10,7 @@ namespace flexjag {
 struct Backward {
   alignas(64) real packed_q[D * QUERIES], packed_g[E * QUERIES];
   alignas(64) real q[QUERIES * WIDTH_D], g[QUERIES * WIDTH_E], dq[QUERIES * WIDTH_D];
+  alignas(64) real q_pairs[PAIRED<D> ? D / 2 * QUERIES : 1], g_pairs[PAIRED<E> ? E / 2 * QUERIES : 1];
   alignas(64) real weights[KEY_BLOCK * QUERIES], slopes[KEY_BLOCK * QUERIES];  // P and dS
   alignas(64) real raw[KEYS * QUERIES];                                        // products of a tile
   Pairs ok;
@@ -66,9 +67,11 @@ INLINE void pack_block(const Call& c, int64_t row, int64_t h, Backward& w) {
     if (r >= b.queries || !b.attends(r) || (SOFTMAX && c.lse[at] == -INFINITE)) {
       for (int i = 0; i < WIDTH_D; i += LANES) put(q + i, Vec{});
       for (int i = 0; i < WIDTH_E; i += LANES) put(g + i, Vec{});
+      keep_pairs<D>(nullptr, r, w.q_pairs), keep_pairs<E>(nullptr, r, w.g_pairs);
       continue;
     }
     const element *own_q = c.q.row(row + r, h), *own_g = c.grad.row(row + r, h), *out = c.out.row(row + r, h);
+    keep_pairs<D>(own_q, r, w.q_pairs), keep_pairs<E>(own_g, r, w.g_pairs);
     Vec sum{};
     for (int i = 0; i < WIDTH_D; i += LANES) put(q + i, load_row(own_q + i, D - i) * (real)c.scale);
     for (int i = 0; i < WIDTH_E; i += LANES) {
@@ -78,8 +81,8 @@ INLINE void pack_block(const Call& c, int64_t row, int64_t h, Backward& w) {
     }
     if (SOFTMAX) w.lse[r] = c.lse[at], w.delta[r] = flexjag::sum(sum) - (c.grad_lse ? c.grad_lse[at] : 0);
   }
-  transpose<D>(w.q, WIDTH_D, b.vectors * LANES, 1, w.packed_q);
-  transpose<E>(w.g, WIDTH_E, b.vectors * LANES, 1, w.packed_g);
+  pack_columns<D>(w.q, WIDTH_D, w.q_pairs, b.vectors * LANES, 1, w.packed_q);
+  pack_columns<E>(w.g, WIDTH_E, w.g_pairs, b.vectors * LANES, 1, w.packed_g);
 }
 
 // Add what the keys of a block get from queries and what they give, by their weights and slopes.
@@ -130,14 +133,15 @@ static void differentiate_block(const Call& c, const KeyRows& kv, int64_t s, int
       for (int v = 0; v < b.vectors; v++)
         if (!live.has(g, v)) for (int m = 0; m < KEYS; m++) put(w.weights + at + m * QUERIES + v * LANES, Vec{}), put(w.slopes + at + m * QUERIES + v * LANES, Vec{});
       if (!t.vectors) continue;
-      const real *k_rows[KEYS], *v_rows[KEYS];
+      const Operand<D>* k_rows[KEYS];
+      const Operand<E>* v_rows[KEYS];
       for (int m = 0; m < KEYS; m++) {
         const int64_t j = std::min(key + m, keys - 1);
-        k_rows[m] = kv.k + j * kv.k_step, v_rows[m] = kv.v + j * kv.v_step;
+        k_rows[m] = kv.key(j), v_rows[m] = kv.value(j);
       }
       real *weights = w.weights + at + t.v * LANES, *by_weight = w.slopes + at + t.v * LANES;
-      product_tile<D>(t.vectors, k_rows, w.packed_q + t.v * LANES, w.raw);
-      product_tile<E>(t.vectors, v_rows, w.packed_g + t.v * LANES, by_weight);
+      product_tile<D>(t.vectors, k_rows, w.packed_q + t.v * LANES, (real)c.scale, w.raw);
+      product_tile<E>(t.vectors, v_rows, w.packed_g + t.v * LANES, SOFTMAX ? 1 : (real)c.factor, by_weight);
       if (t.partial) weight_tile<true>(c, t, w, weights), slope_tile<true>(c, t, w, weights, by_weight, totals);
       else weight_tile<false>(c, t, w, weights), slope_tile<false>(c, t, w, weights, by_weight, totals);
     }
@@ -231,7 +235,7 @@ static Status backward(const Call& c) {
       Sums mine = sums[i];
       if (item.parts == 1) mine = {0, (int)(c.kv_offsets[item.segment + 1] - first_key), own.at};
       std::memset(mine.at, 0, mine.size() * sizeof(real));
-      kv.take(c, item.segment, item.group);
+      kv.take<true, !PAIRED<E>>(c, item.segment, item.group);
       for (int64_t x = 0; x < heads; x++)
         for (int64_t a = item.first; a < item.end; a += QUERIES)
           block(c, kv, item.segment, item.group * heads + x, from + a, (int)std::min<int64_t>(QUERIES, item.end - a), mine.keys(), mine.values(),

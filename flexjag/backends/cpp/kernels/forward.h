@@ -43,11 +43,14 @@ struct Forward {
   Block block;
 };
 
-// Queries as columns of `real`, times the scale.
+// Queries as columns: of `real`, times the scale, or of pairs.
 INLINE void pack_queries(const Rows3& q, int64_t row, int64_t h, int count, real scale, real* own, real* packed) {
   if constexpr (IS_HALF) {
-    for (int r = 0; r < count; r++) copy_row(q.row(row + r, h), D, own + r * WIDTH_D);
-    transpose<D>(own, WIDTH_D, count, scale, packed);
+    for (int r = 0; r < count; r++) {
+      if constexpr (PAIRED<D>) keep_pairs<D>(q.row(row + r, h), r, own);
+      else copy_row(q.row(row + r, h), D, own + r * WIDTH_D);
+    }
+    pack_columns<D>(own, WIDTH_D, own, count, scale, packed);
   } else {
     transpose<D>((const real*)q.row(row, h), q.token, count, scale, packed);
   }
@@ -103,10 +106,10 @@ static void attend_block(const Call& c, const KeyRows& kv, const Item& item, int
       live.add(g, t);
       ahead.step();
       if (!t.vectors) continue;
-      const real* rows[KEYS];
-      for (int m = 0; m < KEYS; m++) rows[m] = kv.k + std::min(key + m, keys - 1) * kv.k_step;
+      const Operand<D>* rows[KEYS];
+      for (int m = 0; m < KEYS; m++) rows[m] = kv.key(std::min(key + m, keys - 1));
       real *scores = w.scores + g * KEYS * QUERIES + t.v * LANES, *tops = f.top + t.v * LANES;
-      product_tile<D>(t.vectors, rows, w.packed + t.v * LANES, scores);
+      product_tile<D>(t.vectors, rows, w.packed + t.v * LANES, (real)c.scale, scores);
       if (t.partial) score_tile<true>(c, t, w.ok, scores, tops);
       else score_tile<false>(c, t, w.ok, scores, tops);
     }
@@ -215,7 +218,7 @@ template <class Space, void (*block)(const Call&, const KeyRows&, const Item&, i
         }
         ahead.spread(item, heads, 1, 1.0 / rows_at_once(vectors_of(E)));
       }
-      kv.take(c, item.segment, item.group);
+      kv.take<!PAIRED<D>, true>(c, item.segment, item.group);
       const int64_t from = c.q_offsets[item.segment];
       for (int64_t x = 0; x < heads; x++)
         for (int64_t a = (item.end - 1) / QUERIES * QUERIES; a >= item.first; a -= QUERIES)

@@ -172,16 +172,31 @@ struct Ahead {
   }
 };
 
-// Keys and values of a segment and group as rows of `real`: in place, or in a copy that a thread keeps.
+// Keys and values of a segment and group as rows of `real`: in place, or in a copy that a thread keeps. And as rows in
+// memory, which products of pairs take.
 struct KeyRows {
   const real *k = nullptr, *v = nullptr;
   int64_t k_step = 0, v_step = 0;
+  const element *own_k = nullptr, *own_v = nullptr;
+  int64_t own_k_step = 0, own_v_step = 0;
   int64_t segment = -1, group = -1, room = 0;
   real* own = nullptr;
   ~KeyRows() { free(own); }
 
-  void take(const Call& c, int64_t s, int64_t g) {
+  // Row j as the left operand of a product with columns of queries, or of their gradients.
+  template <int DIM = D> INLINE_MEMBER const Operand<DIM>* key(int64_t j) const {
+    if constexpr (PAIRED<DIM>) return own_k + j * own_k_step;
+    else return k + j * k_step;
+  }
+  template <int DIM = E> INLINE_MEMBER const Operand<DIM>* value(int64_t j) const {
+    if constexpr (PAIRED<DIM>) return own_v + j * own_v_step;
+    else return v + j * v_step;
+  }
+
+  // KEYS_TOO, VALUES_TOO: which of them are also read as rows of `real`.
+  template <bool KEYS_TOO, bool VALUES_TOO> void take(const Call& c, int64_t s, int64_t g) {
     const int64_t first = c.kv_offsets[s];
+    own_k = c.k.row(first, g), own_v = c.v.row(first, g), own_k_step = c.k.token, own_v_step = c.v.token;
     if constexpr (!IS_HALF) {
       k = (const real*)c.k.row(first, g), v = (const real*)c.v.row(first, g);
       k_step = c.k.token, v_step = c.v.token;
@@ -196,8 +211,8 @@ struct KeyRows {
       }
       real *to_k = own, *to_v = own + n * k_step;
       for (int64_t r = 0; r < n; r++) {
-        copy_row(c.k.row(first + r, g), D, to_k + r * k_step);
-        copy_row(c.v.row(first + r, g), E, to_v + r * v_step);
+        if (KEYS_TOO) copy_row(c.k.row(first + r, g), D, to_k + r * k_step);
+        if (VALUES_TOO) copy_row(c.v.row(first + r, g), E, to_v + r * v_step);
       }
       k = to_k, v = to_v;
     }

@@ -90,9 +90,6 @@ struct Walk {
   int blocks() const { return std::max(0, end() - start() + KEY_BLOCK - 1) / KEY_BLOCK; }
   int from(int n) const { return std::max(start(), end() - (n + 1) * KEY_BLOCK); }
   int to(int n) const { return std::min(end() - n * KEY_BLOCK, block.hi); }
-  void rows_at(const real* x, int64_t step, int key, const real* (&rows)[KEYS]) const {
-    for (int m = 0; m < KEYS; m++) rows[m] = x + std::min(key + m, keys - 1) * step;
-  }
 
   // Break the sticks by the keys of block n, the last one first, as long as anything is left. `raw` are their products,
   // which may be overwritten by the weights.
@@ -106,10 +103,10 @@ struct Walk {
       for (int v = 0; v < block.vectors; v++)
         if (!live.has(g, v)) for (int m = 0; m < KEYS; m++) put(weights + at + m * QUERIES + v * LANES, Vec{});
       if (!t.vectors) continue;
-      const real* rows[KEYS];
-      rows_at(kv.k, kv.k_step, key, rows);
+      const Operand<D>* rows[KEYS];
+      for (int m = 0; m < KEYS; m++) rows[m] = kv.key(std::min(key + m, keys - 1));
       const int first = at + t.v * LANES;
-      product_tile<D>(t.vectors, rows, packed + t.v * LANES, raw + first);
+      product_tile<D>(t.vectors, rows, packed + t.v * LANES, (real)c.scale, raw + first);
       real* kept = KEEP ? shares + first : nullptr;
       if (t.partial) break_tile<true, KEEP>(c, t, ok, raw + first, weights + first, kept, sticks);
       else break_tile<false, KEEP>(c, t, ok, raw + first, weights + first, kept, sticks);
@@ -200,9 +197,9 @@ static void mend(const Walk& walk, int n, const Broken& x, SticksBackward& w, re
       if (!live.has(g, v)) for (int m = 0; m < KEYS; m++) put(w.slopes + at + m * QUERIES + v * LANES, Vec{});
     const Tile t{key, std::min(KEYS, walk.keys - key), walk.first_key, walk.row, walk.last, live.lo[g], live.hi[g] - live.lo[g], walk.h, false};
     if (!t.vectors) continue;
-    const real* rows[KEYS];
-    walk.rows_at(walk.kv.v, walk.kv.v_step, key, rows);
-    product_tile<E>(t.vectors, rows, w.packed_g + t.v * LANES, w.slopes + first);
+    const Operand<E>* rows[KEYS];
+    for (int m = 0; m < KEYS; m++) rows[m] = walk.kv.value(std::min(key + m, walk.keys - 1));
+    product_tile<E>(t.vectors, rows, w.packed_g + t.v * LANES, (real)walk.c.factor, w.slopes + first);
     mend_tile(walk.c, t, w, x, first, totals);
   }
   for (int i = 0; i < QUERIES; i += LANES) put(w.before + i, read(w.before + i) + read(w.block_before + i));

@@ -83,11 +83,11 @@ struct Live {
   }
 };
 
-// Products of a tile to `raw`, which has QUERIES columns.
-template <int DIM, int NV = VECTORS> INLINE void product_tile(int vectors, const real* const* rows, const real* packed, real* raw) {
+// Products of a tile to `raw`, which has QUERIES columns; `factor` as for `multiply_to`.
+template <int DIM, int NV = VECTORS> INLINE void product_tile(int vectors, const Operand<DIM>* const* rows, const real* packed, real factor, real* raw) {
   if constexpr (NV > 1)
-    if (vectors < NV) return product_tile<DIM, NV - 1>(vectors, rows, packed, raw);
-  multiply_to<DIM, NV>(rows, packed, raw);
+    if (vectors < NV) return product_tile<DIM, NV - 1>(vectors, rows, packed, factor, raw);
+  multiply_to<DIM, NV>(rows, packed, factor, raw);
 }
 
 }  // namespace flexjag
