@@ -18,10 +18,11 @@ FACTORS = (0x21F0AAAD, 0x735A2D97)
 class Dropped(Score):
     """-inf for the pairs whose hash, as a signed number of 32 bits, is less than `below`; other scores stay.
 
-    All arithmetic is on 32 bits and wraps around, and shifts to the right fill with zeros. ``mix(x)`` is ``x ^= x >> 16``,
-    ``x *= FACTORS[0]``, ``x ^= x >> 15``, ``x *= FACTORS[1]``, ``x ^= x >> 15``. A row starts with 0 and takes a word w
-    by ``x = mix((x ^ w) + STEP)``: of the seed, of the segment's number (of each the low half, then the high one), of
-    the query head, and of the query's position. The hash of its key at position j is ``mix(x + j * STEP)``.
+    All arithmetic is on 32 bits and wraps around, and shifts to the right fill with zeros. ``mix(x)`` is
+    ``x ^= x >> 16``, ``x *= FACTORS[0]``, ``x ^= x >> 15``, ``x *= FACTORS[1]``, ``x ^= x >> 15``. A row starts with 0
+    and takes a word w by ``x = mix((x ^ w) + STEP)``: of the seed, of the segment's number (of each the low half, then
+    the high one), of the query head, and of the query's position. The hash of its key at position j is
+    ``mix(x + j * STEP)``.
 
     Args:
         seed: int64, 0-d.

@@ -271,7 +271,7 @@ def _decide(
 
 
 def _attend(dropped: Dropping | None, backend: Backend, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Pair:
-    """Run a backend, with `dropped` twice if it is a softmax: its denominator is over all keys, its sum of values not."""
+    """Run a backend; with `dropped` and a softmax twice, as its denominator is over all keys, the sum of values not."""
     recipe, scale, need_rest = rest
     if dropped is None:
         return _execute(backend, q, k, v, recipe, scale, need_rest)
@@ -279,7 +279,8 @@ def _attend(dropped: Dropping | None, backend: Backend, q: Tensor, k: Tensor, v:
     if not isinstance(recipe.normalizer, Softmax):
         return out / (1 - dropped.rate), kept
     _, lse = _execute(backend, q, k, v.detach(), recipe, scale, True)
-    assert kept is not None and lse is not None, f"backend {backend.name!r} promises a log-sum-exp, and returned None"  # noqa: PT018
+    assert kept is not None, f"backend {backend.name!r} promises a log-sum-exp, and returned None"
+    assert lse is not None
     return rescaled(out, kept, lse, dropped.rate), lse
 
 

@@ -66,7 +66,7 @@ def checked_rate(rate: float, normalizer: Normalizer) -> float:
     if not 0 <= rate < 1:
         raise ShapeError(explain_values("dropout", "must be at least 0 and less than 1", dropout=rate))
     if rate != 0 and isinstance(normalizer, StickBreaking):
-        rule = "drops weights of a softmax or a pointwise normalizer; a key that broke off nothing would leave it to others"
+        rule = "is for a softmax and pointwise normalizers: a key that breaks off nothing leaves its share to others"
         raise PlanError(explain_values("dropout", rule, normalizer=normalizer))
     return rate
 

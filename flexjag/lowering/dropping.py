@@ -1,4 +1,4 @@
-"""Which pairs dropout rules out: a hash per query row and head, made once for a call, and one step more for each key."""
+"""Which pairs dropout rules out: a hash of each query row and head, once for a call, and one step more for each key."""
 
 from __future__ import annotations
 
