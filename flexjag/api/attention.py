@@ -275,13 +275,13 @@ def _attend(dropped: Dropping | None, backend: Backend, q: Tensor, k: Tensor, v:
     recipe, scale, need_rest = rest
     if dropped is None:
         return _execute(backend, q, k, v, recipe, scale, need_rest)
-    out, kept = _execute(backend, q, k, v, dropped.recipe, scale, need_rest)
+    out, lse_of_kept = _execute(backend, q, k, v, dropped.recipe, scale, need_rest)
     if not isinstance(recipe.normalizer, Softmax):
-        return out / (1 - dropped.rate), kept
+        return out / dropped.kept, lse_of_kept
     _, lse = _execute(backend, q, k, v.detach(), recipe, scale, True)
-    assert kept is not None, f"backend {backend.name!r} promises a log-sum-exp, and returned None"
+    assert lse_of_kept is not None, f"backend {backend.name!r} promises a log-sum-exp, and returned None"
     assert lse is not None
-    return rescaled(out, kept, lse, dropped.rate), lse
+    return rescaled(out, lse_of_kept, lse, dropped.kept), lse
 
 
 def _execute(backend: Backend, q: Tensor, k: Tensor, v: Tensor, recipe: Recipe, scale: float, need_rest: bool) -> Pair:

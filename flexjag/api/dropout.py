@@ -13,17 +13,18 @@ from flexjag.algebra.normalizers import Normalizer, StickBreaking
 from flexjag.errors import PlanError, ShapeError, explain_values
 from flexjag.jagged import Jagged
 from flexjag.lowering.recipe import Recipe
+from flexjag.upstream import number
 
 
 class Dropping(NamedTuple):
     """The dropout of one call.
 
     Attributes:
-        rate: The share of the weights to drop.
+        kept: The share of the weights that are kept, 0-d float64.
         recipe: The call's recipe with the dropped pairs ruled out.
     """
 
-    rate: float
+    kept: Tensor
     recipe: Recipe
 
 
@@ -47,10 +48,10 @@ def dropping(
         raise ShapeError(explain_values("dropout_ids", "must be one per segment, [S]", **seen))
     if rate == 0:
         return None
-    below = torch.full((), rate, dtype=torch.float64, device=device) * 2**32 - 2**31
-    below = below.round().clamp(max=2**31 - 1).to(torch.int32)
+    share = number(rate, torch.float64, device)
+    below = (share * 2**32 - 2**31).round().clamp(max=2**31 - 1).to(torch.int32)
     dropped = Dropped(_seed(q.values, generator), below, q.values.shape[1], ids)
-    return Dropping(rate, recipe.dropping(dropped))
+    return Dropping(1 - share, recipe.dropping(dropped))
 
 
 def checked_rate(rate: float, normalizer: Normalizer) -> float:
@@ -71,17 +72,17 @@ def checked_rate(rate: float, normalizer: Normalizer) -> float:
     return rate
 
 
-def rescaled(out: Tensor, kept: Tensor, lse: Tensor, rate: float) -> Tensor:
+def rescaled(out: Tensor, lse_of_kept: Tensor, lse: Tensor, kept: Tensor) -> Tensor:
     """Output of a softmax whose denominator is over all keys, from that of the kept ones alone.
 
     Args:
         out: ``[T_q, H, E]``, a softmax over the kept keys.
-        kept: Its log-sum-exp ``[T_q, H]``.
+        lse_of_kept: Its log-sum-exp ``[T_q, H]``.
         lse: The log-sum-exp of all keys, ``[T_q, H]``.
-        rate: The share of dropped weights.
+        kept: The share of the weights that are kept, 0-d.
     """
     lse = lse.masked_fill(lse == -torch.inf, 0.0)  # of a row without keys: its kept one is -inf, too
-    share = torch.exp(kept - lse) / (1 - rate)
+    share = torch.exp(lse_of_kept - lse) / kept
     return (out * share[:, :, None]).to(out.dtype)
 
 

@@ -349,10 +349,10 @@ def _(score: BiasRows, t: RowTables) -> ScoreMod:
 
 @score_case.register(DroppedRows)
 def _(score: DroppedRows, t: RowTables) -> ScoreMod:
-    rows, below = score.rows, score.below
+    rows, below, look_up = score.rows, score.below, t.look_up
 
     def dropped(x: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-        drawn = mixed(rows[h, q] + kv.to(torch.int32) * STEP)
+        drawn = mixed(look_up(rows, h, q) + kv.to(torch.int32) * STEP)
         return torch.where(drawn < below, -torch.inf, x)
 
     return dropped

@@ -40,7 +40,7 @@ def kept(lengths: list[int], kv_lengths: list[int] | None = None, **options: Any
     kv_lengths = kv_lengths or lengths
     q = jagged(lengths, HEADS, DIM, dtype=torch.float32)
     k = q if kv_lengths == lengths else jagged(kv_lengths, HEADS, DIM, dtype=torch.float32, seed=1)
-    unit = torch.eye(max(1, *kv_lengths))
+    unit = torch.eye(40)  # of one size, so that one kernel does for all
     v = fj.Jagged.from_list([unit[:m, None] for m in kv_lengths]) if kv_lengths else k
     k = k.with_values(k.values[:, :1])
     out = attend(q, k, k.with_values(v.values), **options)
@@ -135,7 +135,7 @@ def test_packing_does_not_matter(backend: str) -> None:
 
 def test_fixed_capacity_does_not_matter() -> None:
     q, k, v = batch(LENGTHS)
-    total = q.num_tokens
+    total = q.values.shape[0]
     spare = [fj.Jagged(torch.cat([x.values, torch.full_like(x.values[:9], torch.nan)]), x.offsets) for x in (q, k, v)]
     for backend in ("tiled", "segments", "reference"):
         plan = fj.plan(spare[0], mask=fj.Causal(), max_tokens=total + 9, max_length=40)
@@ -187,7 +187,7 @@ def test_the_mean_is_the_output_without_dropout() -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradients_by_finite_differences(backend: str) -> None:
-    q, k, v = batch([5, 0, 3], [4, 2, 6])
+    q, k, v = batch([3, 0, 2], [2, 2, 4])
     slopes, sinks = torch.randn(HEADS, dtype=torch.float64), torch.randn(HEADS, dtype=torch.float64)
 
     def fn(x: Tensor, y: Tensor, z: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -260,16 +260,18 @@ def test_a_generator_draws_the_seed() -> None:
     assert torch.equal(state, torch.get_rng_state())
 
 
-def train(q: fj.Jagged, k: fj.Jagged, v: fj.Jagged, ids: Tensor) -> Tensor:
+def train(q: fj.Jagged, k: fj.Jagged, v: fj.Jagged, ids: Tensor | None) -> Tensor:
     return fj.attention(q, k, v, mask=fj.Causal(), dropout=0.3, dropout_ids=ids).values
 
 
-BATCHES = [[5, 9], [3, 0, 12], [20], [2, 2, 2, 2]]
+BATCHES = [[5, 9], [3, 0, 12], [2, 2, 2, 2]]
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_one_graph_for_all_batches_which_drops_what_eager_mode_does(compiler: str) -> None:
-    batches = [(*batch(x), torch.arange(len(x)) * 3) for x in [*BATCHES, BATCHES[0]]]
+@pytest.mark.parametrize("has_ids", [False, True], ids=["index", "ids"])
+def test_one_graph_for_all_batches_which_drops_what_eager_mode_does(compiler: str, has_ids: bool) -> None:
+    every = [*BATCHES, *([] if has_ids else [[20]]), BATCHES[0]]  # PyTorch specializes a tensor of one number
+    batches = [(*batch(x), torch.arange(len(x)) * 3 if has_ids else None) for x in every]
     torch.manual_seed(7)
     wanted = [train(*x) for x in batches]
     assert not torch.equal(wanted[0], wanted[-1])
@@ -322,7 +324,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "floats": ({"dropout_ids": torch.zeros(2)}, r"dropout_ids: must be integers \[S\].*float32"),
     "list": ({"dropout_ids": [0, 1]}, "dropout_ids: must be integers"),
     "meta": ({"dropout_ids": torch.zeros(2, dtype=torch.int64, device="meta")}, "dropout_ids: .*q's device"),
-    "generator": ({"generator": 3}, "generator: must be a torch.Generator of q's device; got generator=3"),
+    "generator": ({"generator": 3}, "generator: must be a torch.Generator of q's device; got generator='3'"),
 }
 
 
@@ -335,7 +337,7 @@ def test_bad_input(case: str) -> None:
 
 def test_stick_breaking_and_generators_in_graphs_are_refused() -> None:
     given = batch([3, 2])
-    with pytest.raises(PlanError, match="dropout: is for a softmax and pointwise normalizers.*StickBreaking"):
+    with pytest.raises(PlanError, match=r"dropout: is for a softmax and pointwise normalizers.*StickBreaking"):
         fj.attention(*given, mask=fj.Causal(), normalizer=fj.StickBreaking(), dropout=0.1)
     with pytest.raises(BackendError, match="only adds a bias"):
         fj.attention(*given, score=fj.SoftCap(2.0), dropout=0.1, backend="segments")
