@@ -91,6 +91,7 @@ CASES: dict[str, Callable[[Any, Any, Any], Any]] = {
     "or": lambda x, y, i: (x > 0) | (y > 0),
     "xor": lambda x, y, i: (x > 0) ^ (y > 0),
     "not": lambda x, y, i: ~(x > 0),
+    "rshift": lambda x, y, i: (i * 100003 >> 5) + (i.long() >> 1),
     "eq": lambda x, y, i: i == 2,
     "ne": lambda x, y, i: i.bool(),
     "lt": lambda x, y, i: x < y,
