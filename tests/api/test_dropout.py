@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import flexjag as fj
+from flexjag.algebra.dropping import Dropped
 from flexjag.errors import BackendError, PlanError, ShapeError
-from flexjag.testing import assert_compiles
+from flexjag.testing import assert_compiles, assert_kernels_match
 
 HEADS, GROUPS, DIM, VALUE = 4, 2, 8, 5
 BACKENDS = ["reference", "tiled", "segments", CPP_SLOWLY]
@@ -40,7 +41,7 @@ def kept(lengths: list[int], kv_lengths: list[int] | None = None, **options: Any
     kv_lengths = kv_lengths or lengths
     q = jagged(lengths, HEADS, DIM, dtype=torch.float32)
     k = q if kv_lengths == lengths else jagged(kv_lengths, HEADS, DIM, dtype=torch.float32, seed=1)
-    unit = torch.eye(40)  # of one size, so that one kernel does for all
+    unit = torch.eye(max(40, *kv_lengths))  # of one size, so that one kernel does for all
     v = fj.Jagged.from_list([unit[:m, None] for m in kv_lengths]) if kv_lengths else k
     k = k.with_values(k.values[:, :1])
     out = attend(q, k, k.with_values(v.values), **options)
@@ -145,6 +146,16 @@ def test_fixed_capacity_does_not_matter() -> None:
         assert not out.values[total:].any()
         grads = torch.autograd.grad(out.values.sum(), [x.values for x in (q, k, v)])
         torch.testing.assert_close(grads, torch.autograd.grad(wanted.values.sum(), [x.values for x in (q, k, v)]))
+
+
+@pytest.mark.slow
+def test_flex_attention_drops_the_same_on_a_gpu() -> None:
+    """Its CUDA kernels, which Triton's interpreter runs."""
+    below = torch.tensor(-(2**30), dtype=torch.int32)
+    score = fj.Alibi.from_heads(HEADS) >> Dropped(torch.tensor(-(2**62) - 7), below, HEADS, IDS)
+    q, k = (jagged([40, 7, 0, 93, 2], heads, 16, dtype=torch.float32, seed=heads) for heads in (HEADS, GROUPS))
+    v = k.with_values(k.values.flip(0))
+    assert_kernels_match(fj.plan(q, mask=fj.Causal(), score=score), q, k, v)
 
 
 def test_the_index_is_the_default_number_of_a_segment() -> None:
