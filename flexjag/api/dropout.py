@@ -88,7 +88,8 @@ def rescaled(out: Tensor, lse_of_kept: Tensor, lse: Tensor, kept: Tensor) -> Ten
 
 def _seed(like: Tensor, generator: torch.Generator | None) -> Tensor:
     if generator is None:
-        return draw_seed(like)
+        # Graphs take two operators of equal arguments for one, random ones too, but never two empty tensors.
+        return draw_seed(torch.empty(0, device=like.device))
     if torch.compiler.is_compiling():
         rule = "cannot be read in a traced graph, which draws from torch's default generator"
         raise PlanError(explain_values("generator", rule, generator="a torch.Generator"))

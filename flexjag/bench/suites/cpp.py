@@ -223,10 +223,10 @@ def _figures(options: Options, cases: list[CaseResult]) -> list[Figure]:
         return []
     found, facts = Results(cases), {case.name: case.facts for case in cases}
     figures = [f for point in POINTS for f in _of(point, found, facts.get(point.name, {}))]
-    for backward, limit in ((False, ">= 4"), (True, ">= 2")):
+    for backward, limit, factor in ((False, ">= 3.5", "<= 3"), (True, ">= 2", "<= 4")):
         case = f"{DROPOUT}, {DIRECTIONS[backward]}, {MIXED}"
         seconds = {arm: found.seconds(case, arm) for arm in (LOOP, CPP, WITHOUT)}
-        for one, other, most in ((LOOP, CPP, limit), (CPP, WITHOUT, "<= 2.8")):
+        for one, other, most in ((LOOP, CPP, limit), (CPP, WITHOUT, factor)):
             figures.append(Figure(f"{case}: time of {one} / {other}", ratio(seconds[one], seconds[other]), "x", most))
     for kind, limit in NORMALIZERS.items():
         figures += _beside_segments(f"{kind}, {DIRECTIONS[1]}", found, limit)
