@@ -272,7 +272,8 @@ class HSTULayer(nn.Module):
         scale = "" if self.scale is None else f", scale={self.scale}"
         silu = "" if self.silu == "uvqk" else f", silu={self.silu!r}"
         chosen = [name for name in ("concat_u", "concat_x", "concat_ua", "group_norm") if getattr(self, name)]
-        options = scale + silu + "".join(f", {name}=True" for name in chosen)
+        dropout = f", attention_dropout={self.attention_dropout}" if self.attention_dropout else ""
+        options = scale + silu + dropout + "".join(f", {name}=True" for name in chosen)
         return f"width={self.width}, heads={self.heads}, dim={self.dim}, value_dim={self.value_dim}{options}"
 
 
