@@ -30,7 +30,8 @@ from flexjag.algebra.scores import (
     TimeBias,
 )
 from flexjag.algebra.tokens import Keys, Queries
-from flexjag.api.attention import attention, merge
+from flexjag.api.attention import attention
+from flexjag.api.merge import merge
 from flexjag.api.plan import Plan, plan
 from flexjag.codegen.compile import compile_for
 from flexjag.jagged import Jagged

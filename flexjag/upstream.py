@@ -46,6 +46,14 @@ def running_max(x: Tensor) -> Tensor:
     return x.cummax(dim=0).values
 
 
+def number(x: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A 0-d tensor of a number, which may be an argument of a graph.
+
+    Inductor folds ``torch.full`` of such a number to a constant, the first one that the graph is given (torch 2.13).
+    """
+    return torch.zeros((), dtype=dtype, device=device) + x
+
+
 ROWS = "FlexAttention's CPU kernel mixes up the dimensions of rows that are looked up by position"
 """Error message for functions that :func:`cpu_flex_misplaces` or :func:`mend_cpu_flex_rows` reject."""
 

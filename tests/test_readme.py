@@ -47,6 +47,10 @@ def test_positions_run_as_printed() -> None:
     run_page("docs/positions.md")
 
 
+def test_sinks_and_dropout_run_as_printed() -> None:
+    run_page("docs/weights.md")
+
+
 @pytest.mark.skipif(build.refusal() is not None, reason=str(build.refusal()))
 def test_the_example_of_the_cpu_page_runs_and_is_right() -> None:
     names = run_page("docs/cpu.md")

@@ -1,9 +1,10 @@
-"""attention() and merge(): check the inputs, choose a backend, run it."""
+"""attention(): check the inputs, choose a backend, run it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal, overload
 
 import torch
@@ -15,6 +16,7 @@ from flexjag.algebra.masks import Mask
 from flexjag.algebra.normalizers import Normalizer, Softmax, StickBreaking
 from flexjag.algebra.scores import Score
 from flexjag.algebra.tree import replaced, tensors_along
+from flexjag.api.dropout import Dropping, dropping, rescaled
 from flexjag.api.options import checked_scale, checked_sinks, in_one_dtype, with_sinks
 from flexjag.api.plan import Plan
 from flexjag.backends.base import Backend, Case, Pair
@@ -40,6 +42,9 @@ def attention(
     plan: Plan | None = None,
     scale: float | None = None,
     sinks: Tensor | float | None = None,
+    dropout: float = 0.0,
+    dropout_ids: Tensor | None = None,
+    generator: torch.Generator | None = None,
     return_lse: Literal[False] = False,
     return_remainder: Literal[False] = False,
     backend: str = "auto",
@@ -57,6 +62,9 @@ def attention(
     plan: Plan | None = None,
     scale: float | None = None,
     sinks: Tensor | float | None = None,
+    dropout: float = 0.0,
+    dropout_ids: Tensor | None = None,
+    generator: torch.Generator | None = None,
     return_lse: Literal[True],
     return_remainder: Literal[False] = False,
     backend: str = "auto",
@@ -74,6 +82,9 @@ def attention(
     plan: Plan | None = None,
     scale: float | None = None,
     sinks: Tensor | float | None = None,
+    dropout: float = 0.0,
+    dropout_ids: Tensor | None = None,
+    generator: torch.Generator | None = None,
     return_lse: Literal[False] = False,
     return_remainder: Literal[True],
     backend: str = "auto",
@@ -91,6 +102,9 @@ def attention(
     plan: Plan | None = None,
     scale: float | None = None,
     sinks: Tensor | float | None = None,
+    dropout: float = 0.0,
+    dropout_ids: Tensor | None = None,
+    generator: torch.Generator | None = None,
     return_lse: bool = False,
     return_remainder: bool = False,
     backend: str = "auto",
@@ -107,6 +121,9 @@ def attention(
     plan: Plan | None = None,
     scale: float | None = None,
     sinks: Tensor | float | None = None,
+    dropout: float = 0.0,
+    dropout_ids: Tensor | None = None,
+    generator: torch.Generator | None = None,
     return_lse: bool = False,
     return_remainder: bool = False,
     backend: str = "auto",
@@ -132,8 +149,15 @@ def attention(
             value is zero, so that a row's weights may sum to less than 1. A floating-point tensor, which may need
             gradients, or one number for all heads: 0.0 adds one to the denominator. Only for a softmax (Xiao et al.,
             2023; GPT-OSS).
-        return_lse: Also return the natural-log sum of exponentials of each row's scores, its sink's included, for
-            :func:`merge`. Only a softmax has one.
+        dropout: The share of weights to drop, 0 <= p < 1; the others are divided by 1 - p. Which ones is a hash of a
+            seed, the segment's number, the query head, and the positions of query and key in the segment: the same
+            with every backend, however the batch is packed or padded. Of a softmax or a pointwise normalizer. Pass 0.0
+            when not training.
+        dropout_ids: ``[S]`` integers, the number of each segment for `dropout`; default its index. With those of the
+            samples in a data set, a sample's weights are dropped alike wherever it is in a batch.
+        generator: Draws the seed, one number for each call with dropout. Default: torch's of q's device.
+        return_lse: Also return the natural-log sum of exponentials of each row's scores, its sink's and dropped ones
+            included, for :func:`~flexjag.api.merge.merge`. Only a softmax has one.
         return_remainder: Also return the unassigned rest of each row's stick. Only a stick-breaking normalizer has one.
         backend: ``"auto"``, ``"reference"``, ``"tiled"``, ``"segments"``, ``"cpp"``, ``"flex"``, ``"varlen"``,
             ``"triton"``, or one of your own (:func:`flexjag.extend.register`). A named backend that cannot run the
@@ -175,6 +199,8 @@ def attention(
     scale = checked_scale(scale, q.values.shape[2])
     found = functions.learned_tensors(recipe.score, torch.float32, recipe.place)
     sinks = checked_sinks(sinks, recipe.normalizer, q.values)
+    dropped = dropping(recipe, q, dropout, dropout_ids, generator)
+    by_lse = sinks is not None or (dropped is not None and isinstance(recipe.normalizer, Softmax))
     learned = (*found, *normalizers.tensors(recipe.normalizer), *(() if sinks is None else (sinks,)))
     learns = torch.is_grad_enabled() and any(x.requires_grad for x in learned)
     known = {
@@ -183,24 +209,25 @@ def attention(
         "grad": learns
         or (torch.is_grad_enabled() and (q.values.requires_grad or k.values.requires_grad or v.values.requires_grad)),
         "scale": scale,
-        "lse": return_lse or sinks is not None,
+        "lse": return_lse or by_lse,
         "dims": (q.values.shape[1], k.values.shape[1], q.values.shape[2], v.values.shape[2]),
         "plain": needs_plain_operations(),
     }
-    chosen = BACKENDS[_decide(recipe, backend, known, return_remainder, learns)]
-    need_rest = return_lse or return_remainder or sinks is not None
+    decide = partial(_decide, recipe, dropped, backend, known, return_remainder, learns)
+    chosen = BACKENDS[decide()]
+    need_rest = return_lse or return_remainder or by_lse
     if is_empty(q.values.shape[0]) or is_empty(k.values.shape[0]):
         out, rest = _nothing(q.values, k.values, v.values, *(x for x in learned if x.dtype.is_floating_point))
         rest = rest.exp() + 1 if return_remainder else rest
     else:
         given = q.values, k.values, v.values, recipe, scale, need_rest
         try:
-            out, rest = _execute(chosen, *given)
+            out, rest = _attend(dropped, chosen, *given)
         except BuildError:
             if backend != "auto":
                 raise
-            chosen = BACKENDS[_decide(recipe, backend, known, return_remainder, learns, without=chosen.name)]
-            out, rest = _execute(chosen, *given)
+            chosen = BACKENDS[decide(without=chosen.name)]
+            out, rest = _attend(dropped, chosen, *given)
     kept = rest is not None or not need_rest
     assert kept, f"backend {chosen.name!r} promises a log-sum-exp or remainder, and returned None"
     if sinks is not None and rest is not None:
@@ -212,6 +239,7 @@ def attention(
 
 def _decide(
     recipe: Recipe,
+    dropped: Dropping | None,
     backend: str,
     known: dict[str, Any],
     return_remainder: bool,
@@ -223,7 +251,7 @@ def _decide(
     Cached in the plan outside of traced graphs, as long as no backend is registered or removed.
     """
     facts = (x for name, x in known.items() if name != "scale")
-    key = backend, return_remainder, learns, known["scale"] > 0, *facts, *BACKENDS
+    key = backend, return_remainder, learns, dropped is None, known["scale"] > 0, *facts, *BACKENDS
     if not known["tracing"] and without is None and key in recipe.own_notes:
         return recipe.own_notes[key]
     normalizer, heads = recipe.normalizer, known["dims"][0]
@@ -237,10 +265,24 @@ def _decide(
         per_head = (x for node in nodes for x in tensors_along(node) if x.heads is not None)
         seen = {"made_for": recipe.heads, "heads": heads, **{x.name: tuple(x.tensor.shape) for x in per_head}}
         raise ShapeError(explain_values("mask, score", "must be made for q's heads", **seen))
-    name = pick(backend, Case.of(recipe, **known), without)
+    name = pick(backend, Case.of(recipe if dropped is None else dropped.recipe, **known), without)
     if not known["tracing"]:
         recipe.own_notes[key] = name
     return name
+
+
+def _attend(dropped: Dropping | None, backend: Backend, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Pair:
+    """Run a backend; with `dropped` and a softmax twice, as its denominator is over all keys, the sum of values not."""
+    recipe, scale, need_rest = rest
+    if dropped is None:
+        return _execute(backend, q, k, v, recipe, scale, need_rest)
+    out, lse_of_kept = _execute(backend, q, k, v, dropped.recipe, scale, need_rest)
+    if not isinstance(recipe.normalizer, Softmax):
+        return out / dropped.kept, lse_of_kept
+    _, lse = _execute(backend, q, k, v.detach(), recipe, scale, True)
+    assert lse_of_kept is not None, f"backend {backend.name!r} promises a log-sum-exp, and returned None"
+    assert lse is not None
+    return rescaled(out, lse_of_kept, lse, dropped.kept), lse
 
 
 def _execute(backend: Backend, q: Tensor, k: Tensor, v: Tensor, recipe: Recipe, scale: float, need_rest: bool) -> Pair:
@@ -340,57 +382,3 @@ def check_plan(plan: Plan, q: Jagged, k: Jagged, *, validate: bool = False) -> N
         rule = "was made for another layout; make one per batch, with flexjag.plan(q, k) if their offsets differ"
         values = {"plan_tokens": made[:2], "plan_segments": made[2], "tokens": seen[:2], "segments": seen[2]}
         raise PlanError(explain_values("plan", rule, **(difference or values)))
-
-
-def merge(parts: Sequence[tuple[Jagged, Jagged]]) -> tuple[Jagged, Jagged]:
-    """Combine attention over disjoint key sets into attention over their union, exactly.
-
-    Args:
-        parts: Pairs ``(out, lse)`` from :func:`attention` with ``return_lse=True``: values ``[T, H, E]`` and
-            ``[T, H]``, the same queries each time.
-
-    Returns:
-        The merged ``(out, lse)``. Rows that no part has a key for stay 0 and -inf. Differentiable.
-
-    Raises:
-        ShapeError: If there is no part or the parts' shapes differ.
-
-    >>> from flexjag.algebra.masks import Causal
-    >>> x = Jagged.from_lengths(torch.randn(6, 1, 16), [2, 4])
-    >>> a = attention(x, x, x, mask=Causal(), return_lse=True)
-    >>> b = attention(x, x, x, mask=~Causal(), return_lse=True)
-    >>> whole = attention(x, x, x)
-    >>> torch.allclose(merge([a, b])[0].values, whole.values, atol=1e-6)
-    True
-    """
-    if not parts:
-        raise ShapeError(explain_values("parts", "must hold at least one (out, lse)", parts=parts))
-    for part in parts:
-        if not isinstance(part, tuple | list) or len(part) != 2:
-            rule = "must be pairs (out, lse), which attention gives with return_lse=True"
-            raise ShapeError(explain_values("parts", rule, type=type(part).__name__))
-    first = parts[0][0]
-    for out, lse in parts:
-        for part in (out, lse):
-            check_same_layout(first, part, "parts", "must all have the same offsets")
-        if out.values.shape != first.values.shape or lse.values.shape != first.values.shape[:2]:
-            raise ShapeError(
-                explain_values(
-                    "parts",
-                    "every out must be [T, H, E] and every lse [T, H]",
-                    out=tuple(out.values.shape),
-                    lse=tuple(lse.values.shape),
-                    first_out=tuple(first.values.shape),
-                )
-            )
-    lses = torch.stack([lse.values for _, lse in parts])
-    top = lses.detach().amax(0)
-    top = top.masked_fill(top == -torch.inf, 0.0)
-    weights = torch.exp(lses - top)
-    total = weights.sum(0)
-    empty = total == 0
-    total = total.masked_fill(empty, 1.0)
-    outs = torch.stack([out.values for out, _ in parts]).to(weights.dtype)
-    merged = (weights[..., None] * outs).sum(0) / total[..., None]
-    lse = (top + total.log()).masked_fill(empty, -torch.inf)
-    return first.with_values(merged.to(first.values.dtype)), first.with_values(lse)

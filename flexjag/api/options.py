@@ -12,6 +12,7 @@ from flexjag.algebra.normalizers import Normalizer, Softmax
 from flexjag.errors import PlanError, ShapeError, explain_values
 from flexjag.jagged import Jagged
 from flexjag.lowering.layout import Layout
+from flexjag.upstream import number
 
 AUTOCAST = (torch.float32, torch.float16, torch.bfloat16)  # what autocast casts
 
@@ -62,7 +63,7 @@ def checked_sinks(sinks: Tensor | float | None, normalizer: Normalizer, q: Tenso
     if not isinstance(normalizer, Softmax):
         raise PlanError(explain_values("sinks", "only a softmax has them", normalizer=normalizer))
     if not isinstance(sinks, Tensor):
-        return torch.full((), finite(ShapeError, "sinks", sinks), dtype=torch.float32, device=q.device)
+        return number(finite(ShapeError, "sinks", sinks), torch.float32, q.device)
     if sinks.shape != (q.shape[1],) or not sinks.is_floating_point() or sinks.device != q.device:
         seen = {"shape": tuple(sinks.shape), "dtype": sinks.dtype, "device": sinks.device, "heads": q.shape[1]}
         raise ShapeError(explain_values("sinks", "must be a floating-point tensor [H] on q's device", **seen))

@@ -16,6 +16,7 @@ from flexjag.algebra import normalizers as nz
 from flexjag.algebra import scores as s
 from flexjag.algebra import user_functions as functions
 from flexjag.algebra.dispatch import Interpretation
+from flexjag.algebra.dropping import FACTORS, STEP, Dropped
 from flexjag.algebra.facts import diagonal_align
 from flexjag.algebra.node import is_integer, saturated
 from flexjag.algebra.scalars import blamed
@@ -240,6 +241,22 @@ def _(score: s.DenseBias, x: Tensor, seg: Segment) -> Tensor:
         return x + score.values[:, : seg.n, : seg.m].to(x.dtype)
     start = seg.matrices_before
     return x + score.values[:, start : start + seg.n * seg.m].unflatten(1, (seg.n, seg.m)).to(x.dtype)
+
+
+@rescore.register(Dropped)
+def _(score: Dropped, x: Tensor, seg: Segment) -> Tensor:
+    def mix(bits: Tensor) -> Tensor:  # 32 bits as numbers of 64
+        for shift, factor in zip((16, 15), FACTORS, strict=True):
+            bits = (bits ^ (bits >> shift)) * factor % 2**32
+        return bits ^ (bits >> 15)
+
+    heads = torch.arange(seg.heads, device=x.device)[:, None, None]
+    number = seg.index if score.ids is None else int(saturated(score.ids)[seg.index])
+    seed, row = int(score.seed), torch.zeros((), dtype=torch.int64, device=x.device)
+    for word in (seed, seed >> 32, number, number >> 32, heads, seg.i):
+        row = mix(((row ^ (word % 2**32)) + STEP) % 2**32)
+    drawn = mix((row + seg.j * STEP) % 2**32)
+    return x.masked_fill(drawn - 2**32 * (drawn >= 2**31) < score.below, -torch.inf)
 
 
 @rescore.register(s.Then)

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from flexjag.algebra import masks as m
+from flexjag.algebra.dropping import Dropped
 from flexjag.algebra.facts import as_window
 from flexjag.algebra.normalizers import Softmax
+from flexjag.algebra.tree import walk
 from flexjag.backends.base import HALF, Backend, Case, Pair, Promises
 from flexjag.lowering.layout import Layout
 from flexjag.lowering.recipe import Recipe
@@ -40,7 +42,8 @@ def refuse(case: Case) -> str | None:
     if not case.on_cuda:
         return "torch.nn.attention.varlen runs on CUDA only"
     if case.score is not None:
-        return "varlen_attn takes no score function"
+        dropped = any(isinstance(x, Dropped) for x in walk(case.score))
+        return f"varlen_attn takes no score function{', as which dropout is computed' * dropped}"
     if window_size(case.mask, case.layout) is None:
         return f"varlen_attn knows causal masks and windows aligned to the segments' ends, not {case.mask!r}"
     if case.dtype is not None and case.dtype not in HALF:

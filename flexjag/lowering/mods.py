@@ -20,11 +20,13 @@ from flexjag.algebra import masks as m
 from flexjag.algebra import scalars
 from flexjag.algebra import scores as s
 from flexjag.algebra.dispatch import Interpretation
+from flexjag.algebra.dropping import STEP
 from flexjag.algebra.node import Align, NodeKind
 from flexjag.algebra.tokens import Keys
 from flexjag.algebra.tree import filled, replaced
 from flexjag.algebra.user_functions import RecordedCall
 from flexjag.errors import MaskError, ScoreError
+from flexjag.lowering.dropping import DroppedRows, mixed
 from flexjag.lowering.layout import Layout, blocks
 from flexjag.lowering.pairs import BiasRows, by_row
 from flexjag.lowering.spans import DenseRows, InSpans, Sandwich, diagonal
@@ -343,6 +345,17 @@ def _(score: BiasRows, t: RowTables) -> ScoreMod:
         return x + look_up(values, b if is_shared else h, first[q] + _local(t, q, kv)[2])
 
     return packed_matrices
+
+
+@score_case.register(DroppedRows)
+def _(score: DroppedRows, t: RowTables) -> ScoreMod:
+    rows, below, look_up = score.rows, score.below, t.look_up
+
+    def dropped(x: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        drawn = mixed(look_up(rows, h, q) + kv.to(torch.int32) * STEP)
+        return torch.where(drawn < below, -torch.inf, x)
+
+    return dropped
 
 
 @score_case.register(s.Then)

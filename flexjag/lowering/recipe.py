@@ -106,6 +106,13 @@ class Recipe:
         kernel_score = mods.kernel_score(score, self.tables, self.layout)
         return replace(self, score=score, kernel_score=kernel_score, own_notes=Notes(), **changes)
 
+    def dropping(self, dropped: s.Score) -> Self:
+        """The same plan with what dropout rules out after its score; `dropped` fits the layout."""
+        lowered = mods.kernel_score(dropped, self.tables, self.layout)
+        if self.score is not None and self.kernel_score is not None and lowered is not None:
+            dropped, lowered = self.score >> dropped, self.kernel_score >> lowered
+        return replace(self, score=dropped, kernel_score=lowered, own_notes=Notes())
+
     def learning_in(self, dtype: torch.dtype) -> Self:
         """Widen the learned tensors of score and normalizer to at least `dtype`. Returns itself if nothing changes."""
         score = None if self.score is None else functions.learning_in(self.score, dtype, self.place)

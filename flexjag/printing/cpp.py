@@ -54,6 +54,7 @@ class Cpp(Language):
             "or": "either({}, {})",
             "xor": "differ({}, {})",
             "not": "opposite({})",
+            "rshift": "shifted_right({}, {})",
             "floordiv": "floor_divide({}, {})",
             "where": "where({}, {}, {})",
             "to": "cast<{dtype}>({})",

@@ -24,6 +24,7 @@ OPERATIONS = {
     "or": "a or b, of bools or bits",
     "xor": "whether a and b differ, of bools or bits",
     "not": "not a, of a bool",
+    "rshift": "a shifted right by a literal number of bits, of whole numbers; signed ones repeat their sign",
     "eq": "a = b, a bool",
     "ne": "a ≠ b, a bool",
     "lt": "a < b, a bool",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from flexjag.printing.language import FUNCTIONS, OPERATORS, Language, with_bounds
-from flexjag.printing.program import Instruction
+from flexjag.printing.program import Instruction, Symbol
 
 
 class Torch(Language):
@@ -34,6 +36,14 @@ from flexjag.printing.runtime import cast, flat_index, look_up, maximum, minimum
     def dtype(self, dtype: torch.dtype) -> str:
         """Name of a dtype: ``torch.float32`` and so on."""
         return f"{dtype}"
+
+    def function(
+        self, name: str, parameters: Sequence[Symbol], lines: Sequence[str], returned: str, dtype: torch.dtype
+    ) -> str:
+        """Source of a function, whose whole-numbered parameters are of the width that their programs compute in."""
+        whole = [x for x in parameters if not x.dtype.is_floating_point]
+        casts = [f"    {x.name} = cast({x.name}, {self.dtype(x.dtype)})" for x in whole]
+        return super().function(name, parameters, [*casts, *lines], returned, dtype)
 
     def load(self, line: Instruction) -> str:
         """Expression of a gather; a 0-d tensor is the entry itself."""

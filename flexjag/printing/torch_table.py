@@ -156,6 +156,14 @@ def _not(x: Symbol) -> Symbol:
     return _note("not", (x,), torch.bool)
 
 
+def _shift_right(x: Value, by: Value) -> Symbol:
+    if not isinstance(x, Symbol) or x.dtype == torch.bool or x.dtype.is_floating_point:
+        refuse("it shifts something else than a whole number")
+    if isinstance(by, Symbol) or not 0 <= by < x.dtype.itemsize * 8:
+        refuse(f"it shifts {x.dtype} by something else than a plain number of 0 to {x.dtype.itemsize * 8 - 1} bits")
+    return _note("rshift", (x, by), x.dtype)
+
+
 def sign(x: Value) -> Symbol:
     """``torch.sign``, which is 0 of NaN."""
     one = 1.0 if x.dtype.is_floating_point else 1
@@ -214,6 +222,7 @@ _TABLE: dict[str, Callable[..., Any]] = {
     "abs": _abs,
     "neg": _negative,
     "invert": _not,
+    "rshift": _shift_right,
     "sign": sign,
     "bucketize": _bucketize,
     "relu": _relu,
@@ -246,6 +255,7 @@ _SAME = {
     "bitwise_or": "or",
     "bitwise_xor": "xor",
     "bitwise_not": "invert",
+    "bitwise_right_shift": "rshift",
     "min": "minimum",
     "max": "maximum",
     "clip": "clamp",

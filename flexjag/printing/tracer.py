@@ -50,6 +50,7 @@ class Tracer(Symbol):
     __and__, __rand__ = _operator("and"), _operator("and", True)
     __or__, __ror__ = _operator("or"), _operator("or", True)
     __xor__, __rxor__ = _operator("xor"), _operator("xor", True)
+    __rshift__ = _operator("rshift")
     __eq__, __ne__ = _operator("eq"), _operator("ne")
     __lt__, __le__ = _operator("lt"), _operator("le")
     __gt__, __ge__ = _operator("gt"), _operator("ge")

@@ -12,6 +12,7 @@ from cases import make_qkv
 
 import flexjag as fj
 from flexjag import Causal, Full, Prefix, SoftCap, Window
+from flexjag.algebra.dropping import Dropped
 from flexjag.algebra.node import node
 from flexjag.backends.base import Case
 from flexjag.backends.choose import BACKENDS, choose, pick, refusal
@@ -19,6 +20,7 @@ from flexjag.backends.varlen import has_gqa
 from flexjag.errors import BackendError
 
 ALIBI = fj.Alibi.from_heads(2)
+DROPPED = Dropped(torch.tensor(1), torch.tensor(0, dtype=torch.int32), 2)
 
 
 def case(
@@ -73,6 +75,7 @@ REFUSALS = [
     ("varlen", case(Prefix(4), **BF16), r"not Prefix\(4\)"),
     ("varlen", case(Window(torch.tensor([1]), 0), **BF16), "not Window"),
     ("varlen", case(score=ALIBI, **BF16), "takes no score"),
+    ("varlen", case(score=ALIBI >> DROPPED, **BF16), "takes no score function, as which dropout is computed"),
     ("varlen", case(device="cuda", dtype=torch.float32), "float16 and bfloat16, not torch.float32"),
     ("varlen", case(**BF16, tracing=True), "longest length on the host"),
     ("varlen", case(**BF16, has_spare=True), "spare rows"),

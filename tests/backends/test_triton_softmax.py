@@ -21,7 +21,16 @@ from flexjag.codegen.worker import Worker
 from flexjag.testing import Problem, problems
 from flexjag.testing import lengths as drawn_lengths
 
-QUICK = ("causal", "sinks", "per head, holes", "shorter keys", "three heads of a key", "slopes, cap", "heights")
+QUICK = (
+    "causal",
+    "sinks",
+    "per head, holes",
+    "shorter keys",
+    "three heads of a key",
+    "slopes, cap",
+    "dropped",
+    "heights",
+)
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import flexjag as fj
+from flexjag.algebra.dropping import Dropped
 from flexjag.algebra.masks import Not
 from flexjag.algebra.normalizers import GELU, Identity, Pointwise, Sigmoid, SiLU
 from flexjag.backends.triton import pointwise as triton_backend
@@ -105,6 +106,10 @@ SCORES: dict[str, Callable[[int], fj.Score | None]] = {
     "function of the head": lambda tokens: fj.ScoreMod(lambda x, b, h, q, kv: LEFT[h].to(x.dtype)),
     "function of the query": lambda tokens: fj.ScoreMod(lambda x, b, h, q, kv: q.to(x.dtype) / 10),
     "detached": lambda tokens: fj.ScoreMod(lambda x, b, h, q, kv: x * x.detach() + (x.clamp(-1, 1) - x).detach()),
+    "dropped": lambda tokens: (
+        fj.Alibi(torch.tensor([0.3, -0.2]))
+        >> Dropped(torch.tensor(2**62 + 5), torch.tensor(-(2**30), dtype=torch.int32), HEADS)
+    ),
     "clamped by tensors": lambda tokens: fj.ScoreMod(
         lambda x, b, h, q, kv: x.clamp(min=-CAP, max=CAP) * np.float64(0.5)
     ),

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from torch import Tensor
 
 import flexjag as fj
+from flexjag.algebra.dropping import Dropped
 from flexjag.backends.triton import softmax
 from flexjag.testing import Problem, assert_compiles, assert_matches_reference, assert_no_leak, problems
 
@@ -66,6 +67,12 @@ def pairs(heads: int, *sizes: int) -> fj.Score:
     return fj.DenseBias(torch.randn(heads, *sizes, generator=torch.Generator().manual_seed(0)).requires_grad_())
 
 
+def dropped() -> fj.Score:
+    """What dropout rules out, after a bias."""
+    below, ids = torch.tensor(-(2**30), dtype=torch.int32), torch.tensor([3, -9, 2**40, 0])
+    return slopes_and_cap() >> Dropped(torch.tensor(-(2**62) - 7), below, 2, ids)
+
+
 PAIRS = sum(n * n for n in LENGTHS)
 LONGER, SHORTER = (50, 20, 3, 1), (3, 0, 5, 40)
 CASES: dict[str, Case] = {
@@ -93,6 +100,7 @@ CASES: dict[str, Case] = {
     "bias of pairs, shared": Case(fj.Full, score=lambda: pairs(2, 40, 51) >> pairs(1, 41, 50), kv_lengths=LONGER),
     "table in bfloat16": Case(score=half_table, dtype=torch.bfloat16),
     "function": Case(lambda: HOLES, score=lambda: fj.ScoreMod(lambda x, b, h, q, kv: x * 0.5 + (q - kv) * 0.1)),
+    "dropped": Case(fj.Full, score=dropped, kv_lengths=LONGER, groups=2),
     "float16": Case(dtype=torch.float16),
     "heights": Case(lengths=(300, 0, 20), heads=1, dtype=torch.float16),
     "heights, exact products": Case(lambda: fj.Window(100, 7), lengths=(300, 9), heads=1),

@@ -8,6 +8,7 @@ import torch
 from flexjag.bench import main
 from flexjag.bench.arms.attention import LOOP, PADDED, SHARED
 from flexjag.bench.arms.cpu import CPP, IN_PYTHON, PLANNED, SEGMENTS, CpuBatch
+from flexjag.bench.arms.dropout import WITHOUT, DroppedBatch
 from flexjag.bench.arms.product import PRODUCT, product
 from flexjag.bench.measuring.lengths import uniform_lengths
 from flexjag.bench.measuring.schedule import run_suite
@@ -58,6 +59,9 @@ def test_full_figures_carry_the_acceptance_limits() -> None:
     assert limits(f"{CPP} / {PRODUCT}") == [">= 0.8"] * 2
     assert limits(f"time of {SEGMENTS} / {CPP}") == [">= 3.5", ">= 3.5", ">= 3", ">= 3", ">= 3", ">= 2"]
     assert limits(f"time of {IN_PYTHON} / {CPP}") == ["<= 1.3"] * 3
+    assert limits(f"dropout 0.1, forward, log-normal: time of {LOOP} / {CPP}") == [">= 3.5"]
+    assert limits(f"dropout 0.1, forward + backward, log-normal: time of {LOOP} / {CPP}") == [">= 2"]
+    assert limits(f"time of {CPP} / {WITHOUT}") == ["<= 3", "<= 4"]
     assert set(limits(f"memory of {CPP} / {SEGMENTS}")) == {"<= 1"}
 
 
@@ -69,6 +73,14 @@ def test_rates_are_useful_operations_by_time() -> None:
     assert figures[f"useful FLOP rate of {CPP} / {PRODUCT}"] == pytest.approx(0.5)
     assert figures[f"useful FLOP rate of {PLANNED} / {PRODUCT}"] is None
     assert figures[f"rate of {PRODUCT}"] == pytest.approx(2e-6)
+
+
+def test_the_check_of_dropout_notices_a_missing_factor() -> None:
+    batch = DroppedBatch("causal", [300, 200], 2, 16)
+    loop = batch.dropped()[0]
+    (out,) = loop.make()()
+    assert loop.check((out,)) is None
+    assert "standard errors" in str(loop.check((out * 0.9,)))
 
 
 def test_there_is_nothing_to_measure_on_a_gpu() -> None:

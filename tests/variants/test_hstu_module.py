@@ -190,6 +190,18 @@ def test_dropout_is_on_what_the_output_projects() -> None:
     assert torch.equal(out, x.values + layer.output(dropped))  # the residual is whole
 
 
+def test_dropout_of_attention_weights_is_for_training_only() -> None:
+    x = jagged([40, 7], WIDTH)
+    plan = fj.plan(x, mask=hstu_mask(x), normalizer=SiLU())
+    layer = make_layer(attention_dropout=0.25)
+    layer.bias = None
+    layer.eval()
+    assert torch.equal(layer(x, plan).values, layer(x, plan).values)
+    layer.train()
+    assert not torch.equal(layer(x, plan).values, layer(x, plan).values)
+    assert "attention_dropout=0.25" in repr(layer)
+
+
 def test_what_modules_say_of_themselves() -> None:
     bias = HSTUBias(2, time_buckets=8)
     layer = HSTULayer(32, 2, 16, 8, scale=0.5, bias=bias)
@@ -211,6 +223,7 @@ CACHE = KVCache(jagged([3, 0, 4], HEADS, DIM), jagged([3, 0, 4], HEADS, DIM))
     [
         (lambda: HSTULayer(0, 2, 8), ShapeError, r"width: must be an int of at least 1; got width=0"),
         (lambda: HSTULayer(8, 2, 8, -1), ShapeError, r"value_dim: must be an int"),
+        (lambda: HSTULayer(8, 2, 8, attention_dropout=1.0), ShapeError, "attention_dropout: must be .* below 1"),
         (lambda: HSTULayer(8, 2, 8, dropout=1.5), ShapeError, r"dropout: must be a probability; got dropout=1.5"),
         (lambda: HSTULayer(8, 2, 8, bias=HSTUBias(3, max_distance=1)), ShapeError, r"bias: .*bias=3, heads=2"),
         (lambda: HSTULayer(8, 2, 8, silu="v"), ShapeError, r"silu: must be 'uvqk' or 'u'; got silu='v'"),

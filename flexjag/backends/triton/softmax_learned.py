@@ -41,6 +41,7 @@ def learned_gradients(
             blocks.to_blocks(t.float(), n, block)
             for t, n in ((call.q, p.rows), (grad, p.rows), (call.k, p.cols + 1), (call.v, p.cols + 1))
         )
+        lse = lse.masked_fill(lse == -torch.inf, 0.0)  # of a row whose scores are all -inf, as these weigh 0
         base, compared = (blocks.to_blocks(t[..., None], p.rows, block) for t in (lse, delta))
         step = blocks.tiles_at_once(row.device, heads, block)
         for r, c in zip(row.split(step), col.split(step), strict=True):

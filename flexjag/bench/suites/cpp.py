@@ -21,6 +21,7 @@ from flexjag.backends.cpp.library import unit
 from flexjag.backends.cpp.source import printed
 from flexjag.bench.arms.attention import LOOP, PADDED, SHARED
 from flexjag.bench.arms.cpu import CPP, IN_PYTHON, PLANNED, SEGMENTS, CpuBatch
+from flexjag.bench.arms.dropout import RATE, WITHOUT, DroppedBatch
 from flexjag.bench.arms.kinds import KINDS, MAX_DISTANCE, useful_flops
 from flexjag.bench.arms.product import PRODUCT, product, product_flops
 from flexjag.bench.measuring.lengths import constant_lengths, lognormal_lengths, uniform_lengths
@@ -36,6 +37,7 @@ MIXED, EQUAL, SHORT, LONG = "log-normal", "128 tokens each", "up to 64 tokens", 
 WINDOW, BIAS = "window | prefix + ALiBi", "causal + trained relative bias"
 DIRECTIONS = ("forward", "forward + backward")
 COMPILATION = "compilation"
+DROPOUT = f"causal, dropout {RATE:g}"
 NORMALIZERS = {HSTU: ">= 3", BIASED: ">= 3", STICK: ">= 2"}
 """Kinds of attention without a softmax, with the limit of time of segments / cpp."""
 
@@ -152,6 +154,18 @@ def _attention_case(point: Point, sizes: CpuSizes, options: Options) -> Case:
     return Case(point.name, facts, full, small)
 
 
+def _dropout_case(backward: bool, sizes: CpuSizes, options: Options) -> Case:
+    lengths, few = sizes.lengths(MIXED, options.seed), QUICK_SIZES.lengths(MIXED, options.seed)
+    facts = {"segments": len(lengths), "tokens": sum(lengths), "longest": max(lengths), "rate": RATE}
+    facts |= {"heads": sizes.heads, "dim": sizes.dim, "dtype": "float32", "seed": options.seed}
+
+    def arms(lengths: Sequence[int]) -> list[Arm]:
+        given = sizes.heads, sizes.dim, torch.float32, backward, options.device, options.seed
+        return DroppedBatch("causal", lengths, *given).dropped()
+
+    return Case(f"{DROPOUT}, {DIRECTIONS[backward]}, {MIXED}", facts, partial(arms, lengths), partial(arms, few))
+
+
 def _normalizer_case(kind: str, sizes: NormalizerSizes, options: Options) -> Case:
     facts = {"segments": sizes.segments, "tokens": sum(sizes.lengths(options.seed)), "longest": sizes.longest}
     facts |= {"heads": sizes.heads, "dim": sizes.dim, "dtype": "float32", "seed": options.seed}
@@ -209,6 +223,11 @@ def _figures(options: Options, cases: list[CaseResult]) -> list[Figure]:
         return []
     found, facts = Results(cases), {case.name: case.facts for case in cases}
     figures = [f for point in POINTS for f in _of(point, found, facts.get(point.name, {}))]
+    for backward, limit, factor in ((False, ">= 3.5", "<= 3"), (True, ">= 2", "<= 4")):
+        case = f"{DROPOUT}, {DIRECTIONS[backward]}, {MIXED}"
+        seconds = {arm: found.seconds(case, arm) for arm in (LOOP, CPP, WITHOUT)}
+        for one, other, most in ((LOOP, CPP, limit), (CPP, WITHOUT, factor)):
+            figures.append(Figure(f"{case}: time of {one} / {other}", ratio(seconds[one], seconds[other]), "x", most))
     for kind, limit in NORMALIZERS.items():
         figures += _beside_segments(f"{kind}, {DIRECTIONS[1]}", found, limit)
     for kind in ("causal", WINDOW, BIAS):
@@ -257,11 +276,12 @@ def _beside_segments(case: str, found: Results, limit: str | None, memory: bool 
     _figures,
 )
 def cases(options: Options) -> list[Case | SelfTimedCase]:
-    """Distributions of lengths, masks and scores, normalizers, half precision, and the compile time. None on a GPU."""
+    """Distributions of lengths, masks and scores, dropout, normalizers, half precision, compile time. None on a GPU."""
     if options.device != "cpu":
         return []
     sizes = QUICK_SIZES if options.quick else FULL_SIZES
     out: list[Case | SelfTimedCase] = [_attention_case(point, sizes, options) for point in POINTS]
+    out += [_dropout_case(backward, sizes, options) for backward in (False, True)]
     for kind in NORMALIZERS:
         wanted = QUICK_NORMALIZER_SIZES if options.quick else NORMALIZER_SIZES[kind]
         out.append(_normalizer_case(kind, wanted, options))

@@ -221,6 +221,7 @@ WRAPPING(add, +)
 WRAPPING(sub, -)
 WRAPPING(mul, *)
 #undef WRAPPING
+template <class V> INLINE V shifted_right(V x, Element<V> by) { return (V)(x >> by); }
 template <class V> INLINE V neg(V x) { return sub(V{}, x); }
 
 template <class V> INLINE V abs(V x) {

@@ -56,6 +56,7 @@ class HSTULayer(nn.Module):
         bias: Bias added to the scores: one per layer, as in the public code, or one shared by several layers.
         scale: Factor on ``q·k``. Default ``1 / sqrt(D)``.
         dropout: Dropout probability, 0 to 1.
+        attention_dropout: Dropout probability of attention weights, below 1; see :func:`flexjag.attention`.
         eps: Added to the variance in the norms.
         silu: Projections that φ is applied to: ``"uvqk"`` for all four, ``"u"`` for the gate only.
         concat_u: Concatenate u to the input of f₂, in front.
@@ -88,6 +89,7 @@ class HSTULayer(nn.Module):
         bias: HSTUBias | None = None,
         scale: float | None = None,
         dropout: float = 0.0,
+        attention_dropout: float = 0.0,
         eps: float = 1e-6,
         silu: Literal["uvqk", "u"] = "uvqk",
         concat_u: bool = False,
@@ -106,6 +108,9 @@ class HSTULayer(nn.Module):
                 raise ShapeError(explain_values(name, "must be an int of at least 1", **{name: size}))
         if not 0 <= dropout <= 1:
             raise ShapeError(explain_values("dropout", "must be a probability", dropout=dropout))
+        if not 0 <= attention_dropout < 1:
+            rule = "must be a probability below 1"
+            raise ShapeError(explain_values("attention_dropout", rule, attention_dropout=attention_dropout))
         if bias is not None and bias.heads != heads:
             raise ShapeError(explain_values("bias", "must be made for the layer's heads", bias=bias.heads, heads=heads))
         if silu not in ("uvqk", "u"):
@@ -122,7 +127,7 @@ class HSTULayer(nn.Module):
         self.projection = nn.Linear(width, 2 * heads * (dim + value_dim), **factory)
         self.bias = bias
         self.attention_norm = HeadNorm(heads, eps, **factory) if group_norm else LayerNorm(features, eps, **factory)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout, self.attention_dropout = nn.Dropout(dropout), attention_dropout
         inputs = 1 + concat_u + concat_x + 2 * concat_ua
         self.output = nn.Linear(inputs * features, width, output_bias, **factory)
         self._reset_linear()
@@ -205,7 +210,8 @@ class HSTULayer(nn.Module):
             plan = plan.with_score(own if plan.score is None else plan.score >> own)
         elif times is not None or kv_times is not None:
             raise ScoreError(explain_values("times", "go with a bias by time, and the layer has none", bias=None))
-        out = attention(q, k, v, plan=plan, scale=self.scale)
+        rate = self.attention_dropout if self.training else 0.0
+        out = attention(q, k, v, plan=plan, scale=self.scale, dropout=rate)
         assert isinstance(out, Jagged)
         added = self.output(self.dropout(self._gate(u, out.values.flatten(1))))
         return x.with_values(x.values + added), KVCache(k, v)
@@ -266,7 +272,8 @@ class HSTULayer(nn.Module):
         scale = "" if self.scale is None else f", scale={self.scale}"
         silu = "" if self.silu == "uvqk" else f", silu={self.silu!r}"
         chosen = [name for name in ("concat_u", "concat_x", "concat_ua", "group_norm") if getattr(self, name)]
-        options = scale + silu + "".join(f", {name}=True" for name in chosen)
+        dropout = f", attention_dropout={self.attention_dropout}" if self.attention_dropout else ""
+        options = scale + silu + dropout + "".join(f", {name}=True" for name in chosen)
         return f"width={self.width}, heads={self.heads}, dim={self.dim}, value_dim={self.value_dim}{options}"
 
 
