@@ -31,6 +31,7 @@ from flexjag.algebra.scores import (
 )
 from flexjag.algebra.tokens import Keys, Queries
 from flexjag.api.attention import attention, merge
+from flexjag.api.cache import KVCache
 from flexjag.api.plan import Plan, plan
 from flexjag.codegen.compile import compile_for
 from flexjag.jagged import Jagged
@@ -49,6 +50,7 @@ __all__ = [
     "GlobalTokens",
     "Identity",
     "Jagged",
+    "KVCache",
     "Keys",
     "Mask",
     "MaskMod",
