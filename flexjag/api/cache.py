@@ -329,7 +329,7 @@ class KVCache:
 
     def _put(self, step: _Step, storage: Tensor, x: Jagged) -> Jagged:
         storage.index_copy_(0, step.new.values, x.values.detach())
-        if step.low is not None and not torch.compiler.is_compiling():  # a graph would be one for each row
+        if not torch.compiler.is_compiling() and step.low is not None:  # a graph would be made for each row
             values = storage[step.low : step.low + step.held.values.shape[0]]
         else:
             values = storage.index_select(0, step.held.values)
