@@ -45,9 +45,9 @@ class DecodeSizes:
 
 
 class DecodeBatch:
-    """Prompts' keys and values, the steps' queries, keys and values, and the arms that attend step by step.
+    """Prompts' keys and values, the steps' queries, keys and values, and arms that attend step by step.
 
-    What an arm returns are the outputs of the last step, those of all layers. Each call begins behind the prompts again.
+    What an arm returns are the outputs of the last step in all layers. Each call begins behind the prompts again.
 
     Args:
         sizes: Sizes of the batch.
@@ -103,9 +103,9 @@ class DecodeBatch:
             found.append(torch.stack(rows))
         return tuple(found)
 
-    def _run(self, step: Callable[[int, Tensor, Tensor, Tensor], Tensor], t: int) -> Tensors:
-        layers = range(self.sizes.layers)
-        return tuple([step(i, self.q[i, t], self.k[i, t], self.v[i, t]) for i in layers])
+    def _new(self, t: int) -> list[tuple[int, Tensor, Tensor, Tensor]]:
+        """Layer, queries ``[S, H, D]``, keys and values ``[S, G, D]`` of a step's tokens."""
+        return [(i, self.q[i, t], self.k[i, t], self.v[i, t]) for i in range(self.sizes.layers)]
 
     def _ours(self) -> Callable[[], Tensors]:
         sizes = self.sizes
@@ -118,20 +118,19 @@ class DecodeBatch:
         one = Jagged.from_lengths(self.q[0, 0], [1] * segments)
         mask = Causal("end")
 
+        @torch.no_grad()
         def call() -> Tensors:
-            out: Tensors = ()
+            found: list[Tensor] = []
             for t in range(sizes.steps):
                 made = plan(one, cache.extend(one), mask=mask)
-
-                def step(i: int, q: Tensor, k: Tensor, v: Tensor, made=made) -> Tensor:  # type: ignore[no-untyped-def]
+                found = []
+                for i, q, k, v in self._new(t):
                     keys, values = cache.append(i, one.with_values(k), one.with_values(v))
-                    return attention(one.with_values(q), keys, values, plan=made).values
-
-                out = self._run(step, t)
+                    found.append(attention(one.with_values(q), keys, values, plan=made).values)
             cache.rewind(sizes.steps)
-            return out
+            return tuple(found)
 
-        return torch.no_grad()(call)
+        return call
 
     def _padded(self, left: bool, room: int) -> tuple[list[list[Tensor]], Tensor]:
         """Prompts ``[S, G, N, D]`` of each layer's keys and values, and which columns hold tokens ``[S, N]``."""
@@ -152,20 +151,17 @@ class DecodeBatch:
         prompts, real = self._padded(left=True, room=0)
         more = real.new_ones(len(real), 1)
 
+        @torch.no_grad()
         def call() -> Tensors:
-            cache, allowed, out = [[*layer] for layer in prompts], real, ()
+            cache, allowed, found = [[*layer] for layer in prompts], real, list[Tensor]()
             for t in range(self.sizes.steps):
-                allowed = torch.cat([allowed, more], 1)
-                mask = allowed[:, None, None]
+                allowed, found = torch.cat([allowed, more], 1), []
+                for i, q, *new in self._new(t):
+                    cache[i] = [torch.cat([x, y[:, :, None]], 2) for x, y in zip(cache[i], new, strict=True)]
+                    found.append(_attend(q, cache[i], allowed[:, None, None]))
+            return tuple(found)
 
-                def step(i: int, q: Tensor, k: Tensor, v: Tensor, mask=mask, cache=cache) -> Tensor:  # type: ignore[no-untyped-def]
-                    cache[i] = [torch.cat([x, y[:, :, None]], 2) for x, y in zip(cache[i], (k, v), strict=True)]
-                    return _attend(q[:, :, None], *cache[i], mask)[:, :, 0]
-
-                out = self._run(step, t)
-            return out
-
-        return torch.no_grad()(call)
+        return call
 
     def _preallocated(self) -> Callable[[], Tensors]:
         """Right padding, with room for all steps; a step reads up to the longest sequence."""
@@ -173,54 +169,50 @@ class DecodeBatch:
         lengths, longest = real.sum(1), max(self.sizes.lengths)
         rows, column = torch.arange(len(lengths), device=self.device), torch.arange(real.shape[1], device=self.device)
 
+        @torch.no_grad()
         def call() -> Tensors:
-            out: Tensors = ()
+            found: list[Tensor] = []
             for t in range(self.sizes.steps):
-                end, at = longest + t + 1, lengths + t
-                mask = (column[:end] <= at[:, None])[:, None, None]
-
-                def step(i: int, q: Tensor, k: Tensor, v: Tensor, mask=mask, end=end, at=at) -> Tensor:  # type: ignore[no-untyped-def]
-                    for x, y in zip(cache[i], (k, v), strict=True):
+                end, at, found = longest + t + 1, lengths + t, []
+                allowed = (column[:end] <= at[:, None])[:, None, None]
+                for i, q, *new in self._new(t):
+                    for x, y in zip(cache[i], new, strict=True):
                         x[rows, :, at] = y
-                    return _attend(q[:, :, None], *(x[:, :, :end] for x in cache[i]), mask)[:, :, 0]
+                    found.append(_attend(q, [x[:, :, :end] for x in cache[i]], allowed))
+            return tuple(found)
 
-                out = self._run(step, t)
-            return out
-
-        return torch.no_grad()(call)
+        return call
 
     def _listed(self, preallocated: bool) -> Callable[[], Tensors]:
-        """Tensors ``[G, n, D]`` of each sequence, which grow by ``torch.cat`` or have room for all steps."""
+        """Tensors ``[1, G, n, D]`` of each sequence, which grow by ``torch.cat`` or have room for all steps."""
         lengths, room = list(self.sizes.lengths), self.sizes.steps if preallocated else 0
 
         def split(x: Tensor) -> list[Tensor]:
             pieces = [y.transpose(0, 1) for y in x.split(lengths)]
-            return [torch.cat([y, y.new_zeros(y.shape[0], room, y.shape[2])], 1) for y in pieces]
+            return [torch.cat([y, y.new_zeros(y.shape[0], room, y.shape[2])], 1)[None] for y in pieces]
 
         prompts = [[split(x) for x in layer] for layer in self.prompts]
 
+        @torch.no_grad()
         def call() -> Tensors:
-            cache, out = [[[*x] for x in layer] for layer in prompts], ()
+            cache, found = [[[*x] for x in layer] for layer in prompts], list[Tensor]()
             for t in range(self.sizes.steps):
-
-                def one(i: int, s: int, q: Tensor, *new: Tensor, t: int = t, cache=cache) -> Tensor:  # type: ignore[no-untyped-def]
-                    end, parts = lengths[s] + t + 1, []
+                found = []
+                for i, q, *new in self._new(t):
                     for x, y in zip(cache[i], new, strict=True):
-                        if preallocated:
-                            x[s][:, end - 1] = y
-                        else:
-                            x[s] = torch.cat([x[s], y[:, None]], 1)
-                        parts.append(x[s][None, :, :end])
-                    return _attend(q[None, :, None], *parts)[0, :, 0]
+                        for s, row in enumerate(y.split(1)):
+                            if preallocated:
+                                x[s][:, :, lengths[s] + t] = row
+                            else:
+                                x[s] = torch.cat([x[s], row[:, :, None]], 2)
+                    ends = [n + t + 1 for n in lengths]
+                    each = [[x[s][:, :, :end] for x in cache[i]] for s, end in enumerate(ends)]
+                    found.append(torch.cat([_attend(one, kv) for one, kv in zip(q.split(1), each, strict=True)]))
+            return tuple(found)
 
-                def step(i: int, *new: Tensor, one=one) -> Tensor:  # type: ignore[no-untyped-def]
-                    return torch.stack([one(i, s, *(x[s] for x in new)) for s in range(len(lengths))])
-
-                out = self._run(step, t)
-            return out
-
-        return torch.no_grad()(call)
+        return call
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    return scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+def _attend(q: Tensor, kv: Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
+    """Attention of one query ``[B, H, D]`` of each sequence to keys and values ``[B, G, N, D]``."""
+    return scaled_dot_product_attention(q[:, :, None], kv[0], kv[1], attn_mask=mask, enable_gqa=True)[:, :, 0]

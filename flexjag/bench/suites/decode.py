@@ -23,7 +23,8 @@ from flexjag.bench.suites.registry import Arm, Case, CaseResult, Figure, Options
 
 GROUPED, FULL, ONE = "8 heads share 2", "8 heads", "one sequence, 8 heads share 2"
 OTHERS = (CONCATENATED, PREALLOCATED, LISTED, LISTED_PREALLOCATED)
-LIMITS = {GROUPED: {CONCATENATED: ">= 2", PREALLOCATED: ">= 1", LISTED: ">= 1", LISTED_PREALLOCATED: None}}
+LIMITS = {GROUPED: ">= 1.5", FULL: ">= 3"}
+"""Limits of the time of padded caches that grow by torch.cat, as those of most libraries do."""
 
 
 def _sizes(name: str, options: Options) -> DecodeSizes:
@@ -44,9 +45,11 @@ def _figures(options: Options, cases: list[CaseResult]) -> list[Figure]:
     figures = []
     for name in (GROUPED, FULL, ONE):
         for other in OTHERS:
-            limit = LIMITS.get(name, {}).get(other) if options.device == "cpu" and not options.quick else None
+            promised = options.device == "cpu" and not options.quick and other == CONCATENATED
             value = ratio(found.seconds(name, other), found.seconds(name, OURS))
-            figures.append(Figure(f"{name}: time of {other} / {OURS}", value, "x", limit))
+            figures.append(
+                Figure(f"{name}: time of {other} / {OURS}", value, "x", LIMITS.get(name) if promised else None)
+            )
         for other in OTHERS:
             value = ratio(found.memory(name, OURS), found.memory(name, other))
             figures.append(Figure(f"{name}: memory of {OURS} / {other}", value, "x"))
@@ -64,7 +67,7 @@ def cases(options: Options) -> list[Case]:
     made = []
     for name in (GROUPED, FULL, ONE):
         sizes = _sizes(name, options)
-        small = replace(_sizes(name, replace(options, quick=True)), dim=sizes.dim)  # for which kernels are compiled
+        small = replace(sizes, lengths=[min(n, 128) for n in sizes.lengths], steps=1)  # by the same kernels
         facts = {"segments": len(sizes.lengths), "tokens": sum(sizes.lengths), "longest": max(sizes.lengths)}
         facts |= {"steps": sizes.steps, "layers": sizes.layers, "heads": sizes.heads, "groups": sizes.groups}
         facts |= {"dim": sizes.dim, "dtype": "bfloat16" if options.device == "cuda" else "float32"}
