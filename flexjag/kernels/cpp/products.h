@@ -47,6 +47,24 @@ template <int DIM, int NV> static __attribute__((noinline)) void multiply_to(con
   HAS_EFFECTS;
 }
 
+// The same for at most FEW queries, given as rows of whole vectors and not as columns, times a factor: columns are lanes,
+// of which none is wasted. Missing lanes of the queries' vector are 0. PADDED: the rows of keys are whole vectors, too.
+constexpr int FEW = 2;
+template <int DIM, bool PADDED> static __attribute__((noinline)) void multiply_few(const real* const* rows, const real* queries, int count, real factor, real* to) {
+  constexpr int NV = vectors_of(DIM), TAIL = PADDED ? 0 : DIM % LANES;
+  Vec found[KEYS] = {};
+  for (int r = 0; r < count; r++, queries += NV * LANES) {
+    Vec sums[KEYS] = {};
+    for (int n = 0; n < NV; n++) {
+      const Vec x = read(queries + n * LANES);
+      UNROLL for (int m = 0; m < KEYS; m++) sums[m] += x * (n == NV - 1 ? read_part<TAIL>(rows[m] + n * LANES) : read(rows[m] + n * LANES));
+    }
+    UNROLL for (int m = 0; m < KEYS; m++) found[m][r] = factor * sum(sums[m]);
+  }
+  UNROLL for (int m = 0; m < KEYS; m++) put(to + m * QUERIES, found[m]);
+  HAS_EFFECTS;
+}
+
 // c[m][:] = alpha[m] c[m][:] + sum over r in [lo, hi) of a[m * a_row + r * a_column] b[r][:], for M rows and NV vectors
 // of columns, of which the last has TAIL columns in b (0: all). alpha null: 1.
 template <int M, int NV, int TAIL>
