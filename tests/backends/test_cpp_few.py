@@ -1,4 +1,4 @@
-"""Segments of one or two queries, as in decoding, whose products the C++ kernels sum over columns instead of queries."""
+"""Segments of one or two queries, as in decoding: the C++ kernels sum their products over columns."""
 
 from __future__ import annotations
 
