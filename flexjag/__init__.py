@@ -31,6 +31,7 @@ from flexjag.algebra.scores import (
 )
 from flexjag.algebra.tokens import Keys, Queries
 from flexjag.api.attention import attention
+from flexjag.api.cache import KVCache
 from flexjag.api.merge import merge
 from flexjag.api.plan import Plan, plan
 from flexjag.codegen.compile import compile_for
@@ -50,6 +51,7 @@ __all__ = [
     "GlobalTokens",
     "Identity",
     "Jagged",
+    "KVCache",
     "Keys",
     "Mask",
     "MaskMod",

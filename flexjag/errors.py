@@ -61,6 +61,10 @@ class DifferentiationError(FlexjagError, RuntimeError):
     """Raised for an unsupported derivative. The message names a backend or function that supports it."""
 
 
+class KVCacheError(FlexjagError, RuntimeError):
+    """Raised if a KVCache is full, has no such layer or tokens, or is used in another order than step by step."""
+
+
 class TargetError(FlexjagError, ValueError):
     """Raised for a GPU architecture that kernels cannot be compiled for."""
 

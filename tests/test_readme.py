@@ -51,6 +51,12 @@ def test_sinks_and_dropout_run_as_printed() -> None:
     run_page("docs/weights.md")
 
 
+def test_the_page_on_decoding_runs_as_printed() -> None:
+    names = run_page("docs/decoding.md")
+    assert [len(x) for x in names["answers"]] == names["lengths"]
+    assert names["cache"].num_segments == 3
+
+
 @pytest.mark.skipif(build.refusal() is not None, reason=str(build.refusal()))
 def test_the_example_of_the_cpu_page_runs_and_is_right() -> None:
     names = run_page("docs/cpu.md")
@@ -73,7 +79,10 @@ def test_the_example_of_the_triton_page_runs_and_is_right() -> None:
     assert names["q"].values.grad is not None
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/design.md", "docs/cpu.md", "docs/data.md", "docs/triton.md"])
+PAGES = ["README.md", "docs/design.md", "docs/cpu.md", "docs/data.md", "docs/decoding.md", "docs/triton.md"]
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_relative_links_exist(page: str) -> None:
     path = ROOT / page
     links = re.findall(r"\]\((?!https?:)([^)#]+)", path.read_text(encoding="utf-8"))

@@ -85,6 +85,17 @@ def test_more_work_takes_longer() -> None:
         assert all(less[backend] < more[backend] for backend in less)
 
 
+def test_steps_of_one_token_take_what_whole_vectors_and_tiles_of_queries_take() -> None:
+    def expected(n: int, backend: str) -> float:
+        q = fj.Jagged.from_lengths(torch.zeros(32 * n, 8, 64), [n] * 32)
+        k = fj.Jagged.from_lengths(torch.zeros(32 * 300, 2, 64), [300] * 32)
+        case = fj.plan(q, k, mask=fj.Causal("end")).case(grad=False)
+        return expected_seconds(case, [backend])[backend]
+
+    assert expected(16, "cpp") < 1.2 * expected(1, "cpp")
+    assert expected(1, "tiled") > 2 * expected(1, "cpp")
+
+
 def test_explain_gives_the_expected_times() -> None:
     x = fj.Jagged.from_lengths(torch.zeros(300, 2, 16), [100, 200])
     assert re.search(r" ms expected, (cpp .* ms, )?tiled ", fj.plan(x).explain())

@@ -21,4 +21,7 @@ def cost(case: Case) -> Work:
 def work(way: str, mask: m.Mask, sizes: Sizes) -> Work:
     """Estimated numbers of segments and of scores."""
     keys = min(sizes.keys, attended(mask, sizes.keys) + VECTOR / 2)
-    return Work(way, sizes.segments, sizes.tokens, sizes.tokens * keys)
+    rows = max(
+        1.0, VECTOR / max(sizes.queries, 1.0)
+    )  # computed for each query, where a segment has few, as in decoding
+    return Work(way, sizes.segments, sizes.tokens, sizes.tokens * rows * keys)

@@ -21,7 +21,8 @@ def work(way: str, mask: m.Mask, sizes: Sizes) -> Work:
     """Estimated numbers of tile rows and of scores."""
     n, keys = sizes.queries, sizes.keys
     rows = max(1.0, sizes.num_q / TILE)
-    # A row of tiles meets the keys of its own tokens' segments, or of one segment what its tokens reach.
-    met = min(sizes.num_kv, max(1.0, TILE / max(n, 1.0)) * keys, attended(mask, keys) + TILE)
+    # A row of tiles meets what its tokens reach in each of their segments.
+    reached = min(keys, attended(mask, keys) + min(n, TILE))
+    met = min(sizes.num_kv, max(1.0, TILE / max(n, 1.0)) * reached)
     met = max(met, min(keys, attended(mask, keys)), 1.0)
     return Work(way, rows, sizes.tokens, rows * met * TILE * sizes.scale)

@@ -26,6 +26,7 @@ MODULES = (
     "paper",
     "step",
     "data",
+    "decode",
 )
 
 Tell = Callable[[str], None]

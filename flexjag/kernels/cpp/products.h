@@ -80,6 +80,44 @@ static __attribute__((noinline)) void multiply_to(const Operand<DIM>* const* row
   HAS_EFFECTS;
 }
 
+// The same for at most FEW queries, kept as rows of whole vectors and not as columns: columns are lanes, of which none is
+// wasted. Missing lanes of the queries' vector are 0. PADDED: the rows of keys are whole vectors, too, if not of pairs.
+constexpr int FEW = 2;
+template <int DIM> constexpr int WORDS = PAIRED<DIM> ? DIM / 2 : DIM;  // of a row
+template <int DIM, bool PADDED>
+static __attribute__((noinline)) void multiply_few(const Operand<DIM>* const* rows, const real* queries, int count, real factor, real* to) {
+  constexpr int NV = vectors_of(WORDS<DIM>), TAIL = PADDED && !PAIRED<DIM> ? 0 : WORDS<DIM> % LANES;
+  Vec found[KEYS] = {};
+  for (int r = 0; r < count; r++, queries += NV * LANES) {
+    Vec sums[KEYS] = {};
+    for (int n = 0; n < NV; n++) {
+      const Vec x = read(queries + n * LANES);
+      UNROLL for (int m = 0; m < KEYS; m++) {
+        const real* row = (const real*)rows[m] + n * LANES;
+        const Vec y = n == NV - 1 ? read_part<TAIL>(row) : read(row);
+#ifdef MULTIPLIES_PAIRS
+        if constexpr (PAIRED<DIM>) { sums[m] = add_pairs(sums[m], (Int)y, x); continue; }
+#endif
+        sums[m] += x * y;
+      }
+    }
+    UNROLL for (int m = 0; m < KEYS; m++) found[m][r] = factor * sum(sums[m]);
+  }
+  UNROLL for (int m = 0; m < KEYS; m++) put(to + m * QUERIES, found[m]);
+  HAS_EFFECTS;
+}
+// Keep query r of DIM columns for that.
+template <int DIM> INLINE void keep_few(const element* row, int r, real* queries) {
+  constexpr int NV = vectors_of(WORDS<DIM>);
+  queries += r * NV * LANES;
+  if constexpr (PAIRED<DIM>) {
+    put(queries + (NV - 1) * LANES, Vec{});
+    std::memcpy(queries, row, DIM * sizeof(element));
+  } else {
+    copy_row(row, DIM, queries);
+  }
+}
+
 // c[m][:] = alpha[m] c[m][:] + sum over r in [lo, hi) of a[m * a_row + r * a_column] b[r][:], for M rows and NV vectors
 // of columns, of which the last has TAIL columns in b (0: all). alpha null: 1.
 template <int M, int NV, int TAIL>

@@ -37,7 +37,7 @@ struct Found {
 struct Forward {
   Found found;
   alignas(64) real packed[D * QUERIES], scores[KEY_BLOCK * QUERIES];
-  alignas(64) real own[QUERIES * WIDTH_D];  // queries as `real`, if they are of 16 bits
+  alignas(64) real own[QUERIES * WIDTH_D];  // queries as rows of `real`, if they are of 16 bits, or few
   alignas(64) real before[QUERIES], shrink[QUERIES];
   Pairs ok;
   Block block;
@@ -91,7 +91,8 @@ static void attend_block(const Call& c, const KeyRows& kv, const Item& item, int
   const int64_t last = row + count - 1;
   Block& b = w.block;
   b.take(c.outer[which], c.inner[which], c.num_q, row, count, c.segment(s));
-  pack_queries(c.q, row, h, count, (real)c.scale, w.own, w.packed);
+  if (count > FEW) pack_queries(c.q, row, h, count, (real)c.scale, w.own, w.packed);
+  else for (int r = 0; r < count; r++) keep_few<D>(c.q.row(row + r, h), r, w.own);
   for (int i = 0; i < b.vectors * LANES; i += LANES) put(f.top + i, all_lanes(LOWEST)), put(f.sum + i, Vec{});
   std::memset(f.out, 0, count * WIDTH_E * sizeof(real));
   bool first = true;
@@ -109,7 +110,8 @@ static void attend_block(const Call& c, const KeyRows& kv, const Item& item, int
       const Operand<D>* rows[KEYS];
       for (int m = 0; m < KEYS; m++) rows[m] = kv.key(std::min(key + m, keys - 1));
       real *scores = w.scores + g * KEYS * QUERIES + t.v * LANES, *tops = f.top + t.v * LANES;
-      product_tile<D>(t.vectors, rows, w.packed + t.v * LANES, (real)c.scale, scores);
+      if (count > FEW) product_tile<D>(t.vectors, rows, w.packed + t.v * LANES, (real)c.scale, scores);
+      else multiply_few<D, IS_HALF>(rows, w.own, count, (real)c.scale, scores);
       if (t.partial) score_tile<true>(c, t, w.ok, scores, tops);
       else score_tile<false>(c, t, w.ok, scores, tops);
     }
