@@ -32,6 +32,7 @@ from flexjag.algebra.scores import (
 from flexjag.algebra.tokens import Keys, Queries
 from flexjag.api.attention import attention, merge
 from flexjag.api.plan import Plan, plan
+from flexjag.api.recompiles import explain_recompiles
 from flexjag.codegen.compile import compile_for
 from flexjag.jagged import Jagged
 
@@ -75,6 +76,7 @@ __all__ = [
     "compile_for",
     "data",
     "errors",
+    "explain_recompiles",
     "extend",
     "merge",
     "nn",

@@ -210,12 +210,46 @@ def mend_dynamo_invert() -> None:
 
         module.BuiltinVariable.call_invert = call_invert
 
-    if dynamo_traces_invert():
-        return
-    if builtin in sys.modules:
-        mend(sys.modules[builtin])
-    else:
-        sys.meta_path.insert(0, _After(builtin, mend))
+    if not dynamo_traces_invert():
+        _when_imported(builtin, mend)
+
+
+def on_recompiling(told: Callable[[Any, list[str]], None]) -> Callable[[], None]:
+    """Have TorchDynamo call a function whenever it is about to compile a function anew (torch 2.11 to 2.14).
+
+    Dynamo says why in its logs only. Its own search for the reasons is wrapped, on its import if it is not loaded yet.
+
+    Args:
+        told: Called with the Python frame of the function, of which ``f_code`` and ``f_locals`` can be read, and one
+            text per graph compiled before: the first of its guards that fails.
+
+    Returns:
+        A function that ends this.
+    """
+    _told.append(told)
+    _watch_recompiling()
+    return lambda: _told.remove(told)
+
+
+_told: list[Callable[[Any, list[str]], None]] = []
+
+
+@cache
+def _watch_recompiling() -> None:
+    name, function = "torch._dynamo.convert_frame", "get_and_maybe_log_recompilation_reasons"
+
+    def mend(module: Any) -> None:
+        plain = getattr(module, function)
+
+        def reasons_of(entries: Any, frame: Any, backend: Any, skip_logging: bool = False) -> list[str]:
+            reasons = plain(entries, frame, backend, skip_logging)
+            for told in () if skip_logging else tuple(_told):
+                told(frame, reasons)
+            return reasons
+
+        setattr(module, function, reasons_of)
+
+    _when_imported(name, mend)
 
 
 def dynamo_traces_invert() -> bool:
@@ -231,6 +265,14 @@ def opcheck_reads_grads() -> bool:
 def _release() -> tuple[int, int]:
     major, minor, *_ = torch.__version__.split(".")
     return int(major), int(minor)
+
+
+def _when_imported(name: str, then: Callable[[Any], None]) -> None:
+    """Call a function on a module, at once if it is loaded."""
+    if name in sys.modules:
+        then(sys.modules[name])
+    else:
+        sys.meta_path.insert(0, _After(name, then))
 
 
 class _After(MetaPathFinder):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flexjag.offsets import fixed
 from flexjag.printing.program import Program, Symbol, Value, program_of, refuse
 from flexjag.printing.torch_table import FUNCTIONS, NAMES, clamp, where
 
@@ -106,6 +107,8 @@ def _argument(x: Any, program: Program, name: str) -> Any:
         return look_up(program, x, ())
     if isinstance(x, Rows) or (isinstance(x, Tensor) and name != "bucketize"):
         refuse("it computes with a whole row of a tensor: index all of its dimensions")
+    if type(x) is float:
+        return fixed(x)  # printed as a literal
     if not isinstance(x, (Symbol, Tensor, int)) and hasattr(x, "dtype") and hasattr(x, "item"):
         return x.item()  # a scalar of numpy, which prints as code of its own
     return x
