@@ -19,7 +19,7 @@ def attend(
     k: Tensor,
     v: Tensor,
     captures: list[Tensor],
-    learned: list[int],
+    learned: list[int] | None,
     numbers: list[int],
     source: str,
     offsets: list[Tensor],
@@ -27,7 +27,7 @@ def attend(
     mask_of: Tensor | None,
     scale: float,
     factor: float,
-    unshared: list[int],
+    unshared: list[int] | None,
 ) -> tuple[Tensor, Tensor]:
     """Attention by a plan's printed functions.
 
@@ -35,8 +35,8 @@ def attend(
         q: ``[T_q, H, D]``.
         k: ``[T_kv, G, D]``.
         v: ``[T_kv, G, E]``.
-        captures: Tensors that the functions read; each of the `learned` ones is contiguous.
-        learned: Indices of the captures that need gradients.
+        captures: Tensors that the functions read, at least one; each of the `learned` ones is contiguous.
+        learned: Indices of the captures that need gradients. AOTInductor passes None for an empty list.
         numbers: Integers that they read.
         source: The printed functions.
         offsets: ``[S+1]`` int32, of queries and of keys.
@@ -52,7 +52,8 @@ def attend(
     """
     q, k, v = (_packed(x) for x in (q, k, v))
     out, lse = _empty(q, v)
-    problem = Problem(source, captures, learned, numbers, offsets, spans, mask_of, scale, factor, unshared)
+    held = source, captures, learned or [], numbers, offsets, spans, mask_of, scale, factor, unshared or []
+    problem = Problem(*held)
     run("attend", problem, (q.shape[1], k.shape[1]), {"q": q, "k": k, "v": v, "out": out, "lse": lse})
     return out, lse
 
@@ -82,7 +83,7 @@ def differentiate(
     out: Tensor,
     lse: Tensor,
     captures: list[Tensor],
-    learned: list[int],
+    learned: list[int] | None,
     numbers: list[int],
     source: str,
     offsets: list[Tensor],
@@ -90,12 +91,13 @@ def differentiate(
     mask_of: Tensor | None,
     scale: float,
     factor: float,
-    unshared: list[int],
+    unshared: list[int] | None,
 ) -> list[Tensor]:
     """The gradients of q, k, v and the `learned` captures of :func:`attend`."""
     grad, q, k, v, out = (_packed(x) for x in (grad, q, k, v, out))
     dq, dk, dv = _like(q, k, v)
-    problem = Problem(source, captures, learned, numbers, offsets, spans, mask_of, scale, factor, unshared)
+    held = source, captures, learned or [], numbers, offsets, spans, mask_of, scale, factor, unshared or []
+    problem = Problem(*held)
     tensors = {"q": q, "k": k, "v": v, "out": out, "grad": grad, "dq": dq, "dk": dk, "dv": dv, "lse": lse.contiguous()}
     given = None if grad_lse is None else grad_lse.to(lse.dtype).contiguous()
     found = run("differentiate", problem, (q.shape[1], k.shape[1]), {**tensors, "grad_lse": given})
@@ -105,7 +107,7 @@ def differentiate(
 @differentiate.register_fake
 def _(grad: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> list[Tensor]:
     captures, learned = rest[2:4]
-    return _like(q, k, v, *(captures[i] for i in learned))
+    return _like(q, k, v, *(captures[i] for i in learned or []))
 
 
 def _refuse(ctx: Any, *grads: Any) -> NoReturn:

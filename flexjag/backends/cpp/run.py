@@ -45,7 +45,8 @@ def run(q: Tensor, k: Tensor, v: Tensor, recipe: Recipe, scale: float, need_rest
     found, mask_of = _spans(recipe, text, q, v)
     spans = [x for one in found for x in (one.lo, one.hi)]
     offsets = [layout.q_offsets, layout.kv_offsets]
-    captures, offsets, spans = (savable(x) for x in (text.captures, offsets, spans))
+    captures = text.captures or offsets[:1]  # AOTInductor passes None for an empty list; nothing reads this one
+    captures, offsets, spans = (savable(x) for x in (captures, offsets, spans))
     mask_of = None if mask_of is None else savable([mask_of])[0]
     out, rest = attend(
         q, k, v, captures, text.learned, text.numbers, text.source, offsets, spans, mask_of, scale, factor,
