@@ -33,6 +33,7 @@ from flexjag.algebra.tokens import Keys, Queries
 from flexjag.api.attention import attention, merge
 from flexjag.api.plan import Plan, plan
 from flexjag.api.recompiles import explain_recompiles
+from flexjag.backends import operators as _operators  # noqa: F401  # registers them
 from flexjag.codegen.compile import compile_for
 from flexjag.jagged import Jagged
 

@@ -50,6 +50,10 @@ ROWS = "FlexAttention's CPU kernel mixes up the dimensions of rows that are look
 """Error message for functions that :func:`cpu_flex_misplaces` or :func:`mend_cpu_flex_rows` reject."""
 
 
+PACKAGED = "FlexAttention's CPU kernel cannot be in a package of AOTInductor; export with backend='cpp' or 'tiled'"
+"""Error message for packages that :func:`mend_cpu_flex_rows` rejects."""
+
+
 class _Shapes(TorchFunctionMode):
     """Records whether watched tensors, or results of them, meet tensors with dimensions, other than as an index."""
 
@@ -110,13 +114,18 @@ def _misplaced(module: torch.fx.GraphModule, num_scores: int) -> bool:
 def mend_cpu_flex_rows() -> None:
     """Make lowering a function that :func:`cpu_flex_misplaces` detects an error, also in compiled graphs.
 
-    Covers users' own nodes, and every caller of FlexAttention in this process. A few functions with correct results
-    are rejected as well: those that only sum a row over its last dimension, or add a dimension of 1 to it.
+    So is lowering for AOTInductor, whose C++ for that kernel does not compile. Covers users' own nodes, and every
+    caller of FlexAttention in this process. A few functions with correct results are rejected as well: those that only
+    sum a row over its last dimension, or add a dimension of 1 to it.
     """
+    from torch._inductor.virtualized import V
+
     lowering: Any = import_module("torch._inductor.kernel.flex.flex_attention")
     plain = lowering.lower_cpu
 
     def lower_cpu(query: Any, key: Any, value: Any, subgraph: Any, block_mask: Any, *rest: Any) -> Any:
+        if V.graph.aot_mode:
+            raise NotImplementedError(PACKAGED)
         if _misplaced(subgraph.graph_module, 1) or _misplaced(block_mask[-1].graph_module, 0):
             raise NotImplementedError(ROWS)
         return plain(query, key, value, subgraph, block_mask, *rest)
