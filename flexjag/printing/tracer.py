@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -65,7 +66,7 @@ class Tracer(Symbol):
     def __torch_function__(
         cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if function is torch.Tensor.__getitem__:
+        if function is torch.Tensor.__getitem__ or function is operator.getitem:  # the latter in strict exports
             tensor, index = args
             return look_up(program_of((index,)), tensor, index if isinstance(index, tuple) else (index,))
         if function not in NAMES:
