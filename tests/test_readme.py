@@ -47,6 +47,12 @@ def test_positions_run_as_printed() -> None:
     run_page("docs/positions.md")
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec:FutureWarning")  # of PyTorch's own export
+def test_the_page_on_graphs_runs() -> None:
+    run_page("docs/compile.md")
+
+
 @pytest.mark.skipif(build.refusal() is not None, reason=str(build.refusal()))
 def test_the_example_of_the_cpu_page_runs_and_is_right() -> None:
     names = run_page("docs/cpu.md")
@@ -69,7 +75,7 @@ def test_the_example_of_the_triton_page_runs_and_is_right() -> None:
     assert names["q"].values.grad is not None
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/design.md", "docs/cpu.md", "docs/data.md", "docs/triton.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/design.md", "docs/compile.md", "docs/cpu.md", "docs/data.md", "docs/triton.md"])
 def test_relative_links_exist(page: str) -> None:
     path = ROOT / page
     links = re.findall(r"\]\((?!https?:)([^)#]+)", path.read_text(encoding="utf-8"))
