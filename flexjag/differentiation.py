@@ -73,7 +73,8 @@ def is_forward_mode() -> bool:
     return any(x.key() == functorch.TransformType.Jvp for x in stack)
 
 
-is_forward_mode._dynamo_marked_constant = True  # torch.compiler.assume_constant_result, which would import Dynamo
+# What torch.compiler.assume_constant_result does, which would import TorchDynamo.
+is_forward_mode._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def is_mapped(x: Tensor) -> bool:

@@ -75,7 +75,9 @@ def test_the_example_of_the_triton_page_runs_and_is_right() -> None:
     assert names["q"].values.grad is not None
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/design.md", "docs/compile.md", "docs/cpu.md", "docs/data.md", "docs/triton.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/design.md", "docs/compile.md", "docs/cpu.md", "docs/data.md", "docs/triton.md"]
+)
 def test_relative_links_exist(page: str) -> None:
     path = ROOT / page
     links = re.findall(r"\]\((?!https?:)([^)#]+)", path.read_text(encoding="utf-8"))

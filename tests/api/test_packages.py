@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CPP_SLOWLY, jagged
+from cases import jagged
 from torch import Tensor, nn
 from torch.export import Dim
 
 import flexjag as fj
+from flexjag.kernels.cpp import build
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec:FutureWarning")  # of PyTorch's own export
 SIZES = ([{0: Dim("T", max=4096)}, {0: Dim("S", max=100)}],)
@@ -56,13 +57,17 @@ def in_a_fresh_process(load: str, file: Path, model: nn.Module) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-BACKENDS = ["tiled", CPP_SLOWLY, pytest.param("auto", marks=pytest.mark.slow)]
 KINDS: dict[str, fj.Normalizer | None] = {"softmax": None, "SiLU": fj.SiLU(), "stick-breaking": fj.StickBreaking()}
 
 
+NEEDS_CPP = pytest.mark.skipif(build.refusal() is not None, reason=str(build.refusal()))
+
+
+@NEEDS_CPP
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("backend", "kind"), [("tiled", "stick-breaking"), ("tiled", "softmax"), ("cpp", "softmax"), ("auto", "SiLU")]
+)
 def test_a_package_runs_in_a_fresh_process(backend: str, kind: str, tmp_path: Path) -> None:
     model = Attend(backend, KINDS[kind]).eval()
     with torch.no_grad():
@@ -71,9 +76,9 @@ def test_a_package_runs_in_a_fresh_process(backend: str, kind: str, tmp_path: Pa
     in_a_fresh_process(f"torch._inductor.aoti_load_package({path!r})", tmp_path / "model", model)
 
 
+@NEEDS_CPP
 @pytest.mark.slow
-@pytest.mark.parametrize("strict", [False, True])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("backend", "strict"), [("tiled", False), ("cpp", False), ("auto", True)])
 def test_an_exported_program_runs_in_a_fresh_process(backend: str, strict: bool, tmp_path: Path) -> None:
     model = Attend(backend).eval()
     program = torch.export.export(model, (batch([50, 30, 70]),), dynamic_shapes=SIZES, strict=strict)

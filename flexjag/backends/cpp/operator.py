@@ -101,7 +101,7 @@ def differentiate(
     tensors = {"q": q, "k": k, "v": v, "out": out, "grad": grad, "dq": dq, "dk": dk, "dv": dv, "lse": lse.contiguous()}
     given = None if grad_lse is None else grad_lse.to(lse.dtype).contiguous()
     found = run("differentiate", problem, (q.shape[1], k.shape[1]), {**tensors, "grad_lse": given})
-    return [dq, dk, dv, *(x.to(captures[i].dtype) for x, i in zip(found, learned, strict=True))]
+    return [dq, dk, dv, *(x.to(captures[i].dtype) for x, i in zip(found, learned or [], strict=True))]
 
 
 @differentiate.register_fake
