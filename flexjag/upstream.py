@@ -266,6 +266,11 @@ def dynamo_traces_invert() -> bool:
     return _release() >= (2, 14)
 
 
+def dynamo_differentiates_varying_sizes() -> bool:
+    """Whether ``torch.func.grad`` inside a graph takes tensors of sizes that vary (torch 2.11 fails an assertion)."""
+    return _release() >= (2, 13)
+
+
 def opcheck_reads_grads() -> bool:
     """Whether ``torch.library.opcheck`` reads ``grad`` of non-leaf tensors, which warns (torch 2.14)."""
     return _release() >= (2, 14)
