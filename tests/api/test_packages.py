@@ -51,7 +51,8 @@ def in_a_fresh_process(load: str, file: Path, model: nn.Module) -> None:
         import flexjag as fj
         module = {load}
         for values, offsets, wanted in torch.load({str(file.with_suffix(".wanted"))!r}):
-            torch.testing.assert_close(module(fj.Jagged(values, offsets)), wanted)
+            largest = wanted.abs().max()  # without a softmax, what adds up is large and its sum may be small
+            torch.testing.assert_close(module(fj.Jagged(values, offsets)) / largest, wanted / largest)
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
