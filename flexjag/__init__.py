@@ -34,6 +34,8 @@ from flexjag.api.attention import attention
 from flexjag.api.cache import KVCache
 from flexjag.api.merge import merge
 from flexjag.api.plan import Plan, plan
+from flexjag.api.recompiles import explain_recompiles
+from flexjag.backends import operators as _operators  # noqa: F401  # registers them
 from flexjag.codegen.compile import compile_for
 from flexjag.jagged import Jagged
 
@@ -78,6 +80,7 @@ __all__ = [
     "compile_for",
     "data",
     "errors",
+    "explain_recompiles",
     "extend",
     "merge",
     "nn",

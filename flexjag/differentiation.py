@@ -60,10 +60,21 @@ class _Last(torch.autograd.Function):
 
 def needs_plain_operations() -> bool:
     """Whether a ``torch.func`` transform or forward-mode AD is active, which support plain torch operations only."""
-    if torch.compiler.is_compiling():
-        return False
+    if torch._C._are_functorch_transforms_active():  # pyright: ignore[reportPrivateUsage]
+        return True
     level: int = torch.autograd.forward_ad._current_level  # pyright: ignore[reportPrivateUsage]
-    return level >= 0 or torch._C._are_functorch_transforms_active()  # pyright: ignore[reportPrivateUsage]
+    return level >= 0 and not torch.compiler.is_compiling()
+
+
+def is_forward_mode() -> bool:
+    """Whether ``torch.func.jvp`` is active, or a transform that is made of it; a constant in a traced graph."""
+    functorch: Any = torch._C._functorch  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
+    stack = functorch.get_interpreter_stack() or ()
+    return any(x.key() == functorch.TransformType.Jvp for x in stack)
+
+
+# What torch.compiler.assume_constant_result does, which would import TorchDynamo.
+is_forward_mode._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def is_mapped(x: Tensor) -> bool:

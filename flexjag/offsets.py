@@ -49,6 +49,24 @@ def surely(condition: bool) -> bool:
     return guard_or_false(condition)
 
 
+def is_fixed(x: float) -> bool:
+    """Whether a number is the same on every call: False of one that a traced graph holds as a symbol."""
+    if not torch.compiler.is_compiling():
+        return True
+    from torch.fx.experimental.symbolic_shapes import has_static_value
+
+    return has_static_value(x)
+
+
+def fixed(x: Any) -> Any:
+    """The number, or the value of one that a traced graph holds as a symbol: another value then needs another graph."""
+    if not torch.compiler.is_compiling():
+        return x
+    from torch.fx.experimental.symbolic_shapes import guard_scalar
+
+    return guard_scalar(x)
+
+
 def same_size(a: int, b: int) -> bool:
     """Whether two sizes are equal. In a traced graph, equality of unbacked sizes is asserted."""
     if not torch.compiler.is_compiling():

@@ -58,6 +58,10 @@ ROWS = "FlexAttention's CPU kernel mixes up the dimensions of rows that are look
 """Error message for functions that :func:`cpu_flex_misplaces` or :func:`mend_cpu_flex_rows` reject."""
 
 
+PACKAGED = "FlexAttention's CPU kernel cannot be in a package of AOTInductor; export with backend='cpp' or 'tiled'"
+"""Error message for packages that :func:`mend_cpu_flex_rows` rejects."""
+
+
 class _Shapes(TorchFunctionMode):
     """Records whether watched tensors, or results of them, meet tensors with dimensions, other than as an index."""
 
@@ -118,13 +122,18 @@ def _misplaced(module: torch.fx.GraphModule, num_scores: int) -> bool:
 def mend_cpu_flex_rows() -> None:
     """Make lowering a function that :func:`cpu_flex_misplaces` detects an error, also in compiled graphs.
 
-    Covers users' own nodes, and every caller of FlexAttention in this process. A few functions with correct results
-    are rejected as well: those that only sum a row over its last dimension, or add a dimension of 1 to it.
+    So is lowering for AOTInductor, whose C++ for that kernel does not compile. Covers users' own nodes, and every
+    caller of FlexAttention in this process. A few functions with correct results are rejected as well: those that only
+    sum a row over its last dimension, or add a dimension of 1 to it.
     """
+    from torch._inductor.virtualized import V
+
     lowering: Any = import_module("torch._inductor.kernel.flex.flex_attention")
     plain = lowering.lower_cpu
 
     def lower_cpu(query: Any, key: Any, value: Any, subgraph: Any, block_mask: Any, *rest: Any) -> Any:
+        if V.graph.aot_mode:
+            raise NotImplementedError(PACKAGED)
         if _misplaced(subgraph.graph_module, 1) or _misplaced(block_mask[-1].graph_module, 0):
             raise NotImplementedError(ROWS)
         return plain(query, key, value, subgraph, block_mask, *rest)
@@ -218,17 +227,56 @@ def mend_dynamo_invert() -> None:
 
         module.BuiltinVariable.call_invert = call_invert
 
-    if dynamo_traces_invert():
-        return
-    if builtin in sys.modules:
-        mend(sys.modules[builtin])
-    else:
-        sys.meta_path.insert(0, _After(builtin, mend))
+    if not dynamo_traces_invert():
+        _when_imported(builtin, mend)
+
+
+def on_recompiling(told: Callable[[Any, list[str]], None]) -> Callable[[], None]:
+    """Have TorchDynamo call a function whenever it is about to compile a function anew (torch 2.11 to 2.14).
+
+    Dynamo says why in its logs only. Its own search for the reasons is wrapped, on its import if it is not loaded yet.
+
+    Args:
+        told: Called with the Python frame of the function, of which ``f_code`` and ``f_locals`` can be read, and one
+            text per graph compiled before: the first of its guards that fails.
+
+    Returns:
+        A function that ends this.
+    """
+    _told.append(told)
+    _watch_recompiling()
+    return lambda: _told.remove(told)
+
+
+_told: list[Callable[[Any, list[str]], None]] = []
+
+
+@cache
+def _watch_recompiling() -> None:
+    name, function = "torch._dynamo.convert_frame", "get_and_maybe_log_recompilation_reasons"
+
+    def mend(module: Any) -> None:
+        plain = getattr(module, function)
+
+        def reasons_of(entries: Any, frame: Any, backend: Any, skip_logging: bool = False) -> list[str]:
+            reasons = plain(entries, frame, backend, skip_logging)
+            for told in () if skip_logging else tuple(_told):
+                told(frame, reasons)
+            return reasons
+
+        setattr(module, function, reasons_of)
+
+    _when_imported(name, mend)
 
 
 def dynamo_traces_invert() -> bool:
     """Whether this release's Dynamo traces ``~`` of user-defined objects."""
     return _release() >= (2, 14)
+
+
+def dynamo_differentiates_varying_sizes() -> bool:
+    """Whether ``torch.func.grad`` inside a graph takes tensors of sizes that vary (torch 2.11 fails an assertion)."""
+    return _release() >= (2, 13)
 
 
 def opcheck_reads_grads() -> bool:
@@ -239,6 +287,14 @@ def opcheck_reads_grads() -> bool:
 def _release() -> tuple[int, int]:
     major, minor, *_ = torch.__version__.split(".")
     return int(major), int(minor)
+
+
+def _when_imported(name: str, then: Callable[[Any], None]) -> None:
+    """Call a function on a module, at once if it is loaded."""
+    if name in sys.modules:
+        then(sys.modules[name])
+    else:
+        sys.meta_path.insert(0, _After(name, then))
 
 
 class _After(MetaPathFinder):

@@ -57,6 +57,12 @@ def test_the_page_on_decoding_runs_as_printed() -> None:
     assert names["cache"].num_segments == 3
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec:FutureWarning")  # of PyTorch's own export
+def test_the_page_on_graphs_runs() -> None:
+    run_page("docs/compile.md")
+
+
 @pytest.mark.skipif(build.refusal() is not None, reason=str(build.refusal()))
 def test_the_example_of_the_cpu_page_runs_and_is_right() -> None:
     names = run_page("docs/cpu.md")
@@ -79,7 +85,15 @@ def test_the_example_of_the_triton_page_runs_and_is_right() -> None:
     assert names["q"].values.grad is not None
 
 
-PAGES = ["README.md", "docs/design.md", "docs/cpu.md", "docs/data.md", "docs/decoding.md", "docs/triton.md"]
+PAGES = [
+    "README.md",
+    "docs/design.md",
+    "docs/compile.md",
+    "docs/cpu.md",
+    "docs/data.md",
+    "docs/decoding.md",
+    "docs/triton.md",
+]
 
 
 @pytest.mark.parametrize("page", PAGES)

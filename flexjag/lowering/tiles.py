@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from flexjag.differentiation import is_forward_mode
 from flexjag.errors import PlanError, assert_on_device, explain_values
 from flexjag.lowering.layout import blocks
 from flexjag.lowering.spans import Spans
@@ -93,6 +94,9 @@ def list_tiles(outer: Spans, inner: Spans, num_kv: int, block: int, capacity: in
         packed = _list_tiles(*args, capacity)
     elif outer.lo.device.type == "meta":
         raise PlanError(explain_values("max_length", NEEDED.format("meta")))
+    elif torch.compiler.is_compiling() and is_forward_mode():
+        rule = "forward-mode AD inside a graph needs it, or a plan made outside with refine_tiles=True"
+        raise PlanError(explain_values("max_length", rule, max_length=None))
     elif holds_no_numbers(outer.lo):
         packed = torch.ops.flexjag.list_tiles(*args)
     else:

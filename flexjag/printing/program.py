@@ -8,6 +8,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from flexjag.offsets import is_fixed
+
 Value = Any
 """A symbol, or a Python number."""
 
@@ -186,7 +188,7 @@ def program_of(args: Sequence[Any]) -> Program:
 def convert(x: Value, dtype: torch.dtype, program: Program) -> Value:
     """Convert `x` to a dtype; literals stay as they are, integers that may be sizes become arguments."""
     if not isinstance(x, Symbol):
-        if isinstance(x, (bool, float)) or abs(x) < LITERAL or abs(x) >= 2**31:
+        if isinstance(x, (bool, float)) or (is_fixed(x) and (abs(x) < LITERAL or abs(x) >= 2**31)):
             return x
         x = program.number(x)
     if x.dtype == dtype:

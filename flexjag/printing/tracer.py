@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from flexjag.offsets import fixed
 from flexjag.printing.program import Program, Symbol, Value, program_of, refuse
 from flexjag.printing.torch_table import FUNCTIONS, NAMES, clamp, where
 
@@ -65,7 +67,7 @@ class Tracer(Symbol):
     def __torch_function__(
         cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if function is torch.Tensor.__getitem__:
+        if function is torch.Tensor.__getitem__ or function is operator.getitem:  # the latter in strict exports
             tensor, index = args
             return look_up(program_of((index,)), tensor, index if isinstance(index, tuple) else (index,))
         if function not in NAMES:
@@ -107,6 +109,8 @@ def _argument(x: Any, program: Program, name: str) -> Any:
         return look_up(program, x, ())
     if isinstance(x, Rows) or (isinstance(x, Tensor) and name != "bucketize"):
         refuse("it computes with a whole row of a tensor: index all of its dimensions")
+    if type(x) is float:
+        return fixed(x)  # printed as a literal
     if not isinstance(x, (Symbol, Tensor, int)) and hasattr(x, "dtype") and hasattr(x, "item"):
         return x.item()  # a scalar of numpy, which prints as code of its own
     return x

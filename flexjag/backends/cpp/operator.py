@@ -13,21 +13,59 @@ from flexjag.backends.cpp.library import Problem, run
 from flexjag.errors import DifferentiationError
 
 
-def compute(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+def problem_of(
     captures: list[Tensor],
-    learned: list[int],
+    learned: list[int] | None,
     numbers: list[int],
     source: str,
     offsets: list[Tensor],
     spans: list[Tensor],
-    window: list[int],
+    window: list[int] | None,
+    *rest: Any,
+) -> Problem:
+    """The problem of the operator's arguments, of which AOTInductor passes an empty list as None."""
+    mask_of, scale, factor, unshared = rest
+    spans = [] if window else spans
+    held = (
+        source,
+        captures,
+        learned or [],
+        numbers,
+        offsets,
+        spans,
+        window or [],
+        mask_of,
+        scale,
+        factor,
+        unshared or [],
+    )
+    return Problem(*held)
+
+
+def compute(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
+    """The function of :func:`attend`."""
+    q, k, v = (_packed(x) for x in (q, k, v))
+    out, lse = _empty(q, v)
+    run("attend", problem, (q.shape[1], k.shape[1]), {"q": q, "k": k, "v": v, "out": out, "lse": lse})
+    return out, lse
+
+
+@torch.library.custom_op("flexjag::cpp_attention", mutates_args=())
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    captures: list[Tensor],
+    learned: list[int] | None,
+    numbers: list[int],
+    source: str,
+    offsets: list[Tensor],
+    spans: list[Tensor],
+    window: list[int] | None,
     mask_of: Tensor | None,
     scale: float,
     factor: float,
-    unshared: list[int],
+    unshared: list[int] | None,
 ) -> tuple[Tensor, Tensor]:
     """Attention by a plan's printed functions.
 
@@ -35,13 +73,13 @@ def compute(
         q: ``[T_q, H, D]``.
         k: ``[T_kv, G, D]``.
         v: ``[T_kv, G, E]``.
-        captures: Tensors that the functions read; each of the `learned` ones is contiguous.
-        learned: Indices of the captures that need gradients.
+        captures: Tensors that the functions read, at least one; each of the `learned` ones is contiguous.
+        learned: Indices of the captures that need gradients. AOTInductor passes None for an empty list.
         numbers: Integers that they read.
         source: The printed functions.
         offsets: ``[S+1]`` int32, of queries and of keys.
         spans: Per distinct mask: starts and ends of the outer spans, then of the inner ones, each ``[K, T_q]`` int32.
-        window: In place of the spans: see :class:`Problem`.
+        window: In place of the spans, if it is not empty: see :class:`Problem`.
         mask_of: ``[H]`` int32, the mask of each head; None for the first.
         scale: Factor on ``q·k``.
         factor: Factor on the output, without a softmax.
@@ -51,15 +89,8 @@ def compute(
         ``[T_q, H, E]``, and ``[H, T_q]`` in at least float32: the log-sum-exp of a softmax, the remainder of
         stick-breaking, which is not in the output; unspecified values else.
     """
-    q, k, v = (_packed(x) for x in (q, k, v))
-    out, lse = _empty(q, v)
-    problem = Problem(source, captures, learned, numbers, offsets, spans, window, mask_of, scale, factor, unshared)
-    run("attend", problem, (q.shape[1], k.shape[1]), {"q": q, "k": k, "v": v, "out": out, "lse": lse})
-    return out, lse
-
-
-attend = torch.library.custom_op("flexjag::cpp_attention", mutates_args=())(compute)
-"""The operator :func:`compute`."""
+    rest = mask_of, scale, factor, unshared
+    return compute(q, k, v, problem_of(captures, learned, numbers, source, offsets, spans, window, *rest))
 
 
 @attend.register_fake
@@ -87,31 +118,32 @@ def differentiate(
     out: Tensor,
     lse: Tensor,
     captures: list[Tensor],
-    learned: list[int],
+    learned: list[int] | None,
     numbers: list[int],
     source: str,
     offsets: list[Tensor],
     spans: list[Tensor],
-    window: list[int],
+    window: list[int] | None,
     mask_of: Tensor | None,
     scale: float,
     factor: float,
-    unshared: list[int],
+    unshared: list[int] | None,
 ) -> list[Tensor]:
     """The gradients of q, k, v and the `learned` captures of :func:`attend`."""
     grad, q, k, v, out = (_packed(x) for x in (grad, q, k, v, out))
     dq, dk, dv = _like(q, k, v)
-    problem = Problem(source, captures, learned, numbers, offsets, spans, window, mask_of, scale, factor, unshared)
+    rest = mask_of, scale, factor, unshared
+    problem = problem_of(captures, learned, numbers, source, offsets, spans, window, *rest)
     tensors = {"q": q, "k": k, "v": v, "out": out, "grad": grad, "dq": dq, "dk": dk, "dv": dv, "lse": lse.contiguous()}
     given = None if grad_lse is None else grad_lse.to(lse.dtype).contiguous()
     found = run("differentiate", problem, (q.shape[1], k.shape[1]), {**tensors, "grad_lse": given})
-    return [dq, dk, dv, *(x.to(captures[i].dtype) for x, i in zip(found, learned, strict=True))]
+    return [dq, dk, dv, *(x.to(captures[i].dtype) for x, i in zip(found, learned or [], strict=True))]
 
 
 @differentiate.register_fake
 def _(grad: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> list[Tensor]:
     captures, learned = rest[2:4]
-    return _like(q, k, v, *(captures[i] for i in learned))
+    return _like(q, k, v, *(captures[i] for i in learned or []))
 
 
 def _refuse(ctx: Any, *grads: Any) -> NoReturn:

@@ -11,7 +11,7 @@ from flexjag.algebra.facts import as_window
 from flexjag.algebra.normalizers import Pointwise, StickBreaking
 from flexjag.backends.cpp.library import UNBOUNDED, unit
 from flexjag.backends.cpp.narrow import Sides, narrowed
-from flexjag.backends.cpp.operator import attend, compute
+from flexjag.backends.cpp.operator import attend, compute, problem_of
 from flexjag.backends.cpp.source import printed
 from flexjag.backends.normalized.pieces import excludes_own_key, own_key
 from flexjag.backends.normalized.run import own_values, scaled
@@ -47,16 +47,18 @@ def run(q: Tensor, k: Tensor, v: Tensor, recipe: Recipe, scale: float, need_rest
     found, mask_of = ([], None) if window else _spans(recipe, text, q, v)
     spans = [x for one in found for x in (one.lo, one.hi)]
     offsets = [layout.q_offsets, layout.kv_offsets]
-    captures, offsets, spans = (savable(x) for x in (text.captures, offsets, spans))
+    captures = text.captures or offsets[:1]  # AOTInductor passes None for an empty list; nothing reads these
+    captures, offsets, spans = (savable(x) for x in (captures, offsets, spans or offsets[:1]))
     mask_of = None if mask_of is None else savable([mask_of])[0]
-    inputs = q, k, v, *captures
-    learns = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    alone = not learns and is_unobserved(*inputs)
-    call = compute if alone else attend  # an operator's own time is that of attention for a few dozen tokens
-    out, rest = call(
-        q, k, v, captures, text.learned, text.numbers, text.source, offsets, spans, window, mask_of, scale,
-        factor, list(text.unshared),
+    given = (
+        captures, text.learned, text.numbers, text.source, offsets, spans, window, mask_of, scale, factor,
+        list(text.unshared),
     )  # fmt: skip
+    learns = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *captures))
+    if not learns and is_unobserved(q, k, v, *captures):  # an operator itself takes time
+        out, rest = compute(q, k, v, problem_of(*given))
+    else:
+        out, rest = attend(q, k, v, *given)
     rest = rest.t()
     if per_row is not None:
         out = scaled(out, per_row, acc)
