@@ -120,9 +120,11 @@ def test_the_table_of_backends_is_that_of_their_records() -> None:
 
 
 def newest_result(suite: str) -> dict[str, dict[str, dict[str, Any]]]:
-    """The arms of each case in the newest file of results that has the suite."""
+    """The arms of each case in the newest file of results that has the suite, with a thread for each core."""
     files = sorted((ROOT / "docs/results").glob("cpu-*.json"), reverse=True)
-    suites = (s for f in files for s in json.loads(f.read_text(encoding="utf-8"))["suites"] if s["name"] == suite)
+    runs = (json.loads(f.read_text(encoding="utf-8")) for f in files)
+    whole = (run for run in runs if run["environment"]["threads"] == run["environment"]["cores"])
+    suites = (s for run in whole for s in run["suites"] if s["name"] == suite)
     return {case["name"]: {arm["name"]: arm for arm in case["arms"]} for case in next(suites)["cases"]}
 
 
