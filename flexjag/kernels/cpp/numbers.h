@@ -200,7 +200,27 @@ template <class V> INLINE Element<V> smallest(V x) {
 }
 
 INLINE bool any(bool c) { return c; }
+// Whether a bit is set, for registers that the CPU tests by one instruction.
+#if defined(__AVX512F__) && !defined(__clang__)
+constexpr bool tests(int bytes) { return bytes == 64 || bytes == 32; }
+#elif defined(__AVX__)
+constexpr bool tests(int bytes) { return bytes == 32; }
+#else
+constexpr bool tests(int bytes) { return false; }
+#endif
+template <class C> INLINE bool has_bits(C c) {
+#if defined(__AVX512F__) && !defined(__clang__)
+  typedef int Numbers __attribute__((vector_size(64)));
+  if constexpr (sizeof(C) == 64) return __builtin_ia32_ptestmd512((Numbers)c, (Numbers)c, (unsigned short)0xffff) != 0;
+#endif
+#if defined(__AVX__)
+  typedef long long Quarters __attribute__((vector_size(32)));
+  if constexpr (sizeof(C) == 32) return !__builtin_ia32_ptestz256((Quarters)c, (Quarters)c);
+#endif
+  return true;
+}
 INLINE bool any(Lanes<int32_t> c) {
+  if (tests(sizeof c)) return has_bits(c);
   c = folded<LANES / 2, 4>(c, [](auto a, auto b) __attribute__((always_inline)) { return a | b; });
   typedef int64_t Words __attribute__((vector_size(sizeof c)));
   return (((Words)c)[0] | ((Words)c)[1]) != 0;
