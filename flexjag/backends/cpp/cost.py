@@ -21,7 +21,5 @@ def cost(case: Case) -> Work:
 def work(way: str, mask: m.Mask, sizes: Sizes) -> Work:
     """Estimated numbers of segments and of scores."""
     keys = min(sizes.keys, attended(mask, sizes.keys) + VECTOR / 2)
-    rows = max(
-        1.0, VECTOR / max(sizes.queries, 1.0)
-    )  # computed for each query, where a segment has few, as in decoding
+    rows = max(1.0, VECTOR / max(sizes.queries, 1.0))  # computed per query: more than one where a segment has few
     return Work(way, sizes.segments, sizes.tokens, sizes.tokens * rows * keys)
